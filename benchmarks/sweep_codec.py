@@ -1,0 +1,74 @@
+"""Tries the codec on all 2^32 f32 bit patterns, for 16, 8 and 4 bits. Run: python benchmarks/sweep_codec.py
+
+Counts the patterns that break a law, prints the counts (with --output, writes them as JSON) and fails if there are
+any. The laws: with 16 bits every pattern but a NaN comes back as it is; with 8 and 4 bits the number that comes back
+is at most half a unit away (finite numbers stay finite) and splits to the same pair again; a NaN comes back as the
+canonical one, and its bf16 half is a NaN.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from tqdm import tqdm
+
+from optax_mpo import _codec
+
+CHUNK = 1 << 26
+INF = 0x7F80_0000
+
+
+def count_violations(start: jax.Array, bits: int) -> jax.Array:
+  """Returns how many of the CHUNK patterns from `start: uint32[]` on break a law."""
+  pattern = start + jnp.arange(CHUNK, dtype=jnp.uint32)
+  magnitude = pattern & 0x7FFF_FFFF
+  is_nan = magnitude > INF
+  low, kept = _codec.split(lax.bitcast_convert_type(pattern, jnp.float32), bits)
+  back = _codec.join(low, kept)
+  back_pattern = lax.bitcast_convert_type(back, jnp.uint32)
+  low_again, kept_again = _codec.split(back, bits)
+
+  def bits_of(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint16)
+
+  unit = 1 << (16 - bits)
+  distance = jnp.abs(back_pattern.astype(jnp.int32) - pattern.astype(jnp.int32))  # signs are equal, or it is large
+  at_top = (magnitude >= INF - unit) & (magnitude < INF)  # kept from rounding to infinity, so up to a unit away
+  wrong = (distance > jnp.where(at_top, unit - 1, unit // 2)) | (jnp.isfinite(back) != (magnitude < INF))
+  nan_wrong = (back_pattern != 0x7FC0_0000) | ~jnp.isnan(low.astype(jnp.float32))
+  drifts = (bits_of(low_again) != bits_of(low)) | (kept_again != kept)
+  return jnp.sum(jnp.where(is_nan, nan_wrong, wrong) | drifts)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description="Tries the codec on all 2^32 f32 bit patterns.")
+  parser.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4], choices=[16, 8, 4])
+  parser.add_argument("--output", type=pathlib.Path, help="where to write the counts as JSON")
+  args = parser.parse_args()
+
+  results = {"jax": jax.__version__, "backend": jax.default_backend(), "machine": platform.machine(), "sweeps": []}
+  for bits in args.bits:
+    count = jax.jit(count_violations, static_argnums=1)
+    started = time.perf_counter()
+    starts = np.arange(0, 1 << 32, CHUNK, dtype=np.uint64).astype(np.uint32)
+    violations = sum(int(count(start, bits)) for start in tqdm(starts, desc=f"{bits} bits", unit="chunk"))
+    seconds = time.perf_counter() - started
+    results["sweeps"].append(
+      {"bits": bits, "patterns": 1 << 32, "violations": violations, "seconds": round(seconds, 1)}
+    )
+    print(f"{bits:2d} bits: {violations} of {1 << 32} patterns break a law ({seconds:.0f} s)")
+  if args.output:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+  if any(sweep["violations"] for sweep in results["sweeps"]):
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,439 @@
+"""Optax training with bf16 weights whose f32 master is kept as compensation bits.
+
+Why: in mixed precision every weight is held twice, in bf16 to compute with and in f32 to update. The two share their
+upper half. `compensated` stores that half once, as the params, and the rest as bits in the optimizer state, and shows
+the transformation it wraps what it would have seen anyway: f32 master weights and f32 gradients. With 16 bits training
+is then bit for bit the training with f32 masters.
+
+Memory: 2 bytes per parameter for the weight and bits / 8 for the compensation. The f32 view is an integer expression
+of the two that XLA fuses into the update, so that it is never held.
+
+Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo import _codec, _tree
+
+PyTree = Any
+
+
+class CompensatedState(NamedTuple):
+  """State of `compensated`.
+
+  Attributes:
+    compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. Where a leaf
+      keeps no bits (f32 params, bits=0) it has an `optax.MaskedNode()`.
+    inner_state: the state of the wrapped transformation, which was initialised with f32 params.
+  """
+
+  compensation: PyTree
+  inner_state: optax.OptState
+
+
+def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.GradientTransformationExtraArgs:
+  """Runs `inner` on f32 master weights that are stored as bf16 params and compensation bits.
+
+  `inner` may be any Optax transformation, chains, wrappers and `optax.MultiSteps` included. In `init` and in `update`
+  it sees f32 params and f32 gradients, whatever the dtype of the gradients that come in. Leaves of the params that
+  are f32 already stay ordinary f32 leaves.
+
+  Put everything that should compute in f32 inside: `compensated(optax.chain(optax.clip(1.0), optax.adamw(1e-3)))`.
+  Nothing may change the updates between this transformation and the params, since the bits describe the weights that
+  these very updates lead to.
+
+  Args:
+    inner: the transformation to wrap.
+    bits: how many of the 16 bits that bf16 cuts off are kept. 16 is exact: training equals f32-master Optax bit for
+      bit. With 8 or 4, master weights are rounded to the nearest 24- or 20-bit number after every step. 0 keeps
+      nothing, which is plain bf16 training with the arithmetic of the update in f32, for comparison.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` whose state is a `CompensatedState`. Its updates are f32; apply them
+    with `optax_mpo.apply_updates`, or with `optax.apply_updates`, which differs in weights that one step makes 65536
+    times smaller (see `apply_updates`).
+
+  Raises:
+    ValueError: for other values of `bits`.
+    TypeError: where `inner` is not a transformation.
+
+    `init` and `update` raise TypeError for params of a dtype other than bfloat16 and float32, and ValueError for trees
+    that do not fit each other, with the path of the leaf.
+
+  Memory: 2 + bits / 8 bytes per bf16 parameter, beside the state of `inner`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = mpo.compensated(optax.sgd(1e-3), bits=16)
+    >>> params, state = mpo.init(tx, {"w": jnp.ones(3)})
+    >>> for _ in range(4):  # each step is a quarter of what bf16 can resolve at 1
+    ...   updates, state = tx.update({"w": jnp.ones(3)}, state, params)
+    ...   params = mpo.apply_updates(params, updates)
+    >>> params["w"].dtype.name, mpo.master_params(params, state)["w"].tolist()[0]
+    ('bfloat16', 0.9960000514984131)
+
+  References:
+    Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
+  """
+  if bits not in _codec.BITS or isinstance(bits, bool):
+    raise ValueError(f"compensated: bits has to be one of {_codec.BITS}, but it is {bits!r}.")
+  if isinstance(inner, optax.MultiSteps):  # no GradientTransformation, but with its two methods
+    inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
+  if not isinstance(inner, optax.GradientTransformation):
+    raise TypeError(f"compensated: inner has to be an Optax transformation, but it is a {type(inner).__name__}.")
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params: PyTree) -> CompensatedState:
+    named, treedef = _tree.named_leaves(params), jax.tree.structure(params)
+    for leaf_name, leaf in named:
+      _tree.check_trainable(leaf_name, leaf)
+    masters, kept = (
+      zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
+    )
+    return CompensatedState(treedef.unflatten(kept), inner.init(treedef.unflatten(masters)))
+
+  def update(
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
+    if not isinstance(state, CompensatedState):
+      raise TypeError(
+        f"compensated: update was given a {type(state).__name__} for its state. Pass the state that this "
+        "transformation's init made (inside chain, the whole chain's state goes to the whole chain's update)."
+      )
+    if params is None:
+      raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
+    kept, grads = _check_update(updates, state, params, bits)
+    leaves, treedef = jax.tree.flatten(params)
+    masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
+    grads = [jnp.asarray(g).astype(jnp.float32) for g in grads]
+
+    steps, inner_state = inner.update(
+      treedef.unflatten(grads), state.inner_state, treedef.unflatten(masters), **extra_args
+    )
+
+    steps = _tree.flatten_like(params, steps, "compensated: the update of the inner transformation", "")
+    stepped = [_step(*triple, bits) for triple in zip(leaves, masters, steps, strict=True)]
+    return (
+      treedef.unflatten([s[0] for s in stepped]),
+      CompensatedState(treedef.unflatten([s[1] for s in stepped]), inner_state),
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_low(leaf: Any) -> bool:
+  return leaf.dtype == jnp.bfloat16
+
+
+def _bits_or_none(kept: Any) -> jax.Array | None:
+  return None if isinstance(kept, optax.MaskedNode) else kept
+
+
+def _kept_or_masked(kept: jax.Array | None) -> Any:
+  return optax.MaskedNode() if kept is None else kept
+
+
+def _master(leaf: jax.Array, kept: Any) -> jax.Array:
+  """The f32 master weight of a leaf: f32[*s] as it is, bf16[*s] joined with its bits."""
+  return _codec.join(leaf, _bits_or_none(kept)) if _is_low(leaf) else leaf
+
+
+def _step(leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int) -> tuple[jax.Array, Any]:
+  """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
+  if not _is_low(leaf):
+    return step, optax.MaskedNode()
+  low, kept = _codec.split((master + step).astype(jnp.float32), bits)
+  return _codec.difference(leaf, low), _kept_or_masked(kept)
+
+
+def _check_update(
+  updates: optax.Updates, state: CompensatedState, params: PyTree, bits: int
+) -> tuple[list[Any], list[Any]]:
+  """Returns the leaves of the compensation and of the updates, in the order of the params' leaves, all checked."""
+  remake = "Make the state anew with optax_mpo.init(tx, params), or pass the params it was made for."
+  kept = _tree.flatten_like(params, state.compensation, "compensated: the state's compensation", remake)
+  grads = _tree.flatten_like(
+    params, updates, "compensated: the tree of updates", "Differentiate with respect to the very params you pass."
+  )
+  expected = _codec.bits_dtype(bits) if bits else None
+  for (leaf_name, leaf), c, g in zip(_tree.named_leaves(params), kept, grads, strict=True):
+    _tree.check_trainable(leaf_name, leaf)
+    found = getattr(_bits_or_none(c), "dtype", None)
+    if found != (expected if _is_low(leaf) else None):
+      _raise_foreign_bits(leaf_name, leaf, found, bits)
+    if found is not None and c.shape != leaf.shape:
+      raise ValueError(f"compensated: {leaf_name} has shape {leaf.shape}, its bits have {c.shape}. {remake}")
+    if not _tree.is_array(g) or g.shape != leaf.shape:
+      raise ValueError(
+        f"compensated: {leaf_name} has shape {leaf.shape}, but its update is {_described(g)}. "
+        "Differentiate with respect to the very params you pass."
+      )
+    if not jnp.issubdtype(g.dtype, jnp.floating):
+      raise TypeError(f"compensated: the update of {leaf_name} is {g.dtype}. Pass floating-point gradients.")
+  return kept, grads
+
+
+def _described(x: Any) -> str:
+  return f"an array of shape {x.shape}" if _tree.is_array(x) else f"a {type(x).__name__}"
+
+
+def _raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None:
+  found_bits = 0 if found is None else _codec.dtype_bits(found)
+  if not _is_low(leaf):
+    raise ValueError(
+      f"compensated: {leaf_name} is {leaf.dtype}, but the state holds {found_bits} compensation bits for it, so that "
+      "it was bfloat16 when the state was made. Keep the dtypes of the params from step to step (mpo.apply_updates and "
+      "optax.apply_updates do); to change them, start again from optax_mpo.init(tx, f32_params)."
+    )
+  raise ValueError(
+    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps bits={bits}, but the state holds "
+    f"{found_bits if found_bits else 'none'} for it: it was made with another `bits`, or for float32 params. "
+    "To carry the weights over: masters = optax_mpo.master_params(params, state) with the old state, then "
+    "params, new = optax_mpo.init(tx, masters) and new._replace(inner_state=state.inner_state)."
+  )
+
+
+def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
+  """Adds `updates` to `params`, like `optax.apply_updates`, and exactly for the updates of `compensated`.
+
+  The weights that result are those `compensated` computed, to the last bit, at any ratio of old to new (an update that
+  overflows f32 excepted). `optax.apply_updates` adds in f32, which has 24 bits: where one step makes a weight 65536
+  times smaller it can miss by up to 2^-13 of the old weight, and weights under 2^-100 by as much. The compensation
+  bits never move a weight, whichever function is used: a master weight always rounds to its bf16 param.
+
+  Args:
+    params: a tree of arrays; `None` leaves are passed over.
+    updates: a tree of the same structure and shapes.
+
+  Returns:
+    Params of the same structure, shapes and dtypes.
+
+  Raises:
+    ValueError: where structures or shapes differ, with the path of the leaf.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> mpo.apply_updates({"w": jnp.ones(2, jnp.bfloat16)}, {"w": jnp.full(2, 0.5)})
+    {'w': Array([1.5, 1.5], dtype=bfloat16)}
+  """
+  steps = _tree.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
+  new = []
+  for (leaf_name, leaf), step in zip(_tree.named_leaves(params), steps, strict=True):
+    if not _tree.is_array(step) or step.shape != jnp.shape(leaf):
+      raise ValueError(
+        f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_described(step)}. "
+        "Pass what tx.update returned."
+      )
+    leaf = jnp.asarray(leaf)
+    if _is_low(leaf) and jnp.issubdtype(step.dtype, jnp.floating):
+      new.append(_codec.add_difference(leaf, jnp.asarray(step).astype(jnp.float32)))
+    else:
+      new.append(jnp.asarray(leaf + step).astype(leaf.dtype))
+  return jax.tree.structure(params).unflatten(new)
+
+
+def cast(
+  params: PyTree,
+  dtype: Any = jnp.bfloat16,
+  where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
+) -> PyTree:
+  """Casts the f32 leaves of `params` to `dtype`, rounding as the compensation codec does (half away from zero).
+
+  Args:
+    params: a tree of arrays. Leaves of other dtypes than f32 stay as they are.
+    dtype: the low precision; bfloat16 is the one there is.
+    where: `where(path, leaf) -> bool` says which f32 leaves go low, with JAX's key paths
+      (`jax.tree_util.keystr(path)` makes a string of one). None: all of them.
+
+  Returns:
+    A tree of the same structure and shapes.
+
+  Raises:
+    ValueError: for another dtype.
+    TypeError: for a float64 leaf that is to go low.
+
+  Memory: 2 bytes per parameter for what goes low.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_mpo as mpo
+    >>> params = {"w": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    >>> low = mpo.cast(params, where=lambda path, leaf: leaf.ndim >= 2)
+    >>> low["w"].dtype.name, low["scale"].dtype.name
+    ('bfloat16', 'float32')
+  """
+  chosen = _chosen(params, dtype, where)
+  new = [_codec.split(jnp.asarray(leaf), 0)[0] if low else leaf for leaf, low in chosen]
+  return jax.tree.structure(params).unflatten(new)
+
+
+def _chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None) -> list[tuple[Any, bool]]:
+  """Returns the leaves, each with whether it is to go low."""
+  if jnp.dtype(dtype) != jnp.bfloat16:
+    raise ValueError(f"dtype has to be bfloat16, but it is {jnp.dtype(dtype)}: there is no codec for other formats.")
+  chosen = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    asked = _tree.is_array(leaf) and leaf.dtype in (jnp.float32, jnp.float64) and (where is None or where(path, leaf))
+    if asked and leaf.dtype == jnp.float64:
+      raise TypeError(f"{_tree.name(path)} is float64. Convert it to float32 first: its further bits would be lost.")
+    chosen.append((leaf, bool(asked)))
+  return chosen
+
+
+@dataclasses.dataclass
+class _Seed:
+  """A master weight on its way through `tx.init`, and what the `compensated` that claimed it made of it."""
+
+  name: str
+  placeholder: jax.Array  # bf16[*s]: what the transformations around `compensated` see; kept alive for its id
+  master: jax.Array  # f32[*s]
+  low: jax.Array | None = None
+
+
+_seeds: contextvars.ContextVar[dict[int, _Seed] | None] = contextvars.ContextVar("optax_mpo_seeds", default=None)
+
+
+@contextlib.contextmanager
+def _seeding(seeds: dict[int, _Seed]) -> Iterator[None]:
+  token = _seeds.set(seeds)
+  try:
+    yield
+  finally:
+    _seeds.reset(token)
+
+
+def _seed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
+  """Returns a leaf's master weight f32[*s] and its bits, for `init`."""
+  if not _is_low(leaf):
+    return leaf, optax.MaskedNode()
+  seed = (_seeds.get() or {}).get(id(leaf))
+  if seed is None:
+    # The params are all there is: their exact value is the master weight, and every bit below it is zero.
+    leaf = jnp.asarray(leaf)
+    kept = jnp.zeros_like(leaf, dtype=_codec.bits_dtype(bits)) if bits else None
+    return _codec.widen(leaf), _kept_or_masked(kept)
+  if seed.low is not None:
+    raise ValueError(
+      f"init: {leaf_name} is trained by two compensated(...) transformations, and each would keep bits for it. Wrap "
+      "the whole chain once, or give each its own leaves with optax.masked or optax.multi_transform."
+    )
+  seed.low, kept = _codec.split(seed.master, bits)
+  return _codec.join(seed.low, kept), _kept_or_masked(kept)
+
+
+def init(
+  tx: optax.GradientTransformation,
+  params: PyTree,
+  *,
+  dtype: Any = jnp.bfloat16,
+  where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
+) -> tuple[PyTree, optax.OptState]:
+  """Casts f32 params to low precision and makes `tx`'s state, seeded with the bits that the cast cut off.
+
+  Use this in place of `tx.init(params)`, which knows only the rounded weights. Every `compensated` inside `tx` (in a
+  chain, masked, multi_transform, inject_hyperparams, MultiSteps, ...) finds the bits of its leaves. To continue with
+  params that are low already, `tx.init(params)` is right: their bits start at zero.
+
+  Args:
+    tx: a transformation with `compensated` in it.
+    params: a tree of f32 params. Leaves of other dtypes stay as they are.
+    dtype: the low precision; bfloat16 is the one there is.
+    where: `where(path, leaf) -> bool` says which f32 leaves go low, as in `cast`. None: all of them.
+
+  Returns:
+    `(params, opt_state)`, where `opt_state` is of the structure that `tx.init` makes.
+
+  Raises:
+    ValueError: where a leaf goes low that no `compensated` in `tx` trains (its bits would be lost), or two do.
+    TypeError: for a leaf that cannot be trained, such as an integer or float64 one, with its path.
+
+  Memory: 2 + bits / 8 bytes per parameter, beside the state of the wrapped transformation.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = mpo.compensated(optax.adamw(3e-4))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.full(2, 0.1)})
+    >>> params
+    {'w': Array([0.100098, 0.100098], dtype=bfloat16)}
+    >>> bool((mpo.master_params(params, opt_state)["w"] == jnp.full(2, 0.1)).all())
+    True
+  """
+  seeds: dict[int, _Seed] = {}
+  mixed = []
+  names = [leaf_name for leaf_name, _ in _tree.named_leaves(params)]
+  for leaf_name, (leaf, low) in zip(names, _chosen(params, dtype, where), strict=True):
+    if low:
+      master = jnp.asarray(leaf)
+      leaf = _codec.split(master, 0)[0]
+      seeds[id(leaf)] = _Seed(leaf_name, leaf, master)
+    mixed.append(leaf)
+  treedef = jax.tree.structure(params)
+  with _seeding(seeds):
+    opt_state = tx.init(treedef.unflatten(mixed))
+  lost = [seed.name for seed in seeds.values() if seed.low is None]
+  if lost:
+    raise ValueError(
+      f"init: no compensated(...) in tx trains {_tree.listed(lost)}, so that the bits cut off would be lost. Wrap the "
+      "transformation of these leaves in compensated (bits=0 keeps none), keep them in float32 with where=..., or, to "
+      "hold frozen weights in bfloat16, cast them with optax_mpo.cast before."
+    )
+  low = [seeds[id(leaf)].low if id(leaf) in seeds else leaf for leaf in mixed]
+  return treedef.unflatten(low), opt_state
+
+
+def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
+  """Returns the f32 master weights that `params` and the compensation bits in `opt_state` stand for.
+
+  Args:
+    params: the low-precision params.
+    opt_state: the state of a transformation with `compensated` anywhere inside it.
+
+  Returns:
+    A tree like `params` in which bf16 leaves are f32[*s], joined with their bits where there are any. Other leaves
+    are as they were.
+
+  Raises:
+    ValueError: where `opt_state` has no `CompensatedState`, one for other params, or two with bits for one leaf.
+
+  Memory: 4 bytes per parameter where the result is kept; nothing where XLA fuses it into its use.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = optax.chain(optax.identity(), mpo.compensated(optax.sgd(0.1)))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.full(1, 1 / 3)})
+    >>> mpo.master_params(params, opt_state)
+    {'w': Array([0.33333334], dtype=float32)}
+  """
+  found = [
+    s
+    for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, CompensatedState))
+    if isinstance(s, CompensatedState)
+  ]
+  if not found:
+    raise ValueError(
+      "master_params: there is no CompensatedState in opt_state. Wrap the transformation in compensated."
+    )
+  hint = "Pass the params that this state belongs to."
+  per_state = [
+    _tree.flatten_like(params, s.compensation, "master_params: the compensation in opt_state", hint) for s in found
+  ]
+  masters = []
+  for i, (leaf_name, leaf) in enumerate(_tree.named_leaves(params)):
+    kept = [c[i] for c in per_state if _bits_or_none(c[i]) is not None]
+    if len(kept) > 1:
+      raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
+    if kept and (not _is_low(leaf) or kept[0].shape != leaf.shape):
+      raise ValueError(
+        f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
+        f"bfloat16 leaf of shape {list(kept[0].shape)}. {hint}"
+      )
+    low = _tree.is_array(leaf) and _is_low(leaf)
+    masters.append(_codec.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
+  return jax.tree.structure(params).unflatten(masters)

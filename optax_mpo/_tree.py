@@ -1,0 +1,96 @@
+"""Names for the leaves of a tree, and the checks every public function makes on the trees it is given."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+KeyPath = tuple[Any, ...]
+
+
+def name(path: KeyPath, root: str = "params") -> str:
+  """Returns a leaf's name as one would write it in Python, such as `params['head']['w']`."""
+  return root + jax.tree_util.keystr(path)
+
+
+def named_leaves(tree: PyTree, root: str = "params") -> list[tuple[str, Any]]:
+  """Returns the leaves of `tree` with their names."""
+  return [(name(path, root), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def is_array(x: Any) -> bool:
+  """Whether `x` has a shape and a dtype: a JAX or NumPy array, a tracer, or a ShapeDtypeStruct."""
+  return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def flatten_like(tree: PyTree, other: PyTree, what: str, hint: str, root: str = "params") -> list[Any]:
+  """Returns `other`'s subtrees at the leaves of `tree`.
+
+  Raises:
+    ValueError: where the two trees differ in structure; the message says where, in terms of `root`, and ends in
+      `hint`.
+  """
+  try:
+    return jax.tree.structure(tree).flatten_up_to(other)
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"{what} has not the structure of {root}: {_first_difference(tree, other, root)}. {hint}"
+    ) from error
+
+
+def _first_difference(tree: PyTree, other: PyTree, root: str) -> str:
+  def names(t: PyTree) -> list[str]:
+    # Leaves and leafless nodes (None, MaskedNode) alike, so that either can be reported.
+    return [name(path, root) for path, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=_is_leafless)]
+
+  ours, theirs = names(tree), names(other)
+  missing = [n for n in ours if not any(_inside(m, n) for m in theirs)]
+  extra = [m for m in theirs if not any(_inside(m, n) for n in ours)]
+  if missing:
+    return f"it has nothing at {listed(missing)}"
+  if extra:
+    return f"it has {listed(extra)}, which {root} has not"
+  return f"the containers differ ({jax.tree.structure(other)} against {jax.tree.structure(tree)})"
+
+
+def _is_leafless(x: Any) -> bool:
+  return not jax.tree.leaves(x)
+
+
+def _inside(inner: str, outer: str) -> bool:
+  return inner == outer or inner.startswith((outer + "[", outer + "."))
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+  """Joins names for an error message, the first few of them."""
+  names = list(names)
+  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_trainable(leaf_name: str, leaf: Any) -> None:
+  """Raises where `leaf` is not a bfloat16 or float32 array, the two dtypes an optimizer is wrapped around.
+
+  Raises:
+    TypeError: for leaves that are not arrays, and for any other dtype.
+  """
+  if not is_array(leaf):
+    raise TypeError(
+      f"{leaf_name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or leave it out."
+    )
+  dtype = leaf.dtype
+  if dtype in (jnp.bfloat16, jnp.float32):
+    return
+  if dtype == jnp.float64:
+    advice = "Convert it to float32 first; there is no codec for float64 master weights."
+  elif dtype == jnp.float16:
+    advice = "Keep it in float32 or bfloat16; compensation bits are kept for bfloat16 weights only."
+  elif jnp.issubdtype(dtype, jnp.complexfloating):
+    advice = "Keep its real and imaginary parts as two float32 leaves, or use optax.contrib.split_real_and_imaginary."
+  else:
+    advice = (
+      "Only floating-point leaves are trained: take it out of the params, or leave it out with "
+      "optax.masked(compensated(...), mask)."
+    )
+  raise TypeError(f"{leaf_name} is {dtype}. {advice}")

@@ -1,0 +1,33 @@
+"""What the codec should do, in NumPy float64 arithmetic and without a line of optax_mpo."""
+
+import numpy as np
+
+BF16_MAX = float.fromhex("0x1.fep127")
+
+
+def round_significand(x: np.ndarray, digits: int, smallest: float) -> np.ndarray:
+  """Rounds f32 numbers to `digits` binary digits, ties away from zero, with gradual underflow down to `smallest`."""
+  wide = x.astype(np.float64)
+  exponent = np.frexp(wide)[1]
+  place = np.maximum(np.ldexp(1.0, exponent - digits), smallest)
+  with np.errstate(invalid="ignore"):
+    rounded = np.copysign(np.floor(np.abs(wide) / place + 0.5) * place, wide)
+  return np.where(np.isfinite(wide), rounded, wide)
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+  """Rounds f32 to bf16 (8 digits, subnormal numbers in units of 2^-133), in float64; overflow gives infinity."""
+  rounded = round_significand(x, 8, 2.0**-133)
+  return np.where(np.abs(rounded) > BF16_MAX, np.copysign(np.inf, rounded), rounded)
+
+
+def to_stored(x: np.ndarray, bits: int) -> np.ndarray:
+  """Rounds f32 to what bf16 and `bits` compensation bits can hold, in float64; finite numbers stay finite."""
+  if bits == 16:
+    return x.astype(np.float64)
+  if bits == 0:
+    return to_bf16(x)
+  digits, smallest = 8 + bits, 2.0 ** -(133 + bits)
+  largest = (2 - 2.0 ** (1 - digits)) * 2.0**127
+  rounded = round_significand(x, digits, smallest)
+  return np.where(np.isfinite(x), np.clip(rounded, -largest, largest), rounded)

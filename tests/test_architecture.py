@@ -1,0 +1,57 @@
+"""The house rules that a test can hold: which module may import which, and where private JAX may appear."""
+
+import ast
+import pathlib
+
+import optax_mpo
+
+PACKAGE = pathlib.Path(optax_mpo.__file__).parent
+
+# Each module, with what it may import from this package and from outside the standard library.
+ARROWS = {
+  "_tree": (set(), {"jax"}),
+  "_codec": (set(), {"jax"}),
+  "_compensated": ({"_codec", "_tree"}, {"jax", "optax"}),
+}
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+  """Returns the modules of this package, and the outside packages, that a module imports anywhere."""
+  own, outside = set(), set()
+  for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    if isinstance(node, ast.Import):
+      outside |= {alias.name.split(".")[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      package, *rest = (node.module or "").split(".")
+      if package == "optax_mpo":
+        own |= set(rest) or {alias.name for alias in node.names}
+      else:
+        outside.add(package)
+  return own, outside
+
+
+def test_imports_point_one_way():
+  import sys
+
+  modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+  assert modules == set(ARROWS)
+  for module, (own_allowed, outside_allowed) in ARROWS.items():
+    own, outside = imports(module)
+    assert own <= own_allowed, module
+    assert outside - set(sys.stdlib_module_names) <= outside_allowed, module
+
+
+def test_private_jax_stays_in_one_module():
+  assert [path.name for path in PACKAGE.glob("*.py") if "jax._src" in path.read_text()] in ([], ["_jaxpr.py"])
+
+
+def test_the_public_api_is_listed_by_name():
+  names = {name for name in vars(optax_mpo) if not name.startswith("_")}
+  assert {"compensated", "init", "cast", "master_params", "apply_updates", "CompensatedState"} <= names
+  for name in names:
+    assert (getattr(optax_mpo, name).__doc__ or "").strip(), name
+
+
+def test_files_stay_small():
+  for path in PACKAGE.glob("*.py"):
+    assert len(path.read_text().splitlines()) <= 500, path.name
