@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm import tqdm
+from rich.progress import track
 
 from optax_mpo import _codec
 
@@ -57,7 +57,7 @@ def main() -> None:
     count = jax.jit(count_violations, static_argnums=1)
     started = time.perf_counter()
     starts = np.arange(0, 1 << 32, CHUNK, dtype=np.uint64).astype(np.uint32)
-    violations = sum(int(count(start, bits)) for start in tqdm(starts, desc=f"{bits} bits", unit="chunk"))
+    violations = sum(int(count(start, bits)) for start in track(starts, f"{bits:2d} bits"))
     seconds = time.perf_counter() - started
     results["sweeps"].append(
       {"bits": bits, "patterns": 1 << 32, "violations": violations, "seconds": round(seconds, 1)}

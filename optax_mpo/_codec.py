@@ -14,12 +14,17 @@ Source: the layout follows Lewandowski & Kosson, "Memory Efficient Mixed-Precisi
 remainder idea without the tie bug is that of NVIDIA Apex's `store_param_remainders`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 BITS = (0, 4, 8, 16)
 """The compensation widths there are, in bits per parameter."""
+
+# Outside of jit each function is one compiled call for a shape; inside, its operations join the caller's.
+_compiled = functools.partial(jax.jit, inline=True)
 
 _ALL = 0xFFFF_FFFF
 _MAGNITUDE = 0x7FFF_FFFF
@@ -37,6 +42,7 @@ def dtype_bits(dtype: jnp.dtype) -> int:
   return {bits_dtype(b): b for b in BITS if b}.get(jnp.dtype(dtype), -1)
 
 
+@functools.partial(_compiled, static_argnames="bits")
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: bf16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
@@ -61,6 +67,7 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   return low, kept.astype(bits_dtype(bits))
 
 
+@_compiled
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: bf16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
@@ -118,6 +125,7 @@ def _is_power_of_two(old: jax.Array) -> jax.Array:
   return (lax.bitcast_convert_type(old, jnp.uint16) & 0x7F) == 0
 
 
+@_compiled
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   """Returns the update `u: f32[*s]` that leads from `old: bf16[*s]` to `new: bf16[*s]`; see `add_difference`."""
   old32, new32 = widen(old), widen(new)
@@ -132,6 +140,7 @@ def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   return jnp.where(use_mark, lax.bitcast_convert_type(marked, jnp.float32), u)
 
 
+@_compiled
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   """Adds `u: f32[*s]` to `old: bf16[*s]` -> `bf16[*s]`; gives back `new` where `u = difference(old, new)`."""
   old32 = widen(old)

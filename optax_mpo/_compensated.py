@@ -247,6 +247,9 @@ def cast(
 ) -> PyTree:
   """Casts the f32 leaves of `params` to `dtype`, rounding as the compensation codec does (half away from zero).
 
+  These are the weights that `init` makes for bits=16 and bits=0. With 8 or 4 bits a master weight is first rounded to
+  what those hold, and about one weight in 512 or 32 comes to lie in the middle between two bf16 numbers and rounds up.
+
   Args:
     params: a tree of arrays. Leaves of other dtypes than f32 stay as they are.
     dtype: the low precision; bfloat16 is the one there is.

@@ -1,0 +1,130 @@
+"""A small decoder-only Transformer in Flax Linen, for `train_lm.py`.
+
+Pre-norm blocks with RMSNorm, rotary positions, causal attention and a SwiGLU MLP, and an output layer of its own.
+Weights are created in f32 and computed with in bf16; the statistics of the norms, the softmax and the loss are f32.
+Handed bf16 weights, the model casts none of them, so that nothing here depends on how the weights are stored:
+
+    model = Transformer(layers=2, width=64, heads=2)
+    params = init_params(model, jax.random.key(0))                    # f32
+    logits = model.apply({"params": mpo.cast(params)}, tokens)        # tokens: int[batch, time]
+"""
+
+import functools
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+
+VOCABULARY = 256  # a token is a byte
+
+
+class RMSNorm(nn.Module):
+  """Divides by the root mean square over the last axis, taken in f32, and multiplies by a learned scale."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    wide = x.astype(jnp.float32)
+    wide *= lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def dense(features: int, name: str) -> nn.Dense:
+  """A linear layer without bias that computes in bf16."""
+  return nn.Dense(features, use_bias=False, dtype=jnp.bfloat16, name=name)
+
+
+def rotate(x: jax.Array) -> jax.Array:
+  """Turns the pairs of features of `x: [batch, time, heads, depth]` by angles that grow with time (RoPE)."""
+  half = x.shape[-1] // 2
+  frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies
+  cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Softmax attention of `[batch, time, heads, depth]` arrays over the past; scores and softmax in f32."""
+  time, depth = query.shape[1], query.shape[-1]
+  scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * depth**-0.5
+  scores = jnp.where(jnp.tril(jnp.ones((time, time), bool)), scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each added to its input. `x: bf16[batch, time, width]` to the same."""
+
+  heads: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, time, width = x.shape
+    qkv = dense(3 * width, "qkv")(RMSNorm(name="attention_norm")(x))
+    query, key, value = jnp.split(qkv.reshape(batch, time, 3 * self.heads, width // self.heads), 3, axis=2)
+    mixed = causal_attention(rotate(query), rotate(key), value).reshape(x.shape)
+    x = x + dense(width, "attention_out")(mixed)
+
+    hidden = -(-width * 8 // 3 // 32) * 32  # 8/3 of the width, as SwiGLU has three matrices, in multiples of 32
+    gate, up = jnp.split(dense(2 * hidden, "gate_up")(RMSNorm(name="mlp_norm")(x)), 2, axis=-1)
+    return x + dense(width, "mlp_out")(nn.silu(gate) * up)
+
+
+class Transformer(nn.Module):
+  """Predicts the next byte: `tokens: int[batch, time]` to logits `bf16[batch, time, 256]`.
+
+  Attributes:
+    layers: the number of blocks.
+    width: features per position; divisible by `heads`, with an even quotient.
+    heads: attention heads.
+    scan: whether the blocks are one `lax.scan` over stacked params, which compiles in the time of a single block.
+    remat: whether the backward pass recomputes each block's activations instead of keeping them.
+  """
+
+  layers: int
+  width: int
+  heads: int
+  scan: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    x = nn.Embed(VOCABULARY, self.width, dtype=jnp.bfloat16, name="embedding")(tokens)
+    # Inside a scan nothing can be merged across iterations, so that the barriers against it are not needed.
+    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+    if self.scan:
+      run = nn.scan(
+        lambda layer, x, _: (layer(x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=self.layers,
+      )
+      x, _ = run(block(self.heads, name="layers"), x, None)
+    else:
+      for i in range(self.layers):
+        x = block(self.heads, name=f"layer_{i}")(x)
+    return dense(VOCABULARY, "head")(RMSNorm(name="final_norm")(x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(model: Transformer, key: jax.Array) -> PyTree:
+  """Returns new f32 params."""
+  return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def next_byte_loss(model: Transformer, params: PyTree, windows: jax.Array) -> jax.Array:
+  """Mean cross entropy in nats, f32[], of every byte of `windows: uint8[batch, time + 1]` but the first."""
+  tokens = windows.astype(jnp.int32)
+  logits = cast(jax.Array, model.apply({"params": params}, tokens[:, :-1]))
+  log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1))
+
+
+def is_matrix(path: tuple[Any, ...]) -> bool:
+  """Whether a params path leads to a matrix and not to a norm's scale (which a scan over layers stacks to 2-D)."""
+  return path[-1].key != "scale"

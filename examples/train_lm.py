@@ -1,0 +1,402 @@
+r"""Trains a byte-level Transformer on the source of Python's standard library, with the weights stored as you choose.
+
+The main job of optax_mpo in one file: the same model, data and optimizer (AdamW, clipping by global norm, warmup and
+cosine decay), with the weights kept in one of five ways. All of them compute with bf16 weights; what differs is what is
+held from step to step, and what that costs (bytes per parameter of weights and optimizer state):
+
+    fp32    12     f32 master weights, cast to bf16 in every step: the usual mixed precision
+    bf16     6     bf16 weights and plain Optax on them: cheap, and loses updates under half a last place
+    mpo16   12     bf16 weights and the 16 bits that they lack; the same numbers as fp32, to the last bit
+    mpo8    11     bf16 weights and 8 more bits
+    mpo4    10.5   bf16 weights and 4 more bits
+
+fp32 also has a bf16 copy of the weights during a step, 2 bytes more that are not counted since they are not kept.
+
+    pip install -e '.[examples]'                          # from the root of the repository
+    python examples/train_lm.py                           # mpo16, about two minutes on two CPU cores
+    python examples/train_lm.py --compare                 # all five, one table and one plot
+    python examples/train_lm.py --compare fp32 mpo8 --steps 100
+    python examples/train_lm.py --layers 12 --width 768 --heads 12 --context 1024 --batch 32 --scan --remat \
+      --learning-rate 6e-4                                # a size for a GPU
+
+Writes loss.png and results.json to --output-dir. Ctrl-C stops after the step at hand, still evaluates, prints the table
+and draws the plot for what has been trained, and exits with code 130. A second Ctrl-C does without the evaluation, a
+third without everything.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import lm_data
+import numpy as np
+import optax
+from lm_model import Transformer, init_params, is_matrix, next_byte_loss
+from lm_report import NOTES, Run, count_held, count_parameters, draw_losses, make_table, write_json
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import optax_mpo as mpo
+
+PyTree = Any
+
+INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
+MODES = ("fp32", "bf16", "mpo16", "mpo8", "mpo4")
+
+# By default XLA may leave out roundings to bf16 where it fuses operations, in each program in its own way. Without that
+# freedom, programs that ask for the same roundings get the same numbers: so fp32 and mpo16 can be compared bit for bit.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+
+class UsageError(Exception):
+  """A setting that cannot work, with what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The settings of a training; the flags of the same names say what they are. `warmup=None`: a tenth of the steps."""
+
+  storage: str = "mpo16"
+  layers: int = 3
+  width: int = 128
+  heads: int = 4
+  context: int = 128
+  batch: int = 16
+  steps: int = 1000
+  learning_rate: float = 3e-3
+  weight_decay: float = 0.1
+  warmup: int | None = None
+  seed: int = 0
+  eval_batches: int = 20
+  scan: bool = False
+  remat: bool = False
+  output_dir: str = "runs/train_lm"
+
+  @property
+  def warmup_steps(self) -> int:
+    return self.steps // 10 if self.warmup is None else self.warmup
+
+  def check(self) -> None:
+    """Raises `UsageError` for settings that no text could make work."""
+    for name in ("layers", "width", "heads", "context", "batch", "steps", "eval_batches"):
+      if getattr(self, name) < 1:
+        raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: make it 1 or more")
+    if self.width % (2 * self.heads):
+      raise UsageError(
+        f"--width {self.width} does not split into {self.heads} heads of an even size: make it a multiple of "
+        f"{2 * self.heads}, such as {-(-self.width // (2 * self.heads)) * 2 * self.heads}, or change --heads"
+      )
+    if not 0 < self.learning_rate < float("inf"):
+      raise UsageError(f"--learning-rate is {self.learning_rate}: make it greater than 0, such as 3e-3")
+    if not 0 <= self.weight_decay < float("inf"):
+      raise UsageError(f"--weight-decay is {self.weight_decay}: make it 0 or greater")
+    if not 0 <= self.warmup_steps < self.steps:
+      raise UsageError(f"--warmup is {self.warmup}: make it 0 or more and less than --steps, {self.steps}")
+    if not 0 <= self.seed < 2**32:
+      raise UsageError(f"--seed is {self.seed}: make it 0 or more and less than 2^32")
+
+  def check_text(self, corpus: lm_data.Corpus) -> None:
+    """Raises `UsageError` where a window does not fit into the text."""
+    shortest = min(len(corpus.train), len(corpus.validation))
+    if not shortest:
+      raise UsageError("this Python has no standard library sources to train on: run one that was installed with them")
+    if self.context >= shortest:
+      raise UsageError(
+        f"--context {self.context} does not fit: the shorter of the two texts has {shortest} bytes, so make it "
+        f"{shortest - 1} or less (the text is the source of Python's standard library)"
+      )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+  """AdamW with clipping by global norm, a warmup and a cosine decay to a tenth; no decay for the norms' scales."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0 if config.warmup_steps else config.learning_rate,
+    config.learning_rate,
+    config.warmup_steps,
+    config.steps,
+    end_value=config.learning_rate / 10,
+  )
+  decayed = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: is_matrix(path))
+  adamw = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay, mask=decayed)
+  return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+class Storage(NamedTuple):
+  """One way to keep the weights.
+
+  Attributes:
+    init: f32 params to `(params, opt_state)`, as they are held from step to step.
+    step: `(params, opt_state, batch)` to `(loss, params, opt_state)`, pure.
+    weights: the held params to the bf16 weights that the model computes with.
+  """
+
+  init: Callable[[PyTree], tuple[PyTree, optax.OptState]]
+  step: Callable[[PyTree, optax.OptState, Any], tuple[jax.Array, PyTree, optax.OptState]]
+  weights: Callable[[PyTree], PyTree]
+
+
+def make_storage(mode: str, loss_fn: Callable[[PyTree, Any], jax.Array], tx: optax.GradientTransformation) -> Storage:
+  """Returns how `mode` keeps and steps the weights; `loss_fn(bf16 weights, batch)` and `tx` are the same for all."""
+  if mode.startswith("mpo"):
+    tx = mpo.compensated(tx, bits=int(mode.removeprefix("mpo")))
+
+  def init(params: PyTree) -> tuple[PyTree, optax.OptState]:
+    if mode.startswith("mpo"):
+      return mpo.init(tx, params)
+    params = params if mode == "fp32" else mpo.cast(params)
+    return params, tx.init(params)
+
+  def weights(params: PyTree) -> PyTree:
+    # Not astype, which rounds ties to even: the codec rounds them away from zero, and fp32 and mpo16 are to be equal.
+    return mpo.cast(params) if mode == "fp32" else params
+
+  def step(params: PyTree, opt_state: optax.OptState, batch: Any) -> tuple[jax.Array, PyTree, optax.OptState]:
+    loss, grads = jax.value_and_grad(loss_fn)(weights(params), batch)
+    if mode == "fp32":
+      grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    apply_updates = mpo.apply_updates if mode.startswith("mpo") else optax.apply_updates
+    return loss, apply_updates(params, updates), opt_state
+
+  return Storage(init, step, weights)
+
+
+class Interrupts:
+  """Counts Ctrl-C: one asks the training to stop after its step, two ask the evaluation to stop as well.
+
+  An exception in their place could come between a step's call, which takes the params' memory, and the assignment of
+  the new ones, and then there would be nothing to evaluate. A third Ctrl-C does raise `KeyboardInterrupt`.
+  """
+
+  def __init__(self) -> None:
+    self.count = 0
+
+  def handle(self, *_: Any) -> None:
+    self.count += 1
+    if self.count > 2:
+      raise KeyboardInterrupt
+
+  @contextlib.contextmanager
+  def counted(self) -> Iterator[None]:
+    """Within the context Ctrl-C counts; outside the main thread, where Python gives no signals, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+    previous = signal.signal(signal.SIGINT, self.handle)
+    try:
+      yield
+    finally:
+      signal.signal(signal.SIGINT, previous)
+
+
+def make_progress(console: Console) -> Progress:
+  """A progress bar whose tasks have the fields `loss` and `speed`."""
+  return Progress(
+    TextColumn("{task.description:5}"),
+    BarColumn(bar_width=None),
+    MofNCompleteColumn(),
+    TextColumn("loss {task.fields[loss]:.3f}"),
+    TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+    TimeRemainingColumn(),
+    console=console,
+  )
+
+
+def train(
+  config: Config, storage: Storage, text: np.ndarray, model: Transformer, console: Console, interrupts: Interrupts
+) -> tuple[Run, PyTree] | None:
+  """Trains `model` until the steps are done or Ctrl-C was pressed.
+
+  Returns:
+    The run without a validation loss, and the weights; None where no step was made.
+  """
+  params, opt_state = jax.jit(storage.init)(init_params(model, jax.random.key(config.seed)))
+  parameters, held = count_parameters(params), count_held(params, opt_state)
+
+  def batch_at(step: int) -> np.ndarray:
+    return lm_data.training_batch(text, config.batch, config.context, config.seed, step)
+
+  # Both are donated: the new ones take over their memory.
+  jitted = jax.jit(storage.step, donate_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
+  started = time.perf_counter()
+  step_fn = jitted.lower(params, opt_state, batch_at(0)).compile()
+  console.print(
+    f"[bold]{config.storage}[/bold]: {parameters:,} parameters, {held.total:.2f} bytes each; {config.steps} steps "
+    f"of {config.batch} x {config.context} bytes; compiled in {time.perf_counter() - started:.1f} s"
+  )
+
+  losses: list[jax.Array] = []
+  tokens, started = config.batch * config.context, time.perf_counter()
+  with make_progress(console) as progress:
+    task = progress.add_task(config.storage, total=config.steps, loss=math.nan, speed=0.0)
+    for step in range(config.steps):
+      if interrupts.count:
+        break
+      loss, params, opt_state = step_fn(params, opt_state, batch_at(step))
+      losses.append(loss)
+      # The loss before this one: waiting for this one would leave the device idle until the next step is sent.
+      shown = float(losses[max(step - 1, 0)])
+      progress.update(task, advance=1, loss=shown, speed=(step + 1) * tokens / (time.perf_counter() - started))
+    jax.block_until_ready(params)
+  speed = len(losses) * tokens / (time.perf_counter() - started)
+  if not losses:
+    return None
+  return Run(config.storage, parameters, held, np.array(losses), config.steps, speed), jax.jit(storage.weights)(params)
+
+
+def evaluate(
+  config: Config,
+  text: np.ndarray,
+  loss_fn: Callable[[PyTree, Any], jax.Array],
+  weights: PyTree,
+  interrupts: Interrupts,
+) -> float:
+  """Returns the mean loss over windows spread evenly over `text`, in nats per byte; NaN where Ctrl-C ended it."""
+  compiled = jax.jit(loss_fn, compiler_options=COMPILER_OPTIONS)
+  losses = []
+  for batch in lm_data.validation_batches(text, config.eval_batches, config.batch, config.context):
+    if interrupts.count > 1:
+      return math.nan
+    losses.append(float(compiled(weights, batch)))
+  return float(np.mean(losses))
+
+
+def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, console: Console) -> tuple[list[Run], bool]:
+  """Trains one model per mode. Returns the runs there are, and whether all was done without an interruption."""
+  model = Transformer(config.layers, config.width, config.heads, config.scan, config.remat)
+  loss_fn = functools.partial(next_byte_loss, model)
+  runs: list[Run] = []
+  interrupts = Interrupts()
+  with interrupts.counted():
+    for mode in modes:
+      storage = make_storage(mode, loss_fn, make_optimizer(config))
+      trained = train(dataclasses.replace(config, storage=mode), storage, corpus.train, model, console, interrupts)
+      if trained:
+        run, weights = trained
+        loss = evaluate(config, corpus.validation, loss_fn, weights, interrupts)
+        runs.append(run._replace(validation_loss=loss))
+      if interrupts.count:
+        break
+  return runs, not interrupts.count
+
+
+class OneLineParser(argparse.ArgumentParser):
+  """A parser whose errors are one line, without the usage, which is long here."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The flags; those with a default take it from `Config`."""
+  parser = OneLineParser(
+    prog="train_lm.py",
+    description="Train a byte-level Transformer on the Python standard library, keeping its weights in a chosen way.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+
+  def add(flag: str, kind: Callable[[str], Any], help_text: str) -> None:
+    default = getattr(Config, flag.removeprefix("--").replace("-", "_"))
+    parser.add_argument(flag, type=kind, default=default, help=help_text)
+
+  which = parser.add_mutually_exclusive_group()
+  which.add_argument("--storage", choices=MODES, default=Config.storage, help="how the weights are kept")
+  which.add_argument(
+    "--compare",
+    nargs="*",
+    choices=MODES,
+    metavar="MODE",
+    default=argparse.SUPPRESS,
+    help="train several from the same seed and data, into one table and plot; without a list, all: " + ", ".join(MODES),
+  )
+  add("--layers", int, "blocks of the Transformer")
+  add("--width", int, "features per position")
+  add("--heads", int, "attention heads")
+  add("--context", int, "bytes that the model sees at once")
+  add("--batch", int, "windows per step")
+  add("--steps", int, "training steps")
+  add("--learning-rate", float, "the peak, after the warmup")
+  add("--weight-decay", float, "AdamW's decay of all matrices")
+  parser.add_argument(
+    "--warmup",
+    type=int,
+    default=argparse.SUPPRESS,
+    help="steps until the peak learning rate (default: a tenth of the steps)",
+  )
+  add("--seed", int, "for the weights and the order of the data")
+  add("--eval-batches", int, "batches of held-out files to validate on")
+  boolean = argparse.BooleanOptionalAction
+  parser.add_argument("--scan", action=boolean, default=Config.scan, help="one lax.scan over the layers")
+  parser.add_argument("--remat", action=boolean, default=Config.remat, help="recompute activations per layer")
+  add("--output-dir", str, "folder for loss.png and results.json")
+  return parser
+
+
+def make_folder(name: str) -> Path:
+  """Makes the output folder before anything is trained for it."""
+  path = Path(name)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UsageError(f"--output-dir {name} cannot be made ({error.strerror}): name another folder") from error
+  if not os.access(path, os.W_OK):
+    raise UsageError(f"--output-dir {name} is not writable: name another folder")
+  return path
+
+
+def train_and_report(config: Config, modes: Sequence[str], console: Console) -> bool:
+  """Trains, reports and writes the files. Returns whether it came to the end without an interruption."""
+  config.check()
+  corpus = lm_data.load_corpus()
+  config.check_text(corpus)
+  folder = make_folder(config.output_dir)
+  console.print(
+    f"{jax.devices()[0].device_kind}, JAX {jax.__version__}. Training text: {len(corpus.train):,} bytes of "
+    f"{corpus.train_files} files; held out: {len(corpus.validation):,} bytes of {corpus.validation_files}."
+  )
+  runs, finished = train_all(config, modes, corpus, console)
+  if not runs:
+    console.print("Stopped before the first step.")
+    return False
+  console.print()
+  console.print(make_table(runs))
+  console.print()
+  console.print(NOTES.format(unigram_bits=lm_data.unigram_bits(corpus)))
+  write_json(folder / "results.json", {**dataclasses.asdict(config), "warmup": config.warmup_steps}, runs)
+  draw_losses(folder / "loss.png", runs)
+  console.print(f"\nWrote {folder / 'loss.png'} and {folder / 'results.json'}")
+  return finished
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line and returns the exit code: 0, or 130 after Ctrl-C. Wrong flags exit with 2."""
+  parser = make_parser()
+  flags = vars(parser.parse_args(argv))
+  compare = flags.pop("compare", None)
+  config = Config(**flags)
+  modes = [config.storage] if compare is None else list(dict.fromkeys(compare)) or list(MODES)
+  # Rich takes 80 columns where it cannot ask a terminal, which is less than the table can need.
+  console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+  try:
+    return 0 if train_and_report(config, modes, console) else INTERRUPTED
+  except UsageError as error:
+    parser.exit(2, f"{parser.prog}: error: {error}\n")
+  except KeyboardInterrupt:
+    console.print("Stopped.")
+    return INTERRUPTED
+
+
+if __name__ == "__main__":
+  sys.exit(main())
