@@ -1,6 +1,7 @@
 """optax_mpo: memory-efficient mixed-precision training for Optax and JAX.
 
 Storage: bf16 params with packed compensation bits in place of f32 master weights.
+Memory: the peak of any step on a GPU that need not be there.
 """
 
 from optax_mpo._compensated import CompensatedState as CompensatedState
@@ -9,5 +10,8 @@ from optax_mpo._compensated import cast as cast
 from optax_mpo._compensated import compensated as compensated
 from optax_mpo._compensated import init as init
 from optax_mpo._compensated import master_params as master_params
+from optax_mpo._memory import gpu_memory as gpu_memory
+from optax_mpo._memory_report import Buffer as Buffer
+from optax_mpo._memory_report import MemoryReport as MemoryReport
 
 __version__ = "0.1.0"

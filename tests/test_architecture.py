@@ -12,6 +12,12 @@ ARROWS = {
   "_tree": (set(), {"jax"}),
   "_codec": (set(), {"jax"}),
   "_compensated": ({"_codec", "_tree"}, {"jax", "optax"}),
+  "_gpu_targets": (set(), set()),
+  "_memory_report": (set(), {"matplotlib"}),  # inside plot
+  "_memory_dump": ({"_memory_report"}, set()),
+  "_memory_worker": (set(), {"jax", "numpy"}),  # a process of its own
+  "_memory_compile": ({"_gpu_targets"}, {"jax"}),
+  "_memory": ({"_gpu_targets", "_memory_compile", "_memory_dump", "_memory_report", "_tree"}, {"jax"}),
 }
 
 
@@ -47,7 +53,7 @@ def test_private_jax_stays_in_one_module():
 
 def test_the_public_api_is_listed_by_name():
   names = {name for name in vars(optax_mpo) if not name.startswith("_")}
-  assert {"compensated", "init", "cast", "master_params", "apply_updates", "CompensatedState"} <= names
+  assert {"compensated", "init", "cast", "master_params", "apply_updates", "CompensatedState", "gpu_memory"} <= names
   for name in names:
     assert (getattr(optax_mpo, name).__doc__ or "").strip(), name
 

@@ -1,0 +1,125 @@
+"""The ways to train that the benchmarks compare: what users would pick instead, and every mode of ours.
+
+A mode turns a model and the name of an optimizer into a training step and the shapes of its params and state. Add a
+mode by adding an entry to MODES.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_mpo as mpo
+from benchmarks.models import Model
+
+PyTree = Any
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+  "adamw": lambda: optax.adamw(3e-4, weight_decay=0.1),
+  "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
+  "lion": lambda: optax.lion(1e-4, weight_decay=0.1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A training step with the shapes of what it takes.
+
+  Attributes:
+    step: `step(params, opt_state, batch) -> (loss, params, opt_state)`; the first two are meant to be donated.
+    params: a tree of ShapeDtypeStructs.
+    opt_state: likewise.
+  """
+
+  step: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, PyTree, PyTree]]
+  params: PyTree
+  opt_state: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """One way to train: `build(model, optimizer)` makes a Training; `exact` if it equals f32-master Optax bit for bit."""
+
+  label: str
+  build: Callable[[Model, str], Training]
+  exact: bool = False
+
+
+def to_bf16(params: PyTree) -> PyTree:
+  return jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+
+
+def optax_f32_master(model: Model, optimizer: str) -> Training:
+  tx = OPTIMIZERS[optimizer]()
+
+  def step(params, opt_state, batch):
+    loss, grads = jax.value_and_grad(lambda p: model.loss(to_bf16(p), batch))(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return loss, optax.apply_updates(params, updates), opt_state
+
+  return Training(step, model.params, jax.eval_shape(tx.init, model.params))
+
+
+def optax_bf16(model: Model, optimizer: str) -> Training:
+  tx = OPTIMIZERS[optimizer]()
+
+  def step(params, opt_state, batch):
+    loss, grads = jax.value_and_grad(model.loss)(params, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return loss, optax.apply_updates(params, updates), opt_state
+
+  params = jax.eval_shape(to_bf16, model.params)
+  return Training(step, params, jax.eval_shape(tx.init, params))
+
+
+def flashoptim(master_weight_bits: int) -> Callable[[Model, str], Training]:
+  """flashoptim-jax with its default 8-bit moments; master_weight_bits counts the 16 of bf16 too."""
+
+  def build(model: Model, optimizer: str) -> Training:
+    import flashoptim_jax  # a rival, for the benchmarks only
+
+    tx = {
+      "adamw": lambda **k: flashoptim_jax.flash_adamw(3e-4, weight_decay=0.1, **k),
+      "sgd": lambda **k: flashoptim_jax.flash_sgdw(1e-2, momentum=0.9, **k),
+      "lion": lambda **k: flashoptim_jax.flash_lion(1e-4, weight_decay=0.1, **k),
+    }[optimizer](master_weight_bits=master_weight_bits)
+
+    def step(params, opt_state, batch):
+      loss, grads = jax.value_and_grad(model.loss)(params, batch)
+      params, opt_state = tx.step(params, opt_state, grads)
+      return loss, params, opt_state
+
+    params = jax.eval_shape(to_bf16, model.params)
+    return Training(step, params, jax.eval_shape(tx.init, params))
+
+  return build
+
+
+def compensated(bits: int) -> Callable[[Model, str], Training]:
+  """Our storage, unfused: a gradient tree, then the update."""
+
+  def build(model: Model, optimizer: str) -> Training:
+    tx = mpo.compensated(OPTIMIZERS[optimizer](), bits=bits)
+
+    def step(params, opt_state, batch):
+      loss, grads = jax.value_and_grad(model.loss)(params, batch)
+      updates, opt_state = tx.update(grads, opt_state, params)
+      return loss, mpo.apply_updates(params, updates), opt_state
+
+    return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
+
+  return build
+
+
+MODES = {
+  "optax-f32": Mode("Optax, f32 master", optax_f32_master, exact=True),
+  "optax-bf16": Mode("Optax, pure bf16 (loses small updates)", optax_bf16),
+  "flash-24": Mode("flashoptim-jax, 24-bit, 8-bit moments", flashoptim(24)),
+  "flash-32": Mode("flashoptim-jax, 32-bit, 8-bit moments", flashoptim(32)),
+  "mpo-16": Mode("optax_mpo, 16 bits", compensated(16), exact=True),
+  "mpo-8": Mode("optax_mpo, 8 bits", compensated(8)),
+  "mpo-4": Mode("optax_mpo, 4 bits", compensated(4)),
+}

@@ -1,0 +1,203 @@
+"""Peak GPU memory of whole training steps, ours and what users would pick instead, without a GPU.
+
+    pip install -e '.[benchmarks]'
+    python benchmarks/peak_memory.py                                        # everything; about half an hour on 2 cores
+    python benchmarks/peak_memory.py --models lm-350m --modes optax-f32 mpo-16 --optimizers adamw
+    python benchmarks/peak_memory.py --list
+
+Each row is one step compiled by XLA:GPU (`optax_mpo.gpu_memory`) with params and optimizer state donated: its
+arguments, outputs and temporaries in bytes per parameter and GiB. Prints a table per optimizer and writes
+peak_memory.json and peak_memory.png to --output-dir. Rows that the JSON has already are kept unless --fresh is given
+or their mode or model is asked for by name.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here; without this, JAX looks for a GPU and complains
+
+import jax
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import optax_mpo as mpo
+
+if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
+  sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.models import Model, language_model, resnet50, vit
+from benchmarks.modes import MODES, OPTIMIZERS
+
+GIB = 2**30
+
+MODELS: dict[str, Callable[[], Model]] = {
+  "lm-125m": lambda: language_model("125m"),
+  "lm-350m": lambda: language_model("350m"),
+  "lm-350m-tied": lambda: language_model("350m", tied=True),
+  "lm-350m-noremat": lambda: language_model("350m", remat=False),
+  "lm-350m-unrolled": lambda: language_model("350m", scan=False),
+  "lm-1.3b": lambda: language_model("1.3b"),
+  "lm-8.8b": lambda: language_model("8.8b"),
+  "lm-70b": lambda: language_model("70b"),
+  "resnet50": resnet50,
+  "vit-l16": lambda: vit("vit-l16"),
+}
+# The other optimizers add rows only where they tell something new.
+FEWER_MODELS = ("lm-350m", "lm-1.3b", "resnet50", "vit-l16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One measured step; bytes are those of one device. `error` says why there are none."""
+
+  model: str
+  parameters: int
+  mode: str
+  optimizer: str
+  target: str
+  argument_bytes: int = 0
+  temporary_bytes: int = 0
+  total_bytes: int = 0
+  fits: bool = False
+  seconds: float = 0.0
+  error: str = ""
+
+  @property
+  def key(self) -> tuple[str, str, str, str]:
+    return self.model, self.mode, self.optimizer, self.target
+
+
+def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
+  """Compiles one step for `target` and returns its bytes."""
+  model = MODELS[model_name]()
+  started = time.perf_counter()
+  row = Row(model_name, model.count, mode, optimizer, target)
+  try:
+    training = MODES[mode].build(model, optimizer)
+    report = mpo.gpu_memory(
+      training.step, training.params, training.opt_state, model.batch, donate_argnums=(0, 1), target=target
+    )
+  except Exception as error:  # a rival that does not compile is a row, not the end of the benchmark
+    return dataclasses.replace(row, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+  return dataclasses.replace(
+    row,
+    argument_bytes=report.argument_bytes,
+    temporary_bytes=report.temporary_bytes,
+    total_bytes=report.total_bytes,
+    fits=report.fits,
+    seconds=round(time.perf_counter() - started, 1),
+  )
+
+
+def make_tables(rows: Sequence[Row]) -> Iterable[Table]:
+  """One table per optimizer: bytes per parameter in all, of the held state in brackets, and GiB."""
+  for optimizer in dict.fromkeys(row.optimizer for row in rows):
+    some = [row for row in rows if row.optimizer == optimizer]
+    models = list(dict.fromkeys(row.model for row in some))
+    table = Table(title=f"{optimizer}, {some[0].target}: bytes per parameter at the peak (held state), GiB")
+    table.add_column("")
+    for model in models:
+      table.add_column(model, justify="right")
+    for mode in dict.fromkeys(row.mode for row in some):
+      cells = {row.model: row for row in some if row.mode == mode}
+      table.add_row(MODES[mode].label, *(describe(cells.get(model)) for model in models))
+    yield table
+
+
+def describe(row: Row | None) -> str:
+  if row is None:
+    return ""
+  if row.error:
+    return "does not compile"
+  total, held = row.total_bytes / row.parameters, row.argument_bytes / row.parameters
+  return f"{total:.2f} ({held:.2f})\n{row.total_bytes / GIB:.2f} GiB{'' if row.fits else ', does not fit'}"
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+  """Draws AdamW's language models: held state and what the step adds, per mode."""
+  some = [row for row in rows if row.optimizer == "adamw" and row.model.startswith("lm") and not row.error]
+  models, modes = list(dict.fromkeys(r.model for r in some)), list(dict.fromkeys(r.mode for r in some))
+  if not some:
+    return
+  figure = Figure(figsize=(1.5 + 1.7 * len(models), 5), layout="constrained")
+  axes = figure.subplots()
+  width = 0.85 / len(modes)
+  for i, mode in enumerate(modes):
+    cells = [(j, row) for j, model in enumerate(models) for row in some if (row.model, row.mode) == (model, mode)]
+    x = [j + (i - (len(modes) - 1) / 2) * width for j, _ in cells]
+    held = [row.argument_bytes / row.parameters for _, row in cells]
+    rest = [row.total_bytes / row.parameters - h for (_, row), h in zip(cells, held, strict=True)]
+    axes.bar(x, held, width * 0.92, color=f"C{i}", label=MODES[mode].label)
+    axes.bar(x, rest, width * 0.92, bottom=held, color=f"C{i}", alpha=0.4)
+  axes.set_xticks(range(len(models)), models)
+  axes.set(ylabel="bytes per parameter", title=f"Peak memory of an AdamW step on {some[0].target} (pale: temporaries)")
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False, fontsize="small", ncols=2, loc="lower right", framealpha=1)
+  figure.savefig(path, dpi=130)
+
+
+def read_rows(path: Path) -> list[Row]:
+  return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+  order = {key: i for i, key in enumerate((o, m, k) for o in OPTIMIZERS for m in MODELS for k in MODES)}
+  ordered = sorted(rows, key=lambda row: order[(row.optimizer, row.model, row.mode)])
+  report: dict[str, Any] = {"jax": jax.__version__, "optax": optax.__version__, "optax_mpo": mpo.__version__}
+  path.write_text(json.dumps({**report, "rows": [dataclasses.asdict(row) for row in ordered]}, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description="Peak GPU memory of training steps, without a GPU.")
+  parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="default: all")
+  parser.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", help="default: all")
+  parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="OPTIMIZER")
+  parser.add_argument("--target", default="h200", help="the GPU to compile for (default: h200)")
+  parser.add_argument("--fresh", action="store_true", help="measure again what the JSON has already")
+  parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
+  parser.add_argument("--list", action="store_true", help="list the models and modes, and stop")
+  args = parser.parse_args(argv)
+  console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+  if args.list:
+    console.print("models:", *(f"{name} ({make().count / 1e6:,.0f}M)" for name, make in MODELS.items()))
+    console.print("modes:", *(f"{name}: {mode.label};" for name, mode in MODES.items()))
+    return 0
+
+  wanted = [
+    (model, mode, optimizer, args.target)
+    for optimizer in args.optimizers
+    for model in args.models or (MODELS if optimizer == "adamw" else FEWER_MODELS)
+    for mode in args.modes or MODES
+  ]
+  args.output_dir.mkdir(parents=True, exist_ok=True)
+  path = args.output_dir / "peak_memory.json"
+  rows = {row.key: row for row in read_rows(path)}
+  again = args.fresh or args.models or args.modes
+  columns = (TextColumn("{task.description:45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+  with Progress(*columns, console=console) as progress:
+    task = progress.add_task("", total=len(wanted))
+    for key in wanted:
+      progress.update(task, description=" ".join(key[:3]))
+      if again or key not in rows:
+        rows[key] = measure(*key)
+        write_rows(path, list(rows.values()))
+      progress.advance(task)
+  for table in make_tables([rows[key] for key in wanted]):
+    console.print(table)
+  draw(args.output_dir / "peak_memory.png", [row for row in read_rows(path) if row.target == args.target])
+  console.print(f"Wrote {path} and {path.with_suffix('.png')}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,108 @@
+"""The GPUs that `gpu_memory` compiles for by name, as the figures XLA:GPU reads of a card.
+
+Why: without a card, XLA wants a `stream_executor.GpuTargetConfigProto`. It holds what the compiler decides by: the
+compute capability, the number of cores, shared memory, L2 cache, and the memory there is.
+
+Sources: for H100, H200 and A100 the files under xla/backends/gpu/target_config/specs of the XLA project; for the other
+cards CUDA's deviceQuery. `memory` is what the driver reports to programs, which is less than what is printed on the
+box, and varies by some hundred MiB between driver versions: 143156 MiB for H200, 45373 for L40S, 24081 for RTX 4090,
+22516 for A10.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """What XLA:GPU has to know of a card.
+
+  Attributes:
+    name: as the driver calls it.
+    compute: the compute capability, major and minor.
+    cores: streaming multiprocessors.
+    memory: bytes of device memory the driver reports.
+    l2: bytes of L2 cache.
+    shared: bytes of shared memory a multiprocessor has.
+    shared_optin: bytes of shared memory a block can ask for.
+    threads: threads a multiprocessor can hold.
+    fpus: 32-bit floating-point units of a multiprocessor.
+    bandwidth: of the memory, in bytes a second.
+    clock: in GHz.
+  """
+
+  name: str
+  compute: tuple[int, int]
+  cores: int
+  memory: int
+  l2: int
+  shared: int
+  shared_optin: int
+  threads: int
+  fpus: int
+  bandwidth: int
+  clock: float
+
+  @property
+  def config(self) -> str:
+    """The card as the text of a GpuTargetConfigProto."""
+    major, minor = self.compute
+    feature = "ACCELERATED_FEATURES" if major == 9 else "NONE"
+    return f"""
+      gpu_device_info {{
+        threads_per_block_limit: 1024 threads_per_warp: 32
+        shared_memory_per_block: 49152 shared_memory_per_core: {self.shared}
+        shared_memory_per_block_optin: {self.shared_optin}
+        threads_per_core_limit: {self.threads} core_count: {self.cores} fpus_per_core: {self.fpus}
+        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2} clock_rate_ghz: {self.clock}
+        device_memory_size: {self.memory}
+        cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
+      }}
+      platform_name: "CUDA"
+      dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+      device_description_str: "{self.name}"
+    """
+
+
+def _hopper(name: str, memory: int, bandwidth: int) -> Target:
+  return Target(name, (9, 0), 132, memory, 52428800, 233472, 232448, 2048, 128, bandwidth, 1.98)
+
+
+def _a100(name: str, memory: int, bandwidth: int) -> Target:
+  return Target(name, (8, 0), 108, memory, 41943040, 167936, 166912, 2048, 64, bandwidth, 1.41)
+
+
+def _gddr(
+  name: str, compute: tuple[int, int], cores: int, memory: int, l2: int, bandwidth: int, clock: float
+) -> Target:
+  return Target(name, compute, cores, memory, l2, 102400, 101376, 1536, 128, bandwidth, clock)
+
+
+TARGETS = {
+  "h100": _hopper("NVIDIA H100 80GB HBM3", 84942979072, 3352320000000),
+  "h200": _hopper("NVIDIA H200", 143156 * 2**20, 4800000000000),
+  "a100-80gb": _a100("NVIDIA A100-SXM4-80GB", 85100068864, 2039040000000),
+  "a100-40gb": _a100("NVIDIA A100-SXM4-40GB", 42331013120, 1555200000000),
+  "l40s": _gddr("NVIDIA L40S", (8, 9), 142, 47576711168, 100663296, 864000000000, 2.52),
+  "rtx4090": _gddr("NVIDIA GeForce RTX 4090", (8, 9), 128, 25250627584, 75497472, 1008000000000, 2.52),
+  "a10": _gddr("NVIDIA A10", (8, 6), 72, 23609475072, 6291456, 600000000000, 1.695),
+}
+LOCAL = "local"
+
+
+def find(target: str) -> Target | None:
+  """Returns the card of that name, or None for the local one.
+
+  Raises:
+    ValueError: for another name; the message lists those known.
+  """
+  key = target.lower() if isinstance(target, str) else target
+  if key == LOCAL:
+    return None
+  if key not in TARGETS:
+    raise ValueError(
+      f"gpu_memory: there is no target {target!r}. Known are {', '.join(TARGETS)}, and {LOCAL!r} for the card in this "
+      "machine."
+    )
+  return TARGETS[key]

@@ -1,0 +1,202 @@
+"""What `gpu_memory` finds out, as a value: figures in bytes, a table, a chart, JSON."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+_LARGEST = 10  # buffers that the table shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+  """A piece of the memory that a program needs, on one device.
+
+  Attributes:
+    name: of an argument, as in `params['w']`; else of the instruction that writes it, in the compiled program.
+    kind: `"argument"`, `"output"` (outputs that take an argument's place are not listed) or `"temporary"`.
+    bytes: what it adds to the total. Temporaries share memory where their times allow, so that a temporary may be
+      larger than what is laid to it here.
+    shape: dtype and shape on one device, such as `bf16[8,128]`.
+    op_name: the JAX operation, such as `jit(step)/transpose(jvp())/dot_general`. Empty for arguments.
+    source: the line of your code it comes from, as in `model.py:12 in loss`. Empty for arguments.
+    at_peak: False for space that is empty at the moment of the peak: it is there because something needs it at another
+      moment, or because of how the compiler packed the buffers.
+    reused: whether an output takes the place of this argument, which was donated.
+  """
+
+  name: str
+  kind: str
+  bytes: int
+  shape: str
+  op_name: str
+  source: str
+  at_peak: bool
+  reused: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+  """The memory that a compiled function needs on a GPU. All sizes are bytes on one device, unless they say otherwise.
+
+  `str(report)` is a table.
+
+  Attributes:
+    target: as it was asked for, such as `"h100"`.
+    device: the card's full name.
+    devices: on how many of them the function runs.
+    device_bytes: the memory of one card, as its driver reports it.
+    argument_bytes: the arguments, and arrays that the function captured from around it.
+    output_bytes: the results.
+    aliased_bytes: results that take the place of donated arguments, so that they need no memory of their own.
+    temporary_bytes: all that is needed while the function runs: activations, gradients, workspace.
+    parameter_count: how many numbers there are in the argument that holds the parameters, over all devices. None where
+      the caller named none.
+    jax_version: of the JAX whose compiler was asked.
+    buffers: what the memory is made of, the largest first. Empty where XLA's dump could not be read.
+    without_triton: whether XLA's own tiles for Triton matrix products, which it measures where there is a GPU, did not
+      fit a shape, so that all products were left to cuBLAS. Temporaries then differ by some percent. To compare like
+      with like, compile all with `compiler_options={"xla_gpu_enable_triton_gemm": False}`.
+  """
+
+  target: str
+  device: str
+  devices: int
+  device_bytes: int
+  argument_bytes: int
+  output_bytes: int
+  aliased_bytes: int
+  temporary_bytes: int
+  parameter_count: int | None
+  jax_version: str
+  buffers: tuple[Buffer, ...] = dataclasses.field(default=(), repr=False)
+  without_triton: bool = False
+
+  @property
+  def total_bytes(self) -> int:
+    """The peak on one device: arguments + outputs - aliased + temporaries."""
+    return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
+
+  @property
+  def fits(self) -> bool:
+    """Whether the total is at most the card's memory.
+
+    Leave a margin of about 1 GiB: CUDA's context and its libraries take memory too. JAX takes 75% of the card by
+    default, so that for more, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 has to be set where the function runs.
+    """
+    return self.total_bytes <= self.device_bytes
+
+  @property
+  def bytes_per_parameter(self) -> float | None:
+    """`total_bytes`, summed over all devices, by parameter. None where the caller did not name the parameters."""
+    return self.per_parameter(self.total_bytes)
+
+  def per_parameter(self, device_bytes: int) -> float | None:
+    """Returns a size on one device, such as `report.temporary_bytes`, summed over all devices, by parameter.
+
+    So a function that shards all it holds has the same figure on 1 device and on 8, and one that replicates all has
+    8 times as much.
+    """
+    return device_bytes * self.devices / self.parameter_count if self.parameter_count else None
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the fields and what is derived of them, as JSON has it."""
+    derived = {"total_bytes": self.total_bytes, "bytes_per_parameter": self.bytes_per_parameter, "fits": self.fits}
+    fields = dataclasses.asdict(self)
+    buffers = fields.pop("buffers")
+    return {**fields, **derived, "buffers": list(buffers)}
+
+  def to_json(self) -> str:
+    """Returns `to_dict()` as JSON text."""
+    return json.dumps(self.to_dict(), indent=2)
+
+  def __str__(self) -> str:
+    where = self.device if self.devices == 1 else f"each of {self.devices} x {self.device}"
+    lines = [f"Memory on {where} ({self.target}, JAX {self.jax_version})"]
+    if self.parameter_count:
+      lines[0] += f", {self.parameter_count:,} parameters"
+    for label, size in (
+      ("arguments", self.argument_bytes),
+      ("outputs", self.output_bytes),
+      ("- aliased", -self.aliased_bytes),
+      ("temporaries", self.temporary_bytes),
+      ("total", self.total_bytes),
+    ):
+      line = f"  {label:<12}{_human(size):>12}"
+      if self.parameter_count:
+        line += f"{self.per_parameter(size):>9.2f} bytes/parameter"
+      lines.append(line)
+    share = self.total_bytes / self.device_bytes
+    verdict = "fits" if self.fits else "does not fit"
+    lines.append(f"  {verdict}: {share:.1%} of {_human(self.device_bytes)}")
+    if self.without_triton:
+      lines.append("  (with cuBLAS for all matrix products: XLA's default tiles for Triton do not fit)")
+    if not self.buffers:
+      return "\n".join([*lines, "(This version of XLA wrote no list of buffers that could be read.)"])
+    groups: dict[str, int] = {}
+    for buffer in self.buffers:
+      if buffer.kind == "argument":
+        root = re.split(r"[\[.]", buffer.name, maxsplit=1)[0]
+        groups[root] = groups.get(root, 0) + buffer.bytes
+    lines.append("Arguments")
+    lines += [f"  {_human(size):>12}  {root}" for root, size in sorted(groups.items(), key=lambda g: -g[1])]
+    others = [b for b in self.buffers if b.kind != "argument"]
+    lines.append("Largest of the others")
+    for b in others[:_LARGEST]:
+      line = f"  {_human(b.bytes):>12}  {b.kind:<9}  {b.shape:<24}  {_described(b)}"
+      lines.append(line if b.at_peak else f"{line} (not at the peak)")
+    if len(others) > _LARGEST:
+      lines.append(f"  {_human(sum(b.bytes for b in others[_LARGEST:])):>12}  in {len(others) - _LARGEST} more")
+    return "\n".join(lines)
+
+  def plot(self, path: str | os.PathLike[str]) -> None:
+    """Draws the report as a stacked bar against the card's memory.
+
+    Args:
+      path: of the image to write. Its suffix says the format: `.png`, `.svg`, `.pdf`.
+
+    Raises:
+      ModuleNotFoundError: where matplotlib is not installed.
+    """
+    try:
+      from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+      raise ModuleNotFoundError(
+        "MemoryReport.plot needs matplotlib: pip install matplotlib. Without it, print(report) shows the same figures."
+      ) from error
+    unit = 2.0**30 if max(self.total_bytes, self.device_bytes) >= 2**30 else 2.0**20
+    parts = {
+      "arguments": self.argument_bytes,
+      "other outputs": self.output_bytes - self.aliased_bytes,
+      "temporaries": self.temporary_bytes,
+    }
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    axes = figure.subplots()
+    left = 0.0
+    for (label, size), color in zip(parts.items(), ("#4C72B0", "#55A868", "#DD8452"), strict=True):
+      axes.barh([0], [size / unit], left=left, color=color, label=f"{label}: {_human(size)}")
+      left += size / unit
+    axes.axvline(self.device_bytes / unit, color="black", linestyle="--", label=f"memory: {_human(self.device_bytes)}")
+    axes.set_yticks([])
+    axes.set_xlim(0, 1.05 * max(self.total_bytes, self.device_bytes) / unit)
+    axes.set_xlabel("GiB" if unit == 2.0**30 else "MiB")
+    where = self.device if self.devices == 1 else f"each of {self.devices} x {self.device}"
+    axes.set_title(f"{_human(self.total_bytes)} on {where}: {'fits' if self.fits else 'does not fit'}")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(pathlib.Path(path), dpi=150)
+
+
+def _described(buffer: Buffer) -> str:
+  """A buffer's place in the user's program, short enough for a line of the table."""
+  operation = "/".join(buffer.op_name.split("/")[-2:]) or buffer.name
+  path, _, rest = buffer.source.rpartition("/")
+  return f"{operation}, {rest or path}" if buffer.source else operation
+
+
+def _human(size: float) -> str:
+  for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+    if abs(size) >= 2**power:
+      return f"{size / 2**power:.2f} {unit}"
+  return f"{size:.0f} B"
