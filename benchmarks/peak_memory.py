@@ -52,8 +52,12 @@ MODELS: dict[str, Callable[[], Model]] = {
   "resnet50": resnet50,
   "vit-l16": lambda: vit("vit-l16"),
 }
-# The other optimizers add rows only where they tell something new.
-FEWER_MODELS = ("lm-350m", "lm-1.3b", "resnet50", "vit-l16")
+# The other optimizers on models where they are used; the paper's SGD on a ResNet among them.
+MODELS_OF = {
+  "adamw": tuple(MODELS),
+  "sgd": ("lm-350m", "lm-1.3b", "vit-l16", "resnet50"),
+  "lion": ("lm-350m", "lm-1.3b", "vit-l16"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   wanted = [
     (model, mode, optimizer, args.target)
     for optimizer in args.optimizers
-    for model in args.models or (MODELS if optimizer == "adamw" else FEWER_MODELS)
+    for model in args.models or MODELS_OF[optimizer]
     for mode in args.modes or MODES
   ]
   args.output_dir.mkdir(parents=True, exist_ok=True)

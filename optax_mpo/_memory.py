@@ -278,8 +278,8 @@ def _check_backend(cause: Exception) -> None:
   except Exception:
     raise RuntimeError(
       "gpu_memory: JAX cannot start in this process, whose JAX_PLATFORMS is "
-      f"{getattr(jax.config, 'jax_platforms', None)!r}. Set JAX_PLATFORMS=cpu before JAX is imported; the GPU to compile for is "
-      "named by target=... and need not be there."
+      f"{getattr(jax.config, 'jax_platforms', None)!r}. Set JAX_PLATFORMS=cpu before JAX is imported; the GPU to "
+      "compile for is named by target=... and need not be there."
     ) from cause
 
 

@@ -143,7 +143,8 @@ class MemoryReport:
     lines.append("Arguments")
     lines += [f"  {_human(size):>12}  {root}" for root, size in sorted(groups.items(), key=lambda g: -g[1])]
     others = [b for b in self.buffers if b.kind != "argument"]
-    lines.append("Largest of the others")
+    if others:
+      lines.append("Largest other buffers")
     for b in others[:_LARGEST]:
       line = f"  {_human(b.bytes):>12}  {b.kind:<9}  {b.shape:<24}  {_described(b)}"
       lines.append(line if b.at_peak else f"{line} (not at the peak)")

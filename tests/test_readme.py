@@ -1,27 +1,32 @@
-"""The README's quickstart runs as it stands, and its test command is the one that CI runs."""
+"""The code in the README and the docs runs as it stands, and the README's numbers are those of the committed JSON."""
 
+import json
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_quickstart_runs():
-  (code,) = blocks("python")
+  code, memory = blocks("python")
   lines = [line for line in code.splitlines() if line.strip()]
   assert len(lines) <= 15
   names: dict = {}
   exec(compile(code, "README.md", "exec"), names)
   assert names["params"]["w"].dtype == jnp.bfloat16
+  code = memory.replace("params, opt_state, x, y", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1))")
+  exec(compile(code, "README.md", "exec"), names)
+  assert names["report"].parameter_count == 5
   # The first step of AdamW moves each weight by the learning rate (and its own decay, 1e-4 of that).
   moved = jax.tree.leaves(names["masters"])[1] - 0.1
   np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
@@ -41,3 +46,35 @@ def test_two_commands_stand_alone_and_name_files_that_exist():
 
 def test_ci_takes_its_test_command_from_the_readme():
   assert "README.md" in (ROOT / ".ci/run").read_text()
+
+
+MODES = {
+  "Optax, f32 master": "optax-f32",
+  "Optax, pure bf16 (loses small updates)": "optax-bf16",
+  "flashoptim-jax, 24-bit, 8-bit moments": "flash-24",
+  "optax_mpo, 16 bits": "mpo-16",
+  "optax_mpo, 8 bits": "mpo-8",
+  "optax_mpo, 4 bits": "mpo-4",
+}
+MODELS = ("lm-350m-unrolled", "lm-350m", "lm-1.3b", "lm-8.8b")
+
+
+def test_the_memory_table_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r["optimizer"] == "adamw" and r["target"] == "h200"}
+  lines = README.split("<!-- benchmarks/results/peak_memory.json -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  table = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in lines)}
+  assert list(table) == list(MODES)
+  for label, mode in MODES.items():
+    cells = [found[mode, model] for model in MODELS]
+    want = [f"{r['total_bytes'] / r['parameters']:.2f} ({r['argument_bytes'] / r['parameters']:.2f})" for r in cells]
+    assert table[label] == want
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_the_code_in_the_docs_runs(page):
+  names: dict = {}
+  for code in blocks("python", page.read_text()):
+    exec(compile(code, page.name, "exec"), names)
+  if page.stem == "peak_memory":
+    assert names["report"].devices == 8
