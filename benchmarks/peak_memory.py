@@ -146,7 +146,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
   axes.set_xticks(range(len(models)), models)
   axes.set(ylabel="bytes per parameter", title=f"Peak memory of an AdamW step on {some[0].target} (pale: temporaries)")
   axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False, fontsize="small", ncols=2, loc="lower right", framealpha=1)
+  figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
   figure.savefig(path, dpi=130)
 
 
