@@ -14,17 +14,16 @@ Source: the layout follows Lewandowski & Kosson, "Memory Efficient Mixed-Precisi
 remainder idea without the tie bug is that of NVIDIA Apex's `store_param_remainders`.
 """
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 BITS = (0, 4, 8, 16)
 """The compensation widths there are, in bits per parameter."""
-
-# Outside of jit each function is one compiled call for a shape; inside, its operations join the caller's.
-_compiled = functools.partial(jax.jit, inline=True)
 
 _ALL = 0xFFFF_FFFF
 _MAGNITUDE = 0x7FFF_FFFF
@@ -42,7 +41,28 @@ def dtype_bits(dtype: jnp.dtype) -> int:
   return {bits_dtype(b): b for b in BITS if b}.get(jnp.dtype(dtype), -1)
 
 
-@functools.partial(_compiled, static_argnames="bits")
+def _operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:
+  """Makes a function an operation: one compiled call outside of jit, a part of the caller inside, with a derivative.
+
+  Integer operations have no derivative, and JAX would take it for zero without a word. The derivatives below pass
+  roundings straight through, as `astype` does, and take the bits for constants.
+  """
+
+  def decorate(fun: Any) -> Any:
+    fun = jax.custom_jvp(fun, nondiff_argnums=static)
+    fun.defjvp(derivative)
+    return jax.jit(fun, static_argnums=static, inline=True)
+
+  return decorate
+
+
+def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
+  low, kept = split(primals[0], bits)
+  constant = None if kept is None else np.zeros(kept.shape, jax.dtypes.float0)
+  return (low, kept), (tangents[0].astype(low.dtype), constant)
+
+
+@_operation(_split_jvp, static=(1,))
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: bf16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
@@ -67,7 +87,11 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   return low, kept.astype(bits_dtype(bits))
 
 
-@_compiled
+def _join_jvp(primals: Any, tangents: Any) -> Any:
+  return join(*primals), tangents[0].astype(jnp.float32)
+
+
+@_operation(_join_jvp)
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: bf16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
@@ -125,7 +149,11 @@ def _is_power_of_two(old: jax.Array) -> jax.Array:
   return (lax.bitcast_convert_type(old, jnp.uint16) & 0x7F) == 0
 
 
-@_compiled
+def _difference_jvp(primals: Any, tangents: Any) -> Any:
+  return difference(*primals), tangents[1].astype(jnp.float32) - tangents[0].astype(jnp.float32)
+
+
+@_operation(_difference_jvp)
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   """Returns the update `u: f32[*s]` that leads from `old: bf16[*s]` to `new: bf16[*s]`; see `add_difference`."""
   old32, new32 = widen(old), widen(new)
@@ -140,7 +168,11 @@ def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   return jnp.where(use_mark, lax.bitcast_convert_type(marked, jnp.float32), u)
 
 
-@_compiled
+def _add_difference_jvp(primals: Any, tangents: Any) -> Any:
+  return add_difference(*primals), (tangents[0].astype(jnp.float32) + tangents[1]).astype(jnp.bfloat16)
+
+
+@_operation(_add_difference_jvp)
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   """Adds `u: f32[*s]` to `old: bf16[*s]` -> `bf16[*s]`; gives back `new` where `u = difference(old, new)`."""
   old32 = widen(old)

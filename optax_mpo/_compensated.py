@@ -83,8 +83,11 @@ def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.Gr
   References:
     Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
   """
-  if bits not in _codec.BITS or isinstance(bits, bool):
-    raise ValueError(f"compensated: bits has to be one of {_codec.BITS}, but it is {bits!r}.")
+  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in _codec.BITS:
+    raise ValueError(
+      f"compensated: bits has to be one of {_codec.BITS}, but it is {bits!r}. It is a Python int and static: under "
+      "optax.inject_hyperparams, name it in static_args."
+    )
   if isinstance(inner, optax.MultiSteps):  # no GradientTransformation, but with its two methods
     inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
   if not isinstance(inner, optax.GradientTransformation):
@@ -385,7 +388,8 @@ def init(
     raise ValueError(
       f"init: no compensated(...) in tx trains {_tree.listed(lost)}, so that the bits cut off would be lost. Wrap the "
       "transformation of these leaves in compensated (bits=0 keeps none), keep them in float32 with where=..., or, to "
-      "hold frozen weights in bfloat16, cast them with optax_mpo.cast before."
+      "hold frozen weights in bfloat16, cast them with optax_mpo.cast before. If they are wrapped, something around "
+      "compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
     )
   low = [seeds[id(leaf)].low if id(leaf) in seeds else leaf for leaf in mixed]
   return treedef.unflatten(low), opt_state

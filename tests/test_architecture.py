@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(optax_mpo.__file__).parent
 # Each module, with what it may import from this package and from outside the standard library.
 ARROWS = {
   "_tree": (set(), {"jax"}),
-  "_codec": (set(), {"jax"}),
+  "_codec": (set(), {"jax", "numpy"}),
   "_compensated": ({"_codec", "_tree"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot

@@ -195,7 +195,10 @@ WRAPPERS = {
   "multi_transform": lambda wrap: optax.multi_transform(
     {"fast": wrap(optax.adam(1e-3)), "slow": wrap(optax.sgd(1e-2))}, labels
   ),
-  "inject_hyperparams": lambda wrap: optax.inject_hyperparams(lambda unused: wrap(optax.adam(1e-3)))(unused=1.0),
+  # Without the dtype Optax would take that of the params, and the learning rate would be rounded to bf16.
+  "inject_hyperparams": lambda wrap: optax.inject_hyperparams(
+    lambda learning_rate: wrap(optax.adam(learning_rate)), hyperparam_dtype=jnp.float32
+  )(learning_rate=1e-3),
   "apply_if_finite": lambda wrap: optax.apply_if_finite(wrap(optax.adam(1e-3)), 3),
   "multi_steps": lambda wrap: optax.MultiSteps(wrap(optax.adam(1e-3)), 2),
 }
