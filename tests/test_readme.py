@@ -76,5 +76,5 @@ def test_the_code_in_the_docs_runs(page):
   names: dict = {}
   for code in blocks("python", page.read_text()):
     exec(compile(code, page.name, "exec"), names)
-  if page.stem == "peak_memory":
+  if page.stem == "memory":
     assert names["report"].devices == 8
