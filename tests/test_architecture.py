@@ -12,6 +12,9 @@ ARROWS = {
   "_tree": (set(), {"jax"}),
   "_codec": (set(), {"jax", "numpy"}),
   "_compensated": ({"_codec", "_tree"}, {"jax", "optax"}),
+  "_jaxpr": (set(), {"jax"}),
+  "_stacked": ({"_jaxpr"}, {"jax"}),
+  "_separable": ({"_compensated", "_jaxpr", "_stacked", "_tree"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),

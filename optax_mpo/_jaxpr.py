@@ -1,0 +1,291 @@
+"""Programs: jaxprs flattened into lists of operations that can be inspected, cut into slices and run.
+
+Why: both fused routes take a training step apart, down to single leaves. They need to know what an operation depends
+on, and to run some operations and not others.
+
+How: `flatten` traces nothing; it copies a jaxpr into a `Program` with its nested calls (jit, custom_jvp_call, ...)
+inlined, and numbers in place of jaxpr variables. `dependencies` is a forward pass with one bit per input, `slice_of` a
+backward one. Everything that depends on how a JAX version writes a jaxpr down is in this module.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import heapq
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+# The calls that mean no more than the operations in them, once nothing is to be differentiated.
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "remat"})
+
+Atom = Any  # an int, which numbers a variable of the program, or a core.Literal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+  """One operation of a program: a jaxpr equation, with its variables numbered.
+
+  Attributes:
+    eqn: the equation, for its primitive, its params and where it came from.
+    inputs: an atom for each operand.
+    outputs: a variable for each result; -1 for one that nobody uses.
+    caller: the equation of the outermost call it was inlined from, or None.
+  """
+
+  eqn: Any
+  inputs: tuple[Atom, ...]
+  outputs: tuple[int, ...]
+  caller: Any = None
+
+  @property
+  def name(self) -> str:
+    """The name of the primitive, such as `dot_general`."""
+    return self.eqn.primitive.name
+
+
+@dataclasses.dataclass
+class Program:
+  """A flat list of operations.
+
+  Attributes:
+    inputs: the variables that come in.
+    outputs: the atoms that go out.
+    operations: in an order in which they can run.
+    constants: the values of variables that are known beforehand.
+    avals: the shape and dtype of every variable.
+  """
+
+  inputs: list[int] = dataclasses.field(default_factory=list)
+  outputs: list[Atom] = dataclasses.field(default_factory=list)
+  operations: list[Operation] = dataclasses.field(default_factory=list)
+  constants: dict[int, Any] = dataclasses.field(default_factory=dict)
+  avals: list[Any] = dataclasses.field(default_factory=list)
+
+  def aval(self, atom: Atom) -> Any:
+    """The shape and dtype of an atom."""
+    return self.avals[atom] if isinstance(atom, int) else atom.aval
+
+  def new(self, aval: Any) -> int:
+    """Adds a variable."""
+    self.avals.append(aval)
+    return len(self.avals) - 1
+
+  @functools.cached_property
+  def makers(self) -> dict[int, int]:
+    """The index of the operation that makes each variable."""
+    return {v: i for i, operation in enumerate(self.operations) for v in operation.outputs if v >= 0}
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+  """Traces `fun(*args)`, and returns its program and the tree of shapes that it returns.
+
+  The arguments may be ShapeDtypeStructs. What `fun` closes over is among the constants.
+  """
+  closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
+  return flatten(closed), out
+
+
+def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
+  """Copies a jaxpr into a program, with the calls named in `calls` inlined."""
+  program = Program()
+
+  def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], caller: Any) -> list[Atom]:
+    env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+      env[var] = program.new(var.aval)
+      program.constants[env[var]] = const
+
+    def read(var: Any) -> Atom:
+      return var if isinstance(var, core.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+      inputs = [read(v) for v in eqn.invars]
+      if eqn.primitive.name in calls:
+        results = inline(*_called(eqn), inputs, caller or eqn)
+        env.update(zip(eqn.outvars, results, strict=True))
+        continue
+      outputs = []
+      for var in eqn.outvars:
+        if isinstance(var, core.DropVar):
+          outputs.append(-1)
+        else:
+          env[var] = program.new(var.aval)
+          outputs.append(env[var])
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller))
+    return [read(v) for v in jaxpr.outvars]
+
+  program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
+  program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, None)
+  return program
+
+
+def _called(eqn: Any) -> tuple[Any, Sequence[Any]]:
+  called = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+  return _open(called)
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+  """Returns a closed or open jaxpr as an open one and its constants."""
+  consts = getattr(jaxpr, "consts", ())
+  return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -> list[Any]:
+  """Runs one operation on its operands, with some of its params changed."""
+  eqn = operation.eqn
+  params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+  with eqn.ctx.manager if hasattr(eqn, "ctx") else contextlib.nullcontext():
+    results = eqn.primitive.bind(*values, **params)
+  return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) -> None:
+  """Runs operations in order, reading and writing `env`."""
+
+  def read(atom: Atom) -> Any:
+    return env[atom] if isinstance(atom, int) else atom.val
+
+  for operation in operations:
+    results = run_operation(operation, [read(a) for a in operation.inputs])
+    env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
+
+
+def branches(operation: Operation) -> list[Program]:
+  """The branches of a `cond` as programs; their inputs are the operands after the first."""
+  return [flatten(b) for b in operation.eqn.params["branches"]]
+
+
+# --- What depends on what ---------------------------------------------------------------------------------------------
+
+
+def dependencies(program: Program, inputs: Sequence[int]) -> dict[int, int]:
+  """Returns for every variable the union of the bit sets of the inputs it depends on.
+
+  Args:
+    program: the program.
+    inputs: a bit set for each of its inputs.
+  """
+  deps = dict.fromkeys(program.constants, 0)
+  deps.update(zip(program.inputs, inputs, strict=True))
+  for operation in program.operations:
+    found = [deps[a] if isinstance(a, int) else 0 for a in operation.inputs]
+    for var, bits in zip(operation.outputs, _output_dependencies(operation, found), strict=True):
+      if var >= 0:
+        deps[var] = bits
+  return deps
+
+
+def output_bits(program: Program, deps: dict[int, int]) -> list[int]:
+  """The bit sets of a program's outputs."""
+  return [deps[a] if isinstance(a, int) else 0 for a in program.outputs]
+
+
+def _output_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
+  if operation.name == "cond":
+    per_branch = [output_bits(b, dependencies(b, inputs[1:])) for b in branches(operation)]
+    return [inputs[0] | union(bits) for bits in zip(*per_branch, strict=True)]
+  if operation.name == "optimization_barrier":
+    return inputs
+  if operation.name == "scan":
+    return _scan_dependencies(operation, inputs)
+  return [union(inputs)] * len(operation.outputs)
+
+
+def union(sets: Iterable[int]) -> int:
+  """The union of bit sets."""
+  union = 0
+  for bits in sets:
+    union |= bits
+  return union
+
+
+def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
+  consts, carry, _ = scan_counts(operation)
+  body = flatten(_closed(operation.eqn.params["jaxpr"]))
+  carried = inputs[consts : consts + carry]
+  while True:
+    found = output_bits(body, dependencies(body, [*inputs[:consts], *carried, *inputs[consts + carry :]]))
+    grown = [a | b for a, b in zip(carried, found[:carry], strict=True)]
+    if grown == carried:
+      return found[:carry] + found[carry:]
+    carried = grown
+
+
+def _closed(jaxpr: Any) -> Any:
+  return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def scan_counts(operation: Operation) -> tuple[int, int, int]:
+  """How many of a scan's operands are constants, carry and scanned."""
+  params = operation.eqn.params
+  if "num_consts" in params:
+    consts, carry = params["num_consts"], params["num_carry"]
+    return consts, carry, len(operation.inputs) - consts - carry
+  consts, carry, xs = (len(jax.tree.leaves(part, is_leaf=lambda x: x is None)) for part in params["ft_in"])
+  return consts, carry, xs
+
+
+# --- Slices -----------------------------------------------------------------------------------------------------------
+
+
+def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozenset[int]) -> list[Operation]:
+  """Returns the operations that `outputs` need beyond the variables `given`, in an order in which they can run.
+
+  Operations with bodies of their own (`cond`, `scan`) are cut down to the results that are needed.
+  """
+  needed = {a for a in outputs if isinstance(a, int)} - given
+  makers = program.makers
+  queue = [-makers[v] for v in needed if v in makers]
+  heapq.heapify(queue)
+  kept, last = [], 1
+  while queue:
+    index = heapq.heappop(queue)
+    if index == last:
+      continue
+    last = index
+    operation = _without_unused(program.operations[-index], needed)
+    kept.append(operation)
+    for atom in operation.inputs:
+      if isinstance(atom, int) and atom not in needed and atom not in given:
+        needed.add(atom)
+        if atom in makers:
+          heapq.heappush(queue, -makers[atom])
+  return kept[::-1]
+
+
+def _without_unused(operation: Operation, needed: set[int]) -> Operation:
+  used = [v in needed for v in operation.outputs]
+  if all(used) or operation.name not in ("cond", "scan"):
+    return operation
+  rule = partial_eval.dce_rules.get(operation.eqn.primitive)
+  if rule is None:
+    return operation
+  used_inputs, eqn = rule(used, operation.eqn)
+  if eqn is None or len(eqn.outvars) != sum(used) or len(eqn.invars) != sum(used_inputs):
+    return operation  # a rule that keeps more than it was asked for
+  return Operation(
+    eqn,
+    tuple(a for a, keep in zip(operation.inputs, used_inputs, strict=True) if keep),
+    tuple(v for v, keep in zip(operation.outputs, used, strict=True) if keep),
+    operation.caller,
+  )
+
+
+# --- Names for errors -------------------------------------------------------------------------------------------------
+
+
+def where(operation: Operation) -> str:
+  """Names an operation and the line of code that asked for it, such as `add (tree_norm, _tree_math.py:292)`."""
+  for eqn in (operation.eqn, operation.caller):
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    for frame in getattr(traceback, "frames", ()):
+      path = pathlib.PurePath(frame.file_name)
+      if not {"jax", "_compensated.py", "_jaxpr.py"} & set(path.parts):
+        function = frame.function_name.replace(".<locals>", "")
+        return f"`{operation.name}` ({function}, {path.name}:{frame.line_num})"
+  return f"`{operation.name}`"

@@ -1,0 +1,324 @@
+"""Takes an Optax update apart into updates of single leaves, by dataflow.
+
+Why: to step a weight the moment its gradient is there, its update has to be told from the updates of all others. Which
+transformations allow that is not a matter of names: it depends on what they compute.
+
+How: `tx.update` and the addition to the params are traced once, into one program for the whole tree. What depends on
+no gradient and no weight (step counts, schedules) is *shared*: it is computed once a step. Everything else belongs to
+the leaves it depends on; leaves that share any of it are *coupled* and can only be stepped together. The update of a
+group of leaves is the slice of the program that makes its new weights and its new state.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo import _compensated, _jaxpr, _stacked, _tree
+
+PyTree = Any
+
+# What a slice computes for itself rather than being handed it, where it is large: holding it would cost more.
+_CHEAP = _stacked.ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
+_SMALL = 1024  # elements
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Leaves that are stepped together, and their slice of the update.
+
+  Attributes:
+    leaves: which leaves of the params.
+    states: which leaves of the optimizer state are theirs.
+    shared: the variables of the program that the slice is handed.
+    operations: the slice.
+    outputs: the new weights, then the new state.
+    program: the program of the whole update.
+    inputs: the variables of the gradients, the weights and the state.
+    names: the names of the leaves of the params and of the state.
+  """
+
+  leaves: tuple[int, ...]
+  states: tuple[int, ...]
+  shared: tuple[int, ...]
+  operations: tuple[_jaxpr.Operation, ...]
+  outputs: tuple[_jaxpr.Atom, ...]
+  program: _jaxpr.Program
+  inputs: tuple[int, ...]
+  names: tuple[str, ...]
+
+  def step(
+    self, grads: Sequence[Any], params: Sequence[Any], states: Sequence[Any], shared: Sequence[Any]
+  ) -> tuple[list[Any], list[Any]]:
+    """Returns the new weights and the new state of the group's leaves."""
+    env = dict(zip(self.shared, shared, strict=True)) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
+    _jaxpr.run(self.program, self.operations, env)
+    return self._split([env[a] if isinstance(a, int) else a.val for a in self.outputs])
+
+  def step_layer(
+    self,
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    states: Sequence[Any],
+    shared: Sequence[Any],
+    index: Any,
+    length: int,
+  ) -> tuple[list[Any], list[Any]]:
+    """The same for one layer of stacked leaves; all arrays but `shared` have lost their first axis, of size `length`.
+
+    Raises:
+      ValueError: where the update is not separable along the layers; the message names the leaves and the operation.
+    """
+    env = dict(zip(self.shared, shared, strict=True))
+    axes: dict[int, int | None] = {}
+    for var, value in zip(self.inputs, [*grads, *params, *states], strict=True):
+      env[var], axes[var] = value[None], 0
+    try:
+      _stacked.run(self.operations, self.program, env, axes, index, length)
+    except _stacked.NotSeparableError as error:
+      self._raise_mixed(str(error))
+    results = []
+    for atom in self.outputs:
+      axis = axes.get(atom) if isinstance(atom, int) else None
+      value = env[atom] if isinstance(atom, int) else atom.val
+      if axis is None:  # the same for every layer, so that the slice computed all of it
+        value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, 0), 0
+      if axis != 0:
+        self._raise_mixed("the state's layer axis moves")
+      results.append(value[0])
+    return self._split(results)
+
+  def check_layers(self, length: int) -> None:
+    """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""
+    program = self.program
+    count = len(self.leaves)
+    for var, name in zip(self.inputs[2 * count :], self.names[count:], strict=True):
+      shape = program.aval(var).shape
+      if not shape or shape[0] != length:
+        self._raise_mixed(f"{name} has shape {list(shape)}, with no entry for each of the {length} layers")
+
+    def one(index: Any, inputs: list[Any], shared: list[Any]) -> Any:
+      return self.step_layer(inputs[:count], inputs[count : 2 * count], inputs[2 * count :], shared, index, length)
+
+    def struct(var: int, drop: int) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(program.aval(var).shape[drop:], program.aval(var).dtype)
+
+    jax.eval_shape(
+      one,
+      jax.ShapeDtypeStruct((), jnp.int32),
+      [struct(v, 1) for v in self.inputs],
+      [struct(v, 0) for v in self.shared],
+    )
+
+  def _split(self, results: list[Any]) -> tuple[list[Any], list[Any]]:
+    return results[: len(self.leaves)], results[len(self.leaves) :]
+
+  def _raise_mixed(self, why: str) -> None:
+    raise ValueError(
+      f"the update of the stacked weights {_tree.listed(self.names[: len(self.leaves)])} cannot be done layer by "
+      f"layer: {why}. Give each layer weights of its own (a list of trees, and fused_layer for each), use a "
+      "transformation that treats each element alone, or step with tx.update."
+    )
+
+
+class Update:
+  """`tx.update` and the addition to the params, traced for one tree of params and taken apart.
+
+  Attributes:
+    names: a name for every leaf of the params.
+    shared: the variables that `run_shared` computes.
+  """
+
+  def __init__(self, tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str):
+    self._caller = caller
+    self._params, self._treedef = jax.tree.flatten(params)
+    self._state, self._state_treedef = jax.tree.flatten(opt_state)
+    self.names = [name for name, _ in _tree.named_leaves(params)]
+    self.state_names = [name for name, _ in _tree.named_leaves(opt_state, "opt_state")]
+    check_state(tx, params, opt_state, caller)
+    self._program, out = _jaxpr.trace(self._whole(tx), self._params, self._params, self._state)
+    self._check_result(out)
+    self._own()
+
+  def _whole(self, tx: optax.GradientTransformation) -> Any:
+    tx_update = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update)).update
+
+    def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
+      tree = self._treedef.unflatten(params)
+      updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+      return _compensated.apply_updates(tree, updates), new_state
+
+    return whole
+
+  def _check_result(self, out: tuple[PyTree, PyTree]) -> None:
+    _, new_state = out
+    if jax.tree.structure(new_state) != self._state_treedef:
+      raise ValueError(
+        f"{self._caller}: tx.update changes the structure of its state, from {self._state_treedef} to "
+        f"{jax.tree.structure(new_state)}. A fused step writes the state in place and needs it to keep its form."
+      )
+    for name, old, new in zip(self.state_names, self._state, jax.tree.leaves(new_state), strict=True):
+      if (jnp.shape(old), jnp.result_type(old)) != (new.shape, new.dtype):
+        raise ValueError(
+          f"{self._caller}: tx.update changes {name} from {jnp.result_type(old)}{list(jnp.shape(old))} to "
+          f"{new.dtype}{list(new.shape)}. A fused step writes the state in place and needs it to keep its form. "
+          "Where the params are bfloat16, compensated(tx) shows tx f32 params and gradients, and keeps its state f32."
+        )
+
+  def _own(self) -> None:
+    """Finds which state is shared, and which leaves and states go together."""
+    program, count = self._program, len(self._params)
+    states = self._inputs()[2]
+    leaf_bits = [1 << i for i in range(count)]
+    state_bits = [1 << (count + j) for j in range(len(states))]
+    self._deps = _jaxpr.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
+    new = _jaxpr.output_bits(program, self._deps)
+    own = (1 << count) - 1  # the leaves and, from here on, the states that are not shared
+    while True:
+      found = _jaxpr.union([bit for bit, bits in zip(state_bits, new[count:], strict=True) if bits & own])
+      if found | own == own:
+        break
+      own |= found
+    self._own_bits = own
+
+    # Leaves and states that any new weight or any new state has in common belong together.
+    self._parent = list(range(count + len(states)))
+    for node, bits in enumerate(new):
+      bits &= own
+      if node >= count and not bits:
+        continue
+      for other in _set_bits(bits):
+        self._parent[self._root(node)] = self._root(other)
+    self._shared_states = [j for j in range(len(states)) if not state_bits[j] & own]
+    self._members: dict[int, list[int]] = {}
+    for node in range(count + len(states)):
+      if node < count or state_bits[node - count] & own:
+        self._members.setdefault(self._root(node), []).append(node)
+
+    given = [v for v, bits in self._deps.items() if not bits & own and self._is_given(v)]
+    self.shared = tuple(v for v in given if v not in program.constants)
+    self._given = frozenset(given)
+
+  def _inputs(self) -> tuple[list[int], list[int], list[int]]:
+    inputs, count = self._program.inputs, len(self._params)
+    return inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
+
+  def _is_given(self, var: int) -> bool:
+    maker = self._program.makers.get(var)
+    if maker is None or math.prod(self._program.aval(var).shape) <= _SMALL:
+      return True
+    return self._program.operations[maker].name not in _CHEAP
+
+  def _root(self, node: int) -> int:
+    while self._parent[node] != node:
+      self._parent[node] = self._parent[self._parent[node]]
+      node = self._parent[node]
+    return node
+
+  def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Computes what all leaves share, once.
+
+    Returns:
+      The values of shared variables; and the new values of the shared leaves of the state, by their index.
+    """
+    program, count = self._program, len(self._params)
+    states = self._inputs()[2]
+    env = dict(program.constants)
+    env.update((states[j], self._state[j]) for j in self._shared_states)
+    outputs = {j: program.outputs[count + j] for j in self._shared_states}
+    known = frozenset(env)
+    _jaxpr.run(program, _jaxpr.slice_of(program, [*self._given, *outputs.values()], known), env)
+    new = {j: env[a] if isinstance(a, int) else jnp.asarray(a.val) for j, a in outputs.items()}
+    return {v: env[v] for v in self._given}, new
+
+  def components(self, leaves: Iterable[int]) -> list[tuple[int, ...]]:
+    """Sorts leaves into the smallest groups that can be stepped."""
+    by_root: dict[int, list[int]] = {}
+    for leaf in leaves:
+      by_root.setdefault(self._root(leaf), []).append(leaf)
+    return [tuple(group) for group in by_root.values()]
+
+  def needs_gradient(self, leaf: int) -> bool:
+    """Whether anything about a leaf changes with its gradient."""
+    program = self._program
+    grads = self._inputs()[0]
+    bits = [1 if v == grads[leaf] else 0 for v in program.inputs]
+    return any(_jaxpr.output_bits(program, _jaxpr.dependencies(program, bits)))
+
+  def group(self, leaves: Sequence[int], who: str) -> Group:
+    """Returns the slice of the update that steps `leaves` together.
+
+    Raises:
+      ValueError: where they are coupled to leaves that are not among them.
+    """
+    program, count = self._program, len(self._params)
+    wanted = set(leaves)
+    members = sorted({node for leaf in leaves for node in self._members[self._root(leaf)]})
+    if outside := [node for node in members if node < count and node not in wanted]:
+      self._raise_coupled(sorted(wanted), outside, who)
+    owned = [node - count for node in members if node >= count]
+    outputs = [program.outputs[i] for i in leaves] + [program.outputs[count + j] for j in owned]
+    grads, params, states = self._inputs()
+    inputs = [grads[i] for i in leaves] + [params[i] for i in leaves] + [states[j] for j in owned]
+    operations = _jaxpr.slice_of(program, outputs, self._given | set(inputs))
+    read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
+    read |= {a for a in outputs if isinstance(a, int)}
+    names = [self.names[i] for i in leaves] + [self.state_names[j] for j in owned]
+    return Group(
+      leaves=tuple(leaves),
+      states=tuple(owned),
+      shared=tuple(sorted(read & self._given)),
+      operations=tuple(operations),
+      outputs=tuple(outputs),
+      program=program,
+      inputs=tuple(inputs),
+      names=tuple(names),
+    )
+
+  def _raise_coupled(self, inside: list[int], outside: list[int], who: str) -> None:
+    ours = _jaxpr.union([1 << i for i in inside])
+    theirs = _jaxpr.union([1 << i for i in outside])
+    by = next(
+      (
+        _jaxpr.where(operation)
+        for operation in self._program.operations
+        for var in operation.outputs
+        if var >= 0 and self._deps[var] & ours and self._deps[var] & theirs
+      ),
+      "its state",
+    )
+    here, there = (_tree.listed(self.names[i] for i in leaves) for leaves in (inside, outside))
+    raise ValueError(
+      f"{who}: tx couples {here} to {there}, in {by}: the update of one needs the gradients of the others, which are "
+      "not there when it is stepped. Use a transformation that works on each leaf alone (optax.clip or "
+      "optax.adaptive_grad_clip in place of optax.clip_by_global_norm), step the coupled leaves in one fused_layer, or "
+      "train with tx.update."
+    )
+
+
+def _set_bits(bits: int) -> Iterable[int]:
+  while bits:
+    low = bits & -bits
+    yield low.bit_length() - 1
+    bits ^= low
+
+
+def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str) -> None:
+  """Raises ValueError where `opt_state` is not of the form that `tx.init(params)` makes."""
+  try:
+    expected = jax.eval_shape(tx.init, params)
+  except jax.errors.ConcretizationTypeError:
+    return  # an init that looks at values; tx.update has to find out for itself
+  hint = "Make the state with optax_mpo.init(tx, params) or tx.init(params), for these very params."
+  leaves = _tree.flatten_like(expected, opt_state, f"{caller}: opt_state", hint, root="tx.init(params)")
+  for (name, want), got in zip(_tree.named_leaves(expected, "opt_state"), leaves, strict=True):
+    if not _tree.is_array(want):
+      continue
+    if jnp.shape(got) != want.shape:
+      raise ValueError(
+        f"{caller}: {name} has shape {list(jnp.shape(got))}, but for these params it is {list(want.shape)}. {hint}"
+      )

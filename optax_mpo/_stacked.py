@@ -1,0 +1,333 @@
+"""Runs the update of a stack of layers for one layer at a time, where that is provably the same.
+
+Why: the weights of scanned layers are stacked, `[layers, ...]`, and so are their moments. The backward pass of the scan
+has the gradient of one layer at a time, and the weights should be stepped then and there. The update that Optax wrote
+is for the whole stack. Tracing it anew for one layer could mean something else: a weight decay mask by rank would see
+scales as scalars, adafactor would factor other axes.
+
+How: the operations of the update are run one by one on arrays whose layer axis has size 1, and for each it is known
+where that axis goes: kept by elementwise operations, moved by a transpose, a batch axis of a product. An operation that
+mixes the layers (a sum over that axis, say) or that is not known is refused, with its name. Arrays that do not depend
+on the layer are cut at the layer's index where they meet ones that do.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from optax_mpo import _jaxpr
+
+ELEMENTWISE = frozenset(
+  """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
+  convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
+  imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square or
+  polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+  shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+  sharding_constraint mul_add""".split()
+)
+
+_REDUCTIONS = frozenset(
+  """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin reduce""".split()
+)
+_CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
+
+Axis = int | None  # where an array's layer axis is, if it has one
+
+
+class NotSeparableError(Exception):
+  """An update of stacked layers that one layer alone cannot be stepped with. The message names the operation."""
+
+
+class _Layer:
+  """One layer of a stack: which, and of how many."""
+
+  def __init__(self, index: Any, length: int):
+    self.index, self.length = index, length
+
+  def cut(self, value: Any, axis: int) -> Any:
+    """Cuts an array that does not depend on the layer down to this one."""
+    return lax.dynamic_slice_in_dim(value, self.index, 1, axis)
+
+
+def run(
+  operations: Sequence[_jaxpr.Operation],
+  program: _jaxpr.Program,
+  env: dict[int, Any],
+  axes: dict[int, Axis],
+  index: Any,
+  length: int,
+) -> None:
+  """Runs operations for one layer.
+
+  Args:
+    operations: what to run, in order.
+    program: where they are from.
+    env: the values of variables, read and written; with layer axes of size 1.
+    axes: the layer axis of each variable in `env`, read and written; a missing one has none.
+    index: i32[], which layer.
+    length: the number of layers.
+
+  Raises:
+    NotSeparableError: where an operation mixes layers.
+  """
+  layer = _Layer(index, length)
+
+  def value(atom: Any) -> Any:
+    return env[atom] if isinstance(atom, int) else atom.val
+
+  for operation in operations:
+    values = [value(a) for a in operation.inputs]
+    where = [axes.get(a) if isinstance(a, int) else None for a in operation.inputs]
+    if all(a is None for a in where):
+      results, out = _jaxpr.run_operation(operation, values), [None] * len(operation.outputs)
+    else:
+      results, out = _rule(operation)(operation, values, where, layer, [program.aval(a) for a in operation.inputs])
+    for var, result, axis in zip(operation.outputs, results, out, strict=True):
+      if var >= 0:
+        env[var], axes[var] = result, axis
+
+
+_Rule = Callable[[_jaxpr.Operation, list[Any], list[Axis], _Layer, list[Any]], tuple[list[Any], list[Axis]]]
+
+
+def _rule(operation: _jaxpr.Operation) -> _Rule:
+  name = operation.name
+  if name in ELEMENTWISE:
+    return _elementwise
+  if name in _REDUCTIONS:
+    return _reduction
+  if name in _CUMULATIVE:
+    return _cumulative
+  rule = _RULES.get(name)
+  if rule is None:
+    raise NotSeparableError(f"{_jaxpr.where(operation)} is not known to keep layers apart")
+  return rule
+
+
+def _mixes(operation: _jaxpr.Operation) -> NotSeparableError:
+  return NotSeparableError(f"{_jaxpr.where(operation)} mixes the layers")
+
+
+def _elementwise(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  axis = next(a for a in axes if a is not None)
+  same = []
+  for value, found, aval in zip(values, axes, avals, strict=True):
+    if found is None and aval.ndim:
+      value = layer.cut(value, axis)
+    elif found not in (None, axis):
+      raise _mixes(operation)
+    same.append(value)
+  changes = {}
+  if operation.eqn.params.get("sharding") is not None:
+    changes["sharding"] = None
+  results = _jaxpr.run_operation(operation, same, **changes)
+  return results, [axis] * len(results)
+
+
+def _per_operand(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  return _jaxpr.run_operation(operation, values), axes
+
+
+def _reduction(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  name = "dimensions" if operation.name == "reduce" else "axes"
+  reduced = operation.eqn.params[name]
+  axis = next(a for a in axes if a is not None)
+  if axis in reduced or any(a not in (None, axis) for a in axes):
+    raise _mixes(operation)
+  values = [
+    layer.cut(v, axis) if a is None and aval.ndim else v for v, a, aval in zip(values, axes, avals, strict=True)
+  ]
+  results = _jaxpr.run_operation(operation, values)
+  return results, [axis - sum(r < axis for r in reduced)] * len(results)
+
+
+def _cumulative(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  if operation.eqn.params["axis"] == axes[0]:
+    raise _mixes(operation)
+  return _jaxpr.run_operation(operation, values), axes
+
+
+def _broadcast_in_dim(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  params = operation.eqn.params
+  assert axes[0] is not None
+  axis = params["broadcast_dimensions"][axes[0]]
+  if params["shape"][axis] != layer.length:
+    raise _mixes(operation)
+  return _jaxpr.run_operation(operation, values, shape=_one(params["shape"], axis), sharding=None), [axis]
+
+
+def _one(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+  return (*shape[:axis], 1, *shape[axis + 1 :])
+
+
+def _reshape(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  new, axis, old = operation.eqn.params["new_sizes"], axes[0], avals[0].shape
+  before = math.prod(old[:axis])
+  for i, size in enumerate(new):
+    if size == layer.length and math.prod(new[:i]) == before and operation.eqn.params.get("dimensions") is None:
+      return _jaxpr.run_operation(operation, values, new_sizes=_one(new, i), sharding=None), [i]
+  raise _mixes(operation)
+
+
+def _transpose(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  return _jaxpr.run_operation(operation, values), [operation.eqn.params["permutation"].index(axes[0])]
+
+
+def _squeeze(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  axis, gone = axes[0], operation.eqn.params["dimensions"]
+  if axis in gone:
+    raise _mixes(operation)
+  assert axis is not None
+  return _jaxpr.run_operation(operation, values), [axis - sum(d < axis for d in gone)]
+
+
+def _concatenate(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  axis = next(a for a in axes if a is not None)
+  if operation.eqn.params["dimension"] == axis:
+    raise _mixes(operation)
+  return _elementwise(operation, values, axes, layer, avals)
+
+
+def _slice(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  params, axis = operation.eqn.params, axes[0]
+  assert axis is not None
+  whole = params["start_indices"][axis] == 0 and params["limit_indices"][axis] == layer.length
+  if not whole or (params["strides"] or {axis: 1})[axis] != 1:
+    raise _mixes(operation)
+  return _jaxpr.run_operation(operation, values, limit_indices=_one(params["limit_indices"], axis)), axes
+
+
+def _pad(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  axis = axes[0]
+  if axis is None or axes[1] is not None or operation.eqn.params["padding_config"][axis] != (0, 0, 0):
+    raise _mixes(operation)
+  return _jaxpr.run_operation(operation, values), [axis]
+
+
+def _rev(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  if axes[0] in operation.eqn.params["dimensions"]:
+    raise _mixes(operation)
+  return _jaxpr.run_operation(operation, values), axes
+
+
+def _sort(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  if operation.eqn.params["dimension"] == next(a for a in axes if a is not None):
+    raise _mixes(operation)
+  return _elementwise(operation, values, axes, layer, avals)
+
+
+def _bitcast_convert_type(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  # A conversion to a narrower type adds a last axis, one to a wider type takes it away; the others stay.
+  narrow = jax.numpy.dtype(operation.eqn.params["new_dtype"]).itemsize
+  if narrow > avals[0].dtype.itemsize and axes[0] == avals[0].ndim - 1:
+    raise _mixes(operation)
+  return _jaxpr.run_operation(operation, values), axes
+
+
+def _dot_general(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  contracted, batch = operation.eqn.params["dimension_numbers"]
+  out: set[int] = set()
+  free = len(batch[0])
+  for side in (0, 1):
+    axis, ndim = axes[side], avals[side].ndim
+    if axis in contracted[side]:
+      raise _mixes(operation)
+    if axis in batch[side]:
+      position = list(batch[side]).index(axis)
+      other = 1 - side
+      if axes[other] is None:
+        values[other] = layer.cut(values[other], batch[other][position])
+      elif axes[other] != batch[other][position]:
+        raise _mixes(operation)
+      out.add(position)
+    frees = [d for d in range(ndim) if d not in contracted[side] and d not in batch[side]]
+    if axis in frees:
+      out.add(free + frees.index(axis))
+    free += len(frees)
+  if len(out) != 1:
+    raise _mixes(operation)
+  return _jaxpr.run_operation(operation, values, out_sharding=None), [out.pop()]
+
+
+def _cond(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  if axes[0] is not None:
+    raise _mixes(operation)
+  branches = _jaxpr.branches(operation)
+  found: list[list[Axis]] = []
+
+  def branch(program: _jaxpr.Program, out: list[Axis] | None) -> Callable[..., list[Any]]:
+    def apply(index: Any, *operands: Any) -> list[Any]:
+      env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
+      inner: dict[int, Axis] = dict(zip(program.inputs, axes[1:], strict=True))
+      run(program.operations, program, env, inner, index, layer.length)
+      results = [env[a] if isinstance(a, int) else a.val for a in program.outputs]
+      result_axes = [inner.get(a) if isinstance(a, int) else None for a in program.outputs]
+      if out is None:
+        found.append(result_axes)
+        return results
+      here = _Layer(index, layer.length)
+      return [
+        here.cut(r, a) if a is not None and had is None else r
+        for r, a, had in zip(results, out, result_axes, strict=True)
+      ]
+
+    return apply
+
+  for program in branches:
+    jax.eval_shape(branch(program, None), layer.index, *values[1:])
+  out = [next((a for a in choices if a is not None), None) for choices in zip(*found, strict=True)]
+  if any(a not in (None, o) for choices in found for a, o in zip(choices, out, strict=True)):
+    raise _mixes(operation)
+  return lax.switch(values[0], [branch(p, out) for p in branches], layer.index, *values[1:]), out
+
+
+_RULES: dict[str, _Rule] = {
+  "optimization_barrier": _per_operand,
+  "bitcast_convert_type": _bitcast_convert_type,
+  "broadcast_in_dim": _broadcast_in_dim,
+  "reshape": _reshape,
+  "transpose": _transpose,
+  "squeeze": _squeeze,
+  "concatenate": _concatenate,
+  "slice": _slice,
+  "pad": _pad,
+  "rev": _rev,
+  "sort": _sort,
+  "dot_general": _dot_general,
+  "cond": _cond,
+}
