@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -35,12 +37,15 @@ class Operation:
     inputs: an atom for each operand.
     outputs: a variable for each result; -1 for one that nobody uses.
     caller: the equation of the outermost call it was inlined from, or None.
+    bodies: the branches of a `cond`, as programs; where a slice has cut some results off, they no longer are those of
+      the equation, and nor are the inputs and outputs.
   """
 
   eqn: Any
   inputs: tuple[Atom, ...]
   outputs: tuple[int, ...]
   caller: Any = None
+  bodies: tuple["Program", ...] = ()
 
   @property
   def name(self) -> str:
@@ -116,7 +121,8 @@ def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
         else:
           env[var] = program.new(var.aval)
           outputs.append(env[var])
-      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller))
+      bodies = tuple(flatten(_closed(b)) for b in eqn.params["branches"]) if eqn.primitive.name == "cond" else ()
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, bodies))
     return [read(v) for v in jaxpr.outvars]
 
   program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
@@ -138,6 +144,8 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -> list[Any]:
   """Runs one operation on its operands, with some of its params changed."""
   eqn = operation.eqn
+  if operation.bodies and len(operation.outputs) != len(eqn.outvars):
+    return lax.switch(values[0], [functools.partial(call, body) for body in operation.bodies], *values[1:])
   params = eqn.primitive.get_bind_params({**eqn.params, **changes})
   with eqn.ctx.manager if hasattr(eqn, "ctx") else contextlib.nullcontext():
     results = eqn.primitive.bind(*values, **params)
@@ -155,9 +163,21 @@ def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) 
     env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
 
 
+def call(program: Program, *args: Any) -> list[Any]:
+  """Runs a whole program on the values of its inputs."""
+  env = dict(program.constants) | dict(zip(program.inputs, args, strict=True))
+  run(program, program.operations, env)
+  return [value(a, env) for a in program.outputs]
+
+
+def value(atom: Atom, env: dict[int, Any]) -> Any:
+  """The value of an atom: a literal's is an array of its dtype."""
+  return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, atom.aval.dtype)
+
+
 def branches(operation: Operation) -> list[Program]:
   """The branches of a `cond` as programs; their inputs are the operands after the first."""
-  return [flatten(b) for b in operation.eqn.params["branches"]]
+  return list(operation.bodies)
 
 
 # --- What depends on what ---------------------------------------------------------------------------------------------
@@ -212,7 +232,7 @@ def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
     found = output_bits(body, dependencies(body, [*inputs[:consts], *carried, *inputs[consts + carry :]]))
     grown = [a | b for a, b in zip(carried, found[:carry], strict=True)]
     if grown == carried:
-      return found[:carry] + found[carry:]
+      return grown + found[carry:]  # a result of the carry needs its first value too, be it to start from
     carried = grown
 
 
@@ -226,7 +246,7 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
   if "num_consts" in params:
     consts, carry = params["num_consts"], params["num_carry"]
     return consts, carry, len(operation.inputs) - consts - carry
-  consts, carry, xs = (len(jax.tree.leaves(part, is_leaf=lambda x: x is None)) for part in params["ft_in"])
+  consts, carry, xs = (len(part) for part in params["ft_in"].unpack())  # from JAX 0.11 on
   return consts, carry, xs
 
 
@@ -262,18 +282,46 @@ def _without_unused(operation: Operation, needed: set[int]) -> Operation:
   used = [v in needed for v in operation.outputs]
   if all(used) or operation.name not in ("cond", "scan"):
     return operation
-  rule = partial_eval.dce_rules.get(operation.eqn.primitive)
+  return _cut_cond(operation, used) if operation.name == "cond" else _cut_scan(operation, used)
+
+
+def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
+  """A `cond` with the results that are used alone, and the operands that those need."""
+  sliced, read = [], set()
+  for body in operation.bodies:
+    outputs = [a for a, keep in zip(body.outputs, used, strict=True) if keep]
+    operations = slice_of(body, outputs, frozenset())
+    reads = {a for o in operations for a in o.inputs if isinstance(a, int)} | {a for a in outputs if isinstance(a, int)}
+    read |= {i for i, v in enumerate(body.inputs) if v in reads}
+    sliced.append((body, outputs, operations))
+  index, *operands = operation.inputs
+  return dataclasses.replace(
+    operation,
+    inputs=(index, *(operands[i] for i in sorted(read))),
+    outputs=_kept(operation.outputs, used),
+    bodies=tuple(
+      dataclasses.replace(body, inputs=[body.inputs[i] for i in sorted(read)], outputs=outputs, operations=operations)
+      for body, outputs, operations in sliced
+    ),
+  )
+
+
+def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
+  """A `scan` with the results that are used, as far as JAX's own rule for it cuts; or whole, which is as correct."""
+  rule: Any = partial_eval.dce_rules.get(operation.eqn.primitive)
   if rule is None:
     return operation
-  used_inputs, eqn = rule(used, operation.eqn)
-  if eqn is None or len(eqn.outvars) != sum(used) or len(eqn.invars) != sum(used_inputs):
-    return operation  # a rule that keeps more than it was asked for
-  return Operation(
-    eqn,
-    tuple(a for a, keep in zip(operation.inputs, used_inputs, strict=True) if keep),
-    tuple(v for v, keep in zip(operation.outputs, used, strict=True) if keep),
-    operation.caller,
-  )
+  try:
+    used_inputs, eqn = rule(used, operation.eqn)
+  except TypeError:  # from JAX 0.11 on, it also asks which operands may be written to
+    used_inputs, eqn = rule(used, [True] * len(operation.inputs), operation.eqn)
+  kept = {id(v) for v in eqn.outvars}  # what is used, and the carry that it needs
+  outputs = _kept(operation.outputs, [id(v) in kept for v in operation.eqn.outvars])
+  return Operation(eqn, _kept(operation.inputs, used_inputs), outputs, operation.caller)
+
+
+def _kept(items: Sequence[Any], keep: Sequence[bool]) -> tuple[Any, ...]:
+  return tuple(item for item, wanted in zip(items, keep, strict=True) if wanted)
 
 
 # --- Names for errors -------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Group:
     """Returns the new weights and the new state of the group's leaves."""
     env = dict(zip(self.shared, shared, strict=True)) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
     _jaxpr.run(self.program, self.operations, env)
-    return self._split([env[a] if isinstance(a, int) else a.val for a in self.outputs])
+    return self._split([_jaxpr.value(a, env) for a in self.outputs])
 
   def step_layer(
     self,
@@ -84,7 +84,7 @@ class Group:
     results = []
     for atom in self.outputs:
       axis = axes.get(atom) if isinstance(atom, int) else None
-      value = env[atom] if isinstance(atom, int) else atom.val
+      value = _jaxpr.value(atom, env)
       if axis is None:  # the same for every layer, so that the slice computed all of it
         value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, 0), 0
       if axis != 0:
@@ -232,7 +232,7 @@ class Update:
     outputs = {j: program.outputs[count + j] for j in self._shared_states}
     known = frozenset(env)
     _jaxpr.run(program, _jaxpr.slice_of(program, [*self._given, *outputs.values()], known), env)
-    new = {j: env[a] if isinstance(a, int) else jnp.asarray(a.val) for j, a in outputs.items()}
+    new = {j: _jaxpr.value(a, env) for j, a in outputs.items()}
     return {v: env[v] for v in self._given}, new
 
   def components(self, leaves: Iterable[int]) -> list[tuple[int, ...]]:

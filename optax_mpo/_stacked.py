@@ -295,7 +295,7 @@ def _cond(
       env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
       inner: dict[int, Axis] = dict(zip(program.inputs, axes[1:], strict=True))
       run(program.operations, program, env, inner, index, layer.length)
-      results = [env[a] if isinstance(a, int) else a.val for a in program.outputs]
+      results = [_jaxpr.value(a, env) for a in program.outputs]
       result_axes = [inner.get(a) if isinstance(a, int) else None for a in program.outputs]
       if out is None:
         found.append(result_axes)
