@@ -149,8 +149,9 @@ class Update:
 
     def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
       tree = self._treedef.unflatten(params)
-      updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
-      return _compensated.apply_updates(tree, updates), new_state
+      with _compensated.direct():
+        updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+        return _compensated.apply_updates(tree, updates), new_state
 
     return whole
 
