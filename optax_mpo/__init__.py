@@ -10,6 +10,11 @@ from optax_mpo._compensated import cast as cast
 from optax_mpo._compensated import compensated as compensated
 from optax_mpo._compensated import init as init
 from optax_mpo._compensated import master_params as master_params
+from optax_mpo._fused import fused_value_and_update as fused_value_and_update
+from optax_mpo._handles import FusedError as FusedError
+from optax_mpo._layer import fused_layer as fused_layer
+from optax_mpo._layer import fused_scan as fused_scan
+from optax_mpo._layer import fused_value as fused_value
 from optax_mpo._memory import gpu_memory as gpu_memory
 from optax_mpo._memory_report import Buffer as Buffer
 from optax_mpo._memory_report import MemoryReport as MemoryReport

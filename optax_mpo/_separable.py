@@ -330,3 +330,14 @@ def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyT
       raise ValueError(
         f"{caller}: {name} has shape {list(jnp.shape(got))}, but for these params it is {list(want.shape)}. {hint}"
       )
+
+
+def as_transformation(tx: Any, who: str) -> optax.GradientTransformation:
+  """Returns `tx` as a transformation; `optax.MultiSteps` is none, but has its two methods.
+
+  Raises:
+    TypeError: where it has not.
+  """
+  if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+    raise TypeError(f"{who}: tx has to be an Optax transformation, but it is a {type(tx).__name__}.")
+  return optax.GradientTransformation(tx.init, tx.update)
