@@ -21,6 +21,8 @@ from optax_mpo import _handles, _separable, _tree
 PyTree = Any
 Remat = bool | Callable[..., Any]
 
+_SMALL = 2**16  # elements of weights and state in a layer, with which there is no memory to save
+
 
 @dataclasses.dataclass
 class Call:
@@ -163,22 +165,31 @@ class Refs:
       write for group in self.groups for write in self._step(group, arguments, grads, [values[i] for i in group.leaves])
     ]
 
-  def update_layer(self, arguments: Any, grads: dict[int, Any], index: Any, layers: int) -> None:
-    """Steps one layer of stacks: writes its slices into their refs, one group of leaves after the other.
+  def update_layer(self, arguments: Any, grads: dict[int, Any], onward: Sequence[Any], index: Any, layers: int) -> None:
+    """Steps one layer of stacks: writes its slices into their refs, one part of the update after the other.
 
-    XLA would make the new values of all leaves before it writes the first, and together they are six times as large as
-    the gradients. So each group is read and written at an index that depends on what the group before has written.
-    XLA cannot know that `never` is zero; an optimization barrier would not do, as XLA takes out what is not used.
+    XLA would make all new values of the layer before it writes the first, and together they are six times as large as
+    the gradients. So each part is read and written at an index that depends on what the part before has written, and
+    the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both). XLA
+    cannot know that `never` is zero; an optimization barrier would not do, as XLA takes out what is not used.
     """
     never = index >> 30
-    at = index
+    params = dict(zip(self.leaves, arguments[0], strict=True))
+    states = dict(zip(self._states, arguments[1], strict=True))
+    shared = dict(zip(self._shared, arguments[2], strict=True))
+    done = [ct[(0,) * ct.ndim] for ct in [*onward, *grads.values()] if ct.size]
     for group in self.groups:
-      weights = [arguments[0][self.leaves.index(i)][at] for i in group.leaves]
-      writes = self._step(group, arguments, grads, weights, at, layers)
-      for ref, value in writes:
-        ref[at] = value
-      written = [ref[(0,) * ref.ndim] for ref, _ in writes if is_float(ref) and ref.size]
-      at = index + never * sum(lax.convert_element_type(w, jnp.int32) for w in written)
+      refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
+      gradients = [grads[i] if i in grads else jnp.zeros(params[i].shape[1:], params[i].dtype) for i in group.leaves]
+      small = sum(ref.size for ref in refs) <= _SMALL * layers
+      for part, outputs in [(group, list(range(len(refs))))] if small else group.parts():
+        at = index + never * sum(lax.convert_element_type(x, jnp.int32) for x in done)
+        values = [ref[at] for ref in refs]
+        new = part.run_layer([*gradients, *values], [shared[v] for v in group.shared], at, layers)
+        for k, value in zip(outputs, new, strict=True):
+          refs[k][at] = value
+        if not small:
+          done = [refs[k][(0,) * refs[k].ndim] for k in outputs]
 
   def _step(
     self,
@@ -186,15 +197,13 @@ class Refs:
     arguments: Any,
     grads: dict[int, Any],
     weights: Sequence[Any],
-    index: Any = ...,
-    layers: int | None = None,
   ) -> list[tuple[Any, Any]]:
     params = dict(zip(self.leaves, arguments[0], strict=True))
     states = dict(zip(self._states, arguments[1], strict=True))
     shared = dict(zip(self._shared, arguments[2], strict=True))
     gradients = [grads[i] if i in grads else jnp.zeros_like(w) for i, w in zip(group.leaves, weights, strict=True)]
-    rest = gradients, weights, [states[j][index] for j in group.states], [shared[v] for v in group.shared]
-    new = group.step(*rest) if layers is None else group.step_layer(*rest, index, layers)
+    rest = gradients, weights, [states[j][...] for j in group.states], [shared[v] for v in group.shared]
+    new = group.step(*rest)
     refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
     return list(zip(refs, [*new[0], *new[1]], strict=True))
 

@@ -120,7 +120,7 @@ def fused_scan(fn: Any, *, remat: Remat = False, reverse: bool = False, unroll: 
     >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))
     >>> value, params, opt_state = step(params, tx.init(params), jnp.ones((2, 3)))
     >>> print(value, params.shape)
-    0.23005988 (4, 3, 3)
+    0.26277387 (4, 3, 3)
   """
   fn = _modules.as_function(fn, "fused_scan")
   _check_remat(remat, "fused_scan")
@@ -165,8 +165,8 @@ def fused_value(handle: Any) -> PyTree:
     >>> params = {"embedding": jnp.eye(3)}
     >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx))
     >>> value, params, _ = step(params, tx.init(params), jnp.array([0, 2]))
-    >>> print(params["embedding"].round(2).tolist())
-    [[1.0299999713897705, -0.10999999940395355, 0.07999999821186066], [0.0, 1.0, 0.0], [0.25, 0.0, 1.0]]
+    >>> print(params["embedding"][0].round(2).tolist())  # the row that was used is changed by both uses
+    [0.9199999570846558, -0.10999999940395355, 0.14000000059604645]
   """
   return jax.tree.map(
     lambda h: _read(h) if _handles.is_handle(h) else h, handle, is_leaf=lambda h: _handles.is_handle(h) or h is None
@@ -321,7 +321,7 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
         weights, constants, _fused_call.in_order(kept), _fused_call.all_cotangents(real, avals)
       )
       sums = [a + b for a, b in zip(sums, more, strict=True)]
-      refs.update_layer(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), index, layers)
+      refs.update_layer(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), onward, index, layers)
       return (onward[: len(ct_carry)], sums), onward[len(ct_carry) :]
 
     (ct_carry, sums), ct_xs = scan(body, (ct_carry, sums), (kept, ct_ys), backward=True)

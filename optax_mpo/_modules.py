@@ -35,10 +35,10 @@ def _nnx_function(module: Any, nnx: Any) -> Callable[..., Any]:
   graphdef, _, rest = nnx.split(module, nnx.Param, ...)
 
   def apply(params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
-    return nnx.merge(graphdef, params)(*inputs, **kwargs)
+    return nnx.merge(graphdef, params, copy=True)(*inputs, **kwargs)
 
   def apply_with_state(params_and_state: tuple[PyTree, PyTree], *inputs: Any, **kwargs: Any) -> Any:
-    copy = nnx.merge(graphdef, *params_and_state)
+    copy = nnx.merge(graphdef, *params_and_state, copy=True)
     out = copy(*inputs, **kwargs)
     return out, nnx.split(copy, nnx.Param, ...)[2]
 

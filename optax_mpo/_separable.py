@@ -76,9 +76,13 @@ class Group:
     Raises:
       ValueError: where the update is not separable along the layers; the message names the leaves and the operation.
     """
+    return self._split(self.run_layer([*grads, *params, *states], shared, index, length))
+
+  def run_layer(self, inputs: Sequence[Any], shared: Sequence[Any], index: Any, length: int) -> list[Any]:
+    """What `step_layer` returns, as one list, of all inputs in one list."""
     env = self._known(shared)
     axes: dict[int, int | None] = {}
-    for var, value in zip(self.inputs, [*grads, *params, *states], strict=True):
+    for var, value in zip(self.inputs, inputs, strict=True):
       env[var], axes[var] = value[None], 0
     try:
       _stacked.run(self.operations, self.program, env, axes, index, length)
@@ -93,7 +97,41 @@ class Group:
       if axis != 0:
         self._raise_mixed("the state's layer axis moves")
       results.append(value[0])
-    return self._split(results)
+    return results
+
+  def parts(self) -> list[tuple["Group", list[int]]]:
+    """Splits the slice into ones that can be run and written one after the other, each over what it has read.
+
+    A new moment that is written and read again takes the place of the old one, where nothing else needs that.
+
+    Returns:
+      Groups with the same inputs, of which new states stand in for old ones once they are written; and which of the
+      outputs each of them makes.
+    """
+    inputs, left, parts = list(self.inputs), list(range(len(self.outputs))), []
+    first_state = 2 * len(self.leaves)
+    for k in range(len(self.leaves), len(self.outputs)):
+      new, place = self.outputs[k], first_state + k - len(self.leaves)
+      if not isinstance(new, int) or new in self.inputs:
+        continue
+      after = [*inputs[:place], new, *inputs[place + 1 :]]
+      rest = [o for o in left if o != k]
+      if inputs[place] in self._part(after, rest).reads():
+        continue
+      parts.append((self._part(inputs, [k]), [k]))
+      inputs, left = after, rest
+    return [*parts, (self._part(inputs, left), left)]
+
+  def _part(self, inputs: Sequence[int], outputs: Sequence[int]) -> "Group":
+    atoms = tuple(self.outputs[k] for k in outputs)
+    given = {*self.shared, *self.constants, *inputs}
+    operations = tuple(_jaxpr.slice_of(self.program, atoms, given))
+    return dataclasses.replace(self, inputs=tuple(inputs), outputs=atoms, operations=operations)
+
+  def reads(self) -> set[int]:
+    """The variables that the slice reads."""
+    atoms = [a for operation in self.operations for a in operation.inputs] + list(self.outputs)
+    return {a for a in atoms if isinstance(a, int)}
 
   def check_layers(self, length: int) -> None:
     """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""

@@ -15,6 +15,12 @@ ARROWS = {
   "_jaxpr": (set(), {"jax"}),
   "_stacked": ({"_jaxpr"}, {"jax"}),
   "_separable": ({"_compensated", "_jaxpr", "_stacked", "_tree"}, {"jax", "optax"}),
+  "_handles": ({"_separable", "_tree"}, {"jax"}),
+  "_pullback": ({"_jaxpr"}, {"jax"}),
+  "_modules": (set(), set()),  # Flax is looked up, not imported
+  "_fused_call": ({"_handles", "_separable", "_tree"}, {"jax", "numpy"}),
+  "_layer": ({"_fused_call", "_handles", "_modules", "_pullback"}, {"jax"}),
+  "_fused": ({"_fused_call", "_handles", "_separable", "_tree"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),

@@ -1,4 +1,4 @@
-"""Fused layers: equal to the unfused step bit for bit, for every kind of layer, input and output; plain without handles.
+"""Fused layers equal the unfused step bit for bit, for every kind of layer, input and output.
 
 The rival is the same loss function with arrays, `jax.value_and_grad`, `tx.update` and `mpo.apply_updates`, jitted.
 
@@ -41,7 +41,8 @@ def unfused(loss_fn, tx, has_aux=False):
 def assert_same(got, want):
   chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))
+    a, b = (np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for x in (a, b))  # NumPy knows NaN then
+    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 def assert_equal_steps(loss_fn, tx, params, opt_state, batches, has_aux=False, scanned=False):
@@ -165,7 +166,7 @@ PLAIN = {
   "adamw_f32": lambda: optax.adamw(1e-2),
   "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
   "lamb": lambda: optax.lamb(1e-3),
-  "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
+  "multi_steps": lambda: optax.MultiSteps(optax.sgd(1e-2, momentum=0.9), 2),
   "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-2, 0.0, 10)),
   "frozen_part": lambda: optax.multi_transform(
     {"on": optax.adam(1e-2), "off": optax.set_to_zero()},
@@ -176,17 +177,24 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_transformations_without_compensation(name):
-  tx, params = PLAIN[name](), make_params(False)
-  loss_fn = functools.partial(model_loss, False, True)
-  # Norms over leaves (adafactor, lamb) are sums that XLA orders by what it fuses them with: no fusion, one order.
-  fused = exact_jit(mpo.fused_value_and_update(loss_fn, tx, has_aux=True), scanned=True)
-  plain = exact_jit(unfused(loss_fn, tx, True), scanned=True)
+  def loss_fn(params, x):
+    layer = mpo.fused_layer(lambda p, x: jnp.tanh(x @ p["up"]) * p["scale"])
+    for p in params:
+      x = layer(p, x)
+    return jnp.sum(x**2)
+
+  rng = np.random.default_rng(0)
+  params = [{"up": jnp.asarray(rng.standard_normal((4, 4)), jnp.float32), "scale": jnp.ones(4)} for _ in range(2)]
+  tx = PLAIN[name]()
+  fused, plain = exact_jit(mpo.fused_value_and_update(loss_fn, tx)), exact_jit(unfused(loss_fn, tx))
   got = want = (params, tx.init(params))
-  for batch in batches(10):
-    value, *got = fused(*got, *batch)
-    wanted, *want = plain(*want, *batch)
+  for i in range(4):
+    x = jnp.full((2, 4), 0.5 + i)
+    value, *got = fused(*got, x)
+    wanted, *want = plain(*want, x)
     assert_same(value, wanted)
   assert_same(got, want)
+  assert bool((got[0][0]["scale"] != params[0]["scale"]).any())
 
 
 def test_steps_can_be_mixed_with_unfused_ones():
@@ -209,7 +217,10 @@ def test_without_jit_and_with_donation():
   step = mpo.fused_value_and_update(loss_fn, tx, has_aux=True)
   eager = step(params, opt_state, *batch)
   donated = jax.jit(step, donate_argnums=(0, 1))(*jax.tree.map(jnp.copy, (params, opt_state)), *batch)
-  chex.assert_trees_all_close(eager, donated, rtol=1e-2)  # operation by operation bf16 rounds more often than compiled
+  # Operation by operation bf16 rounds more often than compiled, by two of its units; the bits then have other weights.
+  got, want = ((value, mpo.master_params(params, state)) for value, params, state in (eager, donated))
+  chex.assert_trees_all_close(got[0][0], want[0][0], rtol=2**-7)
+  chex.assert_trees_all_close(got[1], want[1], atol=1e-2 * 2**-6)  # the learning rate times an error of the gradient
   assert_same(opt_state, init(tx, make_params(True))[1])  # pure from outside
 
 
