@@ -1,0 +1,503 @@
+"""Decides, for a program that makes gradients, where each weight is stepped.
+
+Why: a gradient costs memory from the operation that completes it to the update that reads it. A plan says after which
+operation of the program each weight is stepped, and which scans are to step stacks of layers in their carry.
+
+How: a weight is due when its gradient is complete and the program has read it for the last time, since stepping it
+earlier would keep its old value in memory beside the new one. A gradient that a scan stacks is followed from the scan
+to its end. If everything on that way can be done for one layer alone, and the update can, the layer is stepped inside
+the scan. Everything here is found in the program, before it runs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_mpo import _jaxpr, _stacked
+
+# Operations that a gradient is followed through, from the weight back to the scan that stacks it.
+FOLLOWED = _stacked.ELEMENTWISE | {"transpose", "reshape", "squeeze", "broadcast_in_dim", "optimization_barrier"}
+# Operations that XLA makes no new array for: who reads their result reads the operand.
+_VIEWS = frozenset(
+  """transpose reshape squeeze expand_dims convert_element_type sharding_constraint copy copy_p stop_gradient slice
+  optimization_barrier""".split()
+)
+
+Values = Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """How the leaves of a site are stepped.
+
+  Attributes:
+    run: `run(grads, params, states, shared) -> (params, states)`.
+    grads: the shapes of what it takes, as ShapeDtypeStructs.
+    params: likewise.
+    states: likewise.
+    shared: likewise.
+  """
+
+  run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
+  grads: tuple[Any, ...]
+  params: tuple[Any, ...]
+  states: tuple[Any, ...]
+  shared: tuple[Any, ...]
+
+
+@dataclasses.dataclass
+class Site:
+  """Leaves that are stepped together, as one program sees them.
+
+  Attributes:
+    leaves: which leaves of the params.
+    grads: the atoms that the step needs.
+    params: for each leaf, the variables that hold its weight.
+    step: how they are stepped. Its `shared` are the values that the site is handed from outside.
+    placed: where they are stepped, for `explain`: `in scan`, `at once` or `at the end`; and why not in a scan.
+  """
+
+  leaves: tuple[int, ...]
+  grads: tuple[_jaxpr.Atom, ...]
+  params: tuple[tuple[int, ...], ...]
+  step: Step
+  placed: tuple[str, str] = ("", "")
+
+
+@dataclasses.dataclass
+class Released:
+  """A site that is stepped inside a scan.
+
+  Attributes:
+    site: the site, in the program that the scan is in.
+    inner: the site, in the body of the scan.
+    given: variables of the outer program that the inner step is handed, beyond what the site is.
+    param_axes: the layer axis of each weight.
+    state_axes: of each state.
+    index: the position of the site among those of the outer plan.
+  """
+
+  site: Site
+  inner: Site
+  given: tuple[int, ...]
+  param_axes: tuple[int, ...]
+  state_axes: tuple[int, ...]
+  index: int
+
+
+@dataclasses.dataclass
+class Own:
+  """A scanned operand that is made from released weights alone: the body makes it from its own layer of them."""
+
+  released: int
+  leaf: int
+  operations: tuple[_jaxpr.Operation, ...]
+  source: int
+  result: int
+  axis: int
+
+
+@dataclasses.dataclass
+class ScanPlan:
+  """A scan that steps stacks in its carry."""
+
+  operation: _jaxpr.Operation
+  body: _jaxpr.Program
+  plan: "Plan"
+  released: list[Released]
+  own: dict[int, Own]  # by the position of the scanned operand
+  kept: list[int]  # the positions of the stacked results that stay
+  length: int
+
+
+@dataclasses.dataclass
+class Plan:
+  """What to do after each operation of a program; -1 stands for before the first.
+
+  Attributes:
+    program: the program.
+    sites: all sites.
+    due: the sites to step after an operation.
+    scans: the scans that are run with stacks in their carry.
+    skipped: operations that are done inside such a scan.
+    ties: the variable that the rest of the program is made to wait with for the steps after an operation.
+    last_use: the last operation that reads a variable.
+  """
+
+  program: _jaxpr.Program
+  sites: list[Site]
+  due: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+  scans: dict[int, ScanPlan] = dataclasses.field(default_factory=dict)
+  skipped: set[int] = dataclasses.field(default_factory=set)
+  ties: dict[int, int] = dataclasses.field(default_factory=dict)
+  last_use: dict[int, int] = dataclasses.field(default_factory=dict)
+
+
+def make_plan(program: _jaxpr.Program, sites: list[Site], results: Iterable[_jaxpr.Atom]) -> Plan:
+  """Plans the steps of `sites` in `program`, which has to compute `results` besides."""
+  return _Planner(program, sites, results).plan()
+
+
+class _Planner:
+  def __init__(self, program: _jaxpr.Program, sites: list[Site], results: Iterable[_jaxpr.Atom]):
+    self.program, self.sites = program, sites
+    self.results = {a for a in results if isinstance(a, int)}
+    self.users: dict[int, list[int]] = {}
+    for i, operation in enumerate(program.operations):
+      for atom in operation.inputs:
+        if isinstance(atom, int):
+          self.users.setdefault(atom, []).append(i)
+    self.result = Plan(program, sites)
+
+  def plan(self) -> Plan:
+    self._place_in_scans()
+    end = len(self.program.operations)
+    result = self.result
+    for i, operation in enumerate(self.program.operations):
+      if i not in result.skipped:
+        for atom in operation.inputs:
+          if isinstance(atom, int):
+            result.last_use[atom] = i
+    for i, scan in result.scans.items():
+      result.last_use.update((v, max(i, result.last_use.get(v, -1))) for r in scan.released for v in r.given)
+    result.last_use.update(dict.fromkeys(self.results, end))
+    released = {r.index for scan in result.scans.values() for r in scan.released}
+    for index, site in enumerate(self.sites):
+      if index in released:
+        continue
+      due = self._due(site)
+      result.due.setdefault(due, []).append(index)
+      for atom in site.grads:
+        if isinstance(atom, int):
+          result.last_use[atom] = max(due, result.last_use.get(atom, -1))
+    self._place_ties()
+    return result
+
+  def _made(self, atom: _jaxpr.Atom) -> int:
+    return self.program.makers.get(atom, -1) if isinstance(atom, int) else -1
+
+  def _due(self, site: Site) -> int:
+    complete = max((self._made(a) for a in site.grads), default=-1)
+    read = max((self._last_read(v) for views in site.params for v in views), default=-1)
+    return max(complete, read)
+
+  def _last_read(self, var: int) -> int:
+    """The last operation that reads a variable, be it through a view of it."""
+    last, queue, seen = -1, [var], {var}
+    while queue:
+      var = queue.pop()
+      for i in self.users.get(var, ()):
+        if i in self.result.skipped:
+          continue
+        last = max(last, i)
+        operation = self.program.operations[i]
+        if operation.name in _VIEWS:
+          views = [o for a, o in zip(operation.inputs, operation.outputs, strict=False) if a == var and o >= 0]
+          queue += [v for v in views if v not in seen]
+          seen.update(views)
+    return last
+
+  def _place_ties(self) -> None:
+    """Finds, for every moment at which something is stepped, the latest variable that the backward pass goes on with."""
+    program, result = self.program, self.result
+    until = dict.fromkeys(self.results, len(program.operations))
+    for due, indices in result.due.items():
+      for index in indices:
+        for atom in self.sites[index].grads:
+          if isinstance(atom, int):
+            until[atom] = max(due, until.get(atom, -1))
+    for i in range(len(program.operations) - 1, -1, -1):
+      operation = program.operations[i]
+      needed = max((until.get(v, -1) for v in operation.outputs), default=-1)
+      if i in result.scans:
+        needed = max(needed, i)
+      if needed < 0:
+        continue
+      for atom in operation.inputs:
+        if isinstance(atom, int):
+          until[atom] = max(needed, until.get(atom, -1))
+    live: list[int] = []
+    for i, operation in enumerate(program.operations):
+      live += [v for v in operation.outputs if v >= 0 and jnp.issubdtype(program.aval(v).dtype, jnp.inexact)]
+      while live and (result.last_use.get(live[-1], -1) <= i or until.get(live[-1], -1) <= i):
+        live.pop()
+      if i in result.due and live:
+        result.ties[i] = live[-1]
+
+  # --- Scans ----------------------------------------------------------------------------------------------------------
+
+  def _place_in_scans(self) -> None:
+    candidates: dict[int, list[tuple[int, list[int]]]] = {}
+    for index, site in enumerate(self.sites):
+      found = [self._scan_of(atom) for atom in site.grads]
+      scans = {scan for scan, _ in found}
+      if scans == {None} or not site.leaves:
+        continue
+      if len(scans) > 1 or None in scans:
+        site.placed = ("at the end", "its leaves are coupled and get their gradients in different places")
+        continue
+      scan = scans.pop()
+      assert scan is not None
+      candidates.setdefault(scan, []).append((index, sorted({i for _, path in found for i in path})))
+    for scan, found in candidates.items():
+      self._place_in_scan(scan, found)
+
+  def _scan_of(self, atom: _jaxpr.Atom) -> tuple[int | None, list[int]]:
+    """Follows a gradient back to the last scan that stacks it; returns the scan and the operations since."""
+    operations, makers = self.program.operations, self.program.makers
+    scan, seen = None, set()
+    queue = [atom] if isinstance(atom, int) else []
+    while queue:
+      var = queue.pop()
+      i = makers.get(var)
+      if i is None or i in seen:
+        continue
+      operation = operations[i]
+      if operation.name == "scan":
+        if list(operation.outputs).index(var) >= _jaxpr.scan_counts(operation)[1]:
+          scan = i if scan is None else max(scan, i)
+      elif operation.name in FOLLOWED:
+        seen.add(i)
+        queue += [a for a in operation.inputs if isinstance(a, int)]
+    if scan is None:
+      return None, []
+    # Everything after the scan has to be done in it; what is not on a path from the scan can be done before.
+    path = _jaxpr.slice_of(self.program, [atom], {v for i in range(scan + 1) for v in operations[i].outputs})
+    position = {v: i for i in range(scan + 1, len(operations)) for v in operations[i].outputs if v >= 0}
+    return scan, sorted({position[v] for operation in path for v in operation.outputs if v >= 0})
+
+  def _place_in_scan(self, scan: int, candidates: list[tuple[int, list[int]]]) -> None:
+    operation = self.program.operations[scan]
+    consts, carry, _ = _jaxpr.scan_counts(operation)
+    length = operation.eqn.params["length"]
+    ys = {v: j for j, v in enumerate(operation.outputs[carry:]) if v >= 0}
+    accepted: list[tuple[int, list[int], Released, list[int]]] = []
+    # A stacked gradient that anything else reads has to be stacked all the same. Which paths are left is not known
+    # before all sites have been looked at, so that this is repeated until nothing is refused.
+    for index, path in candidates:
+      site = self.sites[index]
+      try:
+        released, used = self._released(index, path, ys, length)
+      except (_stacked.NotSeparableError, TypeError) as error:
+        site.placed = ("at the end", str(error))
+        continue
+      accepted.append((index, path, released, used))
+    while True:
+      inside = {i for _, path, _, _ in accepted for i in path}
+      bad = [a for a in accepted if self._read_elsewhere(a, operation.outputs[carry:], inside)]
+      if not bad:
+        break
+      for index, *_ in bad:
+        self.sites[index].placed = ("at the end", "its stacked gradient is also used elsewhere")
+      accepted = [a for a in accepted if a not in bad]
+    if not accepted:
+      return
+
+    body = _jaxpr.flatten_towards(
+      _jaxpr.scan_body(operation),
+      [False] * carry + [any(j in used for _, _, _, used in accepted) for j in range(len(operation.outputs) - carry)],
+      FOLLOWED,
+    )
+    released = [r for _, _, r, _ in accepted]
+    for (_, _, r, used), number in zip(accepted, range(len(accepted)), strict=True):
+      r.inner.grads = tuple(body.outputs[carry + j] for j in used)
+      released[number] = r
+    own = self._own(operation, consts + carry, released, body, length)
+    taken = {j for _, _, _, used in accepted for j in used}
+    kept = [j for j in range(len(operation.outputs) - carry) if j not in taken]
+    results = [*body.outputs[:carry], *(body.outputs[carry + j] for j in kept)]
+    plan = make_plan(body, [r.inner for r in released], results)
+    self.result.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, length)
+    self.result.skipped |= {i for _, path, _, _ in accepted for i in path}
+    for r in released:
+      r.site.placed = ("in scan", "")
+
+  def _released(self, index: int, path: list[int], ys: dict[int, int], length: int) -> tuple[Released, list[int]]:
+    """Makes the step of one layer, or raises NotSeparableError."""
+    program, site = self.program, self.sites[index]
+    operations = [program.operations[i] for i in path]
+    made = {v for operation in operations for v in operation.outputs}
+    read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
+    read |= {a for a in site.grads if isinstance(a, int)}
+    used = sorted(read & set(ys), key=lambda v: ys[v])
+    given = tuple(sorted(read - made - set(used) - set(program.constants)))
+    for var in given:
+      if program.makers.get(var, -1) >= min(path, default=0):
+        raise _stacked.NotSeparableError("its gradient gets another part after the scan")
+
+    def post(stacks: Values, values: Values) -> list[Any]:
+      env = dict(program.constants) | dict(zip(used, stacks, strict=True)) | dict(zip(given, values, strict=True))
+      _jaxpr.run(program, operations, env)
+      return [env[a] if isinstance(a, int) else a.val for a in site.grads]
+
+    structs = [[_struct(program.aval(v)) for v in part] for part in (used, given)]
+    step, param_axes, state_axes = layer_step(site.step, post, structs[0], structs[1], length)
+    inner = Site(site.leaves, (), tuple(() for _ in site.leaves), step)
+    return Released(site, inner, given, param_axes, state_axes, index), [ys[v] for v in used]
+
+  def _read_elsewhere(self, candidate: Any, outputs: Sequence[int], inside: set[int]) -> bool:
+    index, path, _, used = candidate
+    here = {outputs[j] for j in used} | {v for i in path for v in self.program.operations[i].outputs if v >= 0}
+    if here & self.results:
+      return True
+    others = {a for k, site in enumerate(self.sites) if k != index for a in site.grads if isinstance(a, int)}
+    return bool(here & others) or any(i not in inside for v in here for i in self.users.get(v, ()))
+
+  def _own(
+    self, operation: _jaxpr.Operation, first: int, released: list[Released], body: _jaxpr.Program, length: int
+  ) -> dict[int, Own]:
+    """Finds the scanned operands that are layers of released weights, and tells the sites in the body about them."""
+    sources = {
+      v: (n, leaf)
+      for n, r in enumerate(released)
+      for leaf, views in enumerate(r.site.params)
+      for v in views
+    }
+    own = {}
+    inner_params: list[list[list[int]]] = [[[] for _ in r.site.leaves] for r in released]
+    for position, atom in enumerate(operation.inputs[first:]):
+      chain, var = [], atom
+      while isinstance(var, int) and var not in sources:
+        maker = self.program.makers.get(var)
+        if maker is None:
+          break
+        step = self.program.operations[maker]
+        if step.name not in FOLLOWED or len(step.inputs) != 1:
+          break
+        chain.append(step)
+        var = step.inputs[0]
+      if not isinstance(var, int) or var not in sources:
+        continue
+      number, leaf = sources[var]
+      entry = Own(number, leaf, tuple(chain[::-1]), var, atom, released[number].param_axes[leaf])
+      try:
+        jax.eval_shape(
+          lambda x, i, entry=entry: run_own(entry, self.program, x, i, length),
+          _layer_struct(_struct(self.program.aval(var)), entry.axis),
+          jax.ShapeDtypeStruct((), jnp.int32),
+        )
+      except _stacked.NotSeparableError:
+        continue
+      own[position] = entry
+      inner_params[number][leaf].append(body.inputs[first + position])
+    for r, params in zip(released, inner_params, strict=True):
+      r.inner.params = tuple(tuple(views) for views in params)
+    return own
+
+
+def run_own(own: Own, program: _jaxpr.Program, value: Any, index: Any, length: int) -> Any:
+  """Makes one entry of a scanned operand from one layer of a weight."""
+  env: dict[int, Any] = {own.source: jnp.expand_dims(value, own.axis)}
+  axes: dict[int, int | None] = {own.source: own.axis}
+  _stacked.run(own.operations, program, env, axes, index, length)
+  if axes[own.result] != 0:
+    raise _stacked.NotSeparableError("the layer axis is not the one that is scanned")
+  return env[own.result][0]
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _layer_struct(struct: Any, axis: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((*struct.shape[:axis], *struct.shape[axis + 1 :]), struct.dtype)
+
+
+def layer_step(
+  step: Step,
+  post: Callable[[Values, Values], list[Any]],
+  stacks: Sequence[Any],
+  given: Sequence[Any],
+  length: int,
+) -> tuple[Step, tuple[int, ...], tuple[int, ...]]:
+  """Makes the step of one layer from that of a stack.
+
+  Args:
+    step: steps the stack.
+    post: `post(stacks, given)` makes the gradients that `step` takes from what the scan stacks along axis 0.
+    stacks: the shapes of that.
+    given: the shapes of what else it takes.
+    length: the number of layers.
+
+  Returns:
+    The step of a layer, whose `shared` are those of `step`, `given` and the layer's index; the layer axes of the
+    weights; those of the state.
+
+  Raises:
+    NotSeparableError: where a layer cannot be stepped alone.
+  """
+  # Where the layer axis of each gradient is tells where it is in the weight.
+  before, _ = _jaxpr.trace(post, list(stacks), list(given))
+  found: list[int | None] = []
+
+  def grads_of(index: Any, layers: Values, values: Values) -> list[Any]:
+    env, axes = _layers(before, [*layers, *values], [0] * len(stacks) + [None] * len(given))
+    _stacked.run(before.operations, before, env, axes, index, length)
+    found[:] = [axes.get(a) if isinstance(a, int) else None for a in before.outputs]
+    return []
+
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  jax.eval_shape(grads_of, number, [_layer_struct(s, 0) for s in stacks], list(given))
+  param_axes = []
+  for axis, param in zip(found, step.params, strict=False):
+    if axis is None or axis >= len(param.shape) or param.shape[axis] != length:
+      raise _stacked.NotSeparableError("its gradient has no axis of layers")
+    param_axes.append(axis)
+  if len(param_axes) != len(step.params) or len(found) != len(step.params):
+    raise _stacked.NotSeparableError("its gradient is made of several")
+  state_axes = []
+  for state in step.states:
+    axis = next((a for p, a in zip(step.params, param_axes, strict=True) if p.shape == state.shape), 0)
+    if axis >= len(state.shape) or state.shape[axis] != length:
+      raise _stacked.NotSeparableError(
+        f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers"
+      )
+    state_axes.append(axis)
+
+  def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
+    return step.run(post(ys, values), params, states, shared)
+
+  program, _ = _jaxpr.trace(
+    whole, list(stacks), list(step.params), list(step.states), list(step.shared), list(given)
+  )
+  in_axes = [0] * len(stacks) + param_axes + state_axes + [None] * (len(step.shared) + len(given))
+  out_axes = param_axes + state_axes
+
+  def run(ys: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+    *shared, index = shared
+    env, axes = _layers(program, [*ys, *params, *states, *shared], in_axes)
+    _stacked.run(program.operations, program, env, axes, index, length)
+    results = []
+    for atom, out in zip(program.outputs, out_axes, strict=True):
+      axis = axes.get(atom) if isinstance(atom, int) else None
+      value = env[atom] if isinstance(atom, int) else jnp.asarray(atom.val)
+      if axis is None:  # the same for every layer, so that all of it was computed
+        value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, out), out
+      if axis != out:
+        raise _stacked.NotSeparableError("the update moves the layer axis")
+      results.append(jax.lax.squeeze(value, [axis]))
+    return results[: len(params)], results[len(params) :]
+
+  layer = Step(
+    run,
+    tuple(_layer_struct(s, 0) for s in stacks),
+    tuple(_layer_struct(s, a) for s, a in zip(step.params, param_axes, strict=True)),
+    tuple(_layer_struct(s, a) for s, a in zip(step.states, state_axes, strict=True)),
+    (*step.shared, *given, number),
+  )
+  jax.eval_shape(run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
+  return layer, tuple(param_axes), tuple(state_axes)
+
+
+def _layers(
+  program: _jaxpr.Program, values: Sequence[Any], in_axes: Sequence[int | None]
+) -> tuple[dict[int, Any], dict[int, int | None]]:
+  env, axes = dict(program.constants), {}
+  for var, value, axis in zip(program.inputs, values, in_axes, strict=True):
+    env[var] = value if axis is None else jnp.expand_dims(value, axis)
+    if axis is not None:
+      axes[var] = axis
+  return env, axes

@@ -1,0 +1,236 @@
+"""Steps each weight inside the backward pass, as soon as its gradient is complete, for any loss function.
+
+Why: between the backward pass and the update, every gradient is held: 2 to 4 bytes per parameter, at the very moment
+of the peak. A gradient that is used up where it is made costs as much as the largest one.
+
+How: `jax.value_and_grad(loss_fn)` is traced to a program, and the program is run by us. `_separable` takes the update
+apart into updates of single leaves, `_plan` finds the place of each, and here both are run together: after an operation
+that completes a gradient the weight is stepped, and a barrier makes what follows in the backward pass wait for it, so
+that XLA cannot keep the gradients for later. A scan that would stack the gradients of layers is run with the stacks of
+weights and of state in its carry, and updates them in place. Every operation is the one that JAX and Optax wrote.
+
+References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) step inside the backward pass of PyTorch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_mpo import _jaxpr, _plan, _separable, _tree
+
+PyTree = Any
+
+_CALLER = "value_and_update"
+
+
+class _Whole:
+  """The weights and the state of a step that is under way."""
+
+  def __init__(self, leaves: Sequence[Any], states: Sequence[Any], groups: Sequence[_separable.Group]):
+    self.leaves, self.states, self._groups = list(leaves), list(states), groups
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    group = self._groups[index]
+    return [self.leaves[i] for i in group.leaves], [self.states[j] for j in group.states]
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    group = self._groups[index]
+    for i, value in zip(group.leaves, params, strict=True):
+      self.leaves[i] = value
+    for j, value in zip(group.states, states, strict=True):
+      self.states[j] = value
+
+
+class _Layer:
+  """One layer of the stacks that a scan carries."""
+
+  def __init__(self, released: Sequence[_plan.Released], stacks: Sequence[tuple[list[Any], list[Any]]], index: Any):
+    self._released, self.stacks, self._index = released, [tuple(map(list, s)) for s in stacks], index
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    r, (params, states) = self._released[index], self.stacks[index]
+    return (
+      [lax.dynamic_index_in_dim(p, self._index, a, False) for p, a in zip(params, r.param_axes, strict=True)],
+      [lax.dynamic_index_in_dim(s, self._index, a, False) for s, a in zip(states, r.state_axes, strict=True)],
+    )
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    r, stacks = self._released[index], self.stacks[index]
+    for stack, new, axes in zip(stacks, (params, states), (r.param_axes, r.state_axes), strict=True):
+      for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
+        stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
+
+
+def _evaluate(
+  plan: _plan.Plan, env: dict[int, Any], store: _Whole | _Layer, shared: Sequence[Sequence[Any]]
+) -> None:
+  """Runs a program and steps the sites of its plan.
+
+  Args:
+    plan: the program and its plan.
+    env: the values of the program's variables, read and written.
+    store: where the weights and the state of each site are.
+    shared: for each site what its step shares with others.
+  """
+
+  def read(atom: Any) -> Any:
+    return env[atom] if isinstance(atom, int) else atom.val
+
+  def step_due(i: int) -> None:
+    due = plan.due.get(i, ())
+    if not due:
+      return
+    news = []
+    for index in due:
+      site = plan.sites[index]
+      params, states = store.get(index)
+      news.append(site.step.run([read(a) for a in site.grads], params, states, shared[index]))
+    tie = plan.ties.get(i)
+    if tie is not None:
+      news, env[tie] = lax.optimization_barrier((news, env[tie]))
+    for index, new in zip(due, news, strict=True):
+      store.put(index, *new)
+
+  step_due(-1)
+  for i, operation in enumerate(plan.program.operations):
+    if i in plan.skipped:
+      continue
+    if i in plan.scans:
+      _run_scan(plan.scans[i], plan.program, env, store, shared)
+    else:
+      _jaxpr.run(plan.program, [operation], env)
+    step_due(i)
+    for atom in (*operation.inputs, *operation.outputs):
+      if isinstance(atom, int) and plan.last_use.get(atom, -1) <= i:
+        env.pop(atom, None)  # outside of jit this frees the array
+
+
+def _run_scan(
+  scan: _plan.ScanPlan,
+  program: _jaxpr.Program,
+  env: dict[int, Any],
+  store: _Whole | _Layer,
+  shared: Sequence[Sequence[Any]],
+) -> None:
+  """Runs a scan with the stacks that it steps in its carry."""
+  operation, body = scan.operation, scan.body
+  counts = _jaxpr.scan_counts(operation)
+  first = counts[0] + counts[1]
+  values = [
+    None if i >= first and i - first in scan.own else env[a] if isinstance(a, int) else a.val
+    for i, a in enumerate(operation.inputs)
+  ]
+  consts, carry, xs = values[: counts[0]], values[counts[0] : first], values[first:]
+  inner_shared = [[*shared[r.index], *(env[v] for v in r.given)] for r in scan.released]
+
+  def step(state: Any, inputs: Any) -> tuple[Any, list[Any]]:
+    (carry, stacks), (index, xs) = state, inputs
+    layer = _Layer(scan.released, stacks, index)
+    xs = list(xs)
+    for k, own in scan.own.items():
+      xs[k] = _plan.run_own(own, program, layer.get(own.released)[0][own.leaf], index, scan.length)
+    inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
+    _evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
+    out = [inner[a] if isinstance(a, int) else a.val for a in body.outputs[: counts[1]]]
+    ys = [body.outputs[counts[1] + j] for j in scan.kept]
+    return (out, layer.stacks), [inner[a] if isinstance(a, int) else jnp.asarray(a.val) for a in ys]
+
+  stacks = [tuple(map(list, store.get(r.index))) for r in scan.released]
+  params = operation.eqn.params
+  (carry, stacks), ys = lax.scan(
+    step,
+    (carry, stacks),
+    (jnp.arange(scan.length, dtype=jnp.int32), xs),
+    length=scan.length,
+    reverse=params["reverse"],
+    unroll=params["unroll"],
+  )
+  for r, new in zip(scan.released, stacks, strict=True):
+    store.put(r.index, *new)
+  outputs = operation.outputs
+  env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
+
+
+class _Traced:
+  """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes."""
+
+  def __init__(self, loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: Any, kwargs: Any):
+    self.leaves, treedef = jax.tree.flatten(params)
+    rest, rest_treedef = jax.tree.flatten((args, kwargs))
+    self.lifted = [x for x in rest if _tree.is_array(x)]
+    self._out: Any = None
+
+    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+      values = iter(lifted)
+      args, kwargs = rest_treedef.unflatten([next(values) if _tree.is_array(x) else x for x in rest])
+      out, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(treedef.unflatten(leaves), *args, **kwargs)
+      results, out_treedef = jax.tree.flatten(out)
+      self._out = [None if _tree.is_array(x) else x for x in results], out_treedef
+      return [x for x in results if _tree.is_array(x)], jax.tree.leaves(grads)
+
+    closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
+    count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
+    self.program = _jaxpr.flatten_towards(
+      closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED
+    )
+    self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
+
+  def output(self, results: Sequence[Any]) -> Any:
+    """Puts the arrays of the loss function's result back into its tree."""
+    static, treedef = self._out
+    values = iter(results)
+    return treedef.unflatten([next(values) if x is None else x for x in static])
+
+
+def _steps(update: _separable.Update, count: int) -> list[_separable.Group]:
+  groups = []
+  for leaves in update.components(range(count)):
+    try:
+      groups.append(update.group(leaves[:1], _CALLER))
+    except ValueError as error:
+      raise ValueError(f"{error} Or pass two_pass=True, which runs the backward pass twice.") from None
+  return groups
+
+
+def _sites(traced: _Traced, groups: Sequence[_separable.Group]) -> list[_plan.Site]:
+  program, sites = traced.program, []
+  for group in groups:
+    count, avals = len(group.leaves), [group.program.aval(v) for v in (*group.inputs, *group.shared)]
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    step = _plan.Step(
+      group.step,
+      tuple(structs[:count]),
+      tuple(structs[count : 2 * count]),
+      tuple(structs[2 * count : len(group.inputs)]),
+      tuple(structs[len(group.inputs) :]),
+    )
+    grads = tuple(traced.grads[i] for i in group.leaves)
+    sites.append(_plan.Site(group.leaves, grads, tuple((program.inputs[i],) for i in group.leaves), step))
+  return sites
+
+
+def value_and_update(
+  loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False, two_pass: bool = False
+) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
+  """Makes a training step that keeps no gradients."""
+
+  def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
+    traced = _Traced(loss_fn, has_aux, params, args, kwargs)
+    update = _separable.Update(tx, params, opt_state, _CALLER)
+    states, state_treedef = jax.tree.flatten(opt_state)
+    groups = _steps(update, len(traced.leaves))
+    plan = _plan.make_plan(traced.program, _sites(traced, groups), traced.results)
+    values, new_shared = update.run_shared()
+    program, store = traced.program, _Whole(traced.leaves, states, groups)
+    env = dict(program.constants) | dict(zip(program.inputs, [*traced.leaves, *traced.lifted], strict=True))
+    _evaluate(plan, env, store, [[values[v] for v in group.shared] for group in groups])
+    for j, value in new_shared.items():
+      store.states[j] = value
+    out = traced.output([env[a] if isinstance(a, int) else jnp.asarray(a.val) for a in traced.results])
+    return out, jax.tree.structure(params).unflatten(store.leaves), state_treedef.unflatten(store.states)
+
+  return step
