@@ -123,7 +123,7 @@ class Plan:
     due: the sites to step after an operation.
     scans: the scans that are run with stacks in their carry.
     skipped: operations that are done inside such a scan.
-    ties: the variable that the rest of the program is made to wait with for the steps after an operation.
+    ties: the variables that make the rest of the program wait for the steps after an operation.
     last_use: the last operation that reads a variable.
   """
 
@@ -132,7 +132,7 @@ class Plan:
   due: dict[int, list[int]] = dataclasses.field(default_factory=dict)
   scans: dict[int, ScanPlan] = dataclasses.field(default_factory=dict)
   skipped: set[int] = dataclasses.field(default_factory=set)
-  ties: dict[int, int] = dataclasses.field(default_factory=dict)
+  ties: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   last_use: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
@@ -201,7 +201,10 @@ class _Planner:
     return last
 
   def _place_ties(self) -> None:
-    """Finds, for every moment at which something is stepped, the latest variable that the backward pass goes on with."""
+    """Finds, for every moment at which something is stepped, variables that the backward pass goes on with.
+
+    They are the latest one, and those of earlier moments that are still needed, so that steps come one after another.
+    """
     program, result = self.program, self.result
     until = dict.fromkeys(self.results, len(program.operations))
     for due, indices in result.due.items():
@@ -220,12 +223,13 @@ class _Planner:
         if isinstance(atom, int):
           until[atom] = max(needed, until.get(atom, -1))
     live: list[int] = []
+    before: list[int] = []
     for i, operation in enumerate(program.operations):
       live += [v for v in operation.outputs if v >= 0 and jnp.issubdtype(program.aval(v).dtype, jnp.inexact)]
-      while live and (result.last_use.get(live[-1], -1) <= i or until.get(live[-1], -1) <= i):
-        live.pop()
+      live = [v for v in live if result.last_use.get(v, -1) > i and until.get(v, -1) > i]
       if i in result.due and live:
-        result.ties[i] = live[-1]
+        before = [v for v in before if v in live and v != live[-1]] + [live[-1]]
+        result.ties[i] = tuple(before)
 
   # --- Scans ----------------------------------------------------------------------------------------------------------
 

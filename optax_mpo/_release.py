@@ -44,6 +44,12 @@ class _Whole:
     for j, value in zip(group.states, states, strict=True):
       self.states[j] = value
 
+  def held(self, index: int) -> Any:
+    return self.get(index)
+
+  def hold(self, index: int, values: Any) -> None:
+    self.put(index, *values)
+
 
 class _Layer:
   """One layer of the stacks that a scan carries."""
@@ -63,6 +69,12 @@ class _Layer:
     for stack, new, axes in zip(stacks, (params, states), (r.param_axes, r.state_axes), strict=True):
       for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
         stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
+
+  def held(self, index: int) -> Any:
+    return self.stacks[index]
+
+  def hold(self, index: int, values: Any) -> None:
+    self.stacks[index] = values
 
 
 def _evaluate(
@@ -84,16 +96,16 @@ def _evaluate(
     due = plan.due.get(i, ())
     if not due:
       return
-    news = []
-    for index in due:
-      site = plan.sites[index]
-      params, states = store.get(index)
-      news.append(site.step.run([read(a) for a in site.grads], params, states, shared[index]))
-    tie = plan.ties.get(i)
-    if tie is not None:
-      news, env[tie] = lax.optimization_barrier((news, env[tie]))
-    for index, new in zip(due, news, strict=True):
-      store.put(index, *new)
+    # The backward pass goes on with `ties`. One barrier makes the step wait for them, and with them for the last use of
+    # the old weights, so that they can be overwritten; the other makes what follows wait for the step.
+    ties = plan.ties.get(i, ())
+    grads, held = _barrier(([[read(a) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties]))
+    for index, grad in zip(due, grads, strict=True):
+      store.put(index, *plan.sites[index].step.run(grad, *store.get(index), shared[index]))
+    changed, held = _barrier(([store.held(index) for index in due], held))
+    for index, new in zip(due, changed, strict=True):
+      store.hold(index, new)
+    env.update(zip(ties, held, strict=True))
 
   step_due(-1)
   for i, operation in enumerate(plan.program.operations):
@@ -107,6 +119,10 @@ def _evaluate(
     for atom in (*operation.inputs, *operation.outputs):
       if isinstance(atom, int) and plan.last_use.get(atom, -1) <= i:
         env.pop(atom, None)  # outside of jit this frees the array
+
+
+def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+  return lax.optimization_barrier(values) if values[1] else values
 
 
 def _run_scan(
