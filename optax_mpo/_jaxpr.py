@@ -424,3 +424,10 @@ def _barrier(avals: Sequence[Any]) -> Any:
 def scan_body(operation: Operation) -> core.ClosedJaxpr:
   """The body of a scan: constants, carry and one entry of each scanned operand -> carry, one entry of each result."""
   return _closed(operation.eqn.params["jaxpr"])
+
+
+def consists_of(eqn: Any, names: frozenset[str]) -> bool:
+  """Whether an operation is one of `names`, or a call of nothing else."""
+  if eqn.primitive.name in CALLS:
+    return all(consists_of(e, names) for e in _called(eqn)[0].eqns)
+  return eqn.primitive.name in names

@@ -203,7 +203,8 @@ class _Planner:
   def _place_ties(self) -> None:
     """Finds, for every moment at which something is stepped, variables that the backward pass goes on with.
 
-    They are the latest one, and those of earlier moments that are still needed, so that steps come one after another.
+    They are the latest one, those of earlier moments that are still needed, and what the next gradient is made from, so
+    that gradients and steps come one after another.
     """
     program, result = self.program, self.result
     until = dict.fromkeys(self.results, len(program.operations))
@@ -222,6 +223,7 @@ class _Planner:
       for atom in operation.inputs:
         if isinstance(atom, int):
           until[atom] = max(needed, until.get(atom, -1))
+    after = {due: [v for k in indices for v in self._makes_of(k)] for due, indices in result.due.items()}
     live: list[int] = []
     before: list[int] = []
     for i, operation in enumerate(program.operations):
@@ -229,7 +231,33 @@ class _Planner:
       live = [v for v in live if result.last_use.get(v, -1) > i and until.get(v, -1) > i]
       if i in result.due and live:
         before = [v for v in before if v in live and v != live[-1]] + [live[-1]]
-        result.ties[i] = tuple(before)
+        coming = next((after[d] for d in sorted(after) if d > i), [])
+        if not self._is_near(coming, i):
+          coming = []  # there is work to do first, which waits already
+        result.ties[i] = tuple(dict.fromkeys([*before, *(v for v in coming if v in live)]))
+
+  def _makes_of(self, index: int) -> list[int]:
+    """What the gradients of a site are made from, such as the operands of a product."""
+    makers, found = self.program.makers, []
+    queue = [a for a in self.sites[index].grads if isinstance(a, int)]
+    while queue:
+      made = makers.get(queue.pop())
+      if made is not None:
+        operation = self.program.operations[made]
+        (queue if operation.name in FOLLOWED else found).extend(a for a in operation.inputs if isinstance(a, int))
+    return found
+
+  def _is_near(self, atoms: list[int], now: int) -> bool:
+    """Whether atoms are there after operation `now`, or could be with elementwise operations alone."""
+    queue = list(atoms)
+    while queue:
+      made = self._made(queue.pop())
+      if made > now:
+        operation = self.program.operations[made]
+        if not _jaxpr.consists_of(operation.eqn, FOLLOWED):
+          return False
+        queue += [a for a in operation.inputs if isinstance(a, int)]
+    return True
 
   # --- Scans ----------------------------------------------------------------------------------------------------------
 
