@@ -1,6 +1,7 @@
 """optax_mpo: memory-efficient mixed-precision training for Optax and JAX.
 
 Storage: bf16 params with packed compensation bits in place of f32 master weights.
+Fused: the optimizer step inside the backward pass, so that no gradients are kept.
 Memory: the peak of any step on a GPU that need not be there.
 """
 
@@ -13,5 +14,6 @@ from optax_mpo._compensated import master_params as master_params
 from optax_mpo._memory import gpu_memory as gpu_memory
 from optax_mpo._memory_report import Buffer as Buffer
 from optax_mpo._memory_report import MemoryReport as MemoryReport
+from optax_mpo._release import value_and_update as value_and_update
 
 __version__ = "0.1.0"

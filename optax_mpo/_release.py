@@ -232,7 +232,49 @@ def _sites(traced: _Traced, groups: Sequence[_separable.Group]) -> list[_plan.Si
 def value_and_update(
   loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False, two_pass: bool = False
 ) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
-  """Makes a training step that keeps no gradients."""
+  """Makes a training step that steps each weight inside the backward pass and keeps no gradients.
+
+  It takes the place of `jax.value_and_grad`, `tx.update` and `apply_updates`, for a loss function written without it:
+  shared weights, rematerialisation, custom derivatives, nested `jit` and scans over layers need nothing. The operations
+  are those of the ordinary step, and so is the optimizer state: one can change between the two at any time.
+
+  The step is pure. Run it under `jax.jit` with the params and the state donated; that is what saves the memory.
+
+  Args:
+    loss_fn: `loss_fn(params, *args, **kwargs) -> f32[]`, or `(f32[], aux)` with `has_aux`; what `jax.value_and_grad`
+      takes.
+    tx: an Optax transformation that updates each leaf on its own: what it computes for one may depend on step counts
+      and schedules, but not on the gradients of other leaves. This is found out from what it computes, not by name.
+    has_aux: whether `loss_fn` returns more than the loss.
+    two_pass: allows for updates that depend on all gradients through a few numbers, such as clipping by their global
+      norm, at the price of a second forward and backward pass. The first computes those numbers alone.
+
+  Returns:
+    `step(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is `(loss, aux)`.
+
+  Raises:
+    The step raises ValueError where `opt_state` is not the state of `tx` for `params`, where `tx` couples leaves and
+    `two_pass` does not help, and where `loss_fn` closes over a leaf of `params`; and what `jax.value_and_grad` raises.
+
+  Memory: no gradient tree, which is 2 to 4 bytes per parameter. At any time there is the gradient of one leaf, or, for
+    layers in a `lax.scan`, of one leaf of one layer. `explain` tells which leaves that does not hold for.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = mpo.compensated(optax.adamw(1e-2))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)})
+    >>> def loss_fn(params, x):
+    ...   return jnp.mean((x @ params["w"] + params["b"]) ** 2)
+    >>> step = jax.jit(mpo.value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+    >>> value, params, opt_state = step(params, opt_state, jnp.ones((8, 4)))
+    >>> float(value), params["w"].dtype.name
+    (16.0, 'bfloat16')
+
+  References:
+    Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023;
+    Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
+    <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO)
+  """
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     traced = _Traced(loss_fn, has_aux, params, args, kwargs)
