@@ -154,7 +154,37 @@ def _step(leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int) -> tup
   if not _is_low(leaf):
     return step, optax.MaskedNode()
   low, kept = _codec.split((master + step).astype(jnp.float32), bits)
-  return _codec.difference(leaf, low), _kept_or_masked(kept)
+  update = _codec.difference(leaf, low)
+  made = _made.get()
+  if made is not None:
+    made[id(update)] = _Made(update, leaf, low)
+  return update, _kept_or_masked(kept)
+
+
+class _Made(NamedTuple):
+  """An update that `compensated` made, kept alive for its id, and the weights that it leads from and to."""
+
+  update: jax.Array
+  old: jax.Array
+  new: jax.Array
+
+
+_made: contextvars.ContextVar[dict[int, _Made] | None] = contextvars.ContextVar("optax_mpo_made", default=None)
+
+
+@contextlib.contextmanager
+def direct() -> Iterator[None]:
+  """Within it, `apply_updates` takes the weights that `compensated` computed from it, and adds nothing.
+
+  That is so where it meets the very params and the very update that `compensated` had and made; any others are added
+  as ever. The weights are the same to the last bit (but for steps that overflow f32, where the sum would), and of a
+  traced update and addition half of the operations go. For use while both are traced, in one trace.
+  """
+  token = _made.set({})
+  try:
+    yield
+  finally:
+    _made.reset(token)
 
 
 def _check_update(
@@ -229,7 +259,12 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
   """
   steps = _tree.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
   new = []
+  direct_steps = _made.get() or {}
   for (leaf_name, leaf), step in zip(_tree.named_leaves(params), steps, strict=True):
+    made = direct_steps.get(id(step))
+    if made is not None and made.old is leaf:
+      new.append(made.new)
+      continue
     if not _tree.is_array(step) or step.shape != jnp.shape(leaf):
       raise ValueError(
         f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_described(step)}. "

@@ -34,7 +34,8 @@ class Group:
   Attributes:
     leaves: which leaves of the params.
     states: which leaves of the optimizer state are theirs.
-    shared: the variables of the program that the slice is handed.
+    shared: the variables of the program that the slice is handed, all of them computed by `Update.run_shared`.
+    constants: the values of those that it knows, being closed over by the transformation.
     operations: the slice.
     outputs: the new weights, then the new state.
     program: the program of the whole update.
@@ -45,6 +46,7 @@ class Group:
   leaves: tuple[int, ...]
   states: tuple[int, ...]
   shared: tuple[int, ...]
+  constants: dict[int, Any]
   operations: tuple[_jaxpr.Operation, ...]
   outputs: tuple[_jaxpr.Atom, ...]
   program: _jaxpr.Program
@@ -55,7 +57,7 @@ class Group:
     self, grads: Sequence[Any], params: Sequence[Any], states: Sequence[Any], shared: Sequence[Any]
   ) -> tuple[list[Any], list[Any]]:
     """Returns the new weights and the new state of the group's leaves."""
-    env = dict(zip(self.shared, shared, strict=True)) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
+    env = self._known(shared) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
     _jaxpr.run(self.program, self.operations, env)
     return self._split([_jaxpr.value(a, env) for a in self.outputs])
 
@@ -73,7 +75,7 @@ class Group:
     Raises:
       ValueError: where the update is not separable along the layers; the message names the leaves and the operation.
     """
-    env = dict(zip(self.shared, shared, strict=True))
+    env = self._known(shared)
     axes: dict[int, int | None] = {}
     for var, value in zip(self.inputs, [*grads, *params, *states], strict=True):
       env[var], axes[var] = value[None], 0
@@ -114,6 +116,9 @@ class Group:
       [struct(v, 0) for v in self.shared],
     )
 
+  def _known(self, shared: Sequence[Any]) -> dict[int, Any]:
+    return self.constants | dict(zip(self.shared, shared, strict=True))
+
   def _split(self, results: list[Any]) -> tuple[list[Any], list[Any]]:
     return results[: len(self.leaves)], results[len(self.leaves) :]
 
@@ -149,8 +154,9 @@ class Update:
 
     def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
       tree = self._treedef.unflatten(params)
-      updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
-      return _compensated.apply_updates(tree, updates), new_state
+      with _compensated.direct():
+        updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+        return _compensated.apply_updates(tree, updates), new_state
 
     return whole
 
@@ -223,7 +229,7 @@ class Update:
     """Computes what all leaves share, once.
 
     Returns:
-      The values of shared variables; and the new values of the shared leaves of the state, by their index.
+      The values of `shared`, by variable; and the new values of the shared leaves of the state, by their index.
     """
     program, count = self._program, len(self._params)
     states = self._inputs()[2]
@@ -233,7 +239,7 @@ class Update:
     known = frozenset(env)
     _jaxpr.run(program, _jaxpr.slice_of(program, [*self._given, *outputs.values()], known), env)
     new = {j: _jaxpr.value(a, env) for j, a in outputs.items()}
-    return {v: env[v] for v in self._given}, new
+    return {v: env[v] for v in self.shared}, new
 
   def components(self, leaves: Iterable[int]) -> list[tuple[int, ...]]:
     """Sorts leaves into the smallest groups that can be stepped."""
@@ -267,11 +273,13 @@ class Update:
     operations = _jaxpr.slice_of(program, outputs, self._given | set(inputs))
     read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
     read |= {a for a in outputs if isinstance(a, int)}
+    known = sorted(read & self._given)
     names = [self.names[i] for i in leaves] + [self.state_names[j] for j in owned]
     return Group(
       leaves=tuple(leaves),
       states=tuple(owned),
-      shared=tuple(sorted(read & self._given)),
+      shared=tuple(v for v in known if v not in program.constants),
+      constants={v: program.constants[v] for v in known if v in program.constants},
       operations=tuple(operations),
       outputs=tuple(outputs),
       program=program,

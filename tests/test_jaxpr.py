@@ -1,4 +1,4 @@
-"""Programs made from jaxprs: they compute what the function does, their dependencies are sound, and slices are small."""
+"""Programs made from jaxprs: they compute what the function does, dependencies are sound, and slices are small."""
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,7 @@ def test_dependencies(fun, want):
 
 
 def test_dependencies_run_through_the_carry_of_a_scan():
+  # Each result of the carry needs its first value, to start from if not more.
   def fun(a, b, c):
     return lax.scan(lambda s, _: ((s[1], s[2], s[2]), s[0]), (a, b, c), None, length=4)
 
@@ -142,7 +143,7 @@ def test_a_cond_is_cut_down_to_what_is_used():
 
   program, _ = _jaxpr.trace(fun, True, [1.0, 2.0, 3.0])
   cut = _jaxpr.slice_of(program, [program.outputs[1]], frozenset())[-1]
-  assert len(cut.inputs) == 2 and cut.inputs[1] == program.inputs[2]
+  assert cut.inputs[1:] == (program.inputs[2],)
   assert len(cut.outputs) == 1
   assert [len(b.operations) for b in _jaxpr.branches(cut)] == [1, 1]
 
