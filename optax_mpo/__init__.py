@@ -11,6 +11,8 @@ from optax_mpo._compensated import cast as cast
 from optax_mpo._compensated import compensated as compensated
 from optax_mpo._compensated import init as init
 from optax_mpo._compensated import master_params as master_params
+from optax_mpo._explain import Explanation as Explanation
+from optax_mpo._explain import explain as explain
 from optax_mpo._memory import gpu_memory as gpu_memory
 from optax_mpo._memory_report import Buffer as Buffer
 from optax_mpo._memory_report import MemoryReport as MemoryReport

@@ -10,6 +10,7 @@ the scan. Everything here is found in the program, before it runs.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Site:
     grads: the atoms that the step needs.
     params: for each leaf, the variables that hold its weight.
     step: how they are stepped. Its `shared` are the values that the site is handed from outside.
-    placed: where they are stepped, for `explain`: `in scan`, `at once` or `at the end`; and why not in a scan.
+    placed: where they are stepped, for `explain`: `in scan`, `at once`, `at the end` or `with a zero gradient`; and why.
   """
 
   leaves: tuple[int, ...]
@@ -141,6 +142,18 @@ def make_plan(program: _jaxpr.Program, sites: list[Site], results: Iterable[_jax
   return _Planner(program, sites, results).plan()
 
 
+def gradient_bytes(plan: Plan, index: int) -> int:
+  """The bytes of gradient that a site holds at a time."""
+  for scan in plan.scans.values():
+    for k, r in enumerate(scan.released):
+      if r.index == index:
+        return gradient_bytes(scan.plan, k)
+  site = plan.sites[index]
+  if site.placed[0] == "with a zero gradient":
+    return 0
+  return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(plan.program.aval, site.grads))
+
+
 class _Planner:
   def __init__(self, program: _jaxpr.Program, sites: list[Site], results: Iterable[_jaxpr.Atom]):
     self.program, self.sites = program, sites
@@ -169,6 +182,8 @@ class _Planner:
       if index in released:
         continue
       due = self._due(site)
+      if not site.placed[0]:
+        site.placed = self._placed(site)
       result.due.setdefault(due, []).append(index)
       for atom in site.grads:
         if isinstance(atom, int):
@@ -183,6 +198,29 @@ class _Planner:
     complete = max((self._made(a) for a in site.grads), default=-1)
     read = max((self._last_read(v) for views in site.params for v in views), default=-1)
     return max(complete, read)
+
+  def _placed(self, site: Site) -> tuple[str, str]:
+    """How a site outside of scans is stepped, and why."""
+    program = self.program
+    if all(self._is_constant(atom) for atom in site.grads):
+      return "with a zero gradient", "the loss does not depend on it"
+    summed = [
+      i
+      for atom in site.grads
+      if (i := self._made(atom)) >= 0 and program.operations[i].name in ("scan", "while")
+    ]
+    if summed:
+      return "at once", f"its gradient is summed in a {program.operations[summed[0]].name}"
+    return "at once", ""
+
+  def _is_constant(self, atom: _jaxpr.Atom) -> bool:
+    """Whether a gradient is made of nothing but a literal, as JAX writes the zeros of an unused leaf."""
+    while isinstance(atom, int):
+      made = self._made(atom)
+      if made < 0 or self.program.operations[made].name not in ("broadcast_in_dim", "convert_element_type"):
+        return False
+      atom = self.program.operations[made].inputs[0]
+    return True
 
   def _last_read(self, var: int) -> int:
     """The last operation that reads a variable, be it through a view of it."""

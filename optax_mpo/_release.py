@@ -171,7 +171,7 @@ def _run_scan(
   env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
 
 
-class _Traced:
+class Traced:
   """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes."""
 
   def __init__(self, loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: Any, kwargs: Any):
@@ -189,6 +189,12 @@ class _Traced:
       return [x for x in results if _tree.is_array(x)], jax.tree.leaves(grads)
 
     closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
+    for (name, _), leaf in zip(_tree.named_leaves(params), self.leaves, strict=True):
+      if any(const is leaf for const in closed.consts):
+        raise ValueError(
+          f"{_CALLER}: loss_fn closes over {name}: it uses the array beside its argument, as a constant that is not "
+          "differentiated and that the step is about to overwrite. Use the params that loss_fn is called with."
+        )
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
     self.program = _jaxpr.flatten_towards(
       closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED
@@ -202,7 +208,8 @@ class _Traced:
     return treedef.unflatten([next(values) if x is None else x for x in static])
 
 
-def _steps(update: _separable.Update, count: int) -> list[_separable.Group]:
+def groups_of(update: _separable.Update, count: int) -> list[_separable.Group]:
+  """The updates of single leaves, or an error where there are none."""
   groups = []
   for leaves in update.components(range(count)):
     try:
@@ -212,7 +219,7 @@ def _steps(update: _separable.Update, count: int) -> list[_separable.Group]:
   return groups
 
 
-def _sites(traced: _Traced, groups: Sequence[_separable.Group]) -> list[_plan.Site]:
+def sites_of(traced: Traced, groups: Sequence[_separable.Group]) -> list[_plan.Site]:
   program, sites = traced.program, []
   for group in groups:
     count, avals = len(group.leaves), [group.program.aval(v) for v in (*group.inputs, *group.shared)]
@@ -277,11 +284,11 @@ def value_and_update(
   """
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
-    traced = _Traced(loss_fn, has_aux, params, args, kwargs)
+    traced = Traced(loss_fn, has_aux, params, args, kwargs)
     update = _separable.Update(tx, params, opt_state, _CALLER)
     states, state_treedef = jax.tree.flatten(opt_state)
-    groups = _steps(update, len(traced.leaves))
-    plan = _plan.make_plan(traced.program, _sites(traced, groups), traced.results)
+    groups = groups_of(update, len(traced.leaves))
+    plan = _plan.make_plan(traced.program, sites_of(traced, groups), traced.results)
     values, new_shared = update.run_shared()
     program, store = traced.program, _Whole(traced.leaves, states, groups)
     env = dict(program.constants) | dict(zip(program.inputs, [*traced.leaves, *traced.lifted], strict=True))

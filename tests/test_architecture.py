@@ -17,6 +17,7 @@ ARROWS = {
   "_separable": ({"_compensated", "_jaxpr", "_stacked", "_tree"}, {"jax", "optax"}),
   "_plan": ({"_jaxpr", "_stacked"}, {"jax"}),
   "_release": ({"_jaxpr", "_plan", "_separable", "_tree"}, {"jax", "optax"}),
+  "_explain": ({"_plan", "_release", "_separable"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),
