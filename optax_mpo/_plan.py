@@ -76,6 +76,7 @@ class Released:
     site: the site, in the program that the scan is in.
     inner: the site, in the body of the scan.
     given: variables of the outer program that the inner step is handed, beyond what the site is.
+    early: operations after the scan that make some of them, and are run before it.
     param_axes: the layer axis of each weight.
     state_axes: of each state.
     index: the position of the site among those of the outer plan.
@@ -84,6 +85,7 @@ class Released:
   site: Site
   inner: Site
   given: tuple[int, ...]
+  early: list[int]
   param_axes: tuple[int, ...]
   state_axes: tuple[int, ...]
   index: int
@@ -112,6 +114,7 @@ class ScanPlan:
   own: dict[int, Own]  # by the position of the scanned operand
   kept: list[int]  # the positions of the stacked results that stay
   length: int
+  early: list[int] = dataclasses.field(default_factory=list)  # operations to run before it
 
 
 @dataclasses.dataclass
@@ -175,7 +178,10 @@ class _Planner:
           if isinstance(atom, int):
             result.last_use[atom] = i
     for i, scan in result.scans.items():
-      result.last_use.update((v, max(i, result.last_use.get(v, -1))) for r in scan.released for v in r.given)
+      scan.early = sorted({k for r in scan.released for k in r.early})
+      read = [a for k in scan.early for a in self.program.operations[k].inputs if isinstance(a, int)]
+      read += [v for r in scan.released for v in r.given]
+      result.last_use.update((v, max(i, result.last_use.get(v, -1))) for v in read)
     result.last_use.update(dict.fromkeys(self.results, end))
     released = {r.index for scan in result.scans.values() for r in scan.released}
     for index, site in enumerate(self.sites):
@@ -350,7 +356,7 @@ class _Planner:
     for index, path in candidates:
       site = self.sites[index]
       try:
-        released, used = self._released(index, path, ys, length)
+        released, used = self._released(index, path, scan, ys, length)
       except (_stacked.NotSeparableError, TypeError) as error:
         site.placed = ("at the end", str(error))
         continue
@@ -385,18 +391,27 @@ class _Planner:
     for r in released:
       r.site.placed = ("in scan", "")
 
-  def _released(self, index: int, path: list[int], ys: dict[int, int], length: int) -> tuple[Released, list[int]]:
+  def _released(self, index: int, path: list[int], scan: int, ys: dict[int, int], length: int) -> tuple[Released, list[int]]:
     """Makes the step of one layer, or raises NotSeparableError."""
     program, site = self.program, self.sites[index]
-    operations = [program.operations[i] for i in path]
+    outputs = set(program.operations[scan].outputs)
+    layered, later = set(ys), outputs - set(ys)  # what depends on the stacked results, and on the others
+    early, operations = [], []
+    for i in path:
+      operation = program.operations[i]
+      read = {a for a in operation.inputs if isinstance(a, int)}
+      if read & later or operation.name == "scan":
+        raise _stacked.NotSeparableError(f"its gradient gets another part after the scan, {_jaxpr.where(operation)}")
+      if read & layered:
+        layered.update(operation.outputs)
+        operations.append(operation)
+      else:
+        early.append(i)
     made = {v for operation in operations for v in operation.outputs}
     read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
     read |= {a for a in site.grads if isinstance(a, int)}
     used = sorted(read & set(ys), key=lambda v: ys[v])
     given = tuple(sorted(read - made - set(used) - set(program.constants)))
-    for var in given:
-      if program.makers.get(var, -1) >= min(path, default=0):
-        raise _stacked.NotSeparableError("its gradient gets another part after the scan")
 
     def post(stacks: Values, values: Values) -> list[Any]:
       env = dict(program.constants) | dict(zip(used, stacks, strict=True)) | dict(zip(given, values, strict=True))
@@ -406,11 +421,12 @@ class _Planner:
     structs = [[_struct(program.aval(v)) for v in part] for part in (used, given)]
     step, param_axes, state_axes = layer_step(site.step, post, structs[0], structs[1], length)
     inner = Site(site.leaves, (), tuple(() for _ in site.leaves), step)
-    return Released(site, inner, given, param_axes, state_axes, index), [ys[v] for v in used]
+    return Released(site, inner, given, early, param_axes, state_axes, index), [ys[v] for v in used]
 
   def _read_elsewhere(self, candidate: Any, outputs: Sequence[int], inside: set[int]) -> bool:
-    index, path, _, used = candidate
-    here = {outputs[j] for j in used} | {v for i in path for v in self.program.operations[i].outputs if v >= 0}
+    index, path, released, used = candidate
+    here = {outputs[j] for j in used}
+    here |= {v for i in path if i not in released.early for v in self.program.operations[i].outputs if v >= 0}
     if here & self.results:
       return True
     others = {a for k, site in enumerate(self.sites) if k != index for a in site.grads if isinstance(a, int)}

@@ -112,6 +112,7 @@ def _evaluate(
     if i in plan.skipped:
       continue
     if i in plan.scans:
+      _jaxpr.run(plan.program, [plan.program.operations[k] for k in plan.scans[i].early], env)
       _run_scan(plan.scans[i], plan.program, env, store, shared)
     else:
       _jaxpr.run(plan.program, [operation], env)
