@@ -362,9 +362,7 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
         flags = [v in inside for v in inner.invars]
       else:
         flags = [eqn.primitive.name in transparent] * len(eqn.invars)
-      found.update(
-        v for v, flag in zip(eqn.invars, flags, strict=True) if flag and not isinstance(v, core.Literal)
-      )
+      found.update(v for v, flag in zip(eqn.invars, flags, strict=True) if flag and not isinstance(v, core.Literal))
     return found
 
   def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], flags: Sequence[bool], caller: Any) -> list[Atom]:

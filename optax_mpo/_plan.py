@@ -40,6 +40,7 @@ class Step:
     params: likewise.
     states: likewise.
     shared: likewise.
+    layered: makes the step of one layer of a stack, as `layer_step` does.
   """
 
   run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
@@ -47,6 +48,25 @@ class Step:
   params: tuple[Any, ...]
   states: tuple[Any, ...]
   shared: tuple[Any, ...]
+  layered: Callable[..., "Layered"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layered:
+  """The step of one layer.
+
+  Attributes:
+    step: steps the layer. Its `shared` are those of the stack's step, what is given besides, and the layer's index.
+    param_axes: the layer axis of each weight.
+    state_axes: of each state.
+    finish: None where the layers of the new state make the new state. Else the states of the layers start as zeros, and
+      `finish(states, shared)` makes the new state of the stack from all of them.
+  """
+
+  step: Step
+  param_axes: tuple[int, ...]
+  state_axes: tuple[int, ...]
+  finish: Callable[[Values, Values], list[Any]] | None = None
 
 
 @dataclasses.dataclass
@@ -77,8 +97,7 @@ class Released:
     inner: the site, in the body of the scan.
     given: variables of the outer program that the inner step is handed, beyond what the site is.
     early: operations after the scan that make some of them, and are run before it.
-    param_axes: the layer axis of each weight.
-    state_axes: of each state.
+    layered: how a layer is stepped.
     index: the position of the site among those of the outer plan.
   """
 
@@ -86,8 +105,7 @@ class Released:
   inner: Site
   given: tuple[int, ...]
   early: list[int]
-  param_axes: tuple[int, ...]
-  state_axes: tuple[int, ...]
+  layered: Layered
   index: int
 
 
@@ -211,9 +229,7 @@ class _Planner:
     if all(self._is_constant(atom) for atom in site.grads):
       return "with a zero gradient", "the loss does not depend on it"
     summed = [
-      i
-      for atom in site.grads
-      if (i := self._made(atom)) >= 0 and program.operations[i].name in ("scan", "while")
+      i for atom in site.grads if (i := self._made(atom)) >= 0 and program.operations[i].name in ("scan", "while")
     ]
     if summed:
       return "at once", f"its gradient is summed in a {program.operations[summed[0]].name}"
@@ -391,7 +407,9 @@ class _Planner:
     for r in released:
       r.site.placed = ("in scan", "")
 
-  def _released(self, index: int, path: list[int], scan: int, ys: dict[int, int], length: int) -> tuple[Released, list[int]]:
+  def _released(
+    self, index: int, path: list[int], scan: int, ys: dict[int, int], length: int
+  ) -> tuple[Released, list[int]]:
     """Makes the step of one layer, or raises NotSeparableError."""
     program, site = self.program, self.sites[index]
     outputs = set(program.operations[scan].outputs)
@@ -419,9 +437,9 @@ class _Planner:
       return [env[a] if isinstance(a, int) else a.val for a in site.grads]
 
     structs = [[_struct(program.aval(v)) for v in part] for part in (used, given)]
-    step, param_axes, state_axes = layer_step(site.step, post, structs[0], structs[1], length)
-    inner = Site(site.leaves, (), tuple(() for _ in site.leaves), step)
-    return Released(site, inner, given, early, param_axes, state_axes, index), [ys[v] for v in used]
+    layered = (site.step.layered or layer_step)(site.step, post, structs[0], structs[1], length)
+    inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
+    return Released(site, inner, given, early, layered, index), [ys[v] for v in used]
 
   def _read_elsewhere(self, candidate: Any, outputs: Sequence[int], inside: set[int]) -> bool:
     index, path, released, used = candidate
@@ -436,12 +454,7 @@ class _Planner:
     self, operation: _jaxpr.Operation, first: int, released: list[Released], body: _jaxpr.Program, length: int
   ) -> dict[int, Own]:
     """Finds the scanned operands that are layers of released weights, and tells the sites in the body about them."""
-    sources = {
-      v: (n, leaf)
-      for n, r in enumerate(released)
-      for leaf, views in enumerate(r.site.params)
-      for v in views
-    }
+    sources = {v: (n, leaf) for n, r in enumerate(released) for leaf, views in enumerate(r.site.params) for v in views}
     own = {}
     inner_params: list[list[list[int]]] = [[[] for _ in r.site.leaves] for r in released]
     for position, atom in enumerate(operation.inputs[first:]):
@@ -458,7 +471,7 @@ class _Planner:
       if not isinstance(var, int) or var not in sources:
         continue
       number, leaf = sources[var]
-      entry = Own(number, leaf, tuple(chain[::-1]), var, atom, released[number].param_axes[leaf])
+      entry = Own(number, leaf, tuple(chain[::-1]), var, atom, released[number].layered.param_axes[leaf])
       try:
         jax.eval_shape(
           lambda x, i, entry=entry: run_own(entry, self.program, x, i, length),
@@ -498,7 +511,7 @@ def layer_step(
   stacks: Sequence[Any],
   given: Sequence[Any],
   length: int,
-) -> tuple[Step, tuple[int, ...], tuple[int, ...]]:
+) -> Layered:
   """Makes the step of one layer from that of a stack.
 
   Args:
@@ -507,10 +520,6 @@ def layer_step(
     stacks: the shapes of that.
     given: the shapes of what else it takes.
     length: the number of layers.
-
-  Returns:
-    The step of a layer, whose `shared` are those of `step`, `given` and the layer's index; the layer axes of the
-    weights; those of the state.
 
   Raises:
     NotSeparableError: where a layer cannot be stepped alone.
@@ -546,9 +555,7 @@ def layer_step(
   def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
     return step.run(post(ys, values), params, states, shared)
 
-  program, _ = _jaxpr.trace(
-    whole, list(stacks), list(step.params), list(step.states), list(step.shared), list(given)
-  )
+  program, _ = _jaxpr.trace(whole, list(stacks), list(step.params), list(step.states), list(step.shared), list(given))
   in_axes = [0] * len(stacks) + param_axes + state_axes + [None] * (len(step.shared) + len(given))
   out_axes = param_axes + state_axes
 
@@ -575,7 +582,7 @@ def layer_step(
     (*step.shared, *given, number),
   )
   jax.eval_shape(run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
-  return layer, tuple(param_axes), tuple(state_axes)
+  return Layered(layer, tuple(param_axes), tuple(state_axes))
 
 
 def _layers(

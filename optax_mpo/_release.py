@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo import _jaxpr, _plan, _separable, _tree
+from optax_mpo import _jaxpr, _plan, _separable, _tree, _two_pass
 
 PyTree = Any
 
@@ -60,13 +60,13 @@ class _Layer:
   def get(self, index: int) -> tuple[list[Any], list[Any]]:
     r, (params, states) = self._released[index], self.stacks[index]
     return (
-      [lax.dynamic_index_in_dim(p, self._index, a, False) for p, a in zip(params, r.param_axes, strict=True)],
-      [lax.dynamic_index_in_dim(s, self._index, a, False) for s, a in zip(states, r.state_axes, strict=True)],
+      [lax.dynamic_index_in_dim(p, self._index, a, False) for p, a in zip(params, r.layered.param_axes, strict=True)],
+      [lax.dynamic_index_in_dim(s, self._index, a, False) for s, a in zip(states, r.layered.state_axes, strict=True)],
     )
 
   def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
     r, stacks = self._released[index], self.stacks[index]
-    for stack, new, axes in zip(stacks, (params, states), (r.param_axes, r.state_axes), strict=True):
+    for stack, new, axes in zip(stacks, (params, states), (r.layered.param_axes, r.layered.state_axes), strict=True):
       for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
         stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
 
@@ -77,9 +77,29 @@ class _Layer:
     self.stacks[index] = values
 
 
-def _evaluate(
-  plan: _plan.Plan, env: dict[int, Any], store: _Whole | _Layer, shared: Sequence[Sequence[Any]]
-) -> None:
+class _Parts:
+  """What the first of two passes makes of the gradients."""
+
+  def __init__(self, count: int):
+    self.values: list[list[Any]] = [[] for _ in range(count)]
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    return [], []
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    self.values[index] = list(states)
+
+  def held(self, index: int) -> Any:
+    return self.values[index]
+
+  def hold(self, index: int, values: Any) -> None:
+    self.values[index] = values
+
+
+_Store = _Whole | _Layer | _Parts
+
+
+def _evaluate(plan: _plan.Plan, env: dict[int, Any], store: _Store, shared: Sequence[Sequence[Any]]) -> None:
   """Runs a program and steps the sites of its plan.
 
   Args:
@@ -130,7 +150,7 @@ def _run_scan(
   scan: _plan.ScanPlan,
   program: _jaxpr.Program,
   env: dict[int, Any],
-  store: _Whole | _Layer,
+  store: _Store,
   shared: Sequence[Sequence[Any]],
 ) -> None:
   """Runs a scan with the stacks that it steps in its carry."""
@@ -156,7 +176,7 @@ def _run_scan(
     ys = [body.outputs[counts[1] + j] for j in scan.kept]
     return (out, layer.stacks), [inner[a] if isinstance(a, int) else jnp.asarray(a.val) for a in ys]
 
-  stacks = [tuple(map(list, store.get(r.index))) for r in scan.released]
+  stacks = [_start(r, store, scan.length) for r in scan.released]
   params = operation.eqn.params
   (carry, stacks), ys = lax.scan(
     step,
@@ -166,10 +186,17 @@ def _run_scan(
     reverse=params["reverse"],
     unroll=params["unroll"],
   )
-  for r, new in zip(scan.released, stacks, strict=True):
-    store.put(r.index, *new)
+  for r, (new, states), handed in zip(scan.released, stacks, inner_shared, strict=True):
+    store.put(r.index, new, r.layered.finish(states, handed) if r.layered.finish else states)
   outputs = operation.outputs
   env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
+
+
+def _start(r: _plan.Released, store: _Store, length: int) -> tuple[list[Any], list[Any]]:
+  if r.layered.finish is None:
+    params, states = store.get(r.index)
+    return list(params), list(states)
+  return [], [jnp.zeros((length, *s.shape), s.dtype) for s in r.layered.step.states]
 
 
 class Traced:
@@ -196,10 +223,9 @@ class Traced:
           f"{_CALLER}: loss_fn closes over {name}: it uses the array beside its argument, as a constant that is not "
           "differentiated and that the step is about to overwrite. Use the params that loss_fn is called with."
         )
+    self.effects = closed.effects
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
-    self.program = _jaxpr.flatten_towards(
-      closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED
-    )
+    self.program = _jaxpr.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED)
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def output(self, results: Sequence[Any]) -> Any:
@@ -287,16 +313,60 @@ def value_and_update(
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     traced = Traced(loss_fn, has_aux, params, args, kwargs)
     update = _separable.Update(tx, params, opt_state, _CALLER)
-    states, state_treedef = jax.tree.flatten(opt_state)
-    groups = groups_of(update, len(traced.leaves))
+    old, state_treedef = jax.tree.flatten(opt_state)
+    values, new_states = update.run_shared()
+    new_weights: dict[int, Any] = {}
+    inputs = [*traced.leaves, *traced.lifted]
+    if two_pass and any(len(leaves) > 1 for leaves in update.components(range(len(traced.leaves)))):
+      groups, values, new_weights, states = _first_pass(traced, update, old, values)
+      new_states |= states
+      # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.
+      inputs, values = lax.optimization_barrier((inputs, values))
+    else:
+      groups = groups_of(update, len(traced.leaves))
+    shared = [[values[v] for v in group.shared] for group in groups]
     plan = _plan.make_plan(traced.program, sites_of(traced, groups), traced.results)
-    values, new_shared = update.run_shared()
-    program, store = traced.program, _Whole(traced.leaves, states, groups)
-    env = dict(program.constants) | dict(zip(program.inputs, [*traced.leaves, *traced.lifted], strict=True))
-    _evaluate(plan, env, store, [[values[v] for v in group.shared] for group in groups])
-    for j, value in new_shared.items():
-      store.states[j] = value
-    out = traced.output([env[a] if isinstance(a, int) else jnp.asarray(a.val) for a in traced.results])
+    env = dict(traced.program.constants) | dict(zip(traced.program.inputs, inputs, strict=True))
+    store = _Whole(inputs[: len(traced.leaves)], old, groups)
+    _evaluate(plan, env, store, shared)
+    for kept, new in ((store.leaves, new_weights), (store.states, new_states)):
+      for i, value in new.items():
+        kept[i] = value
+    out = traced.output([_jaxpr.value(a, env) for a in traced.results])
     return out, jax.tree.structure(params).unflatten(store.leaves), state_treedef.unflatten(store.states)
 
   return step
+
+
+def _first_pass(
+  traced: Traced, update: _separable.Update, states: Sequence[Any], values: dict[int, Any]
+) -> tuple[list[_separable.Group], dict[int, Any], dict[int, Any], dict[int, Any]]:
+  """Runs the backward pass for the numbers that couple the leaves.
+
+  Returns:
+    The updates of single leaves, and the values of what they share; the new weights and states that are made already.
+  """
+  if traced.effects:
+    raise NotImplementedError(
+      f"{_CALLER}: two_pass runs loss_fn twice, and it has effects: {_tree.listed(map(str, traced.effects))}. Take "
+      "callbacks and prints out, or use an update that does not couple the leaves."
+    )
+  passes = _two_pass.TwoPass(update, _CALLER)
+  grads, weights, state_vars = update.inputs
+  known = values | dict(zip([*weights, *state_vars], [*traced.leaves, *states], strict=True))
+  sites = [
+    _plan.Site(
+      (part.leaf,), (traced.grads[part.leaf],), (), _two_pass.part_step(part, update.program, grads[part.leaf])
+    )
+    for part in passes.parts
+  ]
+  store = _Parts(len(sites))
+  env = dict(traced.program.constants)
+  env.update(zip(traced.program.inputs, [*traced.leaves, *traced.lifted], strict=True))
+  shared = [[known[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
+  _evaluate(_plan.make_plan(traced.program, sites, []), env, store, shared)
+  parts = {
+    v: x for part, xs in zip(passes.parts, store.values, strict=True) for v, x in zip(part.outputs, xs, strict=True)
+  }
+  links, new_weights, new_states = passes.links(parts, known)
+  return passes.groups, {v: links[v] for group in passes.groups for v in group.shared}, new_weights, new_states

@@ -16,7 +16,8 @@ ARROWS = {
   "_stacked": ({"_jaxpr"}, {"jax"}),
   "_separable": ({"_compensated", "_jaxpr", "_stacked", "_tree"}, {"jax", "optax"}),
   "_plan": ({"_jaxpr", "_stacked"}, {"jax"}),
-  "_release": ({"_jaxpr", "_plan", "_separable", "_tree"}, {"jax", "optax"}),
+  "_two_pass": ({"_jaxpr", "_plan", "_separable", "_stacked", "_tree"}, {"jax"}),
+  "_release": ({"_jaxpr", "_plan", "_separable", "_tree", "_two_pass"}, {"jax", "optax"}),
   "_explain": ({"_plan", "_release", "_separable"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot

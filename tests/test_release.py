@@ -4,6 +4,8 @@ Both sides are compiled without excess precision and without XLA's fusion, since
 differently on the two sides and change the last bit of a sum (see test_exactness.py).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from tests.test_exactness import assert_same_bits, unfused_jit
+from optax_mpo import _two_pass
+from tests.test_exactness import assert_same_bits, exact_jit, unfused_jit
 
 WIDTH, LAYERS = 8, 3
 
@@ -220,9 +223,9 @@ def test_plain_optax_on_f32(name, optimizer):
 
 
 def test_without_jit():
-  params, loss, _ = CASES["scanned"]
-  tx = mpo.compensated(OPTIMIZERS["adamw"]())
-  assert_equal_steps(loss, tx, *mpo.init(tx, params), steps=2, jit=lambda f: f)
+  params, loss, _ = CASES["scanned"]  # in f32: operations that run on their own may keep excess precision in bf16
+  tx = OPTIMIZERS["momentum"]()
+  assert_equal_steps(loss, tx, params, tx.init(params), steps=2, jit=lambda f: f)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -286,6 +289,93 @@ def test_sharded():
   x = jax.device_put(jnp.concatenate([batch(0), batch(1)]), spec)
   want = unfused_jit(ordinary(sharded_loss, tx))(params, tx.init(params), x)
   assert_same_bits(unfused_jit(mpo.value_and_update(sharded_loss, tx))(params, tx.init(params), x), want)
+
+
+# --- Two passes -------------------------------------------------------------------------------------------------------
+
+COUPLED = {
+  "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1e-1, momentum=0.9)),
+  "compensated": lambda: mpo.compensated(optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(1e-2))),
+  "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(1e-1, momentum=0.9), 3),
+  "clip_after_adam": lambda: optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(0.1), optax.scale(-0.1)),
+}
+two_pass = functools.partial(mpo.value_and_update, two_pass=True)
+
+
+def start(tx, params):
+  return (
+    mpo.init(tx, params) if "Compensated" in str(type(jax.eval_shape(tx.init, params))) else (params, tx.init(params))
+  )
+
+
+@pytest.mark.parametrize("small", [1, 1024])
+@pytest.mark.parametrize("optimizer", COUPLED)
+def test_two_passes_are_exact_for_leaves_of_their_own(optimizer, small, monkeypatch):
+  monkeypatch.setattr(_two_pass, "SMALL", small)
+  params, loss, _ = CASES["unrolled_remat_tied"]
+  assert_equal_steps(loss, COUPLED[optimizer](), *start(COUPLED[optimizer](), params), jit=exact_jit, make=two_pass)
+
+
+@pytest.mark.parametrize("name", ["scanned_remat", "nested_scans"])
+@pytest.mark.parametrize("optimizer", COUPLED)
+def test_two_passes_sum_a_stack_by_layers(name, optimizer, monkeypatch):
+  """The norm of a stack is a sum of sums, which may round differently; a flag that all is finite may not."""
+  monkeypatch.setattr(_two_pass, "SMALL", 1)
+  params, loss, _ = CASES[name]
+  tx = COUPLED[optimizer]()
+  want, got = (None, *start(tx, params)), (None, *start(tx, params))
+  one, other = exact_jit(ordinary(loss, tx)), exact_jit(two_pass(loss, tx))
+  for i in range(3):
+    x = batch(i, jax.tree.leaves(want[1])[0].dtype)
+    want, got = one(*want[1:], x), other(*got[1:], x)
+  if optimizer == "apply_if_finite":
+    assert_same_bits(got, want)
+  elif optimizer == "compensated":
+    assert_close(mpo.master_params(*got[1:]), mpo.master_params(*want[1:]))
+  else:
+    assert_close(got, want)
+
+
+def assert_close(got, want):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_in_two_passes():
+  params, loss, _ = CASES["dense"]
+  tx = COUPLED["apply_if_finite"]()
+  state = tx.init(params)
+  _, new, new_state = jax.jit(two_pass(loss, tx))(params, state, batch(0) * jnp.nan)
+  assert_same_bits(new, params)
+  assert (int(new_state.notfinite_count), bool(new_state.last_finite)) == (1, False)
+
+
+def test_two_passes_are_not_taken_where_one_will_do():
+  params, tx = CASES["dense"][0], optax.adam(1e-2)
+  jaxpr = [
+    str(jax.make_jaxpr(mpo.value_and_update(CASES["dense"][1], tx, two_pass=t))(params, tx.init(params), batch(0)))
+    for t in (False, True)
+  ]
+  assert jaxpr[0].count("tanh") == jaxpr[1].count("tanh") > 0
+
+
+def test_two_passes_refuse_updates_that_mix_whole_gradients(monkeypatch):
+  monkeypatch.setattr(_two_pass, "SMALL", 1)
+  params, loss, _ = CASES["dense"]
+  tx = optax.flatten(optax.adam(1e-2))
+  with pytest.raises(ValueError, match="two_pass"):
+    mpo.value_and_update(loss, tx, two_pass=True)(params, tx.init(params), batch(0))
+
+
+def test_two_passes_refuse_effects():
+  params, tx = CASES["dense"][0], COUPLED["clip_by_global_norm"]()
+
+  def loss(p, x):
+    jax.debug.callback(lambda: None)
+    return CASES["dense"][1](p, x)
+
+  with pytest.raises(NotImplementedError, match="runs loss_fn twice"):
+    jax.jit(two_pass(loss, tx))(params, tx.init(params), batch(0))
 
 
 # --- Misuse -----------------------------------------------------------------------------------------------------------
