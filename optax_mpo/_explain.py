@@ -1,6 +1,6 @@
 """Tells how `value_and_update` steps each leaf, and why, before anything runs.
 
-A step that quietly held the gradient of a stack of layers would be a disappointment that shows up as a number, on a GPU.
+A step that quietly held the gradient of a stack of layers would be found out late, on a GPU that runs out of memory.
 """
 
 import math

@@ -11,13 +11,14 @@ the scan. Everything here is found in the program, before it runs.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _jaxpr, _stacked
+from optax_mpo import _jaxpr, _site, _stacked
+from optax_mpo._site import Site
 
 # Operations that a gradient is followed through, from the weight back to the scan that stacks it.
 FOLLOWED = _stacked.ELEMENTWISE | {"transpose", "reshape", "squeeze", "broadcast_in_dim", "optimization_barrier"}
@@ -26,66 +27,6 @@ _VIEWS = frozenset(
   """transpose reshape squeeze expand_dims convert_element_type sharding_constraint copy copy_p stop_gradient slice
   optimization_barrier""".split()
 )
-
-Values = Sequence[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """How the leaves of a site are stepped.
-
-  Attributes:
-    run: `run(grads, params, states, shared) -> (params, states)`.
-    grads: the shapes of what it takes, as ShapeDtypeStructs.
-    params: likewise.
-    states: likewise.
-    shared: likewise.
-    layered: makes the step of one layer of a stack, as `layer_step` does.
-  """
-
-  run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
-  grads: tuple[Any, ...]
-  params: tuple[Any, ...]
-  states: tuple[Any, ...]
-  shared: tuple[Any, ...]
-  layered: Callable[..., "Layered"] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Layered:
-  """The step of one layer.
-
-  Attributes:
-    step: steps the layer. Its `shared` are those of the stack's step, what is given besides, and the layer's index.
-    param_axes: the layer axis of each weight.
-    state_axes: of each state.
-    finish: None where the layers of the new state make the new state. Else the states of the layers start as zeros, and
-      `finish(states, shared)` makes the new state of the stack from all of them.
-  """
-
-  step: Step
-  param_axes: tuple[int, ...]
-  state_axes: tuple[int, ...]
-  finish: Callable[[Values, Values], list[Any]] | None = None
-
-
-@dataclasses.dataclass
-class Site:
-  """Leaves that are stepped together, as one program sees them.
-
-  Attributes:
-    leaves: which leaves of the params.
-    grads: the atoms that the step needs.
-    params: for each leaf, the variables that hold its weight.
-    step: how they are stepped. Its `shared` are the values that the site is handed from outside.
-    placed: where they are stepped, for `explain`: `in scan`, `at once`, `at the end` or `with a zero gradient`; and why.
-  """
-
-  leaves: tuple[int, ...]
-  grads: tuple[_jaxpr.Atom, ...]
-  params: tuple[tuple[int, ...], ...]
-  step: Step
-  placed: tuple[str, str] = ("", "")
 
 
 @dataclasses.dataclass
@@ -105,7 +46,7 @@ class Released:
   inner: Site
   given: tuple[int, ...]
   early: list[int]
-  layered: Layered
+  layered: _site.Layered
   index: int
 
 
@@ -431,13 +372,13 @@ class _Planner:
     used = sorted(read & set(ys), key=lambda v: ys[v])
     given = tuple(sorted(read - made - set(used) - set(program.constants)))
 
-    def post(stacks: Values, values: Values) -> list[Any]:
+    def post(stacks: _site.Values, values: _site.Values) -> list[Any]:
       env = dict(program.constants) | dict(zip(used, stacks, strict=True)) | dict(zip(given, values, strict=True))
       _jaxpr.run(program, operations, env)
       return [env[a] if isinstance(a, int) else a.val for a in site.grads]
 
-    structs = [[_struct(program.aval(v)) for v in part] for part in (used, given)]
-    layered = (site.step.layered or layer_step)(site.step, post, structs[0], structs[1], length)
+    structs = [[_site.struct(program.aval(v)) for v in part] for part in (used, given)]
+    layered = (site.step.layered or _site.layer_step)(site.step, post, structs[0], structs[1], length)
     inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
     return Released(site, inner, given, early, layered, index), [ys[v] for v in used]
 
@@ -475,7 +416,7 @@ class _Planner:
       try:
         jax.eval_shape(
           lambda x, i, entry=entry: run_own(entry, self.program, x, i, length),
-          _layer_struct(_struct(self.program.aval(var)), entry.axis),
+          _site.layer_struct(_site.struct(self.program.aval(var)), entry.axis),
           jax.ShapeDtypeStruct((), jnp.int32),
         )
       except _stacked.NotSeparableError:
@@ -495,102 +436,3 @@ def run_own(own: Own, program: _jaxpr.Program, value: Any, index: Any, length: i
   if axes[own.result] != 0:
     raise _stacked.NotSeparableError("the layer axis is not the one that is scanned")
   return env[own.result][0]
-
-
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def _layer_struct(struct: Any, axis: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((*struct.shape[:axis], *struct.shape[axis + 1 :]), struct.dtype)
-
-
-def layer_step(
-  step: Step,
-  post: Callable[[Values, Values], list[Any]],
-  stacks: Sequence[Any],
-  given: Sequence[Any],
-  length: int,
-) -> Layered:
-  """Makes the step of one layer from that of a stack.
-
-  Args:
-    step: steps the stack.
-    post: `post(stacks, given)` makes the gradients that `step` takes from what the scan stacks along axis 0.
-    stacks: the shapes of that.
-    given: the shapes of what else it takes.
-    length: the number of layers.
-
-  Raises:
-    NotSeparableError: where a layer cannot be stepped alone.
-  """
-  # Where the layer axis of each gradient is tells where it is in the weight.
-  before, _ = _jaxpr.trace(post, list(stacks), list(given))
-  found: list[int | None] = []
-
-  def grads_of(index: Any, layers: Values, values: Values) -> list[Any]:
-    env, axes = _layers(before, [*layers, *values], [0] * len(stacks) + [None] * len(given))
-    _stacked.run(before.operations, before, env, axes, index, length)
-    found[:] = [axes.get(a) if isinstance(a, int) else None for a in before.outputs]
-    return []
-
-  number = jax.ShapeDtypeStruct((), jnp.int32)
-  jax.eval_shape(grads_of, number, [_layer_struct(s, 0) for s in stacks], list(given))
-  param_axes = []
-  for axis, param in zip(found, step.params, strict=False):
-    if axis is None or axis >= len(param.shape) or param.shape[axis] != length:
-      raise _stacked.NotSeparableError("its gradient has no axis of layers")
-    param_axes.append(axis)
-  if len(param_axes) != len(step.params) or len(found) != len(step.params):
-    raise _stacked.NotSeparableError("its gradient is made of several")
-  state_axes = []
-  for state in step.states:
-    axis = next((a for p, a in zip(step.params, param_axes, strict=True) if p.shape == state.shape), 0)
-    if axis >= len(state.shape) or state.shape[axis] != length:
-      raise _stacked.NotSeparableError(
-        f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers"
-      )
-    state_axes.append(axis)
-
-  def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
-    return step.run(post(ys, values), params, states, shared)
-
-  program, _ = _jaxpr.trace(whole, list(stacks), list(step.params), list(step.states), list(step.shared), list(given))
-  in_axes = [0] * len(stacks) + param_axes + state_axes + [None] * (len(step.shared) + len(given))
-  out_axes = param_axes + state_axes
-
-  def run(ys: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
-    *shared, index = shared
-    env, axes = _layers(program, [*ys, *params, *states, *shared], in_axes)
-    _stacked.run(program.operations, program, env, axes, index, length)
-    results = []
-    for atom, out in zip(program.outputs, out_axes, strict=True):
-      axis = axes.get(atom) if isinstance(atom, int) else None
-      value = env[atom] if isinstance(atom, int) else jnp.asarray(atom.val)
-      if axis is None:  # the same for every layer, so that all of it was computed
-        value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, out), out
-      if axis != out:
-        raise _stacked.NotSeparableError("the update moves the layer axis")
-      results.append(jax.lax.squeeze(value, [axis]))
-    return results[: len(params)], results[len(params) :]
-
-  layer = Step(
-    run,
-    tuple(_layer_struct(s, 0) for s in stacks),
-    tuple(_layer_struct(s, a) for s, a in zip(step.params, param_axes, strict=True)),
-    tuple(_layer_struct(s, a) for s, a in zip(step.states, state_axes, strict=True)),
-    (*step.shared, *given, number),
-  )
-  jax.eval_shape(run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
-  return Layered(layer, tuple(param_axes), tuple(state_axes))
-
-
-def _layers(
-  program: _jaxpr.Program, values: Sequence[Any], in_axes: Sequence[int | None]
-) -> tuple[dict[int, Any], dict[int, int | None]]:
-  env, axes = dict(program.constants), {}
-  for var, value, axis in zip(program.inputs, values, in_axes, strict=True):
-    env[var] = value if axis is None else jnp.expand_dims(value, axis)
-    if axis is not None:
-      axes[var] = axis
-  return env, axes

@@ -9,7 +9,7 @@ that completes a gradient the weight is stepped, and a barrier makes what follow
 that XLA cannot keep the gradients for later. A scan that would stack the gradients of layers is run with the stacks of
 weights and of state in its carry, and updates them in place. Every operation is the one that JAX and Optax wrote.
 
-References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) step inside the backward pass of PyTorch.
+References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) step in the backward pass of PyTorch.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo import _jaxpr, _plan, _separable, _tree, _two_pass
+from optax_mpo import _jaxpr, _plan, _separable, _site, _tree, _two_pass
 
 PyTree = Any
 
@@ -246,12 +246,12 @@ def groups_of(update: _separable.Update, count: int) -> list[_separable.Group]:
   return groups
 
 
-def sites_of(traced: Traced, groups: Sequence[_separable.Group]) -> list[_plan.Site]:
+def sites_of(traced: Traced, groups: Sequence[_separable.Group]) -> list[_site.Site]:
   program, sites = traced.program, []
   for group in groups:
     count, avals = len(group.leaves), [group.program.aval(v) for v in (*group.inputs, *group.shared)]
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-    step = _plan.Step(
+    step = _site.Step(
       group.step,
       tuple(structs[:count]),
       tuple(structs[count : 2 * count]),
@@ -259,7 +259,7 @@ def sites_of(traced: Traced, groups: Sequence[_separable.Group]) -> list[_plan.S
       tuple(structs[len(group.inputs) :]),
     )
     grads = tuple(traced.grads[i] for i in group.leaves)
-    sites.append(_plan.Site(group.leaves, grads, tuple((program.inputs[i],) for i in group.leaves), step))
+    sites.append(_site.Site(group.leaves, grads, tuple((program.inputs[i],) for i in group.leaves), step))
   return sites
 
 
@@ -355,7 +355,7 @@ def _first_pass(
   grads, weights, state_vars = update.inputs
   known = values | dict(zip([*weights, *state_vars], [*traced.leaves, *states], strict=True))
   sites = [
-    _plan.Site(
+    _site.Site(
       (part.leaf,), (traced.grads[part.leaf],), (), _two_pass.part_step(part, update.program, grads[part.leaf])
     )
     for part in passes.parts

@@ -1,7 +1,7 @@
 """Takes apart an update whose leaves are coupled through a few numbers, for two passes over the gradients.
 
-Why: clipping by the global norm needs the gradients of all leaves before any leaf can be stepped. LOMO (arXiv:2306.09782)
-runs the backward pass twice: the first time for the norm alone, each gradient being used up at once.
+Why: clipping by the global norm needs the gradients of all leaves before any leaf can be stepped. LOMO
+(arXiv:2306.09782) runs the backward pass twice: the first time for the norm alone, each gradient being used up at once.
 
 How: by dataflow, as in `_separable`. In the program of the update, the small arrays that depend on several leaves (the
 norm, the scale that clips, a flag that all is finite) are the *links*. What a leaf contributes to them, such as the sum
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _jaxpr, _plan, _separable, _stacked, _tree
+from optax_mpo import _jaxpr, _separable, _site, _stacked, _tree
 
 SMALL = 1024  # elements: what may be held for every leaf
 
@@ -92,7 +92,7 @@ class TwoPass:
       leaves = {leaf_of[a] for a in read | {program.outputs[count + j]} if isinstance(a, int) and a in leaf_of}
       if len(leaves) > 1:
         first, *others = sorted(leaves)
-        self._update.raise_coupled([first], others, self._caller)
+        self._update.raise_coupled([first], others, f"{self._caller}, two_pass")
       self._owners.append(leaves.pop() if leaves else None)
 
   def _slice(self, outputs: Sequence[Any], given: set[int] | frozenset[int]) -> tuple[list[Any], set[int]]:
@@ -188,7 +188,7 @@ class TwoPass:
     return env, weights, {j: _jaxpr.value(program.outputs[count + j], env) for j in self._new_states}
 
 
-def part_step(part: Part, program: _jaxpr.Program, grad: int) -> _plan.Step:
+def part_step(part: Part, program: _jaxpr.Program, grad: int) -> _site.Step:
   """The step of the first pass: its new state are the values of the parts, and it leaves the weight alone."""
 
   def struct(var: int) -> jax.ShapeDtypeStruct:
@@ -200,11 +200,11 @@ def part_step(part: Part, program: _jaxpr.Program, grad: int) -> _plan.Step:
     return [], [env[v] for v in part.outputs]
 
   shared = tuple(struct(v) for v in (*part.reads, *part.shared))
-  return _plan.Step(run, (struct(grad),), (), tuple(struct(v) for v in part.outputs), shared, layer_part)
+  return _site.Step(run, (struct(grad),), (), tuple(struct(v) for v in part.outputs), shared, layer_part)
 
 
-def layer_part(step: _plan.Step, post: Any, stacks: Sequence[Any], given: Sequence[Any], length: int) -> _plan.Layered:
-  """Makes the step of one layer for the first pass, as `_plan.layer_step` does for the second.
+def layer_part(step: _site.Step, post: Any, stacks: Sequence[Any], given: Sequence[Any], length: int) -> _site.Layered:
+  """Makes the step of one layer for the first pass, as `_site.layer_step` does for the second.
 
   The state of a layer are its own reductions; those of the stack are made from them when the scan is over.
   """
@@ -265,8 +265,8 @@ def layer_part(step: _plan.Step, post: Any, stacks: Sequence[Any], given: Sequen
 
   avals = [program.aval(o.outputs[0]) for o in across]
   kept = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
-  layer = _plan.Step(run, tuple(layers), (), kept, (*rest, number), _no_deeper)
-  return _plan.Layered(layer, (), (0,) * len(kept), finish)
+  layer = _site.Step(run, tuple(layers), (), kept, (*rest, number), _no_deeper)
+  return _site.Layered(layer, (), (0,) * len(kept), finish)
 
 
 def _needed(operations: list[_jaxpr.Operation], wanted: set[int]) -> list[_jaxpr.Operation]:

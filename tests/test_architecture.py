@@ -15,9 +15,10 @@ ARROWS = {
   "_jaxpr": (set(), {"jax"}),
   "_stacked": ({"_jaxpr"}, {"jax"}),
   "_separable": ({"_compensated", "_jaxpr", "_stacked", "_tree"}, {"jax", "optax"}),
-  "_plan": ({"_jaxpr", "_stacked"}, {"jax"}),
-  "_two_pass": ({"_jaxpr", "_plan", "_separable", "_stacked", "_tree"}, {"jax"}),
-  "_release": ({"_jaxpr", "_plan", "_separable", "_tree", "_two_pass"}, {"jax", "optax"}),
+  "_site": ({"_jaxpr", "_stacked"}, {"jax"}),
+  "_plan": ({"_jaxpr", "_site", "_stacked"}, {"jax"}),
+  "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree"}, {"jax"}),
+  "_release": ({"_jaxpr", "_plan", "_separable", "_site", "_tree", "_two_pass"}, {"jax", "optax"}),
   "_explain": ({"_plan", "_release", "_separable"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
