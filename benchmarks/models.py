@@ -128,20 +128,18 @@ def lm_fused_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Arr
   """`lm_loss` with fused layers."""
   tokens, targets = batch[:, :-1], batch[:, 1:]
   block = functools.partial(lm_block, config)
-  if config.tied:
-    embedding = mpo.fused_value(params["embedding"])
-    x = embedding[tokens]
-  else:
-    x = mpo.fused_layer(lambda embedding, tokens: embedding[tokens])(params["embedding"], tokens)
+  tied = mpo.fused_value(params["embedding"]) if config.tied else None
+  embed = mpo.fused_layer(lambda embedding, tokens: embedding[tokens])
+  x = embed(params["embedding"], tokens) if tied is None else tied[tokens]
   if config.scan:
     x, _ = mpo.fused_scan(lambda p, x, _: (block(p, x), None), remat=config.remat)(params["blocks"], x)
   else:
     layer = mpo.fused_layer(block, remat=config.remat)
     for p in params["blocks"]:
       x = layer(p, x)
-  if config.tied:
-    return mpo.fused_layer(lm_head)(params["norm"], embedding.T, x, targets)
-  head = mpo.fused_layer(lambda p, x, targets: lm_head(*p, x, targets))
+  if tied is not None:
+    return mpo.fused_layer(lm_head)(params["norm"], tied.T, x, targets)
+  head = mpo.fused_layer(lambda p, x, targets: lm_head(p[0], p[1], x, targets))
   return head((params["norm"], params["head"]), x, targets)
 
 

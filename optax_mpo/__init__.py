@@ -1,6 +1,7 @@
 """optax_mpo: memory-efficient mixed-precision training for Optax and JAX.
 
 Storage: bf16 params with packed compensation bits in place of f32 master weights.
+Fused: the optimizer step inside the backward pass, so that no gradients are kept.
 Memory: the peak of any step on a GPU that need not be there.
 """
 
@@ -10,6 +11,8 @@ from optax_mpo._compensated import cast as cast
 from optax_mpo._compensated import compensated as compensated
 from optax_mpo._compensated import init as init
 from optax_mpo._compensated import master_params as master_params
+from optax_mpo._explain import Explanation as Explanation
+from optax_mpo._explain import explain as explain
 from optax_mpo._fused import fused_value_and_update as fused_value_and_update
 from optax_mpo._handles import FusedError as FusedError
 from optax_mpo._layer import fused_layer as fused_layer
@@ -18,5 +21,6 @@ from optax_mpo._layer import fused_value as fused_value
 from optax_mpo._memory import gpu_memory as gpu_memory
 from optax_mpo._memory_report import Buffer as Buffer
 from optax_mpo._memory_report import MemoryReport as MemoryReport
+from optax_mpo._release import value_and_update as value_and_update
 
 __version__ = "0.1.0"

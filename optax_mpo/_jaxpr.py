@@ -344,3 +344,95 @@ def where(operation: Operation) -> str:
         function = frame.function_name.replace(".<locals>", "")
         return f"`{operation.name}` ({function}, {path.name}:{frame.line_num})"
   return f"`{operation.name}`"
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparent: frozenset[str]) -> Program:
+  """Copies a jaxpr into a program and inlines the calls in which `wanted` outputs are made, and no others.
+
+  A wanted output is followed back through the operations named in `transparent`. A `remat` call is inlined together
+  with the barrier on its operands that it stands for.
+  """
+  program = Program()
+
+  def follow(jaxpr: Any, flags: Sequence[bool]) -> set[Any]:
+    found = {v for v, flag in zip(jaxpr.outvars, flags, strict=True) if flag and not isinstance(v, core.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+      flags = [v in found for v in eqn.outvars]
+      if not any(flags):
+        continue
+      if _is_inlined(eqn):
+        inner, _ = _called(eqn)
+        inside = follow(inner, flags)
+        flags = [v in inside for v in inner.invars]
+      else:
+        flags = [eqn.primitive.name in transparent] * len(eqn.invars)
+      found.update(v for v, flag in zip(eqn.invars, flags, strict=True) if flag and not isinstance(v, core.Literal))
+    return found
+
+  def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], flags: Sequence[bool], caller: Any) -> list[Atom]:
+    env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+    found = follow(jaxpr, flags)
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+      env[var] = program.new(var.aval)
+      program.constants[env[var]] = const
+
+    def add(eqn: Any, inputs: list[Atom]) -> list[Atom]:
+      outputs = [-1 if isinstance(v, core.DropVar) else program.new(v.aval) for v in eqn.outvars]
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller))
+      return outputs
+
+    def read(var: Any) -> Atom:
+      return var if isinstance(var, core.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+      inputs = [read(v) for v in eqn.invars]
+      flags = [v in found for v in eqn.outvars]
+      if any(flags) and _is_inlined(eqn):
+        held = [i for i, keep in enumerate(_kept_apart(eqn)) if keep and isinstance(inputs[i], int)]
+        if held:
+          barrier = _barrier([program.aval(inputs[i]) for i in held])
+          for i, new in zip(held, add(barrier, [inputs[i] for i in held]), strict=True):
+            inputs[i] = new
+        results = inline(*_called(eqn), inputs, flags, caller or eqn)
+      else:
+        results = add(eqn, inputs)
+      env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not isinstance(v, core.DropVar))
+    return [read(v) for v in jaxpr.outvars]
+
+  program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
+  program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, wanted, None)
+  return program
+
+
+def _is_inlined(eqn: Any) -> bool:
+  """Whether a call means no more than its operations, so that no sharding or compiler option of its own is lost."""
+  if eqn.primitive.name not in CALLS or eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+    return False
+  shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
+  return not eqn.params.get("compiler_options_kvs") and all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+
+
+def _kept_apart(eqn: Any) -> Sequence[bool]:
+  """Which operands of a call go through a barrier, so that what it recomputes is not merged with the first time."""
+  apart = eqn.params.get("prevent_cse", False) if eqn.params.get("differentiated") else False
+  return [apart] * len(eqn.invars) if isinstance(apart, bool) else list(apart)
+
+
+def _barrier(avals: Sequence[Any]) -> Any:
+  structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+  return jax.make_jaxpr(jax.lax.optimization_barrier)(structs).jaxpr.eqns[0]
+
+
+def scan_body(operation: Operation) -> core.ClosedJaxpr:
+  """The body of a scan: constants, carry and one entry of each scanned operand -> carry, one entry of each result."""
+  return _closed(operation.eqn.params["jaxpr"])
+
+
+def consists_of(eqn: Any, names: frozenset[str]) -> bool:
+  """Whether an operation is one of `names`, or a call of nothing else."""
+  if eqn.primitive.name in CALLS:
+    return all(consists_of(e, names) for e in _called(eqn)[0].eqns)
+  return eqn.primitive.name in names

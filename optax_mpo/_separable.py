@@ -293,6 +293,30 @@ class Update:
       by_root.setdefault(self._root(leaf), []).append(leaf)
     return [tuple(group) for group in by_root.values()]
 
+  @property
+  def program(self) -> _jaxpr.Program:
+    """The whole update: gradients, weights, state -> new weights, new state."""
+    return self._program
+
+  @property
+  def inputs(self) -> tuple[list[int], list[int], list[int]]:
+    """The variables of the gradients, the weights and the state."""
+    return self._inputs()
+
+  @property
+  def given(self) -> frozenset[int]:
+    """The variables that no slice computes: `shared` and constants."""
+    return self._given
+
+  @property
+  def shared_states(self) -> list[int]:
+    """The leaves of the state that `run_shared` makes anew."""
+    return self._shared_states
+
+  def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> None:
+    """Raises the error that names two sets of leaves and what couples them."""
+    self._raise_coupled(list(inside), list(outside), who)
+
   def needs_gradient(self, leaf: int) -> bool:
     """Whether anything about a leaf changes with its gradient."""
     return bool(self._used_gradients >> leaf & 1)
