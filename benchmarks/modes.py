@@ -98,11 +98,12 @@ def flashoptim(master_weight_bits: int) -> Callable[[Model, str], Training]:
   return build
 
 
-def compensated(bits: int) -> Callable[[Model, str], Training]:
-  """Our storage, unfused: a gradient tree, then the update."""
+def compensated(bits: int, compact: bool = False) -> Callable[[Model, str], Training]:
+  """Our storage, unfused: a gradient tree, then the update; `compact` with the optimizer's state in 8 bits."""
 
   def build(model: Model, optimizer: str) -> Training:
-    tx = mpo.compensated(OPTIMIZERS[optimizer](), bits=bits)
+    inner = OPTIMIZERS[optimizer]()
+    tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
 
     def step(params, opt_state, batch):
       loss, grads = jax.value_and_grad(model.loss)(params, batch)
@@ -137,4 +138,5 @@ MODES = {
   "mpo-4": Mode("optax_mpo, 4 bits", compensated(4)),
   "mpo-16-layer": Mode("optax_mpo, 16 bits, fused layers", fused_layers(16), exact=True),
   "mpo-8-layer": Mode("optax_mpo, 8 bits, fused layers", fused_layers(8)),
+  "mpo-compact": Mode("optax_mpo, 8 bits, 8-bit state", compensated(8, compact=True)),
 }

@@ -2,9 +2,11 @@
 
 Storage: bf16 params with packed compensation bits in place of f32 master weights.
 Fused: the optimizer step inside the backward pass, so that no gradients are kept.
+Compact state: moments and momentum of any Optax transformation in 8 bits.
 Memory: the peak of any step on a GPU that need not be there.
 """
 
+from optax_mpo._blocks import Quantized as Quantized
 from optax_mpo._compensated import CompensatedState as CompensatedState
 from optax_mpo._compensated import apply_updates as apply_updates
 from optax_mpo._compensated import cast as cast
@@ -21,6 +23,9 @@ from optax_mpo._layer import fused_value as fused_value
 from optax_mpo._memory import gpu_memory as gpu_memory
 from optax_mpo._memory_report import Buffer as Buffer
 from optax_mpo._memory_report import MemoryReport as MemoryReport
+from optax_mpo._quantized import QuantizedState as QuantizedState
+from optax_mpo._quantized import dequantized as dequantized
+from optax_mpo._quantized import quantized_state as quantized_state
 from optax_mpo._release import value_and_update as value_and_update
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _codec, _tree
+from optax_mpo import _codec, _tree, _wrapping
 
 PyTree = Any
 
@@ -88,11 +88,7 @@ def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.Gr
       f"compensated: bits has to be one of {_codec.BITS}, but it is {bits!r}. It is a Python int and static: under "
       "optax.inject_hyperparams, name it in static_args."
     )
-  if isinstance(inner, optax.MultiSteps):  # no GradientTransformation, but with its two methods
-    inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
-  if not isinstance(inner, optax.GradientTransformation):
-    raise TypeError(f"compensated: inner has to be an Optax transformation, but it is a {type(inner).__name__}.")
-  inner = optax.with_extra_args_support(inner)
+  inner = _wrapping.as_transformation(inner, "compensated")
 
   def init(params: PyTree) -> CompensatedState:
     named, treedef = _tree.named_leaves(params), jax.tree.structure(params)

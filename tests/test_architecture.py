@@ -11,7 +11,11 @@ PACKAGE = pathlib.Path(optax_mpo.__file__).parent
 ARROWS = {
   "_tree": (set(), {"jax"}),
   "_codec": (set(), {"jax", "numpy"}),
-  "_compensated": ({"_codec", "_tree"}, {"jax", "optax"}),
+  "_wrapping": (set(), {"optax"}),
+  "_compensated": ({"_codec", "_tree", "_wrapping"}, {"jax", "optax"}),
+  "_blocks": (set(), {"jax", "numpy"}),
+  "_state_kinds": (set(), {"jax"}),
+  "_quantized": ({"_blocks", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_jaxpr": (set(), {"jax"}),
   "_stacked": ({"_jaxpr"}, {"jax"}),
   "_separable": ({"_compensated", "_jaxpr", "_stacked", "_tree"}, {"jax", "optax"}),

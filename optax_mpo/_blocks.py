@@ -1,0 +1,212 @@
+"""Stores optimizer state in 8 bits, by blocks: `f32[*s]` <-> 8-bit codes and one 16-bit scale for each block.
+
+Why: two f32 moments are 8 of the 12 bytes that AdamW holds per parameter, and they need neither the precision nor,
+within a row of weights, the range.
+
+How: the last axis is cut into blocks. Each is divided by its largest magnitude, the *scale*, and every element becomes
+one of 256 levels, which lie closer together toward zero. Nothing else than the last axis is ever reshaped, so that
+leaves stay sharded and stacks of layers stay stacks.
+
+* **Scales** are f32 patterns rounded to 16 bits: no sign, 8 bits of exponent, 8 of mantissa. That is bf16 with the sign
+  bit, which a magnitude does not need, spent on precision. The range is that of f32.
+* **Levels.** Signed: t / (1.85 - 0.85 |t|) for t = code / 127 or, below zero, code / 128; zero is zero. Non-negative:
+  ((code + 1/2) / 255.5)^1.75; there is no zero in a block that is not all zero, since a second moment that rounds to
+  zero under a first moment that does not would blow up the update.
+* **Nothing sticks.** A moment that decays by 0.1% a step moves by less than half a level, and a 16-bit scale by less
+  than half of its last place: rounding to nearest would undo every such step. So scales, and values that move by less
+  than one level, are rounded up or down in proportion (that is, without bias), by a low-discrepancy sequence in the
+  step and the column; larger moves are rounded to nearest. What lies on a level stays there: storing it again changes
+  nothing.
+* **Nothing poisons.** An element that is not finite leaves its code as it was, and counts for no scale.
+
+Source: blocks with a scale each are those of Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
+arXiv:2110.02861; levels by companding for each kind of state those of FlashOptim, arXiv:2602.23349.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+BITS = (4, 8)
+"""The widths of codes there are."""
+
+_SCALE_SHIFT = 15  # of an f32 pattern without its sign, the upper 16 bits are kept
+_LARGEST_SCALE = 0xFEFF  # the largest finite one
+
+
+class Quantized(NamedTuple):
+  """An array in blocks along its last axis; see `dequantize`.
+
+  It says all that there is to know about itself: codes are signed integers for signed numbers and unsigned ones for
+  non-negative numbers, and the block size, a power of two, follows from the two shapes.
+
+  Attributes:
+    values: codes, `int8[*s]`, `uint8[*s]`, `int4[*s]` or `uint4[*s]`, of the shape of the array.
+    scales: `uint16[*s[:-1], blocks]`, upper halves of the f32 patterns of the blocks' largest magnitudes.
+  """
+
+  values: jax.Array
+  scales: jax.Array
+
+
+def codes_dtype(bits: int, signed: bool) -> jnp.dtype:
+  """Returns the dtype of the codes: int8 or int4 for signed numbers, uint8 or uint4 for non-negative ones."""
+  return jnp.dtype(f"{'int' if signed else 'uint'}{bits}")
+
+
+def blocks(length: int, block_size: int) -> int:
+  """Returns how many blocks an axis of `length` has."""
+  return -(-length // block_size)
+
+
+def block_size_of(length: int, count: int) -> int:
+  """Returns the block size of an axis of `length` in `count` blocks: a power of two, or `length` for one block."""
+  if count <= 1:
+    return max(length, 1)
+  size = 1
+  while blocks(length, size) > count:
+    size *= 2
+  if blocks(length, size) != count:
+    raise ValueError(f"no power of two cuts an axis of {length} into {count} blocks")
+  return size
+
+
+_BEND = np.float32(0.85)  # of the signed levels; chosen, like 1.75 below, by the error on moments from training
+
+
+def _top(negative: jax.Array | bool, dtype: jnp.dtype) -> Any:
+  """The magnitude of the last code, whose level is 1; there is one more below zero than above."""
+  info = jnp.iinfo(dtype)
+  return jnp.where(negative, np.float32(-int(info.min)), np.float32(info.max)) if info.min else np.float32(info.max)
+
+
+def _level(code: jax.Array, top: Any, signed: bool) -> jax.Array:
+  """The level of a magnitude's code, f32[*s] in [0, top] -> f32[*s] in [0, 1]."""
+  if signed:
+    t = code / top
+    return t / (1 + _BEND - _BEND * t)
+  z = (code + 0.5) / (top + 0.5)
+  root = jnp.sqrt(z)
+  return z * root * jnp.sqrt(root)
+
+
+def _position(level: jax.Array, top: Any, signed: bool) -> jax.Array:
+  """The inverse of `_level`, for every number in [0, 1]; not quite exact, and below 0 for the very small ones."""
+  if signed:
+    return top * ((1 + _BEND) * level / (1 + _BEND * level))
+  return (top + 0.5) * jnp.power(level, np.float32(1 / 1.75)) - 0.5
+
+
+def _is_signed(dtype: jnp.dtype) -> bool:
+  return jnp.issubdtype(dtype, jnp.signedinteger)
+
+
+def _unpack_scales(scales: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(scales.astype(jnp.uint32) << _SCALE_SHIFT, jnp.float32)
+
+
+def _spread(per_block: jax.Array, length: int) -> jax.Array:
+  """Repeats `[*s, blocks]` to `[*s, length]`, each entry over its block."""
+  *lead, count = per_block.shape
+  if count == 1:
+    return jnp.broadcast_to(per_block, (*lead, length))
+  size = block_size_of(length, count)
+  whole = jnp.broadcast_to(per_block[..., None], (*lead, count, size)).reshape(*lead, count * size)
+  return whole if count * size == length else lax.slice_in_dim(whole, 0, length, axis=whole.ndim - 1)
+
+
+def _block_max(x: jax.Array, count: int) -> jax.Array:
+  """The largest entry of each block of `x: f32[*s]`, which has none below zero -> f32[*s[:-1], count]."""
+  *lead, length = x.shape
+  if count > 1:
+    size = block_size_of(length, count)
+    if count * size != length:
+      x = lax.pad(x, np.float32(0), [(0, 0, 0)] * len(lead) + [(0, count * size - length, 0)])
+    x = x.reshape(*lead, count, size)
+    return jnp.max(x, axis=-1, initial=0.0)
+  return jnp.max(x, axis=-1, keepdims=True, initial=0.0)
+
+
+# One compiled call outside of jit, a part of the caller inside.
+@functools.partial(jax.jit, inline=True)
+def dequantize(stored: Quantized) -> jax.Array:
+  """Returns the numbers that `stored` stands for, f32[*s]."""
+  codes, dtype = stored.values.astype(jnp.float32), stored.values.dtype
+  level = _level(jnp.abs(codes), _top(codes < 0, dtype), _is_signed(dtype))
+  value = level * _spread(_unpack_scales(stored.scales), codes.shape[-1])
+  return jnp.where(codes < 0, -value, value) if _is_signed(dtype) else value
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def quantize(x: jax.Array, bits: int, signed: bool, block_size: int) -> Quantized:
+  """Rounds `x: f32[*s]`, of one axis or more, to the nearest that can be stored.
+
+  Negative entries become zero where not `signed`, and entries that are not finite as well.
+  """
+  count = blocks(x.shape[-1], block_size)
+  x = jnp.where(jnp.isfinite(x), x, 0)
+  scales = _pack_scales(_block_max(_magnitude(x, signed), count), jnp.uint32(1 << (_SCALE_SHIFT - 1)))
+  codes = _encode(x, _unpack_scales(scales), codes_dtype(bits, signed), np.float32(0.5))
+  return Quantized(codes, scales)
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int) -> Quantized:
+  """Stores `x: f32[*s]` in the place and in the form of `old`, in a way that lets it move by less than a level a step.
+
+  Args:
+    x: the new numbers. An entry that is not finite stays what it is in `old`.
+    old: what was stored before.
+    step: i32[], which chooses among the roundings.
+    salt: which array this is, so that not all of them round alike.
+  """
+  dtype, length = old.values.dtype, x.shape[-1]
+  signed = _is_signed(dtype)
+  x = jnp.where(jnp.isfinite(x), x, dequantize(old))
+  largest = _block_max(_magnitude(x, signed), old.scales.shape[-1])
+
+  scales = _pack_scales(largest, _dither(step, salt, old.scales.shape[-1]) >> (32 - _SCALE_SHIFT))
+
+  # Divided by the exact maximum, not the stored one: so the codes of a block that only decays stay what they are.
+  dither = (_dither(step, salt + 1, length) >> 24).astype(jnp.float32)
+  return Quantized(_encode(x, largest, dtype, (dither + 0.5) * np.float32(1 / 256), old.values), scales)
+
+
+def _magnitude(x: jax.Array, signed: bool) -> jax.Array:
+  return jnp.abs(x) if signed else jnp.maximum(x, 0)
+
+
+def _pack_scales(largest: jax.Array, dither: jax.Array) -> jax.Array:
+  pattern = lax.bitcast_convert_type(largest, jnp.uint32)
+  return jnp.minimum((pattern + dither) >> _SCALE_SHIFT, _LARGEST_SCALE).astype(jnp.uint16)
+
+
+def _encode(x: jax.Array, scale: jax.Array, dtype: jnp.dtype, dither: Any, old: jax.Array | None = None) -> jax.Array:
+  """Returns the codes of `x`; with `old` codes, those that move by less than one are rounded by `dither`."""
+  signed, top = _is_signed(dtype), _top(x < 0, dtype)
+  # Twice by the root, since the reciprocal of the largest scales is subnormal, and XLA:CPU would flush it.
+  root = _spread(jnp.where(scale > 0, lax.rsqrt(scale), 0), x.shape[-1])
+  y = jnp.minimum(_magnitude(x, signed) * root * root, 1)
+  position = _position(y, top, signed)
+  lower = jnp.clip(jnp.floor(position), 0, top - 1)
+  below, above = _level(lower, top, signed), _level(lower + 1, top, signed)
+  fraction = (y - below) / (above - below)
+  if old is not None:
+    moved = jnp.where(x < 0, -position, position) if signed else position
+    dither = jnp.where(jnp.abs(moved - old.astype(jnp.float32)) < 1, dither, np.float32(0.5))
+  code = lower + (fraction + dither >= 1).astype(jnp.float32)
+  return (jnp.where(x < 0, -code, code) if signed else code).astype(dtype)
+
+
+# The two-dimensional Weyl sequence of the plastic number: step times one constant, column times the other, modulo 1.
+_STEP, _COLUMN, _SALT = 0xC13F_A9A9, 0x91E1_0DA5, 0x9E37_79B9
+
+
+def _dither(step: jax.Array, salt: int, length: int) -> jax.Array:
+  """Returns u32[length], spread evenly over columns and over steps."""
+  start = step.astype(jnp.uint32) * jnp.uint32(_STEP) + jnp.uint32(salt * _SALT & 0xFFFF_FFFF)
+  return start + lax.iota(jnp.uint32, length) * jnp.uint32(_COLUMN)
