@@ -178,7 +178,7 @@ def direct() -> Iterator[None]:
 
   That is so where it meets the very params and the very update that `compensated` had and made; any others are added
   as ever. The weights are the same to the last bit (but for steps that overflow f32, where the sum would), and of a
-  traced update and addition half of the operations go. For use while both are traced, in one trace.
+  traced update and addition two thirds of the operations go. For use while both are traced, in one trace.
   """
   token = _made.set({})
   try:

@@ -256,7 +256,8 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
 def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozenset[int]) -> list[Operation]:
   """Returns the operations that `outputs` need beyond the variables `given`, in an order in which they can run.
 
-  Operations with bodies of their own (`cond`, `scan`) are cut down to the results that are needed.
+  Operations that keep several values apart (`cond`, `scan`, `optimization_barrier`) are cut down to the results that
+  are needed.
   """
   needed = {a for a in outputs if isinstance(a, int)} - given
   makers = program.makers
@@ -280,9 +281,12 @@ def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozen
 
 def _without_unused(operation: Operation, needed: set[int]) -> Operation:
   used = [v in needed for v in operation.outputs]
-  if all(used) or operation.name not in ("cond", "scan"):
-    return operation
-  return _cut_cond(operation, used) if operation.name == "cond" else _cut_scan(operation, used)
+  cut = _CUTS.get(operation.name)
+  return operation if cut is None or all(used) else cut(operation, used)
+
+
+def _cut_barrier(operation: Operation, used: list[bool]) -> Operation:
+  return dataclasses.replace(operation, inputs=_kept(operation.inputs, used), outputs=_kept(operation.outputs, used))
 
 
 def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
@@ -322,6 +326,9 @@ def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
 
 def _kept(items: Sequence[Any], keep: Sequence[bool]) -> tuple[Any, ...]:
   return tuple(item for item, wanted in zip(items, keep, strict=True) if wanted)
+
+
+_CUTS = {"cond": _cut_cond, "optimization_barrier": _cut_barrier, "scan": _cut_scan}
 
 
 # --- Names for errors -------------------------------------------------------------------------------------------------

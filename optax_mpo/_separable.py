@@ -10,6 +10,7 @@ group of leaves is the slice of the program that makes its new weights and its n
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -98,7 +99,7 @@ class Group:
     """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""
     program = self.program
     count = len(self.leaves)
-    for var, name in zip(self.inputs[2 * count :], self.names[count:], strict=True):
+    for var, name in zip(self.inputs[count:], self.names, strict=True):
       shape = program.aval(var).shape
       if not shape or shape[0] != length:
         self._raise_mixed(f"{name} has shape {list(shape)}, with no entry for each of the {length} layers")
@@ -174,6 +175,12 @@ class Update:
           f"{new.dtype}{list(new.shape)}. A fused step writes the state in place and needs it to keep its form. "
           "Where the params are bfloat16, compensated(tx) shows tx f32 params and gradients, and keeps its state f32."
         )
+
+    if effects := {o.name for o in self._program.operations if o.eqn.effects}:
+      raise ValueError(
+        f"{self._caller}: tx.update has side effects ({_tree.listed(sorted(effects))}), which steps of single leaves "
+        "would lose or repeat. Take them out (jax.debug.print, callbacks), or train with tx.update."
+      )
 
   def _own(self) -> None:
     """Finds which state is shared, and which leaves and states go together."""
@@ -274,10 +281,13 @@ class Update:
 
   def needs_gradient(self, leaf: int) -> bool:
     """Whether anything about a leaf changes with its gradient."""
-    program = self._program
-    grads = self._inputs()[0]
-    bits = [1 if v == grads[leaf] else 0 for v in program.inputs]
-    return any(_jaxpr.output_bits(program, _jaxpr.dependencies(program, bits)))
+    return bool(self._used_gradients >> leaf & 1)
+
+  @functools.cached_property
+  def _used_gradients(self) -> int:
+    program, count = self._program, len(self._params)
+    bits = [1 << i if i < count else 0 for i in range(len(program.inputs))]
+    return _jaxpr.union(_jaxpr.output_bits(program, _jaxpr.dependencies(program, bits)))
 
   def group(self, leaves: Sequence[int], who: str) -> Group:
     """Returns the slice of the update that steps `leaves` together.
@@ -297,6 +307,8 @@ class Update:
     operations = _jaxpr.slice_of(program, outputs, self._given | set(inputs))
     read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
     read |= {a for a in outputs if isinstance(a, int)}
+    if foreign := read & set(program.inputs) - set(inputs) - self._given:
+      self._raise_foreign(leaves, min(foreign), operations, who)
     known = sorted(read & self._given)
     names = [self.names[i] for i in leaves] + [self.state_names[j] for j in owned]
     return Group(
@@ -309,6 +321,16 @@ class Update:
       program=program,
       inputs=tuple(inputs),
       names=tuple(names),
+    )
+
+  def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[_jaxpr.Operation], who: str) -> None:
+    """An operation that JAX does not take apart as far as its dependencies go."""
+    grads, params, states = self._inputs()
+    name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]
+    by = next((_jaxpr.where(o) for o in operations if var in o.inputs), "its state")
+    raise ValueError(
+      f"{who}: tx computes the update of {_tree.listed(self.names[i] for i in leaves)} together with that of {name}, "
+      f"in {by}, which cannot be taken apart. Step these leaves in one fused_layer, or train with tx.update."
     )
 
   def _raise_coupled(self, inside: list[int], outside: list[int], who: str) -> None:

@@ -49,6 +49,10 @@ def with_while(x, y):
   return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 2, c[2] + x), (0, x, y))[1:]
 
 
+def with_barrier(x, y):
+  return lax.optimization_barrier((x * 2, y))
+
+
 def literals(x, y):
   return 1.0, x, x, jnp.float32(2.0) * y, 3
 
@@ -60,7 +64,18 @@ def closed_over(x, y):
   return x * TABLE, jnp.asarray(TABLE), y @ jnp.eye(3)
 
 
-FUNCTIONS = [plain, nested, with_cond, nested_cond, three_way, with_scan, with_while, literals, closed_over]
+FUNCTIONS = [
+  plain,
+  nested,
+  with_cond,
+  nested_cond,
+  three_way,
+  with_scan,
+  with_while,
+  with_barrier,
+  literals,
+  closed_over,
+]
 ARGS = [(jnp.array([a, -2.0, 0.5]), jnp.array([b, 1.0, -0.25])) for a in (1.0, -1.0) for b in (2.0, -2.0)]
 
 
@@ -113,6 +128,7 @@ def test_slices_run_under_jit(fun):
     (nested_cond, [3, 3]),
     (three_way, [3, 3]),
     (with_scan, [1, 2, 2, 1]),
+    (with_barrier, [1, 2]),
     (literals, [0, 1, 1, 2, 0]),
     (closed_over, [1, 0, 2]),
   ],
