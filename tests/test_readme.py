@@ -56,6 +56,7 @@ MODES = {
   "flashoptim-jax, 24-bit, 8-bit moments": "flash-24",
   "optax_mpo, 16 bits": "mpo-16",
   "optax_mpo, 8 bits": "mpo-8",
+  "optax_mpo, 16 bits, fused layers": "mpo-16-layer",
   "optax_mpo, 4 bits": "mpo-4",
 }
 MODELS = ("lm-350m-unrolled", "lm-350m", "lm-1.3b", "lm-8.8b")

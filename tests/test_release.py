@@ -198,7 +198,7 @@ def batch(i, dtype=jnp.float32):
   return jax.random.normal(jax.random.key(100 + i), (4, WIDTH)).astype(dtype)
 
 
-def assert_equal_steps(loss, tx, params, state, steps=3, jit=unfused_jit, make=mpo.value_and_update):
+def assert_equal_steps(loss, tx, params, state, steps=3, jit=exact_jit, make=mpo.value_and_update):
   dtype = jax.tree.leaves(params)[0].dtype
   want, got = (None, params, state), (None, params, state)
   one, other = jit(ordinary(loss, tx)), jit(make(loss, tx))
