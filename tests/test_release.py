@@ -219,7 +219,9 @@ def test_steps_are_those_of_the_unfused_step(name):
 def test_plain_optax_on_f32(name, optimizer):
   params, loss, _ = CASES[name]
   tx = OPTIMIZERS[optimizer]()
-  assert_equal_steps(loss, tx, params, tx.init(params))
+  # In a loop over layers a fused multiply-add may take the other product of b1 * m + (1 - b1) * g (JAX 0.12 does).
+  jit = unfused_jit if name == "scanned_remat" else exact_jit
+  assert_equal_steps(loss, tx, params, tx.init(params), jit=jit)
 
 
 def test_without_jit():
