@@ -1,7 +1,9 @@
 """Whole models: 50 steps of `value_and_update` equal those of the unfused step, bit for bit.
 
 Loss functions as one writes them with Flax and Optax, none of them made for this library. Both sides are compiled
-without excess precision.
+without excess precision and at LLVM's lowest level: at others a loop is vectorised by its whole body, which can change
+the order of a sum (see test_exactness.py), and lion makes a step of full size of the sign of a gradient that is zero
+but for rounding, such as that of the bias of attention's keys.
 """
 
 import functools
@@ -17,6 +19,8 @@ from jax import lax
 
 import optax_mpo as mpo
 from tests.test_exactness import assert_same_bits, exact_jit
+
+jit = functools.partial(exact_jit, xla_backend_optimization_level=0)
 
 STEPS, BATCH, CONTEXT, WIDTH, VOCAB, LAYERS = 50, 2, 4, 8, 11, 2
 
@@ -251,14 +255,12 @@ def test_fifty_steps(name, optimizer):
     return value, mpo.apply_updates(params, updates), state
 
   def fifty(step):
-    def body(carry, batch):
-      value, *carry = step(*carry, batch)
-      return tuple(carry), value
-
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(batches, range(STEPS)))
-    return exact_jit(lambda params, state: lax.scan(body, (params, state), stacked))(*mpo.init(tx, params))
+    compiled, state, values = jit(step), mpo.init(tx, params), []
+    for i in range(STEPS):
+      value, *state = compiled(*state, batches(i))
+      values.append(value)
+    return values, state
 
   want, got = fifty(unfused), fifty(mpo.value_and_update(loss, tx, has_aux=has_aux, two_pass=two_pass))
   assert_same_bits(got, want)
-  first, *_, last = jax.tree.leaves(want[1])[0]
-  assert first != last
+  assert not np.array_equal(jax.tree.leaves(want[0][0])[0], jax.tree.leaves(want[0][-1])[0])
