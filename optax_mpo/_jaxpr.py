@@ -141,15 +141,25 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
   return getattr(jaxpr, "jaxpr", jaxpr), consts
 
 
+@functools.cache
+def _no_debug_info() -> Any:
+  return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
+
+
 def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -> list[Any]:
   """Runs one operation on its operands, with some of its params changed."""
   eqn = operation.eqn
   if operation.bodies and len(operation.outputs) != len(eqn.outvars):
     return lax.switch(values[0], [functools.partial(call, body) for body in operation.bodies], *values[1:])
-  params = eqn.primitive.get_bind_params({**eqn.params, **changes})
-  with eqn.ctx.manager if hasattr(eqn, "ctx") else contextlib.nullcontext():
-    results = eqn.primitive.bind(*values, **params)
-  return list(results) if eqn.primitive.multiple_results else [results]
+  if changes:
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    with eqn.ctx.manager if hasattr(eqn, "ctx") else contextlib.nullcontext():
+      results = eqn.primitive.bind(*values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+  # Run as a jaxpr of its own, an operation keeps the line and the scope it was written in, for profiles and reports.
+  named = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)}
+  jaxpr = core.Jaxpr((), list(named), eqn.outvars, [eqn], debug_info=_no_debug_info())
+  return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*named.values())
 
 
 def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) -> None:

@@ -1,7 +1,9 @@
 """Whole models: 50 steps of `value_and_update` equal those of the unfused step, bit for bit.
 
 Loss functions as one writes them with Flax and Optax, none of them made for this library. Both sides are compiled
-without excess precision.
+without excess precision and at LLVM's lowest level, which is fast and does not vectorise. Where XLA's fusion still sums
+the gradient of a bias differently on the two sides, `COMPILED_DIFFERENTLY` says so, and both are compiled without it.
+Most of these are lion, which makes a full step of the sign of a gradient that is zero but for rounding.
 """
 
 import functools
@@ -16,7 +18,22 @@ from flax import nnx
 from jax import lax
 
 import optax_mpo as mpo
-from tests.test_exactness import assert_same_bits, exact_jit
+from tests.test_exactness import assert_same_bits, exact_jit, unfused_jit
+
+COMPILED_DIFFERENTLY = {
+  ("linen_transformer_unrolled", "adamw"),
+  ("linen_transformer_unrolled", "lion"),
+  ("linen_resnet", "lion"),
+  ("gru", "lion"),
+  ("vit", "lion"),
+}
+
+
+def jit_for(name, optimizer):
+  if (name, optimizer) in COMPILED_DIFFERENTLY:
+    return unfused_jit
+  return functools.partial(exact_jit, xla_backend_optimization_level=0)
+
 
 pytestmark = pytest.mark.slow
 
@@ -253,14 +270,12 @@ def test_fifty_steps(name, optimizer):
     return value, mpo.apply_updates(params, updates), state
 
   def fifty(step):
-    def body(carry, batch):
-      value, *carry = step(*carry, batch)
-      return tuple(carry), value
-
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(batches, range(STEPS)))
-    return exact_jit(lambda params, state: lax.scan(body, (params, state), stacked))(*mpo.init(tx, params))
+    compiled, state, values = jit_for(name, optimizer)(step), mpo.init(tx, params), []
+    for i in range(STEPS):
+      value, *state = compiled(*state, batches(i))
+      values.append(value)
+    return values, state
 
   want, got = fifty(unfused), fifty(mpo.value_and_update(loss, tx, has_aux=has_aux, two_pass=two_pass))
   assert_same_bits(got, want)
-  first, *_, last = jax.tree.leaves(want[1])[0]
-  assert first != last
+  assert not np.array_equal(jax.tree.leaves(want[0][0])[0], jax.tree.leaves(want[0][-1])[0])
