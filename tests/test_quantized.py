@@ -1,4 +1,4 @@
-"""quantized_state: which leaves are stored, bytes held, training beside the f32 state, composition, shards, refusals."""
+"""quantized_state: which leaves are stored, bytes held, training beside f32 state, composition, shards, refusals."""
 
 import functools
 import re
@@ -259,14 +259,14 @@ def test_wrappers(wrapper):
 
 
 def test_around_compensated_it_works_too():
-  values, params, state = train(SMALL(mpo.compensated(optax.adam(1e-3), bits=8)), 5)
+  _, params, state = train(SMALL(mpo.compensated(optax.adam(1e-3), bits=8)), 5)
   assert stored(state)
   mpo.master_params(params, state)
 
 
 def test_sharding_rules_reach_stored_leaves():
   tx = mpo.compensated(SMALL(optax.adamw(1e-3)), bits=8)
-  params, state = mpo.init(tx, make_params())
+  _, state = mpo.init(tx, make_params())
   specs = {"a": PartitionSpec("x", None), "b": PartitionSpec(), "c": PartitionSpec("x"), "d": PartitionSpec()}
   mapped = optax.tree.map_params(tx, lambda _, spec: spec, state, specs, is_leaf=lambda x: isinstance(x, mpo.Quantized))
   assert mapped.inner_state.inner_state[0].mu == specs
