@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import optax_mpo as mpo
+
 PyTree = Any
 Shapes = dict[str, Any]
 
@@ -27,12 +29,14 @@ class Model:
     params: a tree of f32 ShapeDtypeStructs.
     loss: `loss(params, batch) -> f32[]`.
     batch: a tree of ShapeDtypeStructs.
+    fused_loss: the same of handles, with fused layers; None where it is not written.
   """
 
   name: str
   params: PyTree
   loss: Callable[[PyTree, PyTree], jax.Array]
   batch: PyTree
+  fused_loss: Callable[[PyTree, PyTree], jax.Array] | None = None
 
   @property
   def count(self) -> int:
@@ -110,9 +114,33 @@ def lm_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
     for p in params["blocks"]:
       x = block(p, x)
   head = params["embedding"].T if config.tied else params["head"]
-  logits = (rms_norm(x, params["norm"]) @ head).astype(jnp.float32)
+  return lm_head(params["norm"], head, x, targets)
+
+
+def lm_head(norm: jax.Array, head: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
+  """The mean next-token loss of the last layer's output."""
+  logits = (rms_norm(x, norm) @ head).astype(jnp.float32)
   picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+def lm_fused_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
+  """`lm_loss` with fused layers."""
+  tokens, targets = batch[:, :-1], batch[:, 1:]
+  block = functools.partial(lm_block, config)
+  tied = mpo.fused_value(params["embedding"]) if config.tied else None
+  embed = mpo.fused_layer(lambda embedding, tokens: embedding[tokens])
+  x = embed(params["embedding"], tokens) if tied is None else tied[tokens]
+  if config.scan:
+    x, _ = mpo.fused_scan(lambda p, x, _: (block(p, x), None), remat=config.remat)(params["blocks"], x)
+  else:
+    layer = mpo.fused_layer(block, remat=config.remat)
+    for p in params["blocks"]:
+      x = layer(p, x)
+  if tied is not None:
+    return mpo.fused_layer(lm_head)(params["norm"], tied.T, x, targets)
+  head = mpo.fused_layer(lambda p, x, targets: lm_head(p[0], p[1], x, targets))
+  return head((params["norm"], params["head"]), x, targets)
 
 
 def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes: Any) -> Model:
@@ -144,7 +172,8 @@ def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes:
     + [f"{batch}x{context}"] * ((batch, context) != (1, 1024))
   )
   tokens = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
-  return Model(name, params, functools.partial(lm_loss, config), tokens)
+  losses = (functools.partial(loss, config) for loss in (lm_loss, lm_fused_loss))
+  return Model(name, params, next(losses), tokens, next(losses))
 
 
 # --- Vision models, the ground of the paper ---------------------------------------------------------------------------

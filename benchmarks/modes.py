@@ -115,6 +115,30 @@ def compensated(bits: int, compact: bool = False) -> Callable[[Model, str], Trai
   return build
 
 
+def fused_layers(bits: int) -> Callable[[Model, str], Training]:
+  """Our storage, with every layer stepped inside the backward pass."""
+
+  def build(model: Model, optimizer: str) -> Training:
+    tx = mpo.compensated(OPTIMIZERS[optimizer](), bits=bits)
+    if model.fused_loss is None:
+      raise NotImplementedError(f"{model.name} is not written with fused layers")
+    step = mpo.fused_value_and_update(model.fused_loss, tx)
+    return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
+
+  return build
+
+
+def automatic(bits: int) -> Callable[[Model, str], Training]:
+  """Our storage with gradients released: `value_and_update` on the same loss function."""
+
+  def build(model: Model, optimizer: str) -> Training:
+    tx = mpo.compensated(OPTIMIZERS[optimizer](), bits=bits)
+    step = mpo.value_and_update(model.loss, tx)
+    return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
+
+  return build
+
+
 MODES = {
   "optax-f32": Mode("Optax, f32 master", optax_f32_master, exact=True),
   "optax-bf16": Mode("Optax, pure bf16 (loses small updates)", optax_bf16),
@@ -123,5 +147,9 @@ MODES = {
   "mpo-16": Mode("optax_mpo, 16 bits", compensated(16), exact=True),
   "mpo-8": Mode("optax_mpo, 8 bits", compensated(8)),
   "mpo-4": Mode("optax_mpo, 4 bits", compensated(4)),
+  "mpo-16-layer": Mode("optax_mpo, 16 bits, fused layers", fused_layers(16), exact=True),
+  "mpo-8-layer": Mode("optax_mpo, 8 bits, fused layers", fused_layers(8)),
   "mpo-compact": Mode("optax_mpo, 8 bits, 8-bit state", compensated(8, compact=True)),
+  "mpo-16-auto": Mode("optax_mpo, 16 bits, value_and_update", automatic(16), exact=True),
+  "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
 }

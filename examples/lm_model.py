@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import optax_mpo as mpo
+
 PyTree = Any
 
 VOCABULARY = 256  # a token is a byte
@@ -120,9 +122,41 @@ def init_params(model: Transformer, key: jax.Array) -> PyTree:
 def next_byte_loss(model: Transformer, params: PyTree, windows: jax.Array) -> jax.Array:
   """Mean cross entropy in nats, f32[], of every byte of `windows: uint8[batch, time + 1]` but the first."""
   tokens = windows.astype(jnp.int32)
-  logits = cast(jax.Array, model.apply({"params": params}, tokens[:, :-1]))
+  return cross_entropy(cast(jax.Array, model.apply({"params": params}, tokens[:, :-1])), tokens[:, 1:])
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Mean cross entropy in nats, taken in f32."""
   log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1))
+  return -jnp.mean(jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1))
+
+
+def fused_next_byte_loss(model: Transformer, params: PyTree, windows: jax.Array) -> jax.Array:
+  """`next_byte_loss` of fused layers: with handles for params, each steps its own weights in the backward pass."""
+  tokens = windows.astype(jnp.int32)
+  embed, block = nn.Embed(VOCABULARY, model.width, dtype=jnp.bfloat16), Block(model.heads)
+  x = mpo.fused_layer(embed)(params["embedding"], tokens[:, :-1])
+  if model.scan:
+    stack = mpo.fused_scan(lambda p, x, _: (block.apply({"params": p}, x), None), remat=model.remat)
+    x, _ = stack(params["layers"], x)
+  else:
+    layer = mpo.fused_layer(block, remat=model.remat)
+    for i in range(model.layers):
+      x = layer(params[f"layer_{i}"], x)
+
+  def head(p: PyTree, x: jax.Array, targets: jax.Array) -> jax.Array:
+    x = cast(jax.Array, RMSNorm().apply({"params": p["final_norm"]}, x))
+    return cross_entropy(cast(jax.Array, dense(VOCABULARY, "head").apply({"params": p["head"]}, x)), targets)
+
+  return mpo.fused_layer(head)({name: params[name] for name in ("final_norm", "head")}, x, tokens[:, 1:])
+
+
+def largest_layer(model: Transformer, params: PyTree) -> int:
+  """How many params the largest fused layer has."""
+  counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+  if model.scan:
+    counts["layers"] //= model.layers
+  return max(*counts.values(), counts["final_norm"] + counts["head"])
 
 
 def is_matrix(path: tuple[Any, ...]) -> bool:

@@ -81,6 +81,7 @@ class Run(NamedTuple):
     losses: f32[steps], the training loss of every step made, in nats per byte.
     planned: the steps asked for.
     tokens_per_second: bytes trained on per second, without the time to compile.
+    gradients: how large the gradients that exist at one time are, in bytes per parameter of the model.
     validation_loss: nats per byte; NaN where there was no evaluation.
   """
 
@@ -90,6 +91,7 @@ class Run(NamedTuple):
   losses: np.ndarray
   planned: int
   tokens_per_second: float
+  gradients: float = 2.0
   validation_loss: float = math.nan
 
   @property
@@ -115,7 +117,9 @@ def compared(run: Run, reference: Run) -> str:
 NOTES = (
   "Bytes are those held from step to step: fp32 makes a bf16 cast in every step, 2 more. Master: f32 weights. Bits: "
   "compensation bits. Moments: AdamW's two and a few scalars. Train loss: mean of the last 20 steps; equal: in every "
-  "step, bit for bit. val: held-out files, on which byte frequencies alone give {unigram_bits:.3f} bits per byte."
+  "step, bit for bit. Gradients at once: bytes per parameter of the bf16 gradients that exist at one time, beside what "
+  "is held: all of them, or with --fused layer those of the largest layer. val: held-out files, on which byte "
+  "frequencies alone give {unigram_bits:.3f} bits per byte."
 )
 
 
@@ -133,7 +137,7 @@ def make_table(runs: Sequence[Run]) -> Table:
   headers = ["bf16\nweights", "master\nor bits", "\nmoments", "\ntotal", "train\nloss"]
   headers += [f"vs\n{reference.mode}"] if several else []
   table.add_column("\nstorage", no_wrap=True)
-  for header in (*headers, "val\nloss", "bits/\nbyte", "tokens\nper s"):
+  for header in (*headers, "val\nloss", "bits/\nbyte", "tokens\nper s", "gradients\nat once"):
     table.add_column(header, justify="right", no_wrap=True)
   for run in runs:
     unfinished = "" if len(run.losses) == run.planned else f" ({len(run.losses)} of {run.planned} steps)"
@@ -147,6 +151,7 @@ def make_table(runs: Sequence[Run]) -> Table:
       f"{run.validation_loss:.4f}",
       f"{run.validation_loss / math.log(2):.3f}",
       f"{run.tokens_per_second:,.0f}",
+      f"{run.gradients:.2f}",
     )
   return table
 
@@ -165,6 +170,7 @@ def write_json(path: Path, config: dict[str, Any], runs: Sequence[Run]) -> None:
       run.mode: {
         "parameters": run.parameters,
         "bytes_per_parameter": {**run.held._asdict(), "total": run.held.total},
+        "gradient_bytes_per_parameter": run.gradients,
         "train_loss": finite(run.train_loss),
         "validation_loss": finite(run.validation_loss),
         "validation_bits_per_byte": finite(run.validation_loss / math.log(2)),

@@ -16,6 +16,7 @@ fp32 also has a bf16 copy of the weights during a step, 2 bytes more that are no
     python examples/train_lm.py                           # mpo16, about two minutes on two CPU cores
     python examples/train_lm.py --compare                 # all five, one table and one plot
     python examples/train_lm.py --compare fp32 mpo8 --steps 100
+    python examples/train_lm.py --fused layer             # no tree of gradients: layers step their own weights
     python examples/train_lm.py --layers 12 --width 768 --heads 12 --context 1024 --batch 32 --scan --remat \
       --learning-rate 6e-4                                # a size for a GPU
 
@@ -43,7 +44,7 @@ import jax.numpy as jnp
 import lm_data
 import numpy as np
 import optax
-from lm_model import Transformer, init_params, is_matrix, next_byte_loss
+from lm_model import Transformer, fused_next_byte_loss, init_params, is_matrix, largest_layer, next_byte_loss
 from lm_report import NOTES, Run, count_held, count_parameters, draw_losses, make_table, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,6 +55,8 @@ PyTree = Any
 
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 MODES = ("fp32", "bf16", "mpo16", "mpo8", "mpo4")
+FUSED = ("none", "layer")
+CLIPS = ("global", "element", "none")
 
 # By default XLA may leave out roundings to bf16 where it fuses operations, in each program in its own way. Without that
 # freedom, programs that ask for the same roundings get the same numbers: so fp32 and mpo16 can be compared bit for bit.
@@ -66,9 +69,14 @@ class UsageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The settings of a training; the flags of the same names say what they are. `warmup=None`: a tenth of the steps."""
+  """The settings of a training; the flags of the same names say what they are.
+
+  `warmup=None` is a tenth of the steps; `clip=None` is by global norm, or with `fused` by element.
+  """
 
   storage: str = "mpo16"
+  fused: str = "none"
+  clip: str | None = None
   layers: int = 3
   width: int = 128
   heads: int = 4
@@ -88,8 +96,21 @@ class Config:
   def warmup_steps(self) -> int:
     return self.steps // 10 if self.warmup is None else self.warmup
 
+  @property
+  def clipping(self) -> str:
+    return self.clip or ("global" if self.fused == "none" else "element")
+
   def check(self) -> None:
     """Raises `UsageError` for settings that no text could make work."""
+    if self.fused != "none" and self.storage == "fp32":
+      raise UsageError(
+        "--fused steps weights where they are used, and fp32 uses a cast of them: take another --storage"
+      )
+    if self.fused == "layer" and self.clipping == "global":
+      raise UsageError(
+        "--clip global needs the norm of all gradients, and with --fused layer they are never there at one time: "
+        "use --clip element or --clip none"
+      )
     for name in ("layers", "width", "heads", "context", "batch", "steps", "eval_batches"):
       if getattr(self, name) < 1:
         raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: make it 1 or more")
@@ -120,7 +141,7 @@ class Config:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-  """AdamW with clipping by global norm, a warmup and a cosine decay to a tenth; no decay for the norms' scales."""
+  """AdamW with clipping, a warmup and a cosine decay to a tenth; no decay for the norms' scales."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0 if config.warmup_steps else config.learning_rate,
     config.learning_rate,
@@ -130,7 +151,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
   )
   decayed = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: is_matrix(path))
   adamw = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay, mask=decayed)
-  return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+  if config.clipping == "none":
+    return adamw
+  clip = optax.clip_by_global_norm(1.0) if config.clipping == "global" else optax.clip(1.0)
+  return optax.chain(clip, adamw)
 
 
 class Storage(NamedTuple):
@@ -147,8 +171,16 @@ class Storage(NamedTuple):
   weights: Callable[[PyTree], PyTree]
 
 
-def make_storage(mode: str, loss_fn: Callable[[PyTree, Any], jax.Array], tx: optax.GradientTransformation) -> Storage:
-  """Returns how `mode` keeps and steps the weights; `loss_fn(bf16 weights, batch)` and `tx` are the same for all."""
+def make_storage(
+  mode: str,
+  loss_fn: Callable[[PyTree, Any], jax.Array],
+  tx: optax.GradientTransformation,
+  fused_loss_fn: Callable[[PyTree, Any], jax.Array] | None = None,
+) -> Storage:
+  """Returns how `mode` keeps and steps the weights; `loss_fn(bf16 weights, batch)` and `tx` are the same for all.
+
+  With a `fused_loss_fn`, which takes handles, the layers step their own weights.
+  """
   if mode.startswith("mpo"):
     tx = mpo.compensated(tx, bits=int(mode.removeprefix("mpo")))
 
@@ -170,6 +202,8 @@ def make_storage(mode: str, loss_fn: Callable[[PyTree, Any], jax.Array], tx: opt
     apply_updates = mpo.apply_updates if mode.startswith("mpo") else optax.apply_updates
     return loss, apply_updates(params, updates), opt_state
 
+  if fused_loss_fn is not None:
+    step = mpo.fused_value_and_update(fused_loss_fn, tx)
   return Storage(init, step, weights)
 
 
@@ -253,7 +287,9 @@ def train(
   speed = len(losses) * tokens / (time.perf_counter() - started)
   if not losses:
     return None
-  return Run(config.storage, parameters, held, np.array(losses), config.steps, speed), jax.jit(storage.weights)(params)
+  gradients = 2 * (largest_layer(model, params) if config.fused == "layer" else parameters) / parameters
+  run = Run(config.storage, parameters, held, np.array(losses), config.steps, speed, gradients)
+  return run, jax.jit(storage.weights)(params)
 
 
 def evaluate(
@@ -281,7 +317,8 @@ def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, cons
   interrupts = Interrupts()
   with interrupts.counted():
     for mode in modes:
-      storage = make_storage(mode, loss_fn, make_optimizer(config))
+      fused_loss_fn = functools.partial(fused_next_byte_loss, model) if config.fused == "layer" else None
+      storage = make_storage(mode, loss_fn, make_optimizer(config), fused_loss_fn)
       trained = train(dataclasses.replace(config, storage=mode), storage, corpus.train, model, console, interrupts)
       if trained:
         run, weights = trained
@@ -321,6 +358,15 @@ def make_parser() -> argparse.ArgumentParser:
     default=argparse.SUPPRESS,
     help="train several from the same seed and data, into one table and plot; without a list, all: " + ", ".join(MODES),
   )
+  parser.add_argument(
+    "--fused", choices=FUSED, default=Config.fused, help="layer: layers step their own weights in the backward pass"
+  )
+  parser.add_argument(
+    "--clip",
+    choices=CLIPS,
+    default=argparse.SUPPRESS,
+    help="clip gradients to 1: their global norm, or each element (default: global, or with --fused element)",
+  )
   add("--layers", int, "blocks of the Transformer")
   add("--width", int, "features per position")
   add("--heads", int, "attention heads")
@@ -358,7 +404,8 @@ def make_folder(name: str) -> Path:
 
 def train_and_report(config: Config, modes: Sequence[str], console: Console) -> bool:
   """Trains, reports and writes the files. Returns whether it came to the end without an interruption."""
-  config.check()
+  for mode in modes:
+    dataclasses.replace(config, storage=mode).check()
   corpus = lm_data.load_corpus()
   config.check_text(corpus)
   folder = make_folder(config.output_dir)

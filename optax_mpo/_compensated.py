@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _cast, _codec, _formats, _rounding, _tree, _wrapping
+from optax_mpo import _cast, _checks, _codec, _formats, _rounding, _tree, _wrapping
 
 PyTree = Any
 
@@ -140,7 +140,7 @@ def compensated(
       )
     if params is None:
       raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
-    kept, grads = _check_update(updates, state, params, bits)
+    kept, grads = _checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
     grads = [jnp.asarray(g).astype(jnp.float32) for g in grads]
@@ -170,17 +170,13 @@ def compensated(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _bits_or_none(kept: Any) -> jax.Array | None:
-  return None if isinstance(kept, optax.MaskedNode) else kept
-
-
 def _kept_or_masked(kept: jax.Array | None) -> Any:
   return optax.MaskedNode() if kept is None else kept
 
 
 def _master(leaf: jax.Array, kept: Any) -> jax.Array:
   """The f32 master weight of a leaf: f32[*s] as it is, bf16[*s] joined with its bits."""
-  return _formats.join(leaf, _bits_or_none(kept)) if _formats.is_low(leaf) else leaf
+  return _formats.join(leaf, _checks.bits_or_none(kept)) if _formats.is_low(leaf) else leaf
 
 
 def _step(
@@ -189,35 +185,37 @@ def _step(
   """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
   if not _formats.is_low(leaf):
     return step, optax.MaskedNode()
-  update, kept = _formats.step(leaf, (master + step).astype(jnp.float32), bits, random)
+  update, low, kept = _formats.step(leaf, (master + step).astype(jnp.float32), bits, random)
+  made = _made.get()
+  if made is not None:
+    made[id(update)] = _Made(update, leaf, low)
   return update, _kept_or_masked(kept)
 
 
-def _check_update(
-  updates: optax.Updates, state: CompensatedState, params: PyTree, bits: int
-) -> tuple[list[Any], list[Any]]:
-  """Returns the leaves of the compensation and of the updates, in the order of the params' leaves, all checked."""
-  remake = "Make the state anew with optax_mpo.init(tx, params), or pass the params it was made for."
-  kept = _tree.flatten_like(params, state.compensation, "compensated: the state's compensation", remake)
-  grads = _tree.flatten_like(
-    params, updates, "compensated: the tree of updates", "Differentiate with respect to the very params you pass."
-  )
-  expected = _codec.bits_dtype(bits) if bits else None
-  for (leaf_name, leaf), c, g in zip(_tree.named_leaves(params), kept, grads, strict=True):
-    _tree.check_trainable(leaf_name, leaf)
-    found = getattr(_bits_or_none(c), "dtype", None)
-    if found != (expected if _formats.is_low(leaf) else None):
-      _raise_foreign_bits(leaf_name, leaf, found, bits)
-    if found is not None and c.shape != leaf.shape:
-      raise ValueError(f"compensated: {leaf_name} has shape {leaf.shape}, its bits have {c.shape}. {remake}")
-    if not _tree.is_array(g) or g.shape != leaf.shape:
-      raise ValueError(
-        f"compensated: {leaf_name} has shape {leaf.shape}, but its update is {_described(g)}. "
-        "Differentiate with respect to the very params you pass."
-      )
-    if not jnp.issubdtype(g.dtype, jnp.floating):
-      raise TypeError(f"compensated: the update of {leaf_name} is {g.dtype}. Pass floating-point gradients.")
-  return kept, grads
+class _Made(NamedTuple):
+  """An update that `compensated` made, kept alive for its id, and the weights that it leads from and to."""
+
+  update: jax.Array
+  old: jax.Array
+  new: jax.Array
+
+
+_made: contextvars.ContextVar[dict[int, _Made] | None] = contextvars.ContextVar("optax_mpo_made", default=None)
+
+
+@contextlib.contextmanager
+def direct() -> Iterator[None]:
+  """Within it, `apply_updates` takes the weights that `compensated` computed from it, and adds nothing.
+
+  That is so where it meets the very params and the very update that `compensated` had and made; any others are added
+  as ever. The weights are the same to the last bit (but for steps that overflow f32, where the sum would), and of a
+  traced update and addition two thirds of the operations go. For use while both are traced, in one trace.
+  """
+  token = _made.set({})
+  try:
+    yield
+  finally:
+    _made.reset(token)
 
 
 def _check_rounding(inner_state: Any, stochastic: bool) -> None:
@@ -228,26 +226,6 @@ def _check_rounding(inner_state: Any, stochastic: bool) -> None:
       "state is the same but for the number of steps: wrap it in optax_mpo.RoundingState(step, inner_state) or take it "
       "out of one, with state._replace(inner_state=...)."
     )
-
-
-def _described(x: Any) -> str:
-  return f"an array of shape {x.shape}" if _tree.is_array(x) else f"a {type(x).__name__}"
-
-
-def _raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None:
-  found_bits = 0 if found is None else _codec.dtype_bits(found)
-  if not _formats.is_low(leaf):
-    raise ValueError(
-      f"compensated: {leaf_name} is {leaf.dtype}, but the state holds {found_bits} compensation bits for it, so that "
-      "it was low when the state was made. Keep the dtypes of the params from step to step (mpo.apply_updates and "
-      "optax.apply_updates do); to change them, start again from optax_mpo.init(tx, f32_params)."
-    )
-  raise ValueError(
-    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps bits={bits}, but the state holds "
-    f"{found_bits if found_bits else 'none'} for it: it was made with another `bits`, or for float32 params. "
-    "To carry the weights over: masters = optax_mpo.master_params(params, state) with the old state, then "
-    "params, new = optax_mpo.init(tx, masters) and new._replace(inner_state=state.inner_state)."
-  )
 
 
 def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
@@ -275,10 +253,15 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
   """
   steps = _tree.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
   new = []
+  direct_steps = _made.get() or {}
   for (leaf_name, leaf), step in zip(_tree.named_leaves(params), steps, strict=True):
+    made = direct_steps.get(id(step))
+    if made is not None and made.old is leaf:
+      new.append(made.new)
+      continue
     if not _tree.is_array(step) or step.shape != jnp.shape(leaf):
       raise ValueError(
-        f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_described(step)}. "
+        f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_checks.described(step)}. "
         "Pass what tx.update returned."
       )
     leaf = jnp.asarray(leaf)
@@ -429,7 +412,7 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
   ]
   masters = []
   for i, (leaf_name, leaf) in enumerate(_tree.named_leaves(params)):
-    kept = [c[i] for c in per_state if _bits_or_none(c[i]) is not None]
+    kept = [c[i] for c in per_state if _checks.bits_or_none(c[i]) is not None]
     if len(kept) > 1:
       raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
     if kept and (not _formats.is_low(leaf) or kept[0].shape != leaf.shape):

@@ -37,8 +37,10 @@ def widen(low: jax.Array) -> jax.Array:
   return join(low, None)
 
 
-def step(old: jax.Array, master: jax.Array, bits: int, random: jax.Array | None) -> tuple[jax.Array, Any]:
-  """Returns the update `f32[*s]` from `old[*s]` to the new `master: f32[*s]`, and the bits to keep of that.
+def step(
+  old: jax.Array, master: jax.Array, bits: int, random: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Returns the update `f32[*s]` from `old[*s]` to the new `master: f32[*s]`, the new param, and the bits to keep.
 
   `random: u32[*s]` rounds what the bits do not hold up or down in proportion; without it, to nearest.
   """
@@ -46,9 +48,10 @@ def step(old: jax.Array, master: jax.Array, bits: int, random: jax.Array | None)
   if random is not None:
     master = codec.round_stochastically(master, random, bits)
   low, kept = codec.split(master, bits)
+  update = codec.difference(old, low)
   if codec is _fp16:
-    kept = _fp16.reached(old, low, kept)
-  return codec.difference(old, low), kept
+    low, kept = _fp16.reached(old, update, low, kept)
+  return update, low, kept
 
 
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:

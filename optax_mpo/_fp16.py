@@ -150,14 +150,15 @@ def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   return split(widen(old) + u, 0)[0]
 
 
-def reached(old: jax.Array, low: jax.Array, kept: jax.Array | None) -> jax.Array | None:
-  """Returns the bits to keep where an update leads from `old: f16[*s]` to `low: f16[*s]` with `kept`.
+def reached(old: jax.Array, u: jax.Array, low: jax.Array, kept: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+  """Returns the param that the update `u: f32[*s]`, from `old` to `low: f16[*s]`, leads to, and its bits.
 
   Two fp16 numbers of very different size may differ by more than 24 binary digits, and then the addition misses `low`
   by up to 2^-25 of `old`. The bits were made for `low`, and the number that results becomes its own master. It takes a
   step that makes a weight about a thousand times smaller.
   """
+  result = add_difference(old, u)
   if kept is None:
-    return None
-  hit = add_difference(old, difference(old, low)) == low
-  return jnp.where(hit | ~jnp.isfinite(widen(low)), kept, jnp.zeros_like(kept))
+    return result, None
+  hit = (result == low) | ~jnp.isfinite(widen(low))
+  return result, jnp.where(hit, kept, jnp.zeros_like(kept))

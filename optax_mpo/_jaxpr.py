@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -35,12 +37,15 @@ class Operation:
     inputs: an atom for each operand.
     outputs: a variable for each result; -1 for one that nobody uses.
     caller: the equation of the outermost call it was inlined from, or None.
+    bodies: the branches of a `cond`, as programs; where a slice has cut some results off, they no longer are those of
+      the equation, and nor are the inputs and outputs.
   """
 
   eqn: Any
   inputs: tuple[Atom, ...]
   outputs: tuple[int, ...]
   caller: Any = None
+  bodies: tuple["Program", ...] = ()
 
   @property
   def name(self) -> str:
@@ -116,7 +121,8 @@ def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
         else:
           env[var] = program.new(var.aval)
           outputs.append(env[var])
-      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller))
+      bodies = tuple(flatten(_closed(b)) for b in eqn.params["branches"]) if eqn.primitive.name == "cond" else ()
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, bodies))
     return [read(v) for v in jaxpr.outvars]
 
   program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
@@ -138,6 +144,8 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -> list[Any]:
   """Runs one operation on its operands, with some of its params changed."""
   eqn = operation.eqn
+  if operation.bodies and len(operation.outputs) != len(eqn.outvars):
+    return lax.switch(values[0], [functools.partial(call, body) for body in operation.bodies], *values[1:])
   params = eqn.primitive.get_bind_params({**eqn.params, **changes})
   with eqn.ctx.manager if hasattr(eqn, "ctx") else contextlib.nullcontext():
     results = eqn.primitive.bind(*values, **params)
@@ -155,9 +163,21 @@ def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) 
     env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
 
 
+def call(program: Program, *args: Any) -> list[Any]:
+  """Runs a whole program on the values of its inputs."""
+  env = dict(program.constants) | dict(zip(program.inputs, args, strict=True))
+  run(program, program.operations, env)
+  return [value(a, env) for a in program.outputs]
+
+
+def value(atom: Atom, env: dict[int, Any]) -> Any:
+  """The value of an atom: a literal's is an array of its dtype."""
+  return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, atom.aval.dtype)
+
+
 def branches(operation: Operation) -> list[Program]:
   """The branches of a `cond` as programs; their inputs are the operands after the first."""
-  return [flatten(b) for b in operation.eqn.params["branches"]]
+  return list(operation.bodies)
 
 
 # --- What depends on what ---------------------------------------------------------------------------------------------
@@ -212,7 +232,7 @@ def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
     found = output_bits(body, dependencies(body, [*inputs[:consts], *carried, *inputs[consts + carry :]]))
     grown = [a | b for a, b in zip(carried, found[:carry], strict=True)]
     if grown == carried:
-      return found[:carry] + found[carry:]
+      return grown + found[carry:]  # a result of the carry needs its first value too, be it to start from
     carried = grown
 
 
@@ -226,7 +246,7 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
   if "num_consts" in params:
     consts, carry = params["num_consts"], params["num_carry"]
     return consts, carry, len(operation.inputs) - consts - carry
-  consts, carry, xs = (len(jax.tree.leaves(part, is_leaf=lambda x: x is None)) for part in params["ft_in"])
+  consts, carry, xs = (len(part) for part in params["ft_in"].unpack())  # from JAX 0.11 on
   return consts, carry, xs
 
 
@@ -236,7 +256,8 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
 def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozenset[int]) -> list[Operation]:
   """Returns the operations that `outputs` need beyond the variables `given`, in an order in which they can run.
 
-  Operations with bodies of their own (`cond`, `scan`) are cut down to the results that are needed.
+  Operations that keep several values apart (`cond`, `scan`, `optimization_barrier`) are cut down to the results that
+  are needed.
   """
   needed = {a for a in outputs if isinstance(a, int)} - given
   makers = program.makers
@@ -260,20 +281,54 @@ def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozen
 
 def _without_unused(operation: Operation, needed: set[int]) -> Operation:
   used = [v in needed for v in operation.outputs]
-  if all(used) or operation.name not in ("cond", "scan"):
-    return operation
-  rule = partial_eval.dce_rules.get(operation.eqn.primitive)
+  cut = _CUTS.get(operation.name)
+  return operation if cut is None or all(used) else cut(operation, used)
+
+
+def _cut_barrier(operation: Operation, used: list[bool]) -> Operation:
+  return dataclasses.replace(operation, inputs=_kept(operation.inputs, used), outputs=_kept(operation.outputs, used))
+
+
+def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
+  """A `cond` with the results that are used alone, and the operands that those need."""
+  sliced, read = [], set()
+  for body in operation.bodies:
+    outputs = [a for a, keep in zip(body.outputs, used, strict=True) if keep]
+    operations = slice_of(body, outputs, frozenset())
+    reads = {a for o in operations for a in o.inputs if isinstance(a, int)} | {a for a in outputs if isinstance(a, int)}
+    read |= {i for i, v in enumerate(body.inputs) if v in reads}
+    sliced.append((body, outputs, operations))
+  index, *operands = operation.inputs
+  return dataclasses.replace(
+    operation,
+    inputs=(index, *(operands[i] for i in sorted(read))),
+    outputs=_kept(operation.outputs, used),
+    bodies=tuple(
+      dataclasses.replace(body, inputs=[body.inputs[i] for i in sorted(read)], outputs=outputs, operations=operations)
+      for body, outputs, operations in sliced
+    ),
+  )
+
+
+def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
+  """A `scan` with the results that are used, as far as JAX's own rule for it cuts; or whole, which is as correct."""
+  rule: Any = partial_eval.dce_rules.get(operation.eqn.primitive)
   if rule is None:
     return operation
-  used_inputs, eqn = rule(used, operation.eqn)
-  if eqn is None or len(eqn.outvars) != sum(used) or len(eqn.invars) != sum(used_inputs):
-    return operation  # a rule that keeps more than it was asked for
-  return Operation(
-    eqn,
-    tuple(a for a, keep in zip(operation.inputs, used_inputs, strict=True) if keep),
-    tuple(v for v, keep in zip(operation.outputs, used, strict=True) if keep),
-    operation.caller,
-  )
+  try:
+    used_inputs, eqn = rule(used, operation.eqn)
+  except TypeError:  # from JAX 0.11 on, it also asks which operands may be written to
+    used_inputs, eqn = rule(used, [True] * len(operation.inputs), operation.eqn)
+  kept = {id(v) for v in eqn.outvars}  # what is used, and the carry that it needs
+  outputs = _kept(operation.outputs, [id(v) in kept for v in operation.eqn.outvars])
+  return Operation(eqn, _kept(operation.inputs, used_inputs), outputs, operation.caller)
+
+
+def _kept(items: Sequence[Any], keep: Sequence[bool]) -> tuple[Any, ...]:
+  return tuple(item for item, wanted in zip(items, keep, strict=True) if wanted)
+
+
+_CUTS = {"cond": _cut_cond, "optimization_barrier": _cut_barrier, "scan": _cut_scan}
 
 
 # --- Names for errors -------------------------------------------------------------------------------------------------
@@ -289,3 +344,95 @@ def where(operation: Operation) -> str:
         function = frame.function_name.replace(".<locals>", "")
         return f"`{operation.name}` ({function}, {path.name}:{frame.line_num})"
   return f"`{operation.name}`"
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparent: frozenset[str]) -> Program:
+  """Copies a jaxpr into a program and inlines the calls in which `wanted` outputs are made, and no others.
+
+  A wanted output is followed back through the operations named in `transparent`. A `remat` call is inlined together
+  with the barrier on its operands that it stands for.
+  """
+  program = Program()
+
+  def follow(jaxpr: Any, flags: Sequence[bool]) -> set[Any]:
+    found = {v for v, flag in zip(jaxpr.outvars, flags, strict=True) if flag and not isinstance(v, core.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+      flags = [v in found for v in eqn.outvars]
+      if not any(flags):
+        continue
+      if _is_inlined(eqn):
+        inner, _ = _called(eqn)
+        inside = follow(inner, flags)
+        flags = [v in inside for v in inner.invars]
+      else:
+        flags = [eqn.primitive.name in transparent] * len(eqn.invars)
+      found.update(v for v, flag in zip(eqn.invars, flags, strict=True) if flag and not isinstance(v, core.Literal))
+    return found
+
+  def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], flags: Sequence[bool], caller: Any) -> list[Atom]:
+    env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+    found = follow(jaxpr, flags)
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+      env[var] = program.new(var.aval)
+      program.constants[env[var]] = const
+
+    def add(eqn: Any, inputs: list[Atom]) -> list[Atom]:
+      outputs = [-1 if isinstance(v, core.DropVar) else program.new(v.aval) for v in eqn.outvars]
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller))
+      return outputs
+
+    def read(var: Any) -> Atom:
+      return var if isinstance(var, core.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+      inputs = [read(v) for v in eqn.invars]
+      flags = [v in found for v in eqn.outvars]
+      if any(flags) and _is_inlined(eqn):
+        held = [i for i, keep in enumerate(_kept_apart(eqn)) if keep and isinstance(inputs[i], int)]
+        if held:
+          barrier = _barrier([program.aval(inputs[i]) for i in held])
+          for i, new in zip(held, add(barrier, [inputs[i] for i in held]), strict=True):
+            inputs[i] = new
+        results = inline(*_called(eqn), inputs, flags, caller or eqn)
+      else:
+        results = add(eqn, inputs)
+      env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not isinstance(v, core.DropVar))
+    return [read(v) for v in jaxpr.outvars]
+
+  program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
+  program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, wanted, None)
+  return program
+
+
+def _is_inlined(eqn: Any) -> bool:
+  """Whether a call means no more than its operations, so that no sharding or compiler option of its own is lost."""
+  if eqn.primitive.name not in CALLS or eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+    return False
+  shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
+  return not eqn.params.get("compiler_options_kvs") and all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+
+
+def _kept_apart(eqn: Any) -> Sequence[bool]:
+  """Which operands of a call go through a barrier, so that what it recomputes is not merged with the first time."""
+  apart = eqn.params.get("prevent_cse", False) if eqn.params.get("differentiated") else False
+  return [apart] * len(eqn.invars) if isinstance(apart, bool) else list(apart)
+
+
+def _barrier(avals: Sequence[Any]) -> Any:
+  structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+  return jax.make_jaxpr(jax.lax.optimization_barrier)(structs).jaxpr.eqns[0]
+
+
+def scan_body(operation: Operation) -> core.ClosedJaxpr:
+  """The body of a scan: constants, carry and one entry of each scanned operand -> carry, one entry of each result."""
+  return _closed(operation.eqn.params["jaxpr"])
+
+
+def consists_of(eqn: Any, names: frozenset[str]) -> bool:
+  """Whether an operation is one of `names`, or a call of nothing else."""
+  if eqn.primitive.name in CALLS:
+    return all(consists_of(e, names) for e in _called(eqn)[0].eqns)
+  return eqn.primitive.name in names

@@ -10,6 +10,7 @@ group of leaves is the slice of the program that makes its new weights and its n
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,7 +35,8 @@ class Group:
   Attributes:
     leaves: which leaves of the params.
     states: which leaves of the optimizer state are theirs.
-    shared: the variables of the program that the slice is handed.
+    shared: the variables of the program that the slice is handed, all of them computed by `Update.run_shared`.
+    constants: the values of those that it knows, being closed over by the transformation.
     operations: the slice.
     outputs: the new weights, then the new state.
     program: the program of the whole update.
@@ -45,6 +47,7 @@ class Group:
   leaves: tuple[int, ...]
   states: tuple[int, ...]
   shared: tuple[int, ...]
+  constants: dict[int, Any]
   operations: tuple[_jaxpr.Operation, ...]
   outputs: tuple[_jaxpr.Atom, ...]
   program: _jaxpr.Program
@@ -55,9 +58,9 @@ class Group:
     self, grads: Sequence[Any], params: Sequence[Any], states: Sequence[Any], shared: Sequence[Any]
   ) -> tuple[list[Any], list[Any]]:
     """Returns the new weights and the new state of the group's leaves."""
-    env = dict(zip(self.shared, shared, strict=True)) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
+    env = self._known(shared) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
     _jaxpr.run(self.program, self.operations, env)
-    return self._split([env[a] if isinstance(a, int) else a.val for a in self.outputs])
+    return self._split([_jaxpr.value(a, env) for a in self.outputs])
 
   def step_layer(
     self,
@@ -73,9 +76,13 @@ class Group:
     Raises:
       ValueError: where the update is not separable along the layers; the message names the leaves and the operation.
     """
-    env = dict(zip(self.shared, shared, strict=True))
+    return self._split(self.run_layer([*grads, *params, *states], shared, index, length))
+
+  def run_layer(self, inputs: Sequence[Any], shared: Sequence[Any], index: Any, length: int) -> list[Any]:
+    """What `step_layer` returns, as one list, of all inputs in one list."""
+    env = self._known(shared)
     axes: dict[int, int | None] = {}
-    for var, value in zip(self.inputs, [*grads, *params, *states], strict=True):
+    for var, value in zip(self.inputs, inputs, strict=True):
       env[var], axes[var] = value[None], 0
     try:
       _stacked.run(self.operations, self.program, env, axes, index, length)
@@ -84,19 +91,53 @@ class Group:
     results = []
     for atom in self.outputs:
       axis = axes.get(atom) if isinstance(atom, int) else None
-      value = env[atom] if isinstance(atom, int) else atom.val
+      value = _jaxpr.value(atom, env)
       if axis is None:  # the same for every layer, so that the slice computed all of it
         value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, 0), 0
       if axis != 0:
         self._raise_mixed("the state's layer axis moves")
       results.append(value[0])
-    return self._split(results)
+    return results
+
+  def parts(self) -> list[tuple["Group", list[int]]]:
+    """Splits the slice into ones that can be run and written one after the other, each over what it has read.
+
+    A new moment that is written and read again takes the place of the old one, where nothing else needs that.
+
+    Returns:
+      Groups with the same inputs, of which new states stand in for old ones once they are written; and which of the
+      outputs each of them makes.
+    """
+    inputs, left, parts = list(self.inputs), list(range(len(self.outputs))), []
+    first_state = 2 * len(self.leaves)
+    for k in range(len(self.leaves), len(self.outputs)):
+      new, place = self.outputs[k], first_state + k - len(self.leaves)
+      if not isinstance(new, int) or new in self.inputs:
+        continue
+      after = [*inputs[:place], new, *inputs[place + 1 :]]
+      rest = [o for o in left if o != k]
+      if inputs[place] in self._part(after, rest).reads():
+        continue
+      parts.append((self._part(inputs, [k]), [k]))
+      inputs, left = after, rest
+    return [*parts, (self._part(inputs, left), left)]
+
+  def _part(self, inputs: Sequence[int], outputs: Sequence[int]) -> "Group":
+    atoms = tuple(self.outputs[k] for k in outputs)
+    given = {*self.shared, *self.constants, *inputs}
+    operations = tuple(_jaxpr.slice_of(self.program, atoms, given))
+    return dataclasses.replace(self, inputs=tuple(inputs), outputs=atoms, operations=operations)
+
+  def reads(self) -> set[int]:
+    """The variables that the slice reads."""
+    atoms = [a for operation in self.operations for a in operation.inputs] + list(self.outputs)
+    return {a for a in atoms if isinstance(a, int)}
 
   def check_layers(self, length: int) -> None:
     """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""
     program = self.program
     count = len(self.leaves)
-    for var, name in zip(self.inputs[2 * count :], self.names[count:], strict=True):
+    for var, name in zip(self.inputs[count:], self.names, strict=True):
       shape = program.aval(var).shape
       if not shape or shape[0] != length:
         self._raise_mixed(f"{name} has shape {list(shape)}, with no entry for each of the {length} layers")
@@ -113,6 +154,9 @@ class Group:
       [struct(v, 1) for v in self.inputs],
       [struct(v, 0) for v in self.shared],
     )
+
+  def _known(self, shared: Sequence[Any]) -> dict[int, Any]:
+    return self.constants | dict(zip(self.shared, shared, strict=True))
 
   def _split(self, results: list[Any]) -> tuple[list[Any], list[Any]]:
     return results[: len(self.leaves)], results[len(self.leaves) :]
@@ -149,8 +193,9 @@ class Update:
 
     def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
       tree = self._treedef.unflatten(params)
-      updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
-      return _compensated.apply_updates(tree, updates), new_state
+      with _compensated.direct():
+        updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+        return _compensated.apply_updates(tree, updates), new_state
 
     return whole
 
@@ -168,6 +213,12 @@ class Update:
           f"{new.dtype}{list(new.shape)}. A fused step writes the state in place and needs it to keep its form. "
           "Where the params are bfloat16, compensated(tx) shows tx f32 params and gradients, and keeps its state f32."
         )
+
+    if effects := {o.name for o in self._program.operations if o.eqn.effects}:
+      raise ValueError(
+        f"{self._caller}: tx.update has side effects ({_tree.listed(sorted(effects))}), which steps of single leaves "
+        "would lose or repeat. Take them out (jax.debug.print, callbacks), or train with tx.update."
+      )
 
   def _own(self) -> None:
     """Finds which state is shared, and which leaves and states go together."""
@@ -223,7 +274,7 @@ class Update:
     """Computes what all leaves share, once.
 
     Returns:
-      The values of shared variables; and the new values of the shared leaves of the state, by their index.
+      The values of `shared`, by variable; and the new values of the shared leaves of the state, by their index.
     """
     program, count = self._program, len(self._params)
     states = self._inputs()[2]
@@ -232,8 +283,8 @@ class Update:
     outputs = {j: program.outputs[count + j] for j in self._shared_states}
     known = frozenset(env)
     _jaxpr.run(program, _jaxpr.slice_of(program, [*self._given, *outputs.values()], known), env)
-    new = {j: env[a] if isinstance(a, int) else jnp.asarray(a.val) for j, a in outputs.items()}
-    return {v: env[v] for v in self._given}, new
+    new = {j: _jaxpr.value(a, env) for j, a in outputs.items()}
+    return {v: env[v] for v in self.shared}, new
 
   def components(self, leaves: Iterable[int]) -> list[tuple[int, ...]]:
     """Sorts leaves into the smallest groups that can be stepped."""
@@ -242,12 +293,39 @@ class Update:
       by_root.setdefault(self._root(leaf), []).append(leaf)
     return [tuple(group) for group in by_root.values()]
 
+  @property
+  def program(self) -> _jaxpr.Program:
+    """The whole update: gradients, weights, state -> new weights, new state."""
+    return self._program
+
+  @property
+  def inputs(self) -> tuple[list[int], list[int], list[int]]:
+    """The variables of the gradients, the weights and the state."""
+    return self._inputs()
+
+  @property
+  def given(self) -> frozenset[int]:
+    """The variables that no slice computes: `shared` and constants."""
+    return self._given
+
+  @property
+  def shared_states(self) -> list[int]:
+    """The leaves of the state that `run_shared` makes anew."""
+    return self._shared_states
+
+  def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> None:
+    """Raises the error that names two sets of leaves and what couples them."""
+    self._raise_coupled(list(inside), list(outside), who)
+
   def needs_gradient(self, leaf: int) -> bool:
     """Whether anything about a leaf changes with its gradient."""
-    program = self._program
-    grads = self._inputs()[0]
-    bits = [1 if v == grads[leaf] else 0 for v in program.inputs]
-    return any(_jaxpr.output_bits(program, _jaxpr.dependencies(program, bits)))
+    return bool(self._used_gradients >> leaf & 1)
+
+  @functools.cached_property
+  def _used_gradients(self) -> int:
+    program, count = self._program, len(self._params)
+    bits = [1 << i if i < count else 0 for i in range(len(program.inputs))]
+    return _jaxpr.union(_jaxpr.output_bits(program, _jaxpr.dependencies(program, bits)))
 
   def group(self, leaves: Sequence[int], who: str) -> Group:
     """Returns the slice of the update that steps `leaves` together.
@@ -267,16 +345,30 @@ class Update:
     operations = _jaxpr.slice_of(program, outputs, self._given | set(inputs))
     read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
     read |= {a for a in outputs if isinstance(a, int)}
+    if foreign := read & set(program.inputs) - set(inputs) - self._given:
+      self._raise_foreign(leaves, min(foreign), operations, who)
+    known = sorted(read & self._given)
     names = [self.names[i] for i in leaves] + [self.state_names[j] for j in owned]
     return Group(
       leaves=tuple(leaves),
       states=tuple(owned),
-      shared=tuple(sorted(read & self._given)),
+      shared=tuple(v for v in known if v not in program.constants),
+      constants={v: program.constants[v] for v in known if v in program.constants},
       operations=tuple(operations),
       outputs=tuple(outputs),
       program=program,
       inputs=tuple(inputs),
       names=tuple(names),
+    )
+
+  def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[_jaxpr.Operation], who: str) -> None:
+    """An operation that JAX does not take apart as far as its dependencies go."""
+    grads, params, states = self._inputs()
+    name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]
+    by = next((_jaxpr.where(o) for o in operations if var in o.inputs), "its state")
+    raise ValueError(
+      f"{who}: tx computes the update of {_tree.listed(self.names[i] for i in leaves)} together with that of {name}, "
+      f"in {by}, which cannot be taken apart. Step these leaves in one fused_layer, or train with tx.update."
     )
 
   def _raise_coupled(self, inside: list[int], outside: list[int], who: str) -> None:
@@ -322,3 +414,14 @@ def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyT
       raise ValueError(
         f"{caller}: {name} has shape {list(jnp.shape(got))}, but for these params it is {list(want.shape)}. {hint}"
       )
+
+
+def as_transformation(tx: Any, who: str) -> optax.GradientTransformation:
+  """Returns `tx` as a transformation; `optax.MultiSteps` is none, but has its two methods.
+
+  Raises:
+    TypeError: where it has not.
+  """
+  if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+    raise TypeError(f"{who}: tx has to be an Optax transformation, but it is a {type(tx).__name__}.")
+  return optax.GradientTransformation(tx.init, tx.update)

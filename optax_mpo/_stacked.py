@@ -26,7 +26,7 @@ ELEMENTWISE = frozenset(
   imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square or
   polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
   shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
-  sharding_constraint mul_add""".split()
+  mul_add""".split()
 )
 
 _REDUCTIONS = frozenset(
@@ -133,6 +133,12 @@ def _per_operand(
   operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   return _jaxpr.run_operation(operation, values), axes
+
+
+def _constraint(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  return values, axes  # how the stack should be laid out over devices says nothing about one layer
 
 
 def _reduction(
@@ -249,8 +255,7 @@ def _bitcast_convert_type(
   operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   # A conversion to a narrower type adds a last axis, one to a wider type takes it away; the others stay.
-  narrow = jax.numpy.dtype(operation.eqn.params["new_dtype"]).itemsize
-  if narrow > avals[0].dtype.itemsize and axes[0] == avals[0].ndim - 1:
+  if operation.eqn.outvars[0].aval.ndim == axes[0]:
     raise _mixes(operation)
   return _jaxpr.run_operation(operation, values), axes
 
@@ -295,7 +300,7 @@ def _cond(
       env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
       inner: dict[int, Axis] = dict(zip(program.inputs, axes[1:], strict=True))
       run(program.operations, program, env, inner, index, layer.length)
-      results = [env[a] if isinstance(a, int) else a.val for a in program.outputs]
+      results = [_jaxpr.value(a, env) for a in program.outputs]
       result_axes = [inner.get(a) if isinstance(a, int) else None for a in program.outputs]
       if out is None:
         found.append(result_axes)
@@ -318,6 +323,7 @@ def _cond(
 
 _RULES: dict[str, _Rule] = {
   "optimization_barrier": _per_operand,
+  "sharding_constraint": _constraint,
   "bitcast_convert_type": _bitcast_convert_type,
   "broadcast_in_dim": _broadcast_in_dim,
   "reshape": _reshape,

@@ -1,4 +1,4 @@
-"""quantized_state: which leaves are stored, bytes held, training beside f32 state, composition, shards, refusals."""
+"""quantized_state: what is stored, bytes held, training beside the f32 state, composition, shards, refusals."""
 
 import functools
 import re

@@ -18,18 +18,20 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def test_quickstart_runs():
-  code, memory = blocks("python")
+  code, fused, memory = blocks("python")
   lines = [line for line in code.splitlines() if line.strip()]
   assert len(lines) <= 15
   names: dict = {}
   exec(compile(code, "README.md", "exec"), names)
   assert names["params"]["w"].dtype == jnp.bfloat16
-  code = memory.replace("params, opt_state, x, y", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1))")
-  exec(compile(code, "README.md", "exec"), names)
-  assert names["report"].parameter_count == 5
   # The first step of AdamW moves each weight by the learning rate (and its own decay, 1e-4 of that).
   moved = jax.tree.leaves(names["masters"])[1] - 0.1
   np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
+  exec(compile(fused, "README.md", "exec"), names)
+  assert names["value"].shape == ()
+  code = memory.replace("params, opt_state, x, y", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1))")
+  exec(compile(code, "README.md", "exec"), names)
+  assert names["report"].parameter_count == 5
 
 
 def test_two_commands_stand_alone_and_name_files_that_exist():
@@ -54,6 +56,7 @@ MODES = {
   "flashoptim-jax, 24-bit, 8-bit moments": "flash-24",
   "optax_mpo, 16 bits": "mpo-16",
   "optax_mpo, 8 bits": "mpo-8",
+  "optax_mpo, 16 bits, fused layers": "mpo-16-layer",
   "optax_mpo, 4 bits": "mpo-4",
 }
 MODELS = ("lm-350m-unrolled", "lm-350m", "lm-1.3b", "lm-8.8b")

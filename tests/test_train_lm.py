@@ -85,6 +85,35 @@ def test_fp32_and_mpo16_have_the_same_losses_bit_for_bit(comparison):
   assert runs["mpo16"]["validation_loss"] == runs["fp32"]["validation_loss"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--scan", "--remat", "--layers", "2"]], ids=["unrolled", "scanned"])
+def test_fused_layers_have_the_same_losses_bit_for_bit(tmp_path, capsys, flags):
+  unfused = train(tmp_path / "unfused", "--clip", "element", *flags)["mpo16"]
+  fused = train(tmp_path / "fused", "--fused", "layer", *flags)["mpo16"]
+  if flags:
+    # In another loop a fused multiply-add may take the other product (docs/fused_layers.md).
+    np.testing.assert_allclose(fused["losses"], unfused["losses"], rtol=1e-2)
+  else:
+    assert fused["losses"] == unfused["losses"]
+    assert fused["validation_loss"] == unfused["validation_loss"]
+  assert unfused["gradient_bytes_per_parameter"] == 2
+  assert fused["gradient_bytes_per_parameter"] < 1.5
+  assert table_rows(capsys.readouterr().out)["mpo16"][-1] == f"{fused['gradient_bytes_per_parameter']:.2f}"
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--fused", "layer", "--storage", "fp32"], "take another --storage"),
+    (["--fused", "layer", "--clip", "global"], "use --clip element or --clip none"),
+  ],
+)
+def test_fused_layers_refuse_what_they_cannot_do(flags, message, capsys):
+  with pytest.raises(SystemExit) as error:
+    train_lm.main(flags)
+  assert error.value.code == 2
+  assert message in capsys.readouterr().err
+
+
 def test_the_other_modes_differ(comparison):
   runs, _, _ = comparison
   # bf16 starts from the same weights. mpo8 and mpo4 first round to 24 or 20 bits, and so a few weights the other way.

@@ -1,0 +1,123 @@
+"""Tells how `value_and_update` steps each leaf, and why, before anything runs.
+
+A step that quietly held the gradient of a stack of layers would be found out late, on a GPU that runs out of memory.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optax_mpo import _plan, _release, _separable
+
+PyTree = Any
+
+
+class Leaf(NamedTuple):
+  """How one leaf of the params is stepped.
+
+  Attributes:
+    name: such as `params['head']['w']`.
+    shape: of the leaf.
+    stepped: `in scan`, `at once`, `at the end` or `with a zero gradient`.
+    why: the reason, where it is not the best there is.
+    gradient_bytes: the bytes of gradient that are held for it at a time.
+    parameters: its number of elements.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  stepped: str
+  why: str
+  gradient_bytes: int
+  parameters: int
+
+
+class Explanation(tuple[Leaf, ...]):
+  """A tuple of `Leaf`; as a string, a table."""
+
+  __slots__ = ()
+
+  def __str__(self) -> str:
+    rows = [("leaf", "shape", "stepped", "gradient held", "why")]
+    rows += [(x.name, str(list(x.shape)), x.stepped, _bytes(x.gradient_bytes), x.why) for x in self]
+    widths = [max(len(row[k]) for row in rows) for k in range(4)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
+    total, largest = sum(x.parameters for x in self), max((x.gradient_bytes for x in self), default=0)
+    lines.append(f"{total:,} parameters; the largest gradient held is {_bytes(largest)}")
+    return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+  for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    if count >= size:
+      return f"{count / size:.2f} {unit}"
+  return f"{count} B"
+
+
+def explain(
+  loss_fn: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  params: PyTree,
+  opt_state: optax.OptState,
+  *args: Any,
+  has_aux: bool = False,
+  **kwargs: Any,
+) -> Explanation:
+  """Prints and returns how `value_and_update(loss_fn, tx)` steps each leaf of `params`.
+
+  - `in scan`: in the backward pass of a `lax.scan` over layers, one layer at a time.
+  - `at once`: as soon as its gradient is complete and the weight has been read for the last time.
+  - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
+  - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
+
+  Args:
+    loss_fn: as for `value_and_update`.
+    tx: likewise.
+    params: arrays or ShapeDtypeStructs.
+    opt_state: likewise.
+    *args: further arguments of `loss_fn`, likewise.
+    has_aux: whether `loss_fn` returns more than the loss.
+    **kwargs: further arguments of `loss_fn`, likewise.
+
+  Returns:
+    An `Explanation`, a tuple with a `Leaf` for each leaf of the params.
+
+  Raises:
+    ValueError: as the step itself would, where `tx` couples leaves for instance.
+
+  Memory: none; nothing runs.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> def loss_fn(params, x):
+    ...   x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+    ...   return jnp.mean((x @ params["head"]) ** 2)
+    >>> params = {"layers": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 2))}
+    >>> tx = optax.adam(1e-3)
+    >>> table = mpo.explain(loss_fn, tx, params, tx.init(params), jnp.ones((8, 4)))
+    leaf              shape      stepped  gradient held  why
+    params['head']    [4, 2]     at once  32 B
+    params['layers']  [3, 4, 4]  in scan  64 B
+    56 parameters; the largest gradient held is 64 B
+    >>> table[1].stepped
+    'in scan'
+
+  References:
+    See `value_and_update`.
+  """
+  traced = _release.Traced(loss_fn, has_aux, params, args, kwargs)
+  update = _separable.Update(tx, params, opt_state, "explain")
+  sites = _release.sites_of(traced, _release.groups_of(update, len(traced.leaves)))
+  plan = _plan.make_plan(traced.program, sites, traced.results)
+  rows: list[Leaf | None] = [None] * len(traced.leaves)
+  for index, site in enumerate(sites):
+    for i in site.leaves:
+      shape = tuple(jax.numpy.shape(traced.leaves[i]))
+      held = _plan.gradient_bytes(plan, index)
+      rows[i] = Leaf(update.names[i], shape, *site.placed, held, math.prod(shape))
+  explanation = Explanation(row for row in rows if row is not None)
+  print(explanation)
+  return explanation

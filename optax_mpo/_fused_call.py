@@ -1,0 +1,288 @@
+"""What the fused layers share: a call taken apart, the refs it steps, and how they are written.
+
+Why: a layer, a stack of layers and a read of shared weights differ in where their gradients come from, and in nothing
+else. How weights are found among the arguments, read, updated by the optimizer's slices and written, so that XLA can
+put nothing off, is here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from optax_mpo import _handles, _separable, _tree
+
+PyTree = Any
+Remat = bool | Callable[..., Any]
+
+_SMALL = 2**16  # elements of weights and state in a layer, with which there is no memory to save
+
+
+@dataclasses.dataclass
+class Call:
+  """A call of a fused layer: whose weights, and which arrays go in.
+
+  Attributes:
+    who: the public function's name.
+    step: the step that the handles belong to.
+    leaves: the leaves of the params, one for each weight.
+    arrays: the arrays among the inputs.
+    arguments: what the layer was called with.
+    apply: `apply(weights, arrays)` calls the user's function.
+  """
+
+  who: str
+  step: _handles.Step
+  leaves: list[int]
+  arrays: list[Any]
+  arguments: tuple[Any, ...]
+  apply: Callable[[Sequence[Any], Sequence[Any]], PyTree]
+  _places: list[int]  # the argument that each array is in
+
+  @classmethod
+  def take(
+    cls, fn: Callable[..., Any], who: str, arguments: tuple[Any, ...], parts: tuple[int, ...] = ()
+  ) -> "Call | None":
+    """Takes arguments apart; None where there is no handle.
+
+    Args:
+      fn: the user's function.
+      who: the public function's name.
+      arguments: (params, inputs, kwargs), or (params, carry, xs) with parts=(1, 2).
+      parts: the arguments in which numbers are arrays too.
+    """
+    leaves, treedef = jax.tree.flatten(arguments, is_leaf=_handles.is_handle)
+    handles = [leaf for leaf in leaves if _handles.is_handle(leaf)]
+    if not handles:
+      return None
+    step = _handles.handle_step(handles[0])
+    claimed = step.claim(who, handles)
+    places = [i for i, argument in enumerate(arguments) for _ in jax.tree.leaves(argument, is_leaf=_handles.is_handle)]
+    arrays = {
+      i: jnp.asarray(leaf)
+      for i, (leaf, place) in enumerate(zip(leaves, places, strict=True))
+      if not _handles.is_handle(leaf) and (_tree.is_array(leaf) or place in parts)
+    }
+
+    def apply(weights: Sequence[Any], values: Sequence[Any]) -> PyTree:
+      weights_left, values_left = iter(weights), iter(values)
+      merged = []
+      for i, leaf in enumerate(leaves):
+        if _handles.is_handle(leaf):
+          inner = _handles.handle_treedef(leaf)
+          leaf = inner.unflatten([next(weights_left) for _ in range(inner.num_leaves)])
+        merged.append(next(values_left) if i in arrays else leaf)
+      first, second, third = treedef.unflatten(merged)
+      before = step.inside(who)
+      try:
+        return fn(first, second, third) if parts else fn(first, *second, **third)
+      finally:
+        step.inside(before)
+
+    return cls(who, step, claimed, list(arrays.values()), arguments, apply, [places[i] for i in arrays])
+
+  def weights(self, drop: int = 0) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of the weights, without their first `drop` axes."""
+    return [struct(self.step.params[i], drop) for i in self.leaves]
+
+  def arrays_of(self, argument: int) -> list[Any]:
+    """The arrays in one of the arguments."""
+    return [a for a, place in zip(self.arrays, self._places, strict=True) if place == argument]
+
+  def treedef_of(self, argument: int) -> Any:
+    """The structure of one of the arguments."""
+    return jax.tree.structure(self.arguments[argument])
+
+  def refs(self) -> "Refs":
+    """The refs of the weights and their states, with the groups in which they are stepped."""
+    update = self.step.update
+    groups = [update.group(leaves, self.who) for leaves in update.components(self.leaves)]
+    return Refs(self.step, self.leaves, groups)
+
+  def trained(self) -> list[bool]:
+    """Which weights need a gradient."""
+    return [self.step.update.needs_gradient(leaf) for leaf in self.leaves]
+
+  def count_layers(self) -> int:
+    """The number of layers in stacked weights.
+
+    Raises:
+      ValueError: where weights or `xs` disagree about it, or have no axis for it.
+    """
+    lengths = {self.step.update.names[i]: self.step.params[i].shape[:1] for i in self.leaves}
+    if len(set(lengths.values())) != 1 or () in lengths.values():
+      found = _tree.listed(f"{name} {list(shape)}" for name, shape in lengths.items())
+      raise ValueError(
+        f"{self.who}: the weights have to be stacked, [layers, ...], with the same number of layers. Their first axes "
+        f"are: {found}. Stack the layers' trees with jax.tree.map(lambda *w: jnp.stack(w), *layers)."
+      )
+    layers = next(iter(lengths.values()))[0]
+    for x in self.arrays_of(2):
+      if x.shape[:1] != (layers,):
+        raise ValueError(f"{self.who}: xs has an array of shape {list(x.shape)}, but there are {layers} layers.")
+    return layers
+
+
+def is_float(x: Any) -> bool:
+  """Whether `x` is of a dtype that can be differentiated."""
+  return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def struct(x: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
+  """The shape and dtype of `x`, without its first `drop` axes."""
+  return jax.ShapeDtypeStruct(x.shape[drop:], x.dtype)
+
+
+class Refs:
+  """The refs of a call's weights and states, as a pytree of refs and of the numbers of their leaves."""
+
+  def __init__(self, step: _handles.Step, leaves: Sequence[int], groups: Sequence[_separable.Group]):
+    self.leaves, self.groups = leaves, groups
+    states = [j for group in groups for j in group.states]
+    shared = sorted({v for group in groups for v in group.shared})
+    self._states, self._shared = states, shared
+    # Everything that goes through the custom_vjp, and only as an argument: its backward rule may run in another trace.
+    self.arguments = (
+      [step.params[i] for i in leaves],
+      [step.states[j] for j in states],
+      [step.shared[v] for v in shared],
+    )
+
+  def weights(self, arguments: Any, index: Any = ...) -> list[Any]:
+    """Reads the weights."""
+    return [ref[index] for ref in arguments[0]]
+
+  def update(self, arguments: Any, grads: dict[int, Any], weights: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Returns refs, and what is to be written into them; `grads` by leaf, missing ones are zero."""
+    values = dict(zip(self.leaves, weights, strict=True))
+    return [
+      write for group in self.groups for write in self._step(group, arguments, grads, [values[i] for i in group.leaves])
+    ]
+
+  def update_layer(self, arguments: Any, grads: dict[int, Any], onward: Sequence[Any], index: Any, layers: int) -> None:
+    """Steps one layer of stacks: writes its slices into their refs, one part of the update after the other.
+
+    XLA would make all new values of the layer before it writes the first, and together they are six times as large as
+    the gradients. So each part is read and written at an index that depends on what the part before has written, and
+    the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both). XLA
+    cannot know that `never` is zero; an optimization barrier would not do, as XLA takes out what is not used.
+    """
+    never = index >> 30
+    params = dict(zip(self.leaves, arguments[0], strict=True))
+    states = dict(zip(self._states, arguments[1], strict=True))
+    shared = dict(zip(self._shared, arguments[2], strict=True))
+    done = [ct[(0,) * ct.ndim] for ct in [*onward, *grads.values()] if ct.size]
+    for group in self.groups:
+      refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
+      gradients = [grads[i] if i in grads else jnp.zeros(params[i].shape[1:], params[i].dtype) for i in group.leaves]
+      small = sum(ref.size for ref in refs) <= _SMALL * layers
+      for part, outputs in [(group, list(range(len(refs))))] if small else group.parts():
+        at = index + never * sum(lax.convert_element_type(x, jnp.int32) for x in done)
+        values = [ref[at] for ref in refs]
+        new = part.run_layer([*gradients, *values], [shared[v] for v in group.shared], at, layers)
+        for k, value in zip(outputs, new, strict=True):
+          refs[k][at] = value
+        if not small:
+          done = [refs[k][(0,) * refs[k].ndim] for k in outputs]
+
+  def _step(
+    self,
+    group: _separable.Group,
+    arguments: Any,
+    grads: dict[int, Any],
+    weights: Sequence[Any],
+  ) -> list[tuple[Any, Any]]:
+    params = dict(zip(self.leaves, arguments[0], strict=True))
+    states = dict(zip(self._states, arguments[1], strict=True))
+    shared = dict(zip(self._shared, arguments[2], strict=True))
+    gradients = [grads[i] if i in grads else jnp.zeros_like(w) for i, w in zip(group.leaves, weights, strict=True)]
+    rest = gradients, weights, [states[j][...] for j in group.states], [shared[v] for v in group.shared]
+    new = group.step(*rest)
+    refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
+    return list(zip(refs, [*new[0], *new[1]], strict=True))
+
+
+def write(writes: list[tuple[Any, Any]], onward: PyTree) -> PyTree:
+  """Writes into refs and returns `onward`, which XLA then cannot have before all that is written has been made."""
+  new, onward = lax.optimization_barrier(([value for _, value in writes], onward))
+  for (ref, _), value in zip(writes, new, strict=True):
+    ref[...] = value
+  return onward
+
+
+def in_order(values: PyTree) -> PyTree:
+  """Returns arrays whose layout in memory XLA may not choose.
+
+  The backward pass of a layer may want a transposed activation; XLA then transposes those of all layers, before the
+  loop over them.
+  """
+  return [with_layout_constraint(v, Layout(tuple(range(v.ndim)))) if is_float(v) else v for v in values]
+
+
+def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:
+  """Puts `jax.checkpoint` around a function where rematerialisation is asked for."""
+  if remat is False:
+    return fun
+  return jax.checkpoint(fun, policy=None if remat is True else remat, prevent_cse=prevent_cse)
+
+
+def by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Sequence[Any]) -> dict[int, Any]:
+  """The gradients by the leaves of the params that they belong to."""
+  return dict(zip([i for i, flag in zip(leaves, trained, strict=True) if flag], grads, strict=True))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+  """Something hashable among residuals."""
+
+  value: Any
+
+
+# --- What a custom_vjp with symbolic zeros is given -------------------------------------------------------------------
+
+
+def values(tree: PyTree) -> PyTree:
+  """The values of the arguments of a forward rule."""
+  return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda p: hasattr(p, "perturbed"))
+
+
+def perturbed(primals: Sequence[Any]) -> tuple[list[Any], list[bool]]:
+  """The values of the arguments of a forward rule, and whether they are differentiated."""
+  return [p.value for p in primals], [p.perturbed and is_float(p.value) for p in primals]
+
+
+def is_zero(ct: Any) -> bool:
+  """Whether a cotangent is a symbolic zero."""
+  return isinstance(ct, SymbolicZero)
+
+
+def real_cotangents(cotangents: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+  """The cotangents of floating-point results, as arrays."""
+  pairs = [(ct, a) for ct, a in zip(cotangents, avals, strict=True) if is_float(a)]
+  return [jnp.zeros(a.shape, a.dtype) if is_zero(ct) else ct for ct, a in pairs]
+
+
+def all_cotangents(real: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+  """The cotangents of all results as `jax.vjp` takes them: float0 for integers."""
+  rest = iter(real)
+  return [next(rest) if is_float(a) else np.zeros(a.shape, jax.dtypes.float0) for a in avals]
+
+
+def spread(cotangents: Sequence[Any], active: Sequence[bool]) -> list[Any]:
+  """Puts None where nothing was differentiated."""
+  rest = iter(cotangents)
+  return [next(rest) if flag else None for flag in active]
+
+
+def step_unreached(step: _handles.Step, leaves: Sequence[int]) -> None:
+  """Steps leaves whose gradient is zero, since the loss does not depend on them."""
+  for component in step.update.components(leaves):
+    refs = Refs(step, component, [step.update.group(component, "fused_value_and_update")])
+    write(refs.update(refs.arguments, {}, refs.weights(refs.arguments)), ())

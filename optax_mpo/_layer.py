@@ -1,0 +1,342 @@
+"""Layers whose backward pass steps their own weights.
+
+Why: an ordinary step first makes the gradients of all weights and then updates them, so that at one time they all
+exist: 2 or 4 bytes per parameter. But a layer's gradient is complete as soon as the backward pass has gone through it,
+and nobody but the optimizer needs it.
+
+How: a `jax.custom_vjp` whose backward rule computes the gradient of one layer, runs the slice of the optimizer's update
+that belongs to it, writes weights and state into their refs in place, and hands on the cotangent of the inputs. What is
+handed on is tied to what was written by an optimization barrier, and every step to the one before by a scalar, so that
+XLA has to finish a step before it goes on. Nothing is ever differentiated but a scalar token, which is there so that
+there is a backward pass.
+
+Source: the idea for one layer is that of Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers",
+arXiv:2309.12381, and of LOMO, arXiv:2306.09782.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_mpo import _fused_call, _handles, _modules, _pullback
+
+PyTree = Any
+Remat = bool | Callable[..., Any]
+
+
+def fused_layer(fn: Any, *, remat: Remat = False) -> Callable[..., Any]:
+  """Makes a layer that steps its own weights in the backward pass of a `fused_value_and_update`.
+
+  `layer(params, *inputs, **kwargs)` calls `fn(params, *inputs, **kwargs)`. Where there are handles in the place of
+  arrays, `fn` gets the arrays, and their weights are stepped when the backward pass comes through: the layer owns them,
+  and no other layer may use them. Without handles `layer` is just `fn`, for evaluation and ordinary training.
+
+  Args:
+    fn: a function of a tree of weights and of any inputs, or a Flax module. Inputs and results are pytrees with arrays
+      of any dtype, PRNG keys and None; what is no array, such as a bool or a string, is static. `fn` may close over
+      arrays, which get gradients too. A Linen module is called as `module.apply({"params": params}, ...)` (a mapping
+      with a "params" entry is passed as it is: `layer({"params": handle, "batch_stats": stats}, x, mutable=[...])`), an
+      NNX module as a copy that holds `params`, a State of its `nnx.Param` variables.
+    remat: False keeps what the backward pass needs of the activations, but never weights. True keeps the inputs alone
+      and computes the rest again; a policy of `jax.checkpoint_policies` chooses.
+
+  Returns:
+    The layer.
+
+  Raises:
+    TypeError: where `fn` is no function and no module, or `remat` neither a bool nor a policy.
+    FusedError: by the layer, where a step would be lost or repeated: weights that something else uses too, a handle of
+      another step, a call inside of a transformation such as `jax.checkpoint` or `lax.scan`.
+    ValueError: by the layer, where the optimizer couples its weights to those of other layers.
+
+  Memory: the gradients of one layer, 2 bytes per parameter of that layer where weights are bf16, in place of the
+    gradients of all. Nothing is held per layer but activations.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> dense = mpo.fused_layer(lambda w, x: jnp.tanh(x @ w))
+    >>> def loss_fn(params, x):  # params: handles in the step below, arrays anywhere else
+    ...   for w in params:
+    ...     x = dense(w, x)
+    ...   return jnp.mean(x**2)
+    >>> tx = mpo.compensated(optax.adamw(1e-2))
+    >>> params, opt_state = mpo.init(tx, [jnp.eye(3), jnp.eye(3)])
+    >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+    >>> for _ in range(3):
+    ...   value, params, opt_state = step(params, opt_state, jnp.ones((2, 3)))
+    >>> print(f"{value:.3f} {loss_fn(params, jnp.ones((2, 3))):.3f}")
+    0.359 0.330
+
+  References:
+    Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
+  """
+  fn = _modules.as_function(fn, "fused_layer")
+  _check_remat(remat, "fused_layer")
+
+  @functools.wraps(fn)
+  def layer(params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+    call = _fused_call.Call.take(fn, "fused_layer", (params, inputs, kwargs))
+    return fn(params, *inputs, **kwargs) if call is None else _run_layer(call, remat)
+
+  return layer
+
+
+def fused_scan(fn: Any, *, remat: Remat = False, reverse: bool = False, unroll: int = 1) -> Callable[..., Any]:
+  """Makes a stack of equal layers, one `lax.scan`, that steps each layer's weights in the backward pass.
+
+  `stack(params, carry, xs=None) -> (carry, ys)` calls `carry, y = fn(layer_params, carry, x)` for each layer, with the
+  layer's slice of the weights, which are stacked: `[layers, ...]`. In a `fused_value_and_update` with a handle for
+  `params`, the layer's slices of weights and optimizer state are read and written in place, one layer at a time.
+  Without handles it is `lax.scan` over `(params, xs)`.
+
+  Args:
+    fn: as in `fused_layer`, with two inputs and two results: `fn(layer_params, carry, x) -> (carry, y)`.
+    remat: as in `fused_layer`.
+    reverse: as in `lax.scan`; the first layer is then the last in the stack.
+    unroll: as in `lax.scan`.
+
+  Returns:
+    The stack, a function of a handle or stacked weights, of a carry and of `xs`, any pytree of arrays
+    `[layers, ...]` or None.
+
+  Raises:
+    TypeError, FusedError: as `fused_layer`.
+    ValueError: by the stack, where the optimizer's update of a stacked weight is not one of each layer alone (a norm
+      over the whole stack, as in lamb or adafactor), with the leaves and the operation.
+
+  Memory: the gradient of one layer, twice at most, in place of the gradients of the whole stack.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> stack = mpo.fused_scan(lambda w, x, _: (jnp.tanh(x @ w), None), remat=True)
+    >>> def loss_fn(params, x):
+    ...   return jnp.mean(stack(params, x)[0] ** 2)
+    >>> tx = optax.sgd(0.1, momentum=0.9)
+    >>> params = jnp.stack([jnp.eye(3)] * 4)
+    >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+    >>> value, params, opt_state = step(params, tx.init(params), jnp.ones((2, 3)))
+    >>> print(value, params.shape)
+    0.26277387 (4, 3, 3)
+  """
+  fn = _modules.as_function(fn, "fused_scan")
+  _check_remat(remat, "fused_scan")
+
+  @functools.wraps(fn)
+  def stack(params: PyTree, carry: PyTree, xs: PyTree = None) -> tuple[PyTree, PyTree]:
+    call = _fused_call.Call.take(fn, "fused_scan", (params, carry, xs), parts=(1, 2))
+    if call is None:
+      return lax.scan(lambda c, px: fn(px[0], c, px[1]), carry, (params, xs), reverse=reverse, unroll=unroll)
+    return _run_scan(call, call.count_layers(), remat, reverse, unroll)
+
+  return stack
+
+
+def fused_value(handle: Any) -> PyTree:
+  """Reads weights that are used in more than one place, such as a tied embedding.
+
+  The arrays can be used anywhere in the loss function, also as inputs of fused layers and inside `jax.checkpoint` or
+  `lax.scan`. The gradients of all uses are added up, and then the weight is stepped, once. Reading it again gives the
+  same arrays. A weight that is read and not used is stepped with a gradient of zero, as `tx.update` would.
+
+  Args:
+    handle: a handle, or a pytree of handles. Arrays in it are returned as they are, so that one loss function serves
+      all kinds of training.
+
+  Returns:
+    The arrays.
+
+  Raises:
+    FusedError: where a fused layer uses the weight too, or as in `fused_layer`.
+    ValueError: where the optimizer couples it to other weights.
+
+  Memory: its gradient lives until its last contribution is there; for a tied embedding, through the backward pass.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> def loss_fn(params, tokens):
+    ...   embedding = mpo.fused_value(params["embedding"])
+    ...   logits = embedding[tokens] @ embedding.T
+    ...   return -jnp.mean(jax.nn.log_softmax(logits)[0, tokens])
+    >>> tx = optax.sgd(0.5)
+    >>> params = {"embedding": jnp.eye(3)}
+    >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx))
+    >>> value, params, _ = step(params, tx.init(params), jnp.array([0, 2]))
+    >>> print(params["embedding"][0].round(2).tolist())  # the row that was used is changed by both uses
+    [0.9199999570846558, -0.10999999940395355, 0.14000000059604645]
+  """
+  return jax.tree.map(
+    lambda h: _read(h) if _handles.is_handle(h) else h, handle, is_leaf=lambda h: _handles.is_handle(h) or h is None
+  )
+
+
+def _check_remat(remat: Any, who: str) -> None:
+  if not isinstance(remat, bool) and not callable(remat):
+    raise TypeError(f"{who}: remat has to be True, False or a policy of jax.checkpoint_policies, but it is {remat!r}.")
+
+
+# --- The custom_vjps --------------------------------------------------------------------------------------------------
+
+
+def _read(handle: _handles.Handle) -> PyTree:
+  """Makes the arrays of `fused_value`: one custom_vjp for each group of leaves that are stepped together."""
+  step = _handles.handle_step(handle)
+  for leaves in step.update.components(step.claim_values(handle)):
+    refs = _fused_call.Refs(step, leaves, [step.update.group(leaves, "fused_value")])
+    step.values.update(zip(leaves, _hook(step, refs)(step.token, refs.arguments), strict=True))
+  return _handles.handle_treedef(handle).unflatten([step.values[i] for i in _handles.handle_leaves(handle)])
+
+
+def _hook(step: _handles.Step, refs: _fused_call.Refs) -> Callable[..., list[Any]]:
+  @jax.custom_vjp
+  def hook(token: Any, arguments: Any) -> list[Any]:
+    return refs.weights(arguments)
+
+  def hook_fwd(token: Any, arguments: Any) -> tuple[list[Any], Any]:
+    return refs.weights(arguments), arguments
+
+  def hook_bwd(arguments: Any, cotangents: list[Any]) -> tuple[Any, None]:
+    step.stepped.update(refs.leaves)
+    grads = dict(zip(refs.leaves, cotangents, strict=True))
+    _fused_call.write(refs.update(arguments, grads, refs.weights(arguments)), ())
+    return jnp.zeros(()), None
+
+  hook.defvjp(hook_fwd, hook_bwd)
+  return hook
+
+
+def _run_layer(call: _fused_call.Call, remat: Remat) -> PyTree:
+  step, refs, trained = call.step, call.refs(), call.trained()
+  apply, closed = jax.closure_convert(call.apply, call.weights(), call.arrays)
+  traced: list[_pullback.Pullback] = []
+
+  def fun(weights: list[Any], constants: list[Any], inputs: list[Any]) -> PyTree:
+    count = len(call.arrays)
+    return _fused_call.checkpointed(apply, remat, prevent_cse=True)(weights, inputs[:count], *inputs[count:])
+
+  @jax.custom_vjp
+  def layer(token: Any, arguments: Any, inputs: list[Any]) -> PyTree:
+    return fun(refs.weights(arguments), [], inputs)
+
+  def layer_fwd(token: Any, arguments: Any, inputs: list[Any]) -> tuple[PyTree, Any]:
+    arguments = _fused_call.values(arguments)
+    inputs, active = _fused_call.perturbed(inputs)
+    weights = refs.weights(arguments)
+    pullback = _pullback.trace(fun, weights, [], inputs, (trained, [], active))
+    traced[:] = [pullback]
+    out, kept = pullback.forward(weights, [], inputs)
+    # The refs for the backward pass to write, the activations it needs, and which inputs get a cotangent.
+    return pullback.out_treedef.unflatten(out), (arguments, kept, _fused_call.Static(tuple(active)))
+
+  def layer_bwd(residuals: Any, cotangents: PyTree) -> tuple[Any, ...]:
+    arguments, kept, active = residuals
+    (pullback,) = traced
+    step.stepped.update(refs.leaves)
+    real = _fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=_fused_call.is_zero), pullback.out_avals)
+    # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
+    weights, real = lax.optimization_barrier((refs.weights(arguments), real))
+    grads, _, onward = pullback.backward(weights, [], kept, _fused_call.all_cotangents(real, pullback.out_avals))
+    writes = refs.update(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), weights)
+    onward = _fused_call.write(writes, onward)
+    return jnp.zeros(()), None, _fused_call.spread(onward, active.value)
+
+  layer.defvjp(layer_fwd, layer_bwd, symbolic_zeros=True)
+  return layer(step.token, refs.arguments, [*call.arrays, *closed])
+
+
+def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, unroll: int) -> PyTree:
+  step, refs, trained = call.step, call.refs(), call.trained()
+  for group in refs.groups:
+    group.check_layers(layers)
+  # What a scan returns has strong types, so that what it starts with must have too.
+  carried = [lax.convert_element_type(c, c.dtype) for c in call.arrays_of(1)]
+  scanned = call.arrays_of(2)
+  count = len(carried)
+  slices = [_fused_call.struct(x, drop=1) for x in scanned]
+  carry_treedef = call.treedef_of(1)
+  y_treedef: list[Any] = []
+
+  def one(weights: list[Any], arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+    out = call.apply(weights, arrays)
+    if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != carry_treedef:
+      raise TypeError(
+        "fused_scan: fn has to return (carry, y) with a carry of the structure it was given, as in lax.scan: "
+        f"{carry_treedef}, but it returned {jax.tree.structure(out)}."
+      )
+    y, treedef = jax.tree.flatten(out[1])
+    y_treedef[:] = [treedef]
+    return jax.tree.leaves(out[0]), y
+
+  apply, closed = jax.closure_convert(one, call.weights(drop=1), [*map(_fused_call.struct, carried), *slices])
+  traced: list[_pullback.Pullback] = []
+
+  def fun(weights: list[Any], constants: list[Any], inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+    return _fused_call.checkpointed(apply, remat, prevent_cse=False)(weights, inputs, *constants)
+
+  def scan(body: Callable[..., Any], carry: Any, xs: Any, backward: bool = False) -> Any:
+    return lax.scan(body, carry, (jnp.arange(layers), xs), reverse=reverse != backward, unroll=unroll)
+
+  @jax.custom_vjp
+  def stack(token: Any, arguments: Any, carry: list[Any], xs: list[Any], constants: list[Any]) -> PyTree:
+    return scan(lambda c, ix: fun(refs.weights(arguments, ix[0]), constants, [*c, *ix[1]]), carry, xs)
+
+  def stack_fwd(token: Any, arguments: Any, carry: Any, xs: Any, constants: Any) -> tuple[PyTree, Any]:
+    arguments, carry = _fused_call.values(arguments), _fused_call.values(carry)
+    xs, active_xs = _fused_call.perturbed(xs)
+    constants, active_constants = _fused_call.perturbed(constants)
+    active = (trained, active_constants, [_fused_call.is_float(c) for c in carry] + active_xs)
+    inputs = [*map(_fused_call.struct, carry), *slices]
+    pullback = _pullback.trace(fun, call.weights(drop=1), constants, inputs, active)
+    traced[:] = [pullback]
+
+    def body(carry: list[Any], ix: Any) -> tuple[list[Any], Any]:
+      out, kept = pullback.forward(refs.weights(arguments, ix[0]), constants, [*carry, *ix[1]])
+      return out[:count], (out[count:], kept)
+
+    carry, (ys, kept) = scan(body, carry, xs)
+    # The refs for the backward pass to write, what all layers share, their activations, and what gets a cotangent.
+    static = _fused_call.Static((tuple(active_constants), tuple(active_xs)))
+    return (carry, ys), (arguments, constants, kept, static)
+
+  def stack_bwd(residuals: Any, cotangents: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+    arguments, constants, kept, static = residuals
+    active_constants, active_xs = static.value
+    (pullback,) = traced
+    avals = pullback.out_avals
+    step.stepped.update(refs.leaves)
+    ct_carry = _fused_call.real_cotangents(cotangents[0], avals[:count])
+    # A y that nothing depends on has no cotangent to be scanned over; the layer makes its own zeros.
+    ct_ys = [None if _fused_call.is_zero(ct) or not _fused_call.is_float(a) else ct for ct, a in _ys(cotangents, avals)]
+    sums = [jnp.zeros(c.shape, c.dtype) for c, flag in zip(constants, active_constants, strict=True) if flag]
+
+    def body(state: Any, ix: Any) -> Any:
+      (ct_carry, sums), (index, (kept, ct_ys)) = state, ix
+      weights = refs.weights(arguments, index)
+      ys = [jnp.zeros(a.shape, a.dtype) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
+      real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if _fused_call.is_float(a))]
+      grads, more, onward = pullback.backward(
+        weights, constants, _fused_call.in_order(kept), _fused_call.all_cotangents(real, avals)
+      )
+      sums = [a + b for a, b in zip(sums, more, strict=True)]
+      refs.update_layer(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), onward, index, layers)
+      return (onward[: len(ct_carry)], sums), onward[len(ct_carry) :]
+
+    (ct_carry, sums), ct_xs = scan(body, (ct_carry, sums), (kept, ct_ys), backward=True)
+    in_carry = _fused_call.spread(ct_carry, [_fused_call.is_float(c) for c in carried])
+    return (
+      jnp.zeros(()),
+      None,
+      in_carry,
+      _fused_call.spread(ct_xs, active_xs),
+      _fused_call.spread(sums, active_constants),
+    )
+
+  def _ys(cotangents: Any, avals: Any) -> Any:
+    return zip(cotangents[1], avals[count:], strict=True)
+
+  stack.defvjp(stack_fwd, stack_bwd, symbolic_zeros=True)
+  carry, ys = stack(step.token, refs.arguments, carried, scanned, closed)
+  return carry_treedef.unflatten(carry), y_treedef[0].unflatten(ys)

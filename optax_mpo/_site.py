@@ -1,0 +1,173 @@
+"""How leaves are stepped: a stack of layers as a whole, or one layer of it.
+
+The step of one layer is made from that of the stack, by `_stacked`: with the operations that lead from what the scan
+stacks to the gradient, and those of the update. Where the layer axis is in a weight is told by its gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_mpo import _jaxpr, _stacked
+
+Values = Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """How the leaves of a site are stepped.
+
+  Attributes:
+    run: `run(grads, params, states, shared) -> (params, states)`.
+    grads: the shapes of what it takes, as ShapeDtypeStructs.
+    params: likewise.
+    states: likewise.
+    shared: likewise.
+    layered: makes the step of one layer of a stack, as `layer_step` does.
+  """
+
+  run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
+  grads: tuple[Any, ...]
+  params: tuple[Any, ...]
+  states: tuple[Any, ...]
+  shared: tuple[Any, ...]
+  layered: Callable[..., "Layered"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layered:
+  """The step of one layer.
+
+  Attributes:
+    step: steps the layer. Its `shared` are those of the stack's step, what is given besides, and the layer's index.
+    param_axes: the layer axis of each weight.
+    state_axes: of each state.
+    finish: None where the layers of the new state make the new state. Else the states of the layers start as zeros, and
+      `finish(states, shared)` makes the new state of the stack from all of them.
+  """
+
+  step: Step
+  param_axes: tuple[int, ...]
+  state_axes: tuple[int, ...]
+  finish: Callable[[Values, Values], list[Any]] | None = None
+
+
+@dataclasses.dataclass
+class Site:
+  """Leaves that are stepped together, as one program sees them.
+
+  Attributes:
+    leaves: which leaves of the params.
+    grads: the atoms that the step needs.
+    params: for each leaf, the variables that hold its weight.
+    step: how they are stepped. Its `shared` are the values that the site is handed from outside.
+    placed: where they are stepped, as `explain` says it, and why.
+  """
+
+  leaves: tuple[int, ...]
+  grads: tuple[_jaxpr.Atom, ...]
+  params: tuple[tuple[int, ...], ...]
+  step: Step
+  placed: tuple[str, str] = ("", "")
+
+
+def struct(aval: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def layer_struct(struct: Any, axis: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((*struct.shape[:axis], *struct.shape[axis + 1 :]), struct.dtype)
+
+
+def layer_step(
+  step: Step,
+  post: Callable[[Values, Values], list[Any]],
+  stacks: Sequence[Any],
+  given: Sequence[Any],
+  length: int,
+) -> Layered:
+  """Makes the step of one layer from that of a stack.
+
+  Args:
+    step: steps the stack.
+    post: `post(stacks, given)` makes the gradients that `step` takes from what the scan stacks along axis 0.
+    stacks: the shapes of that.
+    given: the shapes of what else it takes.
+    length: the number of layers.
+
+  Raises:
+    NotSeparableError: where a layer cannot be stepped alone.
+  """
+  # Where the layer axis of each gradient is tells where it is in the weight.
+  before, _ = _jaxpr.trace(post, list(stacks), list(given))
+  found: list[int | None] = []
+
+  def grads_of(index: Any, layers: Values, values: Values) -> list[Any]:
+    env, axes = _layers(before, [*layers, *values], [0] * len(stacks) + [None] * len(given))
+    _stacked.run(before.operations, before, env, axes, index, length)
+    found[:] = [axes.get(a) if isinstance(a, int) else None for a in before.outputs]
+    return []
+
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  jax.eval_shape(grads_of, number, [layer_struct(s, 0) for s in stacks], list(given))
+  param_axes = []
+  for axis, param in zip(found, step.params, strict=False):
+    if axis is None or axis >= len(param.shape) or param.shape[axis] != length:
+      raise _stacked.NotSeparableError("its gradient has no axis of layers")
+    param_axes.append(axis)
+  if len(param_axes) != len(step.params) or len(found) != len(step.params):
+    raise _stacked.NotSeparableError("its gradient is made of several")
+  state_axes = []
+  for state in step.states:
+    axis = next((a for p, a in zip(step.params, param_axes, strict=True) if p.shape == state.shape), 0)
+    if axis >= len(state.shape) or state.shape[axis] != length:
+      raise _stacked.NotSeparableError(
+        f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers"
+      )
+    state_axes.append(axis)
+
+  def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
+    return step.run(post(ys, values), params, states, shared)
+
+  program, _ = _jaxpr.trace(whole, list(stacks), list(step.params), list(step.states), list(step.shared), list(given))
+  in_axes = [0] * len(stacks) + param_axes + state_axes + [None] * (len(step.shared) + len(given))
+  out_axes = param_axes + state_axes
+
+  def run(ys: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+    *shared, index = shared
+    env, axes = _layers(program, [*ys, *params, *states, *shared], in_axes)
+    _stacked.run(program.operations, program, env, axes, index, length)
+    results = []
+    for atom, out in zip(program.outputs, out_axes, strict=True):
+      axis = axes.get(atom) if isinstance(atom, int) else None
+      value = env[atom] if isinstance(atom, int) else jnp.asarray(atom.val)
+      if axis is None:  # the same for every layer, so that all of it was computed
+        value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, out), out
+      if axis != out:
+        raise _stacked.NotSeparableError("the update moves the layer axis")
+      results.append(jax.lax.squeeze(value, [axis]))
+    return results[: len(params)], results[len(params) :]
+
+  layer = Step(
+    run,
+    tuple(layer_struct(s, 0) for s in stacks),
+    tuple(layer_struct(s, a) for s, a in zip(step.params, param_axes, strict=True)),
+    tuple(layer_struct(s, a) for s, a in zip(step.states, state_axes, strict=True)),
+    (*step.shared, *given, number),
+  )
+  jax.eval_shape(run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
+  return Layered(layer, tuple(param_axes), tuple(state_axes))
+
+
+def _layers(
+  program: _jaxpr.Program, values: Sequence[Any], in_axes: Sequence[int | None]
+) -> tuple[dict[int, Any], dict[int, int | None]]:
+  env, axes = dict(program.constants), {}
+  for var, value, axis in zip(program.inputs, values, in_axes, strict=True):
+    env[var] = value if axis is None else jnp.expand_dims(value, axis)
+    if axis is not None:
+      axes[var] = axis
+  return env, axes

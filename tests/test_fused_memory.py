@@ -1,0 +1,132 @@
+"""Memory of fused layers: bytes of the step that XLA:GPU compiles for an H200. No gradient tree, no copied stacks.
+
+Where a limit is a plain number it is the measured one, rounded up; the rest is arithmetic on shapes.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_mpo as mpo
+from benchmarks import peak_memory
+from benchmarks.modes import MODES
+from optax_mpo import _memory_dump
+
+WIDTH, HIDDEN, BATCH = 1024, 3072, 64
+LAYER = 3 * WIDTH * HIDDEN  # params of one layer
+
+
+def make_loss(scan):
+  def block(p, x):
+    return x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+  def loss_fn(params, x):
+    if scan:
+      x, _ = mpo.fused_scan(lambda p, x, _: (block(p, x), None), remat=True)(params, x)
+    else:
+      for p in params:
+        x = mpo.fused_layer(block, remat=True)(p, x)
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+  return loss_fn
+
+
+@functools.cache
+def report(scan, layers):
+  def shape(*s):
+    return jax.ShapeDtypeStruct((layers, *s) if scan else s, jnp.float32)
+
+  layer = {"gate": shape(WIDTH, HIDDEN), "up": shape(WIDTH, HIDDEN), "down": shape(HIDDEN, WIDTH)}
+  tx = mpo.compensated(optax.adamw(1e-3))
+  state = jax.eval_shape(lambda p: mpo.init(tx, p), layer if scan else [layer] * layers)
+  x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.bfloat16)
+  step = mpo.fused_value_and_update(make_loss(scan), tx)
+  return mpo.gpu_memory(step, *state, x, donate_argnums=(0, 1), target="h200", params_argnum=0)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_temporaries_are_two_layers_of_gradients_at_most_and_do_not_grow_with_depth(scan):
+  """Eight layers are 900 MB of params and state; all gradients of 64 would be 1.2 GB."""
+  left = {}
+  for layers in (8, 24, 64):
+    activations = layers * BATCH * WIDTH * 2
+    left[layers] = report(scan, layers).temporary_bytes - activations
+    assert left[layers] <= 2 * LAYER * 2, layers
+  # A count of layers costs scalars, and a place for the next activation: not a weight matrix.
+  assert left[64] - left[8] < WIDTH * HIDDEN * 2 / 4
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_all_donated_buffers_are_aliased_and_no_stack_is_copied(scan):
+  found = report(scan, 24)
+  state = found.argument_bytes - BATCH * WIDTH * 2
+  assert found.aliased_bytes >= state - 1024
+  assert found.output_bytes - found.aliased_bytes < 4096  # the loss and XLA's table of results
+  largest = max(b.bytes for b in found.buffers if b.kind == "temporary")
+  assert largest < WIDTH * HIDDEN * 24 * 2 / 8  # bytes of a stack of compensation bits, an eighth
+
+
+def test_the_optimized_program_copies_no_stack(monkeypatch):
+  """Reads what XLA:GPU made of the step: no copy of anything as large as a stack of one weight's bits."""
+  texts = []
+  read = _memory_dump.read
+
+  def keep(folder, *args):
+    texts.extend(path.read_text() for path in folder.glob("*gpu_after_optimizations.txt"))
+    return read(folder, *args)
+
+  monkeypatch.setattr(_memory_dump, "read", keep)
+  report.__wrapped__(True, 8)
+  (text,) = (t for t in texts if f"f32[8,{WIDTH},{HIDDEN}]" in t)
+  instructions = re.findall(r" = \w+\[([\d,]*)\]\S* (copy|copy-start|dynamic-update-slice|while|fusion)\(", text)
+  assert len([kind for _, kind in instructions if kind == "dynamic-update-slice"]) >= 3 * 4  # the parser sees something
+  copies = [dims for dims, kind in instructions if kind.startswith("copy")]
+  assert all(math.prod(map(int, filter(None, dims.split(",")))) < 8 * WIDTH * HIDDEN for dims in copies), copies
+
+
+# The language models of the design table, AdamW, 16 bits, batch 1 x 1024. 1.3B scanned was asked to be 12.4. 350M
+# unrolled was asked to be 12.6, which a floor forbids: f32 and bf16 logits and the 24 activations are 0.66 bytes per
+# parameter at the head, and one layer's attention in f32 is as much (docs/fused_layers.md).
+AT_MOST = {"lm-1.3b": 12.35, "lm-350m-unrolled": 12.85}
+
+
+@pytest.mark.parametrize("model", AT_MOST)
+def test_language_models(model):
+  row = peak_memory.measure(model, "mpo-16-layer", "adamw", "h200")
+  assert not row.error, row.error
+  assert row.total_bytes / row.parameters <= AT_MOST[model]
+
+
+def test_weights_are_no_residuals():
+  """Without rematerialisation, what is kept for the backward pass are activations: no weight, cast or transpose."""
+
+  def block(p, x):
+    return jnp.tanh(x.astype(jnp.float32) @ p["w"].astype(jnp.float32)).astype(x.dtype)
+
+  def loss_fn(params, x):
+    for p in params:
+      x = mpo.fused_layer(block)(p, x)
+    return jnp.mean(x.astype(jnp.float32))
+
+  width, layers = 4096, 8
+  tx = mpo.compensated(optax.sgd(1e-3))
+  params = [{"w": jax.ShapeDtypeStruct((width, width), jnp.float32)}] * layers
+  state = jax.eval_shape(lambda p: mpo.init(tx, p), params)
+  x = jax.ShapeDtypeStruct((8, width), jnp.bfloat16)
+  step = mpo.fused_value_and_update(loss_fn, tx)
+  found = mpo.gpu_memory(step, *state, x, donate_argnums=(0, 1), target="h200")
+  weight = 4 * math.prod((width, width))  # cast to f32
+  assert found.temporary_bytes < 3 * weight  # a cast, a gradient and its cast, not eight casts
+
+
+def test_steps_of_all_fused_modes_keep_the_shapes_of_their_state():
+  model = peak_memory.MODELS["lm-125m"]()
+  for mode in ("mpo-16-layer", "mpo-8-layer"):
+    training = MODES[mode].build(model, "lion")
+    _, params, opt_state = jax.eval_shape(training.step, training.params, training.opt_state, model.batch)
+    assert (params, opt_state) == (training.params, training.opt_state)

@@ -1,0 +1,443 @@
+"""`value_and_update` equals value_and_grad, tx.update and apply_updates, bit for bit, for programs of every form.
+
+Both sides are compiled without excess precision and without XLA's fusion, since a fused loop may be vectorised
+differently on the two sides and change the last bit of a sum (see test_exactness.py).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import optax_mpo as mpo
+from optax_mpo import _two_pass
+from tests.test_exactness import assert_same_bits, exact_jit, unfused_jit
+
+WIDTH, LAYERS = 8, 3
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape) * shape[0] ** -0.5 if shape else jnp.float32(0.7)
+
+
+def stack(*lead):
+  return {"up": normal(1, *lead, WIDTH, 16), "down": normal(2, *lead, 16, WIDTH), "scale": jnp.ones((*lead, WIDTH))}
+
+
+def block(p, x):
+  return x + jnp.tanh((x * p["scale"]) @ p["up"]) @ p["down"]
+
+
+def layers(p, x, block=block, **options):
+  return lax.scan(lambda x, p: (block(p, x), None), x, p, **options)[0]
+
+
+def mean_square(x):
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+CASES = {}
+
+
+def case(params, **placed):
+  """Adds a model: its params, and where `explain` is to say that the leaves of an entry are stepped."""
+
+  def add(loss):
+    CASES[loss.__name__] = (params, loss, placed)
+    return loss
+
+  return add
+
+
+@case({"a": normal(0, WIDTH, WIDTH), "b": normal(1, WIDTH, WIDTH)}, a="at once", b="at once")
+def dense(p, x):
+  return mean_square(jnp.tanh(x @ p["a"]) @ p["b"])
+
+
+@case({"embed": normal(0, WIDTH, WIDTH), "blocks": [stack() for _ in range(LAYERS)]}, embed="at once", blocks="at once")
+def unrolled_remat_tied(p, x):
+  x = x @ p["embed"]
+  for b in p["blocks"]:
+    x = jax.checkpoint(block)(b, x)
+  return mean_square(x @ p["embed"].T)
+
+
+@case({"in": normal(0, WIDTH, WIDTH), "layers": stack(LAYERS), "out": normal(3, WIDTH, 4)}, layers="in scan")
+def scanned(p, x):
+  return mean_square(layers(p["layers"], x @ p["in"]) @ p["out"])
+
+
+@case({"layers": stack(LAYERS)}, layers="in scan")
+def scanned_remat(p, x):
+  return mean_square(layers(p["layers"], x, jax.checkpoint(block)))
+
+
+@case({"layers": stack(LAYERS)}, layers="in scan")
+def scanned_backwards_and_unrolled(p, x):
+  return mean_square(layers(p["layers"], x, jax.checkpoint(block), reverse=True, unroll=2))
+
+
+@case({"one": stack(LAYERS), "two": stack(2)}, one="in scan", two="in scan")
+def two_stacks(p, x):
+  return mean_square(layers(p["two"], layers(p["one"], x)))
+
+
+@case({"layers": stack(LAYERS)}, layers="in scan")
+def scanned_twice(p, x):
+  return mean_square(layers(p["layers"], layers(p["layers"], x)))
+
+
+@case({"layers": stack(2, LAYERS)}, layers="in scan")
+def nested_scans(p, x):
+  return mean_square(lax.scan(lambda x, p: (layers(p, x, jax.checkpoint(block)), None), x, p["layers"])[0])
+
+
+@case({"up": normal(1, WIDTH, LAYERS, WIDTH)}, up="in scan")
+def layers_on_the_second_axis(p, x):
+  return mean_square(lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, jnp.moveaxis(p["up"], 1, 0))[0])
+
+
+@case({"layers": stack(LAYERS)}, layers="in scan")
+def cast_before_the_scan(p, x):
+  low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p["layers"])
+  return mean_square(layers(low, x.astype(jnp.bfloat16), jax.checkpoint(block)))
+
+
+@case({"w": normal(1, LAYERS, WIDTH, WIDTH)}, w="in scan")
+def transposed_before_the_scan(p, x):
+  return mean_square(lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"].transpose(0, 2, 1))[0])
+
+
+@case({"layers": stack(LAYERS)}, layers="in scan")
+def decayed_in_the_loss(p, x):
+  return mean_square(layers(p["layers"], x)) + 1e-2 * sum(map(mean_square, jax.tree.leaves(p["layers"])))
+
+
+@case({"layers": stack(LAYERS)}, layers="in scan")
+def first_layer_read_after_the_scan(p, x):
+  first = jax.tree.map(lambda a: a[0], p["layers"])
+  return mean_square(block(first, layers(p["layers"], x)))
+
+
+@case({"layers": stack(LAYERS)}, layers="at the end")
+def first_layer_read_before_the_scan(p, x):
+  first = jax.tree.map(lambda a: a[0], p["layers"])
+  return mean_square(layers(p["layers"], block(first, x)))
+
+
+@case({"w": normal(0, WIDTH, WIDTH), "u": normal(1, WIDTH, WIDTH)}, w="at once", u="at once")
+def recurrent(p, x):
+  steps = jnp.stack([x, 2 * x, -x])
+  return mean_square(lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x @ p["u"]), None), x, steps)[0] @ p["w"].T)
+
+
+@case({"w": normal(0, WIDTH), "unused": normal(1, WIDTH), "also": jnp.float32(2)}, unused="with a zero gradient")
+def unused(p, x):
+  return mean_square(x * p["w"])
+
+
+@case({"a": normal(0, WIDTH), "b": normal(1, WIDTH)})
+def one_gradient_for_two(p, x):
+  return jnp.sum((p["a"] + p["b"]).astype(jnp.float32) * x[0])
+
+
+@case({"s": normal(0), "w": normal(0, WIDTH, WIDTH)})
+def branches(p, x):
+  return lax.cond(x[0, 0] > 0, lambda: mean_square(x @ p["w"]), lambda: mean_square(x @ p["w"] * p["s"]))
+
+
+@jax.custom_vjp
+def doubled(x, w):
+  return x @ w
+
+
+doubled.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, g: (2 * g @ res[1].T, 2 * res[0].T @ g))
+
+
+@case({"a": normal(0, WIDTH, WIDTH), "b": normal(1, WIDTH, WIDTH)})
+def nested_calls(p, x):
+  inner = jax.jit(lambda p, x: doubled(jax.nn.silu(jax.jit(jnp.matmul)(x, p["a"])), p["b"]))
+  return mean_square(inner(p, x))
+
+
+@case({"a": normal(0, WIDTH, WIDTH), "layers": stack(LAYERS)}, layers="in scan")
+def all_of_it_rematerialised(p, x):
+  policy = jax.checkpoint_policies.dots_saveable
+  return jax.checkpoint(lambda p, x: mean_square(layers(p["layers"], x @ p["a"])), policy=policy)(p, x)
+
+
+@case({"kernel": normal(0, 3, 3, 1, 4), "w": normal(1, 4, 2)})
+def convolution(p, x):
+  image = x[:, None, :, None]
+  y = lax.conv_general_dilated(image, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  return mean_square(jnp.tanh(jnp.mean(y, (1, 2))) @ p["w"])
+
+
+OPTIMIZERS = {
+  "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+  # No division: XLA divides by a scalar as it multiplies with the reciprocal, or does not, depending on the array's
+  # shape. One layer of a small stack and all of it may then differ in the last bit.
+  "momentum": lambda: optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(1e-1, momentum=0.9)),
+}
+
+
+def ordinary(loss, tx, **options):
+  def step(params, state, *args, **kwargs):
+    value, grads = jax.value_and_grad(loss, **options)(params, *args, **kwargs)
+    updates, state = tx.update(grads, state, params)
+    return value, mpo.apply_updates(params, updates), state
+
+  return step
+
+
+def batch(i, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(100 + i), (4, WIDTH)).astype(dtype)
+
+
+def assert_equal_steps(loss, tx, params, state, steps=3, jit=exact_jit, make=mpo.value_and_update):
+  dtype = jax.tree.leaves(params)[0].dtype
+  want, got = (None, params, state), (None, params, state)
+  one, other = jit(ordinary(loss, tx)), jit(make(loss, tx))
+  for i in range(steps):
+    want, got = one(*want[1:], batch(i, dtype)), other(*got[1:], batch(i, dtype))
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_those_of_the_unfused_step(name):
+  params, loss, _ = CASES[name]
+  tx = mpo.compensated(OPTIMIZERS["momentum"]())
+  assert_equal_steps(loss, tx, *mpo.init(tx, params))
+
+
+@pytest.mark.parametrize("name", ["scanned_remat", "unrolled_remat_tied"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_plain_optax_on_f32(name, optimizer):
+  params, loss, _ = CASES[name]
+  tx = OPTIMIZERS[optimizer]()
+  # In a loop over layers a fused multiply-add may take the other product of b1 * m + (1 - b1) * g (JAX 0.12 does).
+  jit = unfused_jit if name == "scanned_remat" else exact_jit
+  assert_equal_steps(loss, tx, params, tx.init(params), jit=jit)
+
+
+def test_without_jit():
+  # Without a scan, which is compiled on its own and may fuse a product and a sum; and in f32, for the same reason.
+  params, loss, _ = CASES["unrolled_remat_tied"]
+  tx = OPTIMIZERS["momentum"]()
+  assert_equal_steps(loss, tx, params, tx.init(params), steps=2, jit=lambda f: f)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_explain_tells_where_leaves_are_stepped(name, capsys):
+  params, loss, placed = CASES[name]
+  tx = OPTIMIZERS["adamw"]()
+  rows = mpo.explain(loss, tx, params, tx.init(params), batch(0))
+  assert capsys.readouterr().out == f"{rows}\n"
+  assert len(rows) == len(jax.tree.leaves(params))
+  for row in rows:
+    for entry, where in placed.items():
+      if row.name.startswith(f"params['{entry}']"):
+        assert row.stepped == where, row
+
+
+def test_explain_says_why_a_stack_is_not_stepped_in_its_scan():
+  params, loss, _ = CASES["first_layer_read_before_the_scan"]
+  tx = OPTIMIZERS["adamw"]()
+  rows = mpo.explain(loss, tx, params, tx.init(params), batch(0))
+  assert {row.stepped for row in rows} == {"at the end"}, rows
+  assert all(row.why and row.gradient_bytes == 4 * row.parameters for row in rows)
+
+
+def test_aux_keywords_and_static_arguments():
+  def loss(p, x, how, *, scale):
+    y = x @ p["w"] * scale
+    return mean_square(y), {"y": y, "how": how, "w": p["w"], "nothing": None}
+
+  params, tx = {"w": normal(0, WIDTH, 2)}, optax.adam(1e-2)
+  want = ordinary(loss, tx, has_aux=True)(params, tx.init(params), batch(0), "so", scale=2.0)
+  got = mpo.value_and_update(loss, tx, has_aux=True)(params, tx.init(params), batch(0), "so", scale=2.0)
+  assert got[0][1].pop("how") == want[0][1].pop("how") == "so"
+  assert_same_bits(got, want)
+
+
+def test_switching_to_the_unfused_step_and_back():
+  params, loss, _ = CASES["scanned"]
+  tx = mpo.compensated(OPTIMIZERS["adamw"]())
+  one, other = unfused_jit(ordinary(loss, tx)), unfused_jit(mpo.value_and_update(loss, tx))
+  want = got = (None, *mpo.init(tx, params))
+  for i in range(4):
+    want, got = one(*want[1:], batch(i)), (one if i % 2 else other)(*got[1:], batch(i))
+  assert_same_bits(got, want)
+
+
+def test_an_update_that_is_not_separable_by_layer_is_done_after_the_scan():
+  params, loss, _ = CASES["scanned_remat"]
+  tx = optax.chain(optax.scale_by_adam(), optax.clip_by_block_rms(0.1), optax.scale(-1e-2))
+  assert_equal_steps(loss, tx, params, tx.init(params))
+
+
+def test_sharded():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  params, loss, _ = CASES["scanned_remat"]
+  tx = optax.adam(1e-2)
+
+  def sharded_loss(p, x):
+    return loss(p, lax.with_sharding_constraint(x, spec))
+
+  x = jax.device_put(jnp.concatenate([batch(0), batch(1)]), spec)
+  want = unfused_jit(ordinary(sharded_loss, tx))(params, tx.init(params), x)
+  assert_same_bits(unfused_jit(mpo.value_and_update(sharded_loss, tx))(params, tx.init(params), x), want)
+
+
+# --- Two passes -------------------------------------------------------------------------------------------------------
+
+COUPLED = {
+  "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1e-1, momentum=0.9)),
+  "compensated": lambda: mpo.compensated(optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(1e-2))),
+  "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(1e-1, momentum=0.9), 3),
+  "clip_after_adam": lambda: optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(0.1), optax.scale(-0.1)),
+}
+two_pass = functools.partial(mpo.value_and_update, two_pass=True)
+
+
+def start(tx, params):
+  return (
+    mpo.init(tx, params) if "Compensated" in str(type(jax.eval_shape(tx.init, params))) else (params, tx.init(params))
+  )
+
+
+@pytest.mark.parametrize("small", [1, 1024])
+@pytest.mark.parametrize("optimizer", COUPLED)
+def test_two_passes_are_exact_for_leaves_of_their_own(optimizer, small, monkeypatch):
+  monkeypatch.setattr(_two_pass, "SMALL", small)
+  params, loss, _ = CASES["unrolled_remat_tied"]
+  assert_equal_steps(loss, COUPLED[optimizer](), *start(COUPLED[optimizer](), params), jit=exact_jit, make=two_pass)
+
+
+@pytest.mark.parametrize("name", ["scanned_remat", "nested_scans"])
+@pytest.mark.parametrize("optimizer", COUPLED)
+def test_two_passes_sum_a_stack_by_layers(name, optimizer, monkeypatch):
+  """The norm of a stack is a sum of sums, which may round differently; a flag that all is finite may not."""
+  monkeypatch.setattr(_two_pass, "SMALL", 1)
+  params, loss, _ = CASES[name]
+  tx = COUPLED[optimizer]()
+  want, got = (None, *start(tx, params)), (None, *start(tx, params))
+  one, other = exact_jit(ordinary(loss, tx)), exact_jit(two_pass(loss, tx))
+  for i in range(3):
+    x = batch(i, jax.tree.leaves(want[1])[0].dtype)
+    want, got = one(*want[1:], x), other(*got[1:], x)
+  if optimizer == "apply_if_finite":
+    assert_same_bits(got, want)
+  elif optimizer == "compensated":
+    assert_close(mpo.master_params(*got[1:]), mpo.master_params(*want[1:]))
+  else:
+    assert_close(got, want)
+
+
+def assert_close(got, want):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_in_two_passes():
+  params, loss, _ = CASES["dense"]
+  tx = COUPLED["apply_if_finite"]()
+  state = tx.init(params)
+  _, new, new_state = jax.jit(two_pass(loss, tx))(params, state, batch(0) * jnp.nan)
+  assert_same_bits(new, params)
+  assert (int(new_state.notfinite_count), bool(new_state.last_finite)) == (1, False)
+
+
+def test_two_passes_are_not_taken_where_one_will_do():
+  params, tx = CASES["dense"][0], optax.adam(1e-2)
+  jaxpr = [
+    str(jax.make_jaxpr(mpo.value_and_update(CASES["dense"][1], tx, two_pass=t))(params, tx.init(params), batch(0)))
+    for t in (False, True)
+  ]
+  assert jaxpr[0].count("tanh") == jaxpr[1].count("tanh") > 0
+
+
+def test_two_passes_refuse_updates_that_mix_whole_gradients(monkeypatch):
+  monkeypatch.setattr(_two_pass, "SMALL", 1)
+  params, loss, _ = CASES["dense"]
+  tx = optax.flatten(optax.adam(1e-2))
+  with pytest.raises(ValueError, match="two_pass"):
+    mpo.value_and_update(loss, tx, two_pass=True)(params, tx.init(params), batch(0))
+
+
+def test_two_passes_refuse_effects():
+  params, tx = CASES["dense"][0], COUPLED["clip_by_global_norm"]()
+
+  def loss(p, x):
+    jax.debug.callback(lambda: None)
+    return CASES["dense"][1](p, x)
+
+  with pytest.raises(NotImplementedError, match="runs loss_fn twice"):
+    jax.jit(two_pass(loss, tx))(params, tx.init(params), batch(0))
+
+
+# --- Misuse -----------------------------------------------------------------------------------------------------------
+
+
+def test_coupled_updates_are_refused():
+  params, loss, _ = CASES["dense"]
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2))
+  with pytest.raises(ValueError, match=r"couples params\['a'\] to params\['b'\].*two_pass=True"):
+    mpo.value_and_update(loss, tx)(params, tx.init(params), batch(0))
+
+
+def test_the_state_of_other_params_is_refused():
+  params, loss, _ = CASES["dense"]
+  tx = optax.adam(1e-2)
+  with pytest.raises(ValueError, match="value_and_update: opt_state"):
+    mpo.value_and_update(loss, tx)(params, tx.init({"a": params["a"]}), batch(0))
+
+
+def test_integer_params_and_losses_that_are_no_scalars_are_refused_as_by_value_and_grad():
+  tx = optax.sgd(1e-2)
+  for params, loss, error in (
+    ({"n": jnp.arange(3)}, lambda p, x: jnp.sum(p["n"] * 1.0), "real- or complex-valued inputs"),
+    ({"w": jnp.ones(3)}, lambda p, x: p["w"], "scalar-output"),
+  ):
+    with pytest.raises(TypeError, match=error):
+      mpo.value_and_update(loss, tx)(params, tx.init(params), batch(0))
+
+
+def test_params_that_are_closed_over_are_refused():
+  params, tx = {"w": normal(0, WIDTH, 2)}, optax.sgd(1e-2)
+  step = mpo.value_and_update(lambda p, x: mean_square(x @ p["w"] + x @ params["w"]), tx)
+  with pytest.raises(ValueError, match=r"closes over params\['w'\]"):
+    step(params, tx.init(params), batch(0))
+
+
+def test_ordered_effects_keep_their_order(capfd):
+  def loss(p, x):
+    jax.debug.print("first", ordered=True)
+    y = layers(p["layers"], x)
+    jax.debug.print("second", ordered=True)
+    return mean_square(y)
+
+  params, tx = CASES["scanned"][0], optax.sgd(1e-2)
+  jax.block_until_ready(jax.jit(mpo.value_and_update(loss, tx))(params, tx.init(params), batch(0)))
+  jax.effects_barrier()
+  assert capfd.readouterr().out.split() == ["first", "second"]
+
+
+def test_no_retracing_under_jit():
+  params, loss, _ = CASES["scanned"]
+  tx, traced = mpo.compensated(OPTIMIZERS["adamw"]()), []
+
+  def counted(p, x):
+    traced.append(1)
+    return loss(p, x)
+
+  step = jax.jit(mpo.value_and_update(counted, tx), donate_argnums=(0, 1))
+  state = (None, *mpo.init(tx, params))
+  for i in range(3):
+    state = step(*state[1:], batch(i))
+  assert len(traced) == 1
