@@ -9,7 +9,7 @@ leaves stay sharded and stacks of layers stay stacks.
 
 * **Scales** are f32 patterns rounded to 16 bits: no sign, 8 bits of exponent, 8 of mantissa. That is bf16 with the sign
   bit, which a magnitude does not need, spent on precision. The range is that of f32.
-* **Levels.** Signed: t / (1.85 - 0.85 |t|) for t = code / 127 or, below zero, code / 128; zero is zero. Non-negative:
+* **Levels.** Signed: t / (2 - |t|) for t = code / 127 or, below zero, code / 128; zero is zero. Non-negative:
   ((code + 1/2) / 255.5)^1.75; there is no zero in a block that is not all zero, since a second moment that rounds to
   zero under a first moment that does not would blow up the update.
 * **Nothing sticks.** A moment that decays by 0.1% a step moves by less than half a level, and a 16-bit scale by less
@@ -75,9 +75,6 @@ def block_size_of(length: int, count: int) -> int:
   return size
 
 
-_BEND = np.float32(0.85)  # of the signed levels; chosen, like 1.75 below, by the error on moments from training
-
-
 def _top(negative: jax.Array | bool, dtype: jnp.dtype) -> Any:
   """The magnitude of the last code, whose level is 1; there is one more below zero than above."""
   info = jnp.iinfo(dtype)
@@ -88,7 +85,7 @@ def _level(code: jax.Array, top: Any, signed: bool) -> jax.Array:
   """The level of a magnitude's code, f32[*s] in [0, top] -> f32[*s] in [0, 1]."""
   if signed:
     t = code / top
-    return t / (1 + _BEND - _BEND * t)
+    return t / (2 - t)
   z = (code + 0.5) / (top + 0.5)
   root = jnp.sqrt(z)
   return z * root * jnp.sqrt(root)
@@ -97,7 +94,7 @@ def _level(code: jax.Array, top: Any, signed: bool) -> jax.Array:
 def _position(level: jax.Array, top: Any, signed: bool) -> jax.Array:
   """The inverse of `_level`, for every number in [0, 1]; not quite exact, and below 0 for the very small ones."""
   if signed:
-    return top * ((1 + _BEND) * level / (1 + _BEND * level))
+    return top * (2 * level / (1 + level))
   return (top + 0.5) * jnp.power(level, np.float32(1 / 1.75)) - 0.5
 
 

@@ -41,7 +41,7 @@ def dtype_bits(dtype: jnp.dtype) -> int:
   return {bits_dtype(b): b for b in BITS if b}.get(jnp.dtype(dtype), -1)
 
 
-def _operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:
+def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:
   """Makes a function an operation: one compiled call outside of jit, a part of the caller inside, with a derivative.
 
   Integer operations have no derivative, and JAX would take it for zero without a word. The derivatives below pass
@@ -56,13 +56,18 @@ def _operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> 
   return decorate
 
 
+def no_tangent(x: jax.Array) -> Any:
+  """The tangent of an integer array."""
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
 def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
   low, kept = split(primals[0], bits)
-  constant = None if kept is None else np.zeros(kept.shape, jax.dtypes.float0)
+  constant = None if kept is None else no_tangent(kept)
   return (low, kept), (tangents[0].astype(low.dtype), constant)
 
 
-@_operation(_split_jvp, static=(1,))
+@operation(_split_jvp, static=(1,))
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: bf16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
@@ -87,11 +92,32 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   return low, kept.astype(bits_dtype(bits))
 
 
+def _round_jvp(bits: int, primals: Any, tangents: Any) -> Any:
+  return round_stochastically(*primals, bits), tangents[0]
+
+
+@operation(_round_jvp, static=(2,))
+def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
+  """Rounds `x: f32[*s]` to a number that `split` with `bits` keeps as it is, up or down in proportion -> f32[*s].
+
+  `random: u32[*s]` decides, by its upper bits. Finite stays finite, and what can be kept already does not change.
+  """
+  if bits == 16:
+    return x
+  dropped = 16 - bits
+  pattern = lax.bitcast_convert_type(x, jnp.uint32)
+  mask = jnp.uint32(_ALL ^ ((1 << dropped) - 1))
+  rounded = (pattern + (random >> (32 - dropped))) & mask
+  finite = (pattern & _MAGNITUDE) < _INF
+  rounded = jnp.where((rounded & _MAGNITUDE) >= _INF, pattern & mask, rounded)
+  return lax.bitcast_convert_type(jnp.where(finite, rounded, pattern), jnp.float32)
+
+
 def _join_jvp(primals: Any, tangents: Any) -> Any:
   return join(*primals), tangents[0].astype(jnp.float32)
 
 
-@_operation(_join_jvp)
+@operation(_join_jvp)
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: bf16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
@@ -153,7 +179,7 @@ def _difference_jvp(primals: Any, tangents: Any) -> Any:
   return difference(*primals), tangents[1].astype(jnp.float32) - tangents[0].astype(jnp.float32)
 
 
-@_operation(_difference_jvp)
+@operation(_difference_jvp)
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   """Returns the update `u: f32[*s]` that leads from `old: bf16[*s]` to `new: bf16[*s]`; see `add_difference`."""
   old32, new32 = widen(old), widen(new)
@@ -172,7 +198,7 @@ def _add_difference_jvp(primals: Any, tangents: Any) -> Any:
   return add_difference(*primals), (tangents[0].astype(jnp.float32) + tangents[1]).astype(jnp.bfloat16)
 
 
-@_operation(_add_difference_jvp)
+@operation(_add_difference_jvp)
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   """Adds `u: f32[*s]` to `old: bf16[*s]` -> `bf16[*s]`; gives back `new` where `u = difference(old, new)`."""
   old32 = widen(old)

@@ -15,13 +15,13 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _codec, _tree, _wrapping
+from optax_mpo import _cast, _checks, _codec, _formats, _rounding, _tree, _wrapping
 
 PyTree = Any
 
@@ -39,8 +39,26 @@ class CompensatedState(NamedTuple):
   inner_state: optax.OptState
 
 
-def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.GradientTransformationExtraArgs:
-  """Runs `inner` on f32 master weights that are stored as bf16 params and compensation bits.
+class RoundingState(NamedTuple):
+  """What `compensated(..., rounding="stochastic")` keeps beside the state of the wrapped transformation.
+
+  Attributes:
+    step: i32[], the number of updates.
+    inner_state: the state of the wrapped transformation.
+  """
+
+  step: jax.Array
+  inner_state: optax.OptState
+
+
+def compensated(
+  inner: optax.GradientTransformation,
+  bits: int = 16,
+  *,
+  rounding: Literal["nearest", "stochastic"] = "nearest",
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Runs `inner` on f32 master weights that are stored as bf16 (or fp16) params and compensation bits.
 
   `inner` may be any Optax transformation, chains, wrappers and `optax.MultiSteps` included. In `init` and in `update`
   it sees f32 params and f32 gradients, whatever the dtype of the gradients that come in. Leaves of the params that
@@ -53,20 +71,25 @@ def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.Gr
   Args:
     inner: the transformation to wrap.
     bits: how many of the 16 bits that bf16 cuts off are kept. 16 is exact: training equals f32-master Optax bit for
-      bit. With 8 or 4, master weights are rounded to the nearest 24- or 20-bit number after every step. 0 keeps
-      nothing, which is plain bf16 training with the arithmetic of the update in f32, for comparison.
+      bit. With 8 or 4, master weights are rounded to a 24- or 20-bit number after every step. 0 keeps nothing, which
+      is plain bf16 training with the arithmetic of the update in f32.
+    rounding: how weights are rounded to what `bits` keep: "nearest", or "stochastic", up or down in proportion, so that
+      updates too small for the bits count on average. With bits=0 it takes that for updates to count at all.
+    seed: of the stochastic rounding, which depends on nothing but the seed, the number of the step, the leaf and the
+      place of the weight: it is the same each time and however the arrays are sharded.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs` whose state is a `CompensatedState`. Its updates are f32; apply them
+    An `optax.GradientTransformationExtraArgs` whose state is a `CompensatedState`; with stochastic rounding its
+    `inner_state` is a `RoundingState` around that of `inner`. Its updates are f32; apply them
     with `optax_mpo.apply_updates`, or with `optax.apply_updates`, which differs in weights that one step makes 65536
     times smaller (see `apply_updates`).
 
   Raises:
-    ValueError: for other values of `bits`.
+    ValueError: for other values of `bits`, `rounding` or `seed`.
     TypeError: where `inner` is not a transformation.
 
-    `init` and `update` raise TypeError for params of a dtype other than bfloat16 and float32, and ValueError for trees
-    that do not fit each other, with the path of the leaf.
+    `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16 and float32, and ValueError
+    for trees that do not fit each other, with the path of the leaf.
 
   Memory: 2 + bits / 8 bytes per bf16 parameter, beside the state of `inner`.
 
@@ -88,7 +111,12 @@ def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.Gr
       f"compensated: bits has to be one of {_codec.BITS}, but it is {bits!r}. It is a Python int and static: under "
       "optax.inject_hyperparams, name it in static_args."
     )
+  if rounding not in ("nearest", "stochastic"):
+    raise ValueError(f"compensated: rounding has to be 'nearest' or 'stochastic', but it is {rounding!r}.")
+  if not isinstance(seed, int) or isinstance(seed, bool):
+    raise ValueError(f"compensated: seed has to be a Python int, but it is {seed!r}.")
   inner = _wrapping.as_transformation(inner, "compensated")
+  stochastic = rounding == "stochastic"
 
   def init(params: PyTree) -> CompensatedState:
     named, treedef = _tree.named_leaves(params), jax.tree.structure(params)
@@ -97,7 +125,10 @@ def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.Gr
     masters, kept = (
       zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
     )
-    return CompensatedState(treedef.unflatten(kept), inner.init(treedef.unflatten(masters)))
+    inner_state = inner.init(treedef.unflatten(masters))
+    if stochastic:
+      inner_state = RoundingState(jnp.zeros([], jnp.int32), inner_state)
+    return CompensatedState(treedef.unflatten(kept), inner_state)
 
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
@@ -109,17 +140,28 @@ def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.Gr
       )
     if params is None:
       raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
-    kept, grads = _check_update(updates, state, params, bits)
+    kept, grads = _checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
     grads = [jnp.asarray(g).astype(jnp.float32) for g in grads]
 
+    before = state.inner_state
+    _check_rounding(before, stochastic)
     steps, inner_state = inner.update(
-      treedef.unflatten(grads), state.inner_state, treedef.unflatten(masters), **extra_args
+      treedef.unflatten(grads),
+      before.inner_state if isinstance(before, RoundingState) else before,
+      treedef.unflatten(masters),
+      **extra_args,
     )
 
     steps = _tree.flatten_like(params, steps, "compensated: the update of the inner transformation", "")
-    stepped = [_step(*triple, bits) for triple in zip(leaves, masters, steps, strict=True)]
+    random: list[jax.Array | None] = [None] * len(leaves)
+    if isinstance(before, RoundingState):
+      inner_state = RoundingState(jnp.asarray(optax.safe_increment(before.step)), inner_state)
+      random = [_rounding.random_bits(seed, before.step, i, leaf.shape) for i, leaf in enumerate(leaves)]
+    stepped = [
+      _step(leaf, master, step, bits, r) for leaf, master, step, r in zip(leaves, masters, steps, random, strict=True)
+    ]
     return (
       treedef.unflatten([s[0] for s in stepped]),
       CompensatedState(treedef.unflatten([s[1] for s in stepped]), inner_state),
@@ -128,29 +170,22 @@ def compensated(inner: optax.GradientTransformation, bits: int = 16) -> optax.Gr
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_low(leaf: Any) -> bool:
-  return leaf.dtype == jnp.bfloat16
-
-
-def _bits_or_none(kept: Any) -> jax.Array | None:
-  return None if isinstance(kept, optax.MaskedNode) else kept
-
-
 def _kept_or_masked(kept: jax.Array | None) -> Any:
   return optax.MaskedNode() if kept is None else kept
 
 
 def _master(leaf: jax.Array, kept: Any) -> jax.Array:
   """The f32 master weight of a leaf: f32[*s] as it is, bf16[*s] joined with its bits."""
-  return _codec.join(leaf, _bits_or_none(kept)) if _is_low(leaf) else leaf
+  return _formats.join(leaf, _checks.bits_or_none(kept)) if _formats.is_low(leaf) else leaf
 
 
-def _step(leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int) -> tuple[jax.Array, Any]:
+def _step(
+  leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int, random: jax.Array | None
+) -> tuple[jax.Array, Any]:
   """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
-  if not _is_low(leaf):
+  if not _formats.is_low(leaf):
     return step, optax.MaskedNode()
-  low, kept = _codec.split((master + step).astype(jnp.float32), bits)
-  update = _codec.difference(leaf, low)
+  update, low, kept = _formats.step(leaf, (master + step).astype(jnp.float32), bits, random)
   made = _made.get()
   if made is not None:
     made[id(update)] = _Made(update, leaf, low)
@@ -183,51 +218,14 @@ def direct() -> Iterator[None]:
     _made.reset(token)
 
 
-def _check_update(
-  updates: optax.Updates, state: CompensatedState, params: PyTree, bits: int
-) -> tuple[list[Any], list[Any]]:
-  """Returns the leaves of the compensation and of the updates, in the order of the params' leaves, all checked."""
-  remake = "Make the state anew with optax_mpo.init(tx, params), or pass the params it was made for."
-  kept = _tree.flatten_like(params, state.compensation, "compensated: the state's compensation", remake)
-  grads = _tree.flatten_like(
-    params, updates, "compensated: the tree of updates", "Differentiate with respect to the very params you pass."
-  )
-  expected = _codec.bits_dtype(bits) if bits else None
-  for (leaf_name, leaf), c, g in zip(_tree.named_leaves(params), kept, grads, strict=True):
-    _tree.check_trainable(leaf_name, leaf)
-    found = getattr(_bits_or_none(c), "dtype", None)
-    if found != (expected if _is_low(leaf) else None):
-      _raise_foreign_bits(leaf_name, leaf, found, bits)
-    if found is not None and c.shape != leaf.shape:
-      raise ValueError(f"compensated: {leaf_name} has shape {leaf.shape}, its bits have {c.shape}. {remake}")
-    if not _tree.is_array(g) or g.shape != leaf.shape:
-      raise ValueError(
-        f"compensated: {leaf_name} has shape {leaf.shape}, but its update is {_described(g)}. "
-        "Differentiate with respect to the very params you pass."
-      )
-    if not jnp.issubdtype(g.dtype, jnp.floating):
-      raise TypeError(f"compensated: the update of {leaf_name} is {g.dtype}. Pass floating-point gradients.")
-  return kept, grads
-
-
-def _described(x: Any) -> str:
-  return f"an array of shape {x.shape}" if _tree.is_array(x) else f"a {type(x).__name__}"
-
-
-def _raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None:
-  found_bits = 0 if found is None else _codec.dtype_bits(found)
-  if not _is_low(leaf):
+def _check_rounding(inner_state: Any, stochastic: bool) -> None:
+  if isinstance(inner_state, RoundingState) != stochastic:
+    was, now = ("nearest", "stochastic") if stochastic else ("stochastic", "nearest")
     raise ValueError(
-      f"compensated: {leaf_name} is {leaf.dtype}, but the state holds {found_bits} compensation bits for it, so that "
-      "it was bfloat16 when the state was made. Keep the dtypes of the params from step to step (mpo.apply_updates and "
-      "optax.apply_updates do); to change them, start again from optax_mpo.init(tx, f32_params)."
+      f"compensated: the state was made with rounding={was!r}, but this transformation has rounding={now!r}. The inner "
+      "state is the same but for the number of steps: wrap it in optax_mpo.RoundingState(step, inner_state) or take it "
+      "out of one, with state._replace(inner_state=...)."
     )
-  raise ValueError(
-    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps bits={bits}, but the state holds "
-    f"{found_bits if found_bits else 'none'} for it: it was made with another `bits`, or for float32 params. "
-    "To carry the weights over: masters = optax_mpo.master_params(params, state) with the old state, then "
-    "params, new = optax_mpo.init(tx, masters) and new._replace(inner_state=state.inner_state)."
-  )
 
 
 def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
@@ -263,65 +261,15 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
       continue
     if not _tree.is_array(step) or step.shape != jnp.shape(leaf):
       raise ValueError(
-        f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_described(step)}. "
+        f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_checks.described(step)}. "
         "Pass what tx.update returned."
       )
     leaf = jnp.asarray(leaf)
-    if _is_low(leaf) and jnp.issubdtype(step.dtype, jnp.floating):
-      new.append(_codec.add_difference(leaf, jnp.asarray(step).astype(jnp.float32)))
+    if _formats.is_low(leaf) and jnp.issubdtype(step.dtype, jnp.floating):
+      new.append(_formats.add_difference(leaf, jnp.asarray(step).astype(jnp.float32)))
     else:
       new.append(jnp.asarray(leaf + step).astype(leaf.dtype))
   return jax.tree.structure(params).unflatten(new)
-
-
-def cast(
-  params: PyTree,
-  dtype: Any = jnp.bfloat16,
-  where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
-) -> PyTree:
-  """Casts the f32 leaves of `params` to `dtype`, rounding as the compensation codec does (half away from zero).
-
-  These are the weights that `init` makes for bits=16 and bits=0. With 8 or 4 bits a master weight is first rounded to
-  what those hold, and about one weight in 512 or 32 comes to lie in the middle between two bf16 numbers and rounds up.
-
-  Args:
-    params: a tree of arrays. Leaves of other dtypes than f32 stay as they are.
-    dtype: the low precision; bfloat16 is the one there is.
-    where: `where(path, leaf) -> bool` says which f32 leaves go low, with JAX's key paths
-      (`jax.tree_util.keystr(path)` makes a string of one). None: all of them.
-
-  Returns:
-    A tree of the same structure and shapes.
-
-  Raises:
-    ValueError: for another dtype.
-    TypeError: for a float64 leaf that is to go low.
-
-  Memory: 2 bytes per parameter for what goes low.
-
-  Example:
-    >>> import jax.numpy as jnp, optax_mpo as mpo
-    >>> params = {"w": jnp.ones((2, 2)), "scale": jnp.ones(2)}
-    >>> low = mpo.cast(params, where=lambda path, leaf: leaf.ndim >= 2)
-    >>> low["w"].dtype.name, low["scale"].dtype.name
-    ('bfloat16', 'float32')
-  """
-  chosen = _chosen(params, dtype, where)
-  new = [_codec.split(jnp.asarray(leaf), 0)[0] if low else leaf for leaf, low in chosen]
-  return jax.tree.structure(params).unflatten(new)
-
-
-def _chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None) -> list[tuple[Any, bool]]:
-  """Returns the leaves, each with whether it is to go low."""
-  if jnp.dtype(dtype) != jnp.bfloat16:
-    raise ValueError(f"dtype has to be bfloat16, but it is {jnp.dtype(dtype)}: there is no codec for other formats.")
-  chosen = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    asked = _tree.is_array(leaf) and leaf.dtype in (jnp.float32, jnp.float64) and (where is None or where(path, leaf))
-    if asked and leaf.dtype == jnp.float64:
-      raise TypeError(f"{_tree.name(path)} is float64. Convert it to float32 first: its further bits would be lost.")
-    chosen.append((leaf, bool(asked)))
-  return chosen
 
 
 @dataclasses.dataclass
@@ -348,21 +296,21 @@ def _seeding(seeds: dict[int, _Seed]) -> Iterator[None]:
 
 def _seed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
   """Returns a leaf's master weight f32[*s] and its bits, for `init`."""
-  if not _is_low(leaf):
+  if not _formats.is_low(leaf):
     return leaf, optax.MaskedNode()
   seed = (_seeds.get() or {}).get(id(leaf))
   if seed is None:
     # The params are all there is: their exact value is the master weight, and every bit below it is zero.
     leaf = jnp.asarray(leaf)
     kept = jnp.zeros_like(leaf, dtype=_codec.bits_dtype(bits)) if bits else None
-    return _codec.widen(leaf), _kept_or_masked(kept)
+    return _formats.widen(leaf), _kept_or_masked(kept)
   if seed.low is not None:
     raise ValueError(
       f"init: {leaf_name} is trained by two compensated(...) transformations, and each would keep bits for it. Wrap "
       "the whole chain once, or give each its own leaves with optax.masked or optax.multi_transform."
     )
-  seed.low, kept = _codec.split(seed.master, bits)
-  return _codec.join(seed.low, kept), _kept_or_masked(kept)
+  seed.low, kept = _formats.split(seed.master, leaf.dtype, bits)
+  return _formats.join(seed.low, kept), _kept_or_masked(kept)
 
 
 def init(
@@ -381,7 +329,7 @@ def init(
   Args:
     tx: a transformation with `compensated` in it.
     params: a tree of f32 params. Leaves of other dtypes stay as they are.
-    dtype: the low precision; bfloat16 is the one there is.
+    dtype: the low precision, bfloat16 or float16 (its bounds are in docs/compact.md).
     where: `where(path, leaf) -> bool` says which f32 leaves go low, as in `cast`. None: all of them.
 
   Returns:
@@ -405,10 +353,10 @@ def init(
   seeds: dict[int, _Seed] = {}
   mixed = []
   names = [leaf_name for leaf_name, _ in _tree.named_leaves(params)]
-  for leaf_name, (leaf, low) in zip(names, _chosen(params, dtype, where), strict=True):
+  for leaf_name, (leaf, low) in zip(names, _cast.chosen(params, dtype, where), strict=True):
     if low:
       master = jnp.asarray(leaf)
-      leaf = _codec.split(master, 0)[0]
+      leaf = _formats.split(master, dtype, 0)[0]
       seeds[id(leaf)] = _Seed(leaf_name, leaf, master)
     mixed.append(leaf)
   treedef = jax.tree.structure(params)
@@ -464,14 +412,14 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
   ]
   masters = []
   for i, (leaf_name, leaf) in enumerate(_tree.named_leaves(params)):
-    kept = [c[i] for c in per_state if _bits_or_none(c[i]) is not None]
+    kept = [c[i] for c in per_state if _checks.bits_or_none(c[i]) is not None]
     if len(kept) > 1:
       raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
-    if kept and (not _is_low(leaf) or kept[0].shape != leaf.shape):
+    if kept and (not _formats.is_low(leaf) or kept[0].shape != leaf.shape):
       raise ValueError(
         f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
-        f"bfloat16 leaf of shape {list(kept[0].shape)}. {hint}"
+        f"low-precision leaf of shape {list(kept[0].shape)}. {hint}"
       )
-    low = _tree.is_array(leaf) and _is_low(leaf)
-    masters.append(_codec.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
+    low = _tree.is_array(leaf) and _formats.is_low(leaf)
+    masters.append(_formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
   return jax.tree.structure(params).unflatten(masters)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_mpo import _blocks, _state_kinds, _tree, _wrapping
 
@@ -136,6 +137,7 @@ def quantized_state(
           )
         after = _blocks.requantize(jnp.asarray(after).astype(jnp.float32), before, state.step, 2 * i)
       new.append(after)
+    updates, new = _tied(updates, new, state.inner_state)
     return updates, QuantizedState(jnp.asarray(optax.safe_increment(state.step)), treedef.unflatten(new))
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -204,6 +206,26 @@ def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size:
       "axis have blocks: return None or False for it."
     )
   return _blocks.quantize(jnp.asarray(leaf).astype(jnp.float32), bits, chosen == "signed", block_size)
+
+
+def _tied(updates: PyTree, new: list[Any], state: PyTree) -> tuple[PyTree, list[Any]]:
+  """Ties each leaf's update to the new codes of its state.
+
+  Without it XLA:GPU steps all weights first, in kernels that leave f32 moments behind, and rounds those in the end: one
+  f32 copy of a moment would be alive for every leaf at once, instead of for one.
+  """
+  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_quantized)
+  stored = [(path, i) for i, (path, leaf) in enumerate(found) if _is_quantized(leaf)]
+  new, out = list(new), []
+  for path, step in jax.tree_util.tree_leaves_with_path(updates):
+    own = [i for p, i in stored if len(p) >= len(path) and p[len(p) - len(path) :] == path]
+    own = [i for i in own if new[i].values.shape == jnp.shape(step)]
+    if own:
+      step, codes = lax.optimization_barrier((step, [new[i].values for i in own]))
+      for i, values in zip(own, codes, strict=True):
+        new[i] = new[i]._replace(values=values)
+    out.append(step)
+  return jax.tree.structure(updates).unflatten(out), new
 
 
 def _named(state: PyTree) -> list[tuple[str, Any]]:

@@ -70,7 +70,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def check_trainable(leaf_name: str, leaf: Any) -> None:
-  """Raises where `leaf` is not a bfloat16 or float32 array, the two dtypes an optimizer is wrapped around.
+  """Raises where `leaf` is not a bfloat16, float16 or float32 array, the dtypes an optimizer is wrapped around.
 
   Raises:
     TypeError: for leaves that are not arrays, and for any other dtype.
@@ -80,12 +80,10 @@ def check_trainable(leaf_name: str, leaf: Any) -> None:
       f"{leaf_name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or leave it out."
     )
   dtype = leaf.dtype
-  if dtype in (jnp.bfloat16, jnp.float32):
+  if dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
     return
   if dtype == jnp.float64:
     advice = "Convert it to float32 first; there is no codec for float64 master weights."
-  elif dtype == jnp.float16:
-    advice = "Keep it in float32 or bfloat16; compensation bits are kept for bfloat16 weights only."
   elif jnp.issubdtype(dtype, jnp.complexfloating):
     advice = "Keep its real and imaginary parts as two float32 leaves, or use optax.contrib.split_real_and_imaginary."
   else:

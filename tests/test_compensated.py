@@ -285,7 +285,6 @@ def test_wrong_bits(bits):
   [
     (jnp.zeros(2, jnp.int32), "int32.*optax.masked"),
     (jnp.zeros(2, jnp.complex64), "complex64.*real and imaginary"),
-    (jnp.zeros(2, jnp.float16), "float16.*bfloat16"),
     (np.zeros(2, np.float64), "float64.*float32 first"),
     (jax.random.key(0), "key.*optax.masked"),
     (3.5, "float, not an array"),
@@ -350,8 +349,8 @@ def test_params_of_another_dtype_than_at_init():
   f32_state = tx.init(f32_params)
   with pytest.raises(ValueError, match=r"params\['w'\] is bfloat16.*the state holds none"):
     tx.update(f32_params, f32_state, mpo.cast(f32_params))
-  with pytest.raises(TypeError, match=r"params\['b'\] is float16"):
-    tx.update(grads, state, {**params, "b": params["b"].astype(jnp.float16)})
+  with pytest.raises(TypeError, match=r"params\['b'\] is float64|params\['b'\] is int32"):
+    tx.update(grads, state, {**params, "b": params["b"].astype(jnp.int32)})
 
 
 def test_state_from_another_bits_and_the_way_out_that_the_error_names():
@@ -393,8 +392,8 @@ def test_init_refuses_to_lose_bits():
 
 def test_other_storage_dtypes():
   for call in (lambda d: mpo.cast(jnp.ones(2), d), lambda d: mpo.init(mpo.compensated(optax.sgd(1.0)), {}, dtype=d)):
-    with pytest.raises(ValueError, match="dtype has to be bfloat16, but it is float16"):
-      call(jnp.float16)
+    with pytest.raises(ValueError, match="dtype has to be bfloat16 or float16, but it is float8_e4m3"):
+      call(jnp.float8_e4m3)
 
 
 def test_master_params_of_a_state_without_bits_or_of_another_model():

@@ -1,0 +1,74 @@
+"""Tells which weights are being rounded to where they were: the failure that compensation bits are there against.
+
+Why: a weight that stands still under a steady update looks like convergence. Which leaves it happens to depends on the
+size of their weights and of the learning rate, so it has to be looked at leaf by leaf.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo import _codec, _compensated, _formats, _tree
+
+PyTree = Any
+
+
+def lost_updates(
+  params: PyTree, updates: optax.Updates, bits: int = 0, opt_state: optax.OptState | None = None
+) -> PyTree:
+  """Returns for each leaf the share of weights that an update does not move, though it is not zero.
+
+  Args:
+    params: params in bf16, fp16 or f32.
+    updates: the f32 updates that are to be added to them, as an Optax transformation without `compensated` makes them
+      of `master_params`: what comes out of `compensated` is rounded already.
+    bits: how many compensation bits the weights have: 0 for plain low precision, and 16 means that f32 has to lose an
+      update for it to be lost.
+    opt_state: a state with `compensated` in it, whose bits belong to `params`; without it those are taken for zero.
+
+  Returns:
+    A tree like `params` of f32[], from 0 to 1, for logging. Rounding is to nearest. For f32 leaves it is the share that
+    f32 itself loses.
+
+  Raises:
+    ValueError: for other values of `bits`, and where trees or shapes do not fit each other.
+    TypeError: for params that are not bf16, fp16 or f32.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_mpo as mpo
+    >>> params = {"w": jnp.ones(4, jnp.bfloat16), "small": jnp.full(4, 1e-3, jnp.bfloat16)}
+    >>> updates = {"w": jnp.full(4, 1e-4), "small": jnp.full(4, 1e-4)}
+    >>> {name: float(share) for name, share in mpo.lost_updates(params, updates).items()}
+    {'small': 0.0, 'w': 1.0}
+    >>> {name: float(share) for name, share in mpo.lost_updates(params, updates, bits=8).items()}
+    {'small': 0.0, 'w': 0.0}
+  """
+  if bits not in _codec.BITS or isinstance(bits, bool):
+    raise ValueError(f"lost_updates: bits has to be one of {_codec.BITS}, but it is {bits!r}.")
+  steps = _tree.flatten_like(params, updates, "lost_updates: the tree of updates", "Pass updates for these params.")
+  masters = jax.tree.leaves(params if opt_state is None else _compensated.master_params(params, opt_state))
+  shares = []
+  for (name, leaf), master, step in zip(_tree.named_leaves(params), masters, steps, strict=True):
+    _tree.check_trainable(name, leaf)
+    if jnp.shape(step) != jnp.shape(leaf):
+      raise ValueError(
+        f"lost_updates: {name} has shape {jnp.shape(leaf)}, but its update has {jnp.shape(step)}. "
+        "Pass updates for these params."
+      )
+    shares.append(_share(leaf, master, jnp.asarray(step).astype(jnp.float32), bits))
+  return jax.tree.structure(params).unflatten(shares)
+
+
+def _share(leaf: Any, master: Any, step: jax.Array, bits: int) -> jax.Array:
+  if _formats.is_low(leaf):
+    wide = _formats.widen(jnp.asarray(leaf)) if _formats.is_low(master) else master
+
+    def kept(x: jax.Array) -> jax.Array:
+      return _formats.join(*_formats.split(x, leaf.dtype, bits))
+
+    moved = kept(wide + step) != kept(wide)
+  else:
+    moved = master + step != master
+  return jnp.mean((~moved & (step != 0)).astype(jnp.float32)) if step.size else jnp.zeros([], jnp.float32)
