@@ -128,11 +128,12 @@ def fused_layers(bits: int) -> Callable[[Model, str], Training]:
   return build
 
 
-def automatic(bits: int) -> Callable[[Model, str], Training]:
+def automatic(bits: int, compact: bool = False) -> Callable[[Model, str], Training]:
   """Our storage with gradients released: `value_and_update` on the same loss function."""
 
   def build(model: Model, optimizer: str) -> Training:
-    tx = mpo.compensated(OPTIMIZERS[optimizer](), bits=bits)
+    inner = OPTIMIZERS[optimizer]()
+    tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
     step = mpo.value_and_update(model.loss, tx)
     return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
 
@@ -152,4 +153,5 @@ MODES = {
   "mpo-compact": Mode("optax_mpo, 8 bits, 8-bit state", compensated(8, compact=True)),
   "mpo-16-auto": Mode("optax_mpo, 16 bits, value_and_update", automatic(16), exact=True),
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
+  "mpo-compact-auto": Mode("optax_mpo, 8 bits, 8-bit state, value_and_update", automatic(8, compact=True)),
 }

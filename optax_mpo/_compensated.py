@@ -133,11 +133,7 @@ def compensated(
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    if not isinstance(state, CompensatedState):
-      raise TypeError(
-        f"compensated: update was given a {type(state).__name__} for its state. Pass the state that this "
-        "transformation's init made (inside chain, the whole chain's state goes to the whole chain's update)."
-      )
+    state = _wrapping.own_state(state, CompensatedState, "compensated")
     if params is None:
       raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
     kept, grads = _checks.check_update(updates, state.compensation, params, bits)

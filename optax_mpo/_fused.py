@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _fused_call, _handles, _separable, _tree
+from optax_mpo import _fused_call, _handles, _separable, _tree, _wrapping
 
 PyTree = Any
 
@@ -64,7 +64,7 @@ def fused_value_and_update(
   """
   if not callable(loss_fn):
     raise TypeError(f"fused_value_and_update: loss_fn has to be a function, but it is a {type(loss_fn).__name__}.")
-  tx = _separable.as_transformation(tx, "fused_value_and_update")
+  tx = _wrapping.as_transformation(tx, "fused_value_and_update", "tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     for name, leaf in _tree.named_leaves(params):

@@ -140,30 +140,58 @@ def struct(x: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
 
 
 class Refs:
-  """The refs of a call's weights and states, as a pytree of refs and of the numbers of their leaves."""
+  """The refs that a call reads and writes, and the slices of the update that step them.
+
+  Attributes:
+    leaves: which leaves of the params.
+    groups: the groups in which they are stepped.
+    arguments: the refs of weights and of states, and the values that all groups share. All of this goes through the
+      custom_vjp as an argument and no other way, since its backward rule may run in another trace.
+  """
 
   def __init__(self, step: _handles.Step, leaves: Sequence[int], groups: Sequence[_separable.Group]):
     self.leaves, self.groups = leaves, groups
-    states = [j for group in groups for j in group.states]
-    shared = sorted({v for group in groups for v in group.shared})
-    self._states, self._shared = states, shared
-    # Everything that goes through the custom_vjp, and only as an argument: its backward rule may run in another trace.
+    self._states = [j for group in groups for j in group.states]
+    self._shared = sorted({v for group in groups for v in group.shared})
     self.arguments = (
       [step.params[i] for i in leaves],
-      [step.states[j] for j in states],
-      [step.shared[v] for v in shared],
+      [step.states[j] for j in self._states],
+      [step.shared[v] for v in self._shared],
     )
 
   def weights(self, arguments: Any, index: Any = ...) -> list[Any]:
     """Reads the weights."""
     return [ref[index] for ref in arguments[0]]
 
-  def update(self, arguments: Any, grads: dict[int, Any], weights: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Returns refs, and what is to be written into them; `grads` by leaf, missing ones are zero."""
-    values = dict(zip(self.leaves, weights, strict=True))
-    return [
-      write for group in self.groups for write in self._step(group, arguments, grads, [values[i] for i in group.leaves])
-    ]
+  def _of(self, group: _separable.Group, arguments: Any) -> tuple[list[Any], list[Any]]:
+    """The refs of a group's weights and then states, and its shared values."""
+    params, states, shared = (
+      dict(zip(keys, part, strict=True))
+      for keys, part in zip((self.leaves, self._states, self._shared), arguments, strict=True)
+    )
+    refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
+    return refs, [shared[v] for v in group.shared]
+
+  def update(self, arguments: Any, grads: dict[int, Any], onward: PyTree) -> PyTree:
+    """Steps all groups, and returns `onward`, which XLA cannot have before that is done.
+
+    Args:
+      arguments: what came of `self.arguments` in this trace.
+      grads: the gradients by leaf; missing ones are zero.
+      onward: what the backward pass goes on with.
+    """
+    writes = []
+    for group in self.groups:
+      refs, shared = self._of(group, arguments)
+      values = [ref[...] for ref in refs]
+      gradients = [grads[i] if i in grads else jnp.zeros_like(v) for i, v in zip(group.leaves, values, strict=False)]
+      count = len(group.leaves)
+      new = group.step(gradients, values[:count], values[count:], shared)
+      writes += zip(refs, [*new[0], *new[1]], strict=True)
+    new, onward = lax.optimization_barrier(([value for _, value in writes], onward))
+    for (ref, _), value in zip(writes, new, strict=True):
+      ref[...] = value
+    return onward
 
   def update_layer(self, arguments: Any, grads: dict[int, Any], onward: Sequence[Any], index: Any, layers: int) -> None:
     """Steps one layer of stacks: writes its slices into their refs, one part of the update after the other.
@@ -174,46 +202,21 @@ class Refs:
     cannot know that `never` is zero; an optimization barrier would not do, as XLA takes out what is not used.
     """
     never = index >> 30
-    params = dict(zip(self.leaves, arguments[0], strict=True))
-    states = dict(zip(self._states, arguments[1], strict=True))
-    shared = dict(zip(self._shared, arguments[2], strict=True))
     done = [ct[(0,) * ct.ndim] for ct in [*onward, *grads.values()] if ct.size]
     for group in self.groups:
-      refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
-      gradients = [grads[i] if i in grads else jnp.zeros(params[i].shape[1:], params[i].dtype) for i in group.leaves]
+      refs, shared = self._of(group, arguments)
+      gradients = [
+        grads[i] if i in grads else jnp.zeros(ref.shape[1:], ref.dtype)
+        for i, ref in zip(group.leaves, refs, strict=False)
+      ]
       small = sum(ref.size for ref in refs) <= _SMALL * layers
       for part, outputs in [(group, list(range(len(refs))))] if small else group.parts():
         at = index + never * sum(lax.convert_element_type(x, jnp.int32) for x in done)
-        values = [ref[at] for ref in refs]
-        new = part.run_layer([*gradients, *values], [shared[v] for v in group.shared], at, layers)
+        new = part.run_layer([*gradients, *(ref[at] for ref in refs)], shared, at, layers)
         for k, value in zip(outputs, new, strict=True):
           refs[k][at] = value
         if not small:
           done = [refs[k][(0,) * refs[k].ndim] for k in outputs]
-
-  def _step(
-    self,
-    group: _separable.Group,
-    arguments: Any,
-    grads: dict[int, Any],
-    weights: Sequence[Any],
-  ) -> list[tuple[Any, Any]]:
-    params = dict(zip(self.leaves, arguments[0], strict=True))
-    states = dict(zip(self._states, arguments[1], strict=True))
-    shared = dict(zip(self._shared, arguments[2], strict=True))
-    gradients = [grads[i] if i in grads else jnp.zeros_like(w) for i, w in zip(group.leaves, weights, strict=True)]
-    rest = gradients, weights, [states[j][...] for j in group.states], [shared[v] for v in group.shared]
-    new = group.step(*rest)
-    refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
-    return list(zip(refs, [*new[0], *new[1]], strict=True))
-
-
-def write(writes: list[tuple[Any, Any]], onward: PyTree) -> PyTree:
-  """Writes into refs and returns `onward`, which XLA then cannot have before all that is written has been made."""
-  new, onward = lax.optimization_barrier(([value for _, value in writes], onward))
-  for (ref, _), value in zip(writes, new, strict=True):
-    ref[...] = value
-  return onward
 
 
 def in_order(values: PyTree) -> PyTree:
@@ -285,4 +288,4 @@ def step_unreached(step: _handles.Step, leaves: Sequence[int]) -> None:
   """Steps leaves whose gradient is zero, since the loss does not depend on them."""
   for component in step.update.components(leaves):
     refs = Refs(step, component, [step.update.group(component, "fused_value_and_update")])
-    write(refs.update(refs.arguments, {}, refs.weights(refs.arguments)), ())
+    refs.update(refs.arguments, {}, ())

@@ -263,6 +263,12 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
 # --- Slices -----------------------------------------------------------------------------------------------------------
 
 
+def read_by(operations: Iterable[Operation], outputs: Iterable[Atom] = ()) -> set[int]:
+  """The variables that operations, and a program with these outputs, read."""
+  atoms = [a for operation in operations for a in operation.inputs]
+  return {a for a in [*atoms, *outputs] if isinstance(a, int)}
+
+
 def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozenset[int]) -> list[Operation]:
   """Returns the operations that `outputs` need beyond the variables `given`, in an order in which they can run.
 

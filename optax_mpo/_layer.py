@@ -168,9 +168,7 @@ def fused_value(handle: Any) -> PyTree:
     >>> print(params["embedding"][0].round(2).tolist())  # the row that was used is changed by both uses
     [0.9199999570846558, -0.10999999940395355, 0.14000000059604645]
   """
-  return jax.tree.map(
-    lambda h: _read(h) if _handles.is_handle(h) else h, handle, is_leaf=lambda h: _handles.is_handle(h) or h is None
-  )
+  return jax.tree.map(lambda h: _read(h) if _handles.is_handle(h) else h, handle, is_leaf=_handles.is_handle)
 
 
 def _check_remat(remat: Any, who: str) -> None:
@@ -201,7 +199,7 @@ def _hook(step: _handles.Step, refs: _fused_call.Refs) -> Callable[..., list[Any
   def hook_bwd(arguments: Any, cotangents: list[Any]) -> tuple[Any, None]:
     step.stepped.update(refs.leaves)
     grads = dict(zip(refs.leaves, cotangents, strict=True))
-    _fused_call.write(refs.update(arguments, grads, refs.weights(arguments)), ())
+    refs.update(arguments, grads, ())
     return jnp.zeros(()), None
 
   hook.defvjp(hook_fwd, hook_bwd)
@@ -239,8 +237,7 @@ def _run_layer(call: _fused_call.Call, remat: Remat) -> PyTree:
     # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
     weights, real = lax.optimization_barrier((refs.weights(arguments), real))
     grads, _, onward = pullback.backward(weights, [], kept, _fused_call.all_cotangents(real, pullback.out_avals))
-    writes = refs.update(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), weights)
-    onward = _fused_call.write(writes, onward)
+    onward = refs.update(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), onward)
     return jnp.zeros(()), None, _fused_call.spread(onward, active.value)
 
   layer.defvjp(layer_fwd, layer_bwd, symbolic_zeros=True)
@@ -309,7 +306,10 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
     step.stepped.update(refs.leaves)
     ct_carry = _fused_call.real_cotangents(cotangents[0], avals[:count])
     # A y that nothing depends on has no cotangent to be scanned over; the layer makes its own zeros.
-    ct_ys = [None if _fused_call.is_zero(ct) or not _fused_call.is_float(a) else ct for ct, a in _ys(cotangents, avals)]
+    ct_ys = [
+      None if _fused_call.is_zero(ct) or not _fused_call.is_float(a) else ct
+      for ct, a in zip(cotangents[1], avals[count:], strict=True)
+    ]
     sums = [jnp.zeros(c.shape, c.dtype) for c, flag in zip(constants, active_constants, strict=True) if flag]
 
     def body(state: Any, ix: Any) -> Any:
@@ -333,9 +333,6 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
       _fused_call.spread(ct_xs, active_xs),
       _fused_call.spread(sums, active_constants),
     )
-
-  def _ys(cotangents: Any, avals: Any) -> Any:
-    return zip(cotangents[1], avals[count:], strict=True)
 
   stack.defvjp(stack_fwd, stack_bwd, symbolic_zeros=True)
   carry, ys = stack(step.token, refs.arguments, carried, scanned, closed)

@@ -367,8 +367,7 @@ class _Planner:
       else:
         early.append(i)
     made = {v for operation in operations for v in operation.outputs}
-    read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
-    read |= {a for a in site.grads if isinstance(a, int)}
+    read = _jaxpr.read_by(operations, site.grads)
     used = sorted(read & set(ys), key=lambda v: ys[v])
     given = tuple(sorted(read - made - set(used) - set(program.constants)))
 

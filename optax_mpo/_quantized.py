@@ -113,11 +113,7 @@ def quantized_state(
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    if not isinstance(state, QuantizedState):
-      raise TypeError(
-        f"quantized_state: update was given a {type(state).__name__} for its state. Pass the state that this "
-        "transformation's init made (inside chain, the whole chain's state goes to the whole chain's update)."
-      )
+    state = _wrapping.own_state(state, QuantizedState, "quantized_state")
     old, treedef = jax.tree.flatten(state.inner_state, is_leaf=_is_quantized)
     paths = [name for name, _ in _named(state.inner_state)]
     for name, leaf in zip(paths, old, strict=True):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo import _jaxpr, _plan, _separable, _site, _tree, _two_pass
+from optax_mpo import _jaxpr, _plan, _separable, _site, _tree, _two_pass, _wrapping
 
 PyTree = Any
 
@@ -309,6 +309,8 @@ def value_and_update(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
     <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO)
   """
+
+  tx = _wrapping.as_transformation(tx, _CALLER, "tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     traced = Traced(loss_fn, has_aux, params, args, kwargs)

@@ -116,7 +116,8 @@ class Group:
         continue
       after = [*inputs[:place], new, *inputs[place + 1 :]]
       rest = [o for o in left if o != k]
-      if inputs[place] in self._part(after, rest).reads():
+      part = self._part(after, rest)
+      if inputs[place] in _jaxpr.read_by(part.operations, part.outputs):
         continue
       parts.append((self._part(inputs, [k]), [k]))
       inputs, left = after, rest
@@ -127,11 +128,6 @@ class Group:
     given = {*self.shared, *self.constants, *inputs}
     operations = tuple(_jaxpr.slice_of(self.program, atoms, given))
     return dataclasses.replace(self, inputs=tuple(inputs), outputs=atoms, operations=operations)
-
-  def reads(self) -> set[int]:
-    """The variables that the slice reads."""
-    atoms = [a for operation in self.operations for a in operation.inputs] + list(self.outputs)
-    return {a for a in atoms if isinstance(a, int)}
 
   def check_layers(self, length: int) -> None:
     """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""
@@ -343,22 +339,32 @@ class Update:
     grads, params, states = self._inputs()
     inputs = [grads[i] for i in leaves] + [params[i] for i in leaves] + [states[j] for j in owned]
     operations = _jaxpr.slice_of(program, outputs, self._given | set(inputs))
-    read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
-    read |= {a for a in outputs if isinstance(a, int)}
+    read = _jaxpr.read_by(operations, outputs)
     if foreign := read & set(program.inputs) - set(inputs) - self._given:
       self._raise_foreign(leaves, min(foreign), operations, who)
-    known = sorted(read & self._given)
-    names = [self.names[i] for i in leaves] + [self.state_names[j] for j in owned]
+    return self.make_group(leaves, owned, inputs, outputs, operations, sorted(read & self._given))
+
+  def make_group(
+    self,
+    leaves: Sequence[int],
+    states: Sequence[int],
+    inputs: Sequence[int],
+    outputs: Sequence[_jaxpr.Atom],
+    operations: Sequence[_jaxpr.Operation],
+    handed: Sequence[int],
+  ) -> Group:
+    """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs."""
+    constants = self._program.constants
     return Group(
       leaves=tuple(leaves),
-      states=tuple(owned),
-      shared=tuple(v for v in known if v not in program.constants),
-      constants={v: program.constants[v] for v in known if v in program.constants},
+      states=tuple(states),
+      shared=tuple(v for v in handed if v not in constants),
+      constants={v: constants[v] for v in handed if v in constants},
       operations=tuple(operations),
       outputs=tuple(outputs),
-      program=program,
+      program=self._program,
       inputs=tuple(inputs),
-      names=tuple(names),
+      names=(*(self.names[i] for i in leaves), *(self.state_names[j] for j in states)),
     )
 
   def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[_jaxpr.Operation], who: str) -> None:
@@ -414,14 +420,3 @@ def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyT
       raise ValueError(
         f"{caller}: {name} has shape {list(jnp.shape(got))}, but for these params it is {list(want.shape)}. {hint}"
       )
-
-
-def as_transformation(tx: Any, who: str) -> optax.GradientTransformation:
-  """Returns `tx` as a transformation; `optax.MultiSteps` is none, but has its two methods.
-
-  Raises:
-    TypeError: where it has not.
-  """
-  if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
-    raise TypeError(f"{who}: tx has to be an Optax transformation, but it is a {type(tx).__name__}.")
-  return optax.GradientTransformation(tx.init, tx.update)

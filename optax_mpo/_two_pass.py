@@ -88,8 +88,7 @@ class TwoPass:
     self._owners: list[int | None] = []
     for j in range(len(self._states)):
       found = _jaxpr.slice_of(program, [program.outputs[count + j]], self._update.given | links)
-      read = {a for operation in found for a in operation.inputs if isinstance(a, int)}
-      leaves = {leaf_of[a] for a in read | {program.outputs[count + j]} if isinstance(a, int) and a in leaf_of}
+      leaves = {leaf_of[a] for a in _jaxpr.read_by(found, [program.outputs[count + j]]) if a in leaf_of}
       if len(leaves) > 1:
         first, *others = sorted(leaves)
         self._update.raise_coupled([first], others, f"{self._caller}, two_pass")
@@ -99,8 +98,7 @@ class TwoPass:
     """Returns the operations that make `outputs` from `given`, and the variables that are read but not made."""
     operations = _jaxpr.slice_of(self._program, outputs, given)
     made = {v for operation in operations for v in operation.outputs}
-    read = {a for operation in operations for a in operation.inputs if isinstance(a, int)}
-    return operations, (read | {a for a in outputs if isinstance(a, int)}) - made
+    return operations, _jaxpr.read_by(operations, outputs) - made
 
   def _group(self, leaf: int) -> _separable.Group:
     program, count, update = self._program, len(self._grads), self._update
@@ -111,17 +109,7 @@ class TwoPass:
     operations, read = self._slice(outputs, update.given | links | set(inputs))
     handed = sorted(read - set(inputs))
     self._refuse_foreign(leaf, [v for v in handed if v not in update.given and v not in links])
-    return _separable.Group(
-      leaves=(leaf,),
-      states=tuple(states),
-      shared=tuple(v for v in handed if v not in program.constants),
-      constants={v: program.constants[v] for v in handed if v in program.constants},
-      operations=tuple(operations),
-      outputs=tuple(outputs),
-      program=program,
-      inputs=tuple(inputs),
-      names=(update.names[leaf], *(update.state_names[j] for j in states)),
-    )
+    return update.make_group([leaf], states, inputs, outputs, operations, handed)
 
   def _refuse_foreign(self, leaf: int, found: Sequence[int]) -> None:
     """Raises where a leaf's step reads more than small numbers of other leaves."""

@@ -1,19 +1,35 @@
-"""What every wrapper around an Optax transformation asks of it first."""
+"""What everything that takes an Optax transformation asks of it, and of its state, first."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import optax
 
+State = TypeVar("State")
 
-def as_transformation(inner: Any, caller: str) -> optax.GradientTransformationExtraArgs:
-  """Returns `inner` as a transformation that may be given extra arguments.
+
+def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.GradientTransformationExtraArgs:
+  """Returns `tx`, the argument `name` of `caller`, as a transformation that may be given extra arguments.
 
   Raises:
     TypeError: where it is none.
   """
-  if isinstance(inner, optax.MultiSteps):  # no GradientTransformation, but with its two methods
-    steps: Any = inner
-    inner = optax.GradientTransformationExtraArgs(steps.init, steps.update)
-  if not isinstance(inner, optax.GradientTransformation):
-    raise TypeError(f"{caller}: inner has to be an Optax transformation, but it is a {type(inner).__name__}.")
-  return optax.with_extra_args_support(inner)
+  if isinstance(tx, optax.MultiSteps):  # no GradientTransformation, but with its two methods
+    steps: Any = tx
+    tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}.")
+  return optax.with_extra_args_support(tx)
+
+
+def own_state(state: Any, kind: type[State], caller: str) -> State:
+  """Returns `state`.
+
+  Raises:
+    TypeError: where it is not of the kind that the wrapper's `init` makes.
+  """
+  if not isinstance(state, kind):
+    raise TypeError(
+      f"{caller}: update was given a {type(state).__name__} for its state. Pass the state that this transformation's "
+      "init made (inside chain, the whole chain's state goes to the whole chain's update)."
+    )
+  return state

@@ -31,11 +31,11 @@ ARROWS = {
   "_modules": (set(), set()),  # Flax is looked up, not imported
   "_fused_call": ({"_handles", "_separable", "_tree"}, {"jax", "numpy"}),
   "_layer": ({"_fused_call", "_handles", "_modules", "_pullback"}, {"jax"}),
-  "_fused": ({"_fused_call", "_handles", "_separable", "_tree"}, {"jax", "optax"}),
+  "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_site": ({"_jaxpr", "_stacked"}, {"jax"}),
   "_plan": ({"_jaxpr", "_site", "_stacked"}, {"jax"}),
   "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree"}, {"jax"}),
-  "_release": ({"_jaxpr", "_plan", "_separable", "_site", "_tree", "_two_pass"}, {"jax", "optax"}),
+  "_release": ({"_jaxpr", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"}, {"jax", "optax"}),
   "_explain": ({"_plan", "_release", "_separable"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot

@@ -222,9 +222,7 @@ def test_steps_are_those_of_the_unfused_step(name):
 def test_plain_optax_on_f32(name, optimizer):
   params, loss, _ = CASES[name]
   tx = OPTIMIZERS[optimizer]()
-  # In a loop over layers a fused multiply-add may take the other product of b1 * m + (1 - b1) * g (JAX 0.12 does).
-  jit = unfused_jit if name == "scanned_remat" else exact_jit
-  assert_equal_steps(loss, tx, params, tx.init(params), jit=jit)
+  assert_equal_steps(loss, tx, params, tx.init(params))
 
 
 def test_without_jit():
