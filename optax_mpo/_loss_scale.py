@@ -101,11 +101,7 @@ def loss_scaled(
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    if not isinstance(state, LossScaleState):
-      raise TypeError(
-        f"loss_scaled: update was given a {type(state).__name__} for its state. Pass the state that this "
-        "transformation's init made."
-      )
+    state = _wrapping.own_state(state, LossScaleState, "loss_scaled")
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale, updates)
     finite = jnp.asarray(True)
     for g in jax.tree.leaves(grads):

@@ -4,7 +4,7 @@ The rival is the same loss function with arrays, `jax.value_and_grad`, `tx.updat
 
 Scanned layers are stepped one at a time, in a loop of another shape than the unfused update's. There LLVM is free to
 choose which product of a*b + c*d it takes into a fused multiply-add, in plain Optax as here, so that moving averages
-can differ in a last bit. These are compared with XLA's fusion off, where every operation rounds by itself.
+can differ in a last bit. These are compared at LLVM's lowest level, where every operation rounds by itself.
 """
 
 import functools
@@ -25,7 +25,7 @@ LAYERS, WIDTH, VOCAB, TIME, STEPS = 2, 8, 7, 5, 100
 
 
 def exact_jit(fun, scanned=False):
-  options = {"xla_disable_hlo_passes": "fusion"} if scanned else {}
+  options = {"xla_backend_optimization_level": 0} if scanned else {}
   return jax.jit(fun, compiler_options={"xla_allow_excess_precision": False, **options})
 
 
@@ -135,6 +135,7 @@ OPTIMIZERS = {
   "adamw": lambda: optax.adamw(optax.cosine_decay_schedule(1e-2, 100), weight_decay=0.1, mask=decays),
   "lion": lambda: optax.lion(1e-3, weight_decay=0.1),
   "rmsprop": lambda: optax.rmsprop(1e-3, momentum=0.9),
+  "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
 }
 REMATS = {"remat": True, "no_remat": False, "policy": jax.checkpoint_policies.dots_saveable}
 
@@ -143,8 +144,11 @@ def is_matrix(path, leaf):
   return "scale" not in str(path[-1])
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+  ("name", "scan"),
+  # adafactor takes norms over a whole stack, which one layer cannot: it is refused there (test_fused_misuse.py).
+  [(name, scan) for name in OPTIMIZERS for scan in (False, True) if (name, scan) != ("adafactor", True)],
+)
 def test_a_hundred_steps_equal_the_unfused_path(name, scan):
   """Matrices in bf16 with 16 bits, scales in f32."""
   tx = mpo.compensated(OPTIMIZERS[name]())
@@ -159,7 +163,7 @@ def test_every_rematerialisation_equals_the_unfused_path(remat, scan):
   tx = mpo.compensated(optax.adamw(1e-2), bits=8)
   params, opt_state = init(tx, make_params(scan))
   loss_fn = functools.partial(model_loss, scan, REMATS[remat])
-  assert_equal_steps(loss_fn, tx, params, opt_state, batches(10), has_aux=True, scanned=scan)
+  assert_equal_steps(loss_fn, tx, params, opt_state, batches(STEPS), has_aux=True, scanned=scan)
 
 
 PLAIN = {

@@ -324,26 +324,30 @@ def test_two_passes_are_exact_for_leaves_of_their_own(optimizer, small, monkeypa
 @pytest.mark.parametrize("name", ["scanned_remat", "nested_scans"])
 @pytest.mark.parametrize("optimizer", COUPLED)
 def test_two_passes_sum_a_stack_by_layers(name, optimizer, monkeypatch):
-  """The norm of a stack is a sum of sums, which may round differently; a flag that all is finite may not."""
+  """The norm of a stack is a sum of sums, which may round differently; a flag that all is finite may not.
+
+  A step scaled by another rounding of its norm moves by parts in 1e7. Each step starts from the same weights, since
+  Adam makes more of that where a gradient is nothing but rounding.
+  """
   monkeypatch.setattr(_two_pass, "SMALL", 1)
   params, loss, _ = CASES[name]
   tx = COUPLED[optimizer]()
-  want, got = (None, *start(tx, params)), (None, *start(tx, params))
+  want = (None, *start(tx, params))
   one, other = exact_jit(ordinary(loss, tx)), exact_jit(two_pass(loss, tx))
   for i in range(3):
     x = batch(i, jax.tree.leaves(want[1])[0].dtype)
-    want, got = one(*want[1:], x), other(*got[1:], x)
-  if optimizer == "apply_if_finite":
-    assert_same_bits(got, want)
-  elif optimizer == "compensated":
-    assert_close(mpo.master_params(*got[1:]), mpo.master_params(*want[1:]))
-  else:
-    assert_close(got, want)
+    want, got = one(*want[1:], x), other(*want[1:], x)
+    if optimizer == "apply_if_finite":
+      assert_same_bits(got, want)
+    elif optimizer == "compensated":
+      assert_close(mpo.master_params(*got[1:]), mpo.master_params(*want[1:]))
+    else:
+      assert_close(got, want)
 
 
 def assert_close(got, want):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-6, atol=1e-7)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_in_two_passes():
