@@ -118,8 +118,8 @@ NOTES = (
   "Bytes are those held from step to step: fp32 makes a bf16 cast in every step, 2 more. Master: f32 weights. Bits: "
   "compensation bits. Moments: AdamW's two and a few scalars. Train loss: mean of the last 20 steps; equal: in every "
   "step, bit for bit. Gradients at once: bytes per parameter of the bf16 gradients that exist at one time, beside what "
-  "is held: all of them, or with --fused layer those of the largest layer. val: held-out files, on which byte "
-  "frequencies alone give {unigram_bits:.3f} bits per byte."
+  "is held: all of them, those of the largest layer (--fused layer), or the largest one (--fused auto). val: held-out "
+  "files, on which byte frequencies alone give {unigram_bits:.3f} bits per byte."
 )
 
 
@@ -184,7 +184,14 @@ def write_json(path: Path, config: dict[str, Any], runs: Sequence[Run]) -> None:
   path.write_text(json.dumps(report, indent=2) + "\n")
 
 
-COLORS = {"fp32": "#222222", "bf16": "#d55e00", "mpo16": "#0072b2", "mpo8": "#009e73", "mpo4": "#cc79a7"}
+COLORS = {
+  "fp32": "#222222",
+  "bf16": "#d55e00",
+  "mpo16": "#0072b2",
+  "mpo8": "#009e73",
+  "mpo4": "#cc79a7",
+  "compact": "#e69f00",
+}
 
 
 def draw_losses(path: Path, runs: Sequence[Run]) -> None:

@@ -1,22 +1,26 @@
 r"""Trains a byte-level Transformer on the source of Python's standard library, with the weights stored as you choose.
 
-The main job of optax_mpo in one file: the same model, data and optimizer (AdamW, clipping by global norm, warmup and
-cosine decay), with the weights kept in one of five ways. All of them compute with bf16 weights; what differs is what is
+The main job of optax_mpo in one file: the same model, data and optimizer (AdamW with clipping, warmup and
+cosine decay), with the weights kept in one of six ways. All of them compute with bf16 weights; what differs is what is
 held from step to step, and what that costs (bytes per parameter of weights and optimizer state):
 
-    fp32    12     f32 master weights, cast to bf16 in every step: the usual mixed precision
-    bf16     6     bf16 weights and plain Optax on them: cheap, and loses updates under half a last place
-    mpo16   12     bf16 weights and the 16 bits that they lack; the same numbers as fp32, to the last bit
-    mpo8    11     bf16 weights and 8 more bits
-    mpo4    10.5   bf16 weights and 4 more bits
+    fp32     12     f32 master weights, cast to bf16 in every step: the usual mixed precision
+    bf16      6     bf16 weights and plain Optax on them: cheap, and loses updates under half a last place
+    mpo16    12     bf16 weights and the 16 bits that they lack; the same numbers as fp32, to the last bit
+    mpo8     11     bf16 weights and 8 more bits
+    mpo4     10.5   bf16 weights and 4 more bits
+    compact   5.1   bf16 weights and 8 more bits, and AdamW's moments in 8 bits
 
-fp32 also has a bf16 copy of the weights during a step, 2 bytes more that are not counted since they are not kept.
+fp32 also has a bf16 copy of the weights during a step, 2 bytes more that are not counted since they are not kept. All
+but fp32 step each weight inside the backward pass, so that there is no tree of gradients (--fused auto).
 
     pip install -e '.[examples]'                          # from the root of the repository
     python examples/train_lm.py                           # mpo16, about two minutes on two CPU cores
-    python examples/train_lm.py --compare                 # all five, one table and one plot
+    python examples/train_lm.py --compare                 # all six, one table and one plot
     python examples/train_lm.py --compare fp32 mpo8 --steps 100
-    python examples/train_lm.py --fused layer             # no tree of gradients: layers step their own weights
+    python examples/train_lm.py --clip global             # by the norm of all gradients, in two backward passes
+    python examples/train_lm.py --fused off --clip global # with a tree of gradients
+    python examples/train_lm.py --fused layer             # the loss written with fused layers
     python examples/train_lm.py --layers 12 --width 768 --heads 12 --context 1024 --batch 32 --scan --remat \
       --learning-rate 6e-4                                # a size for a GPU
 
@@ -29,6 +33,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import os
 import signal
@@ -54,8 +59,8 @@ import optax_mpo as mpo
 PyTree = Any
 
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
-MODES = ("fp32", "bf16", "mpo16", "mpo8", "mpo4")
-FUSED = ("none", "layer")
+MODES = ("fp32", "bf16", "mpo16", "mpo8", "mpo4", "compact")
+FUSED = ("auto", "layer", "off")
 CLIPS = ("global", "element", "none")
 
 # By default XLA may leave out roundings to bf16 where it fuses operations, in each program in its own way. Without that
@@ -71,11 +76,11 @@ class UsageError(Exception):
 class Config:
   """The settings of a training; the flags of the same names say what they are.
 
-  `warmup=None` is a tenth of the steps; `clip=None` is by global norm, or with `fused` by element.
+  `warmup=None` is a tenth of the steps; `clip=None` is by element, or where nothing is fused by global norm.
   """
 
   storage: str = "mpo16"
-  fused: str = "none"
+  fused: str = "auto"
   clip: str | None = None
   layers: int = 3
   width: int = 128
@@ -98,18 +103,18 @@ class Config:
 
   @property
   def clipping(self) -> str:
-    return self.clip or ("global" if self.fused == "none" else "element")
+    return self.clip or ("global" if self.fused == "off" else "element")
 
   def check(self) -> None:
     """Raises `UsageError` for settings that no text could make work."""
-    if self.fused != "none" and self.storage == "fp32":
+    if self.fused == "layer" and self.storage == "fp32":
       raise UsageError(
-        "--fused steps weights where they are used, and fp32 uses a cast of them: take another --storage"
+        "--fused layer steps weights where they are used, and fp32 uses a cast of them: take another --storage"
       )
     if self.fused == "layer" and self.clipping == "global":
       raise UsageError(
         "--clip global needs the norm of all gradients, and with --fused layer they are never there at one time: "
-        "use --clip element or --clip none"
+        "use --clip element or --clip none, or --fused auto"
       )
     for name in ("layers", "width", "heads", "context", "batch", "steps", "eval_batches"):
       if getattr(self, name) < 1:
@@ -164,28 +169,28 @@ class Storage(NamedTuple):
     init: f32 params to `(params, opt_state)`, as they are held from step to step.
     step: `(params, opt_state, batch)` to `(loss, params, opt_state)`, pure.
     weights: the held params to the bf16 weights that the model computes with.
+    gradients: `(params, opt_state, batch)` to the bytes of gradients that exist at one time.
   """
 
   init: Callable[[PyTree], tuple[PyTree, optax.OptState]]
   step: Callable[[PyTree, optax.OptState, Any], tuple[jax.Array, PyTree, optax.OptState]]
   weights: Callable[[PyTree], PyTree]
+  gradients: Callable[[PyTree, optax.OptState, Any], int]
 
 
-def make_storage(
-  mode: str,
-  loss_fn: Callable[[PyTree, Any], jax.Array],
-  tx: optax.GradientTransformation,
-  fused_loss_fn: Callable[[PyTree, Any], jax.Array] | None = None,
-) -> Storage:
-  """Returns how `mode` keeps and steps the weights; `loss_fn(bf16 weights, batch)` and `tx` are the same for all.
+def make_storage(mode: str, model: Transformer, tx: optax.GradientTransformation, fused: str) -> Storage:
+  """Returns how `mode` keeps and steps the weights; the model and `tx` are the same for all.
 
-  With a `fused_loss_fn`, which takes handles, the layers step their own weights.
+  fp32 is fused in no case: it stands for what one has without optax_mpo.
   """
-  if mode.startswith("mpo"):
-    tx = mpo.compensated(tx, bits=int(mode.removeprefix("mpo")))
+  loss_fn = functools.partial(next_byte_loss, model)
+  compensated = mode not in ("fp32", "bf16")
+  if compensated:
+    bits = {"mpo16": 16, "mpo8": 8, "mpo4": 4, "compact": 8}[mode]
+    tx = mpo.compensated(mpo.quantized_state(tx) if mode == "compact" else tx, bits=bits)
 
   def init(params: PyTree) -> tuple[PyTree, optax.OptState]:
-    if mode.startswith("mpo"):
+    if compensated:
       return mpo.init(tx, params)
     params = params if mode == "fp32" else mpo.cast(params)
     return params, tx.init(params)
@@ -199,12 +204,25 @@ def make_storage(
     if mode == "fp32":
       grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     updates, opt_state = tx.update(grads, opt_state, params)
-    apply_updates = mpo.apply_updates if mode.startswith("mpo") else optax.apply_updates
+    apply_updates = mpo.apply_updates if compensated else optax.apply_updates
     return loss, apply_updates(params, updates), opt_state
 
-  if fused_loss_fn is not None:
-    step = mpo.fused_value_and_update(fused_loss_fn, tx)
-  return Storage(init, step, weights)
+  def all_gradients(params: PyTree, *_: Any) -> int:
+    return 2 * count_parameters(params)
+
+  if mode == "fp32" or fused == "off":
+    return Storage(init, step, weights, all_gradients)
+  if fused == "layer":
+    step = mpo.fused_value_and_update(functools.partial(fused_next_byte_loss, model), tx)
+    return Storage(init, step, weights, lambda params, *_: 2 * largest_layer(model, params))
+
+  def largest_gradient(params: PyTree, opt_state: optax.OptState, batch: Any) -> int:
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of all leaves
+      leaves = mpo.explain(loss_fn, tx, params, opt_state, batch, two_pass=True)
+    return max(leaf.gradient_bytes for leaf in leaves)
+
+  # Two passes are made only where the optimizer couples the leaves, as clipping by their global norm does.
+  return Storage(init, mpo.value_and_update(loss_fn, tx, two_pass=True), weights, largest_gradient)
 
 
 class Interrupts:
@@ -258,6 +276,7 @@ def train(
   """
   params, opt_state = jax.jit(storage.init)(init_params(model, jax.random.key(config.seed)))
   parameters, held = count_parameters(params), count_held(params, opt_state)
+  gradients = storage.gradients(params, opt_state, lm_data.training_batch(text, 1, config.context, config.seed, 0))
 
   def batch_at(step: int) -> np.ndarray:
     return lm_data.training_batch(text, config.batch, config.context, config.seed, step)
@@ -287,8 +306,7 @@ def train(
   speed = len(losses) * tokens / (time.perf_counter() - started)
   if not losses:
     return None
-  gradients = 2 * (largest_layer(model, params) if config.fused == "layer" else parameters) / parameters
-  run = Run(config.storage, parameters, held, np.array(losses), config.steps, speed, gradients)
+  run = Run(config.storage, parameters, held, np.array(losses), config.steps, speed, gradients / parameters)
   return run, jax.jit(storage.weights)(params)
 
 
@@ -317,8 +335,7 @@ def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, cons
   interrupts = Interrupts()
   with interrupts.counted():
     for mode in modes:
-      fused_loss_fn = functools.partial(fused_next_byte_loss, model) if config.fused == "layer" else None
-      storage = make_storage(mode, loss_fn, make_optimizer(config), fused_loss_fn)
+      storage = make_storage(mode, model, make_optimizer(config), config.fused)
       trained = train(dataclasses.replace(config, storage=mode), storage, corpus.train, model, console, interrupts)
       if trained:
         run, weights = trained
@@ -359,13 +376,18 @@ def make_parser() -> argparse.ArgumentParser:
     help="train several from the same seed and data, into one table and plot; without a list, all: " + ", ".join(MODES),
   )
   parser.add_argument(
-    "--fused", choices=FUSED, default=Config.fused, help="layer: layers step their own weights in the backward pass"
+    "--fused",
+    choices=FUSED,
+    default=Config.fused,
+    help="auto: weights are stepped inside the backward pass of the loss (but for fp32); layer: the same, by a loss "
+    "that is written with fused layers; off: after it",
   )
   parser.add_argument(
     "--clip",
     choices=CLIPS,
     default=argparse.SUPPRESS,
-    help="clip gradients to 1: their global norm, or each element (default: global, or with --fused element)",
+    help="clip gradients to 1: their global norm, or each element (default: element, or with --fused off global); "
+    "global with --fused auto makes two backward passes",
   )
   add("--layers", int, "blocks of the Transformer")
   add("--width", int, "features per position")

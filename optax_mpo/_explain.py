@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo import _plan, _release, _separable
+from optax_mpo import _plan, _release, _separable, _two_pass
 
 PyTree = Any
 
@@ -64,6 +64,7 @@ def explain(
   opt_state: optax.OptState,
   *args: Any,
   has_aux: bool = False,
+  two_pass: bool = False,
   **kwargs: Any,
 ) -> Explanation:
   """Prints and returns how `value_and_update(loss_fn, tx)` steps each leaf of `params`.
@@ -80,6 +81,7 @@ def explain(
     opt_state: likewise.
     *args: further arguments of `loss_fn`, likewise.
     has_aux: whether `loss_fn` returns more than the loss.
+    two_pass: as for `value_and_update`; the table is that of the second pass, and the first holds no more.
     **kwargs: further arguments of `loss_fn`, likewise.
 
   Returns:
@@ -110,7 +112,11 @@ def explain(
   """
   traced = _release.Traced(loss_fn, has_aux, params, args, kwargs)
   update = _separable.Update(tx, params, opt_state, "explain")
-  sites = _release.sites_of(traced, _release.groups_of(update, len(traced.leaves)))
+  if two_pass and _release.coupled(update):
+    groups = _two_pass.TwoPass(update, "explain").groups
+  else:
+    groups = _release.groups_of(update)
+  sites = _release.sites_of(traced, groups)
   plan = _plan.make_plan(traced.program, sites, traced.results)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
   for index, site in enumerate(sites):

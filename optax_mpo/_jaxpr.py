@@ -302,7 +302,9 @@ def _without_unused(operation: Operation, needed: set[int]) -> Operation:
 
 
 def _cut_barrier(operation: Operation, used: list[bool]) -> Operation:
-  eqn = operation.eqn.replace(invars=[*_kept(operation.eqn.invars, used)], outvars=[*_kept(operation.eqn.outvars, used)])
+  eqn = operation.eqn.replace(
+    invars=[*_kept(operation.eqn.invars, used)], outvars=[*_kept(operation.eqn.outvars, used)]
+  )
   inputs, outputs = _kept(operation.inputs, used), _kept(operation.outputs, used)
   return dataclasses.replace(operation, eqn=eqn, inputs=inputs, outputs=outputs)
 

@@ -235,10 +235,15 @@ class Traced:
     return treedef.unflatten([next(values) if x is None else x for x in static])
 
 
-def groups_of(update: _separable.Update, count: int) -> list[_separable.Group]:
+def coupled(update: _separable.Update) -> bool:
+  """Whether the update of some leaf depends on the gradients of others."""
+  return any(len(leaves) > 1 for leaves in update.components(range(len(update.names))))
+
+
+def groups_of(update: _separable.Update) -> list[_separable.Group]:
   """The updates of single leaves, or an error where there are none."""
   groups = []
-  for leaves in update.components(range(count)):
+  for leaves in update.components(range(len(update.names))):
     try:
       groups.append(update.group(leaves[:1], _CALLER))
     except ValueError as error:
@@ -319,13 +324,13 @@ def value_and_update(
     values, new_states = update.run_shared()
     new_weights: dict[int, Any] = {}
     inputs = [*traced.leaves, *traced.lifted]
-    if two_pass and any(len(leaves) > 1 for leaves in update.components(range(len(traced.leaves)))):
+    if two_pass and coupled(update):
       groups, values, new_weights, states = _first_pass(traced, update, old, values)
       new_states |= states
       # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.
       inputs, values = lax.optimization_barrier((inputs, values))
     else:
-      groups = groups_of(update, len(traced.leaves))
+      groups = groups_of(update)
     shared = [[values[v] for v in group.shared] for group in groups]
     plan = _plan.make_plan(traced.program, sites_of(traced, groups), traced.results)
     env = dict(traced.program.constants) | dict(zip(traced.program.inputs, inputs, strict=True))

@@ -36,7 +36,7 @@ ARROWS = {
   "_plan": ({"_jaxpr", "_site", "_stacked"}, {"jax"}),
   "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree"}, {"jax"}),
   "_release": ({"_jaxpr", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"}, {"jax", "optax"}),
-  "_explain": ({"_plan", "_release", "_separable"}, {"jax", "optax"}),
+  "_explain": ({"_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),
