@@ -19,6 +19,7 @@ PyTree = Any
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "adamw": lambda: optax.adamw(3e-4, weight_decay=0.1),
+  "adamw-clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.1)),
   "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
   "lion": lambda: optax.lion(1e-4, weight_decay=0.1),
 }
@@ -129,12 +130,15 @@ def fused_layers(bits: int) -> Callable[[Model, str], Training]:
 
 
 def automatic(bits: int, compact: bool = False) -> Callable[[Model, str], Training]:
-  """Our storage with gradients released: `value_and_update` on the same loss function."""
+  """Our storage with gradients released: `value_and_update` on the same loss function.
+
+  In two passes where the optimizer couples the leaves, and in one otherwise.
+  """
 
   def build(model: Model, optimizer: str) -> Training:
     inner = OPTIMIZERS[optimizer]()
     tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
-    step = mpo.value_and_update(model.loss, tx)
+    step = mpo.value_and_update(model.loss, tx, two_pass=True)
     return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
 
   return build

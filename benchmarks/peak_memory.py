@@ -55,6 +55,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 # The other optimizers on models where they are used; the paper's SGD on a ResNet among them.
 MODELS_OF = {
   "adamw": tuple(MODELS),
+  "adamw-clip": ("lm-350m-unrolled", "lm-350m", "lm-1.3b"),
   "sgd": ("lm-350m", "lm-1.3b", "vit-l16", "resnet50"),
   "lion": ("lm-350m", "lm-1.3b", "vit-l16"),
 }

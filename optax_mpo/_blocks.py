@@ -151,8 +151,15 @@ def quantize(x: jax.Array, bits: int, signed: bool, block_size: int) -> Quantize
   return Quantized(codes, scales)
 
 
+@functools.partial(jax.jit, inline=True)
+def largest_of(x: jax.Array, old: Quantized) -> jax.Array:
+  """Returns the largest magnitude in each block of what `requantize(x, old, ...)` would store, f32[*s[:-1], blocks]."""
+  x = jnp.where(jnp.isfinite(x), x, dequantize(old))
+  return _block_max(_magnitude(x, _is_signed(old.values.dtype)), old.scales.shape[-1])
+
+
 @functools.partial(jax.jit, static_argnums=3, inline=True)
-def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int) -> Quantized:
+def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest: jax.Array | None = None) -> Quantized:
   """Stores `x: f32[*s]` in the place and in the form of `old`, in a way that lets it move by less than a level a step.
 
   Args:
@@ -160,12 +167,11 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int) -> Quan
     old: what was stored before.
     step: i32[], which chooses among the roundings.
     salt: which array this is, so that not all of them round alike.
+    largest: `largest_of(x, old)`, where it is at hand.
   """
   dtype, length = old.values.dtype, x.shape[-1]
-  signed = _is_signed(dtype)
   x = jnp.where(jnp.isfinite(x), x, dequantize(old))
-  largest = _block_max(_magnitude(x, signed), old.scales.shape[-1])
-
+  largest = largest_of(x, old) if largest is None else largest
   scales = _pack_scales(largest, _dither(step, salt, old.scales.shape[-1]) >> (32 - _SCALE_SHIFT))
 
   # Divided by the exact maximum, not the stored one: so the codes of a block that only decays stay what they are.

@@ -185,11 +185,6 @@ def value(atom: Atom, env: dict[int, Any]) -> Any:
   return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, atom.aval.dtype)
 
 
-def branches(operation: Operation) -> list[Program]:
-  """The branches of a `cond` as programs; their inputs are the operands after the first."""
-  return list(operation.bodies)
-
-
 # --- What depends on what ---------------------------------------------------------------------------------------------
 
 
@@ -217,7 +212,7 @@ def output_bits(program: Program, deps: dict[int, int]) -> list[int]:
 
 def _output_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
   if operation.name == "cond":
-    per_branch = [output_bits(b, dependencies(b, inputs[1:])) for b in branches(operation)]
+    per_branch = [output_bits(b, dependencies(b, inputs[1:])) for b in operation.bodies]
     return [inputs[0] | union(bits) for bits in zip(*per_branch, strict=True)]
   if operation.name == "optimization_barrier":
     return inputs
@@ -235,7 +230,10 @@ def union(sets: Iterable[int]) -> int:
 
 
 def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
-  consts, carry, _ = scan_counts(operation)
+  try:
+    consts, carry, _ = scan_counts(operation)
+  except _NOT_THERE:  # an unknown JAX: each result may depend on every operand
+    return [union(inputs)] * len(operation.outputs)
   body = flatten(_closed(operation.eqn.params["jaxpr"]))
   carried = inputs[consts : consts + carry]
   while True:
@@ -333,7 +331,7 @@ def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
 def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
   """A `scan` with the results that are used, as far as JAX's own rule for it cuts; or whole, which is as correct."""
   rule: Any = partial_eval.dce_rules.get(operation.eqn.primitive)
-  if rule is None:
+  if rule is None or _misread_scan():
     return operation
   try:
     used_inputs, eqn = rule(used, operation.eqn)
@@ -364,6 +362,50 @@ def where(operation: Operation) -> str:
         function = frame.function_name.replace(".<locals>", "")
         return f"`{operation.name}` ({function}, {path.name}:{frame.line_num})"
   return f"`{operation.name}`"
+
+
+# --- What JAX there is ------------------------------------------------------------------------------------------------
+
+KNOWN = "JAX 0.10.2 to 0.12"
+_NOT_THERE = (AttributeError, KeyError, TypeError, ValueError)
+
+
+@functools.cache
+def _sample() -> Any:
+  """A derivative with all that `flatten_towards` and the callers of `scan_counts` and `scan_body` rely on."""
+
+  def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+      return jax.jit(jnp.tanh)(x * w), None
+
+    return jnp.sum(lax.scan(jax.checkpoint(layer), x, w)[0])
+
+  return jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 2)), jnp.ones(2))
+
+
+def _misread_scan() -> str:
+  """Says what of a scan is not where it is looked for; nothing where all is."""
+  scans = [operation for operation in flatten(_sample()).operations if operation.name == "scan"]
+  try:
+    for operation in scans:
+      counts, body = scan_counts(operation), scan_body(operation)
+      if sum(counts) != len(operation.inputs) or len(body.jaxpr.invars) != sum(counts):
+        return f"a scan of {len(operation.inputs)} operands seems to have {counts}"
+      if {"length", "reverse", "unroll"} - operation.eqn.params.keys():
+        return f"a scan has the params {sorted(operation.eqn.params)}"
+  except _NOT_THERE as error:
+    return f"a scan has no {error}, but {sorted(scans[0].eqn.params)}"
+  return "" if len(scans) == 2 else f"a scan and its derivative are {len(scans)} scans"
+
+
+def check_forms(caller: str) -> None:
+  """Raises NotImplementedError where this JAX writes programs down in another way than is known here."""
+  misread = _misread_scan()
+  if misread:
+    raise NotImplementedError(
+      f"{caller}: this is JAX {jax.__version__}, and {caller} reads the programs of {KNOWN}: here, {misread}. Install "
+      "one of these, or use fused_value_and_update with fused_layer and fused_scan, which do not read loss functions."
+    )
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------

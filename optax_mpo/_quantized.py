@@ -119,21 +119,35 @@ def quantized_state(
     for name, leaf in zip(paths, old, strict=True):
       _check_stored(name, leaf, bits, block_size)
     like = _dtypes(inner, updates if params is None else params, len(old))
-    wide = [_blocks.dequantize(x).astype(d) if _is_quantized(x) else x for x, d in zip(old, like, strict=True)]
-    updates, new_state = inner.update(updates, treedef.unflatten(wide), params, **extra_args)
-    new = []
-    for i, (name, before, after) in enumerate(
-      zip(paths, old, _flatten_new(treedef, state.inner_state, new_state), strict=True)
-    ):
-      if _is_quantized(before):
-        if jnp.shape(after) != before.values.shape:
+
+    def run(stored: list[Any]) -> tuple[optax.Updates, list[jax.Array]]:
+      wide = [_blocks.dequantize(x).astype(d) if _is_quantized(x) else x for x, d in zip(stored, like, strict=True)]
+      new_updates, new_state = inner.update(updates, treedef.unflatten(wide), params, **extra_args)
+      new = _flatten_new(treedef, state.inner_state, new_state)
+      for name, before, after in zip(paths, stored, new, strict=True):
+        if _is_quantized(before) and jnp.shape(after) != before.values.shape:
           raise ValueError(
             f"quantized_state: the wrapped transformation changes {name} from {before.values.shape} to "
             f"{jnp.shape(after)}. Keep it as it is with where=..., which is given its path."
           )
-        after = _blocks.requantize(jnp.asarray(after).astype(jnp.float32), before, state.step, 2 * i)
-      new.append(after)
-    updates, new = _tied(updates, new, state.inner_state)
+      return new_updates, [
+        jnp.asarray(after).astype(jnp.float32) if _is_quantized(before) else after
+        for before, after in zip(stored, new, strict=True)
+      ]
+
+    # Twice: once for the largest of each block alone, and once with those at hand. In one run XLA:GPU would keep the
+    # new f32 state from one kernel to the next, and to compute it again is cheaper than to write it, 4 bytes for each
+    # element, and to read it. The barriers make the two runs differ, so that they are not merged.
+    _, new = run(old)
+    pairs = [
+      lax.optimization_barrier((before, _blocks.largest_of(x, before))) if _is_quantized(before) else (before, None)
+      for x, before in zip(new, old, strict=True)
+    ]
+    updates, new = run([before for before, _ in pairs])
+    new = [
+      _blocks.requantize(x, before, state.step, 2 * i, top) if _is_quantized(before) else x
+      for i, (x, (before, top)) in enumerate(zip(new, pairs, strict=True))
+    ]
     return updates, QuantizedState(jnp.asarray(optax.safe_increment(state.step)), treedef.unflatten(new))
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -202,26 +216,6 @@ def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size:
       "axis have blocks: return None or False for it."
     )
   return _blocks.quantize(jnp.asarray(leaf).astype(jnp.float32), bits, chosen == "signed", block_size)
-
-
-def _tied(updates: PyTree, new: list[Any], state: PyTree) -> tuple[PyTree, list[Any]]:
-  """Ties each leaf's update to the new codes of its state.
-
-  Without it XLA:GPU steps all weights first, in kernels that leave f32 moments behind, and rounds those in the end: one
-  f32 copy of a moment would be alive for every leaf at once, instead of for one.
-  """
-  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_quantized)
-  stored = [(path, i) for i, (path, leaf) in enumerate(found) if _is_quantized(leaf)]
-  new, out = list(new), []
-  for path, step in jax.tree_util.tree_leaves_with_path(updates):
-    own = [i for p, i in stored if len(p) >= len(path) and p[len(p) - len(path) :] == path]
-    own = [i for i in own if new[i].values.shape == jnp.shape(step)]
-    if own:
-      step, codes = lax.optimization_barrier((step, [new[i].values for i in own]))
-      for i, values in zip(own, codes, strict=True):
-        new[i] = new[i]._replace(values=values)
-    out.append(step)
-  return jax.tree.structure(updates).unflatten(out), new
 
 
 def _named(state: PyTree) -> list[tuple[str, Any]]:

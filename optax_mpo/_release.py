@@ -203,6 +203,7 @@ class Traced:
   """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes."""
 
   def __init__(self, loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: Any, kwargs: Any):
+    _jaxpr.check_forms(_CALLER)
     self.leaves, treedef = jax.tree.flatten(params)
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
     self.lifted = [x for x in rest if _tree.is_array(x)]
@@ -292,8 +293,9 @@ def value_and_update(
     `step(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is `(loss, aux)`.
 
   Raises:
-    The step raises ValueError where `opt_state` is not the state of `tx` for `params`, where `tx` couples leaves and
-    `two_pass` does not help, and where `loss_fn` closes over a leaf of `params`; and what `jax.value_and_grad` raises.
+    The step raises NotImplementedError on a JAX whose programs it cannot read; ValueError where `opt_state` is not the
+    state of `tx` for `params`, where `tx` couples leaves and `two_pass` does not help, and where `loss_fn` closes over
+    a leaf of `params`; and what `jax.value_and_grad` raises.
 
   Memory: no gradient tree, which is 2 to 4 bytes per parameter. At any time there is the gradient of one leaf, or, for
     layers in a `lax.scan`, of one leaf of one layer. `explain` tells which leaves that does not hold for.

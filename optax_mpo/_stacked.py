@@ -292,7 +292,7 @@ def _cond(
 ) -> tuple[list[Any], list[Axis]]:
   if axes[0] is not None:
     raise _mixes(operation)
-  branches = _jaxpr.branches(operation)
+  branches = operation.bodies
   found: list[list[Axis]] = []
 
   def branch(program: _jaxpr.Program, out: list[Axis] | None) -> Callable[..., list[Any]]:

@@ -161,7 +161,7 @@ def test_a_cond_is_cut_down_to_what_is_used():
   cut = _jaxpr.slice_of(program, [program.outputs[1]], frozenset())[-1]
   assert cut.inputs[1:] == (program.inputs[2],)
   assert len(cut.outputs) == 1
-  assert [len(b.operations) for b in _jaxpr.branches(cut)] == [1, 1]
+  assert [len(b.operations) for b in cut.bodies] == [1, 1]
 
 
 def test_a_scan_is_cut_down_to_what_is_used():

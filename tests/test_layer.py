@@ -4,7 +4,7 @@ The rival is the same loss function with arrays, `jax.value_and_grad`, `tx.updat
 
 Scanned layers are stepped one at a time, in a loop of another shape than the unfused update's. There LLVM is free to
 choose which product of a*b + c*d it takes into a fused multiply-add, in plain Optax as here, so that moving averages
-can differ in a last bit. These are compared at LLVM's lowest level, where every operation rounds by itself.
+can differ in a last bit. These are compared at LLVM's lowest level, where the two agree.
 """
 
 import functools

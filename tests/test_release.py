@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from optax_mpo import _two_pass
+from optax_mpo import _jaxpr, _two_pass
 from tests.test_exactness import assert_same_bits
 from tests.test_exactness import exact_jit as optimized_jit
 
@@ -432,6 +432,32 @@ def test_ordered_effects_keep_their_order(capfd):
   jax.block_until_ready(jax.jit(mpo.value_and_update(loss, tx))(params, tx.init(params), batch(0)))
   jax.effects_barrier()
   assert capfd.readouterr().out.split() == ["first", "second"]
+
+
+def test_an_unknown_jax_is_named_and_fused_layers_work_there(monkeypatch):
+  def scan_counts(operation):
+    return operation.eqn.params["in_tree"]
+
+  monkeypatch.setattr(_jaxpr, "scan_counts", scan_counts)
+  params, loss, _ = CASES["scanned"]
+  tx = OPTIMIZERS["momentum"]()
+  with pytest.raises(NotImplementedError, match=r"JAX 0\.10\.2 to 0\.12.*'in_tree'.*fused_value_and_update"):
+    mpo.value_and_update(loss, tx)(params, tx.init(params), batch(0))
+
+  def smoothed(updates, state, params):  # a scan in the update, whose dependencies are not known then
+    return jax.tree.map(lambda u: lax.scan(lambda c, _: (0.5 * c, None), u, None, length=2)[0], updates), state
+
+  tx = optax.chain(tx, optax.GradientTransformation(lambda params: optax.EmptyState(), smoothed))
+
+  layer = mpo.fused_layer(lambda w, x: jnp.tanh(x @ w))
+
+  def fused_loss(p, x):
+    return mean_square(layer(p["w"], x))
+
+  params = {"w": normal(0, WIDTH, WIDTH)}
+  step = optimized_jit(mpo.fused_value_and_update(fused_loss, tx))
+  want = optimized_jit(ordinary(fused_loss, tx))(params, tx.init(params), batch(0))
+  assert_same_bits(step(params, tx.init(params), batch(0)), want)
 
 
 def test_no_retracing_under_jit():

@@ -1,0 +1,259 @@
+"""Time of training steps, ours and what users would pick instead, interleaved in one run.
+
+    pip install -e '.[benchmarks]'
+    python benchmarks/step_time.py                                          # a quarter of an hour on 2 CPU cores
+    python benchmarks/step_time.py --models lm-8m --modes mpo-16 mpo-16-auto --rounds 20
+    python benchmarks/step_time.py --list
+
+Each model is compiled in every mode, then all modes make a step in turn, in an order that changes from round to round,
+so that whatever else the machine does meets all of them. A row has the median and quartiles of the seconds, the median
+over rounds of the ratio to the first mode of the model (Optax with f32 masters), and the seconds to trace and to
+compile. `leaves-*` are the optimizer alone: the gradients are given. `adamw-clip` clips by global norm, which
+value_and_update does in two passes. Prints a table per model and optimizer and writes step_time.json and step_time.png
+to --output-dir.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import optax_mpo as mpo
+
+if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
+  sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.models import Model, f32, language_model
+from benchmarks.modes import MODES, OPTIMIZERS
+
+PyTree = Any
+
+
+@jax.custom_vjp
+def given_gradients(params: PyTree, grads: PyTree) -> jax.Array:
+  """A loss whose gradients are `grads`, at no cost."""
+  return jnp.zeros(())
+
+
+given_gradients.defvjp(
+  lambda params, grads: (jnp.zeros(()), (params, grads)),
+  lambda kept, _: (jax.tree.map(lambda p, g: g.astype(p.dtype), *kept), jax.tree.map(jnp.zeros_like, kept[1])),
+)
+
+
+def leaves(count: int, *shape: int) -> Model:
+  """`count` leaves of a shape, and an optimizer to step them."""
+  params = {f"w{i}": f32(*shape) for i in range(count)}
+  grads = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name in params}
+  return Model(f"leaves-{count}x{math.prod(shape)}", params, given_gradients, grads)
+
+
+def mlp(width: int, depth: int, batch: int) -> Model:
+  def loss(params: PyTree, x: jax.Array) -> jax.Array:
+    y = x.astype(params[0]["w"].dtype)
+    for p in params:
+      y = jax.nn.relu(y @ p["w"] + p["b"])
+    return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+  def fused_loss(params: PyTree, x: jax.Array) -> jax.Array:
+    layer = mpo.fused_layer(lambda p, y: jax.nn.relu(y @ p["w"] + p["b"]), remat=False)
+    y = x.astype(jnp.bfloat16)
+    for p in params:
+      y = layer(p, y)
+    return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+  params = [{"w": f32(width, width), "b": f32(width)}] * depth
+  return Model(f"mlp-{width}x{depth}", params, loss, f32(batch, width), fused_loss)
+
+
+small_lm = functools.partial(
+  language_model, "125m", layers=4, width=256, heads=4, hidden=704, vocab=8192, batch=4, context=128
+)
+MODELS: dict[str, Callable[[], Model]] = {
+  "leaves-8x4m": lambda: leaves(8, 2048, 2048),
+  "leaves-64x1": lambda: leaves(64, 1),
+  "mlp": lambda: mlp(1024, 4, 128),
+  "lm-8m": small_lm,
+  "lm-8m-unrolled": functools.partial(small_lm, scan=False),
+  "lm-125m": lambda: language_model("125m"),
+  "lm-350m": lambda: language_model("350m"),
+  "lm-350m-unrolled": lambda: language_model("350m", scan=False),
+  "lm-1.3b": lambda: language_model("1.3b"),
+}
+ON_CPU = ("leaves-8x4m", "leaves-64x1", "mlp", "lm-8m", "lm-8m-unrolled")
+BASELINE = "optax-f32"
+COUPLED_MODES = ("optax-f32", "mpo-16", "mpo-16-auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One model, optimizer and mode; times in seconds. `error` says why there are none."""
+
+  model: str
+  parameters: int
+  mode: str
+  optimizer: str
+  rounds: int = 0
+  median: float = 0.0
+  lower_quartile: float = 0.0
+  upper_quartile: float = 0.0
+  ratio: float = 0.0
+  trace: float = 0.0
+  compile: float = 0.0
+  error: str = ""
+
+
+class Runner:
+  """A compiled step with its params and state."""
+
+  def __init__(self, model: Model, mode: str, optimizer: str):
+    training = MODES[mode].build(model, optimizer)
+    started = time.perf_counter()
+    lowered = jax.jit(training.step, donate_argnums=(0, 1)).lower(training.params, training.opt_state, model.batch)
+    traced = time.perf_counter()
+    self._step = lowered.compile()
+    self.trace, self.compile = traced - started, time.perf_counter() - traced
+    rng = np.random.default_rng(0)
+    self._params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.02, s.dtype), training.params)
+    self._state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), training.opt_state)
+    self._batch = jax.tree.map(lambda s: jnp.asarray(rng.integers(0, 9, s.shape), s.dtype), model.batch)
+
+  def run(self) -> float:
+    """Makes one step and returns its seconds."""
+    started = time.perf_counter()
+    _, self._params, self._state = self._step(self._params, self._state, self._batch)
+    jax.block_until_ready(self._params)
+    return time.perf_counter() - started
+
+
+def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) -> list[Row]:
+  """Times all modes of one model in turn."""
+  model = MODELS[model_name]()
+  runners: dict[str, Runner] = {}
+  rows = {mode: Row(model_name, model.count, mode, optimizer) for mode in modes}
+  for mode in modes:
+    try:
+      runners[mode] = Runner(model, mode, optimizer)
+      for _ in range(2):  # not measured: the first calls allocate
+        runners[mode].run()
+    except Exception as error:  # a rival that does not run is a row, not the end of the benchmark
+      rows[mode] = dataclasses.replace(rows[mode], error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+      runners.pop(mode, None)
+  names = list(runners)
+  seconds: dict[str, list[float]] = {mode: [] for mode in names}
+  for i in range(rounds):
+    for mode in np.random.default_rng(i).permutation(names):
+      seconds[mode].append(runners[mode].run())
+  for mode, times in seconds.items():
+    low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
+    rows[mode] = dataclasses.replace(
+      rows[mode],
+      rounds=rounds,
+      median=float(median),
+      lower_quartile=float(low),
+      upper_quartile=float(high),
+      ratio=float(np.median(np.array(times) / np.array(seconds[names[0]]))),
+      trace=runners[mode].trace,
+      compile=runners[mode].compile,
+    )
+  return list(rows.values())
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+  first = rows[0]
+  title = f"{first.model} ({first.parameters / 1e6:,.1f}M parameters), {first.optimizer}"
+  table = Table("", "ms per step", "quartiles", "ratio", "trace s", "compile s", title=title)
+  for row in rows:
+    cells = ["", "", "", "", row.error]
+    if not row.error:
+      cells = [
+        f"{row.median * 1e3:.3g}",
+        f"{row.lower_quartile * 1e3:.3g} to {row.upper_quartile * 1e3:.3g}",
+        f"{row.ratio:.3f}",
+        f"{row.trace:.1f}",
+        f"{row.compile:.1f}",
+      ]
+    table.add_row(MODES[row.mode].label, *cells)
+  return table
+
+
+def draw(path: Path, rows: Sequence[Row], device: str) -> None:
+  """Draws the ratios of AdamW, a group of bars per model."""
+  some = [row for row in rows if row.optimizer == "adamw" and not row.error]
+  if not some:
+    return
+  models, modes = list(dict.fromkeys(r.model for r in some)), list(dict.fromkeys(r.mode for r in some))
+  figure = Figure(figsize=(2 + 2 * len(models), 5), layout="constrained")
+  axes = figure.subplots()
+  width = 0.85 / len(modes)
+  for i, mode in enumerate(modes):
+    cells = [(models.index(row.model), row.ratio) for row in some if row.mode == mode]
+    x = [j + (i - (len(modes) - 1) / 2) * width for j, _ in cells]
+    axes.bar(x, [ratio for _, ratio in cells], width * 0.92, label=MODES[mode].label)
+  axes.axhline(1, color="black", linewidth=0.8)
+  axes.set_xticks(range(len(models)), models)
+  axes.set(ylabel="time of a step, Optax with f32 masters = 1", title=f"AdamW on {device}")
+  axes.spines[["top", "right"]].set_visible(False)
+  figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+  figure.savefig(path, dpi=130)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description="Time of training steps against Optax and flashoptim-jax.")
+  parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="default: those for a CPU, or all")
+  parser.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", help="default: all")
+  parser.add_argument(
+    "--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "adamw-clip"], metavar="OPTIMIZER"
+  )
+  parser.add_argument("--rounds", type=int, default=30, help="steps of each mode (default: 30)")
+  parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
+  parser.add_argument("--list", action="store_true", help="list the models and modes, and stop")
+  args = parser.parse_args(argv)
+  console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+  if args.list:
+    console.print("models:", ", ".join(MODELS))
+    console.print("modes:", *(f"{name}: {mode.label};" for name, mode in MODES.items()))
+    return 0
+  if args.rounds < 1:
+    parser.error("--rounds has to be 1 or more")
+  args.output_dir.mkdir(parents=True, exist_ok=True)
+  device = jax.devices()[0]
+  rows: list[Row] = []
+  for model in args.models or (ON_CPU if device.platform == "cpu" else MODELS):
+    for optimizer in args.optimizers:
+      chosen = list(args.modes or MODES)
+      if optimizer == "adamw-clip":
+        chosen = [mode for mode in chosen if mode in COUPLED_MODES]
+      modes = [BASELINE, *(mode for mode in chosen if mode != BASELINE)]
+      rows += measure(model, optimizer, modes, args.rounds)
+      console.print(make_table([row for row in rows if (row.model, row.optimizer) == (model, optimizer)]))
+      report = {
+        "device": device.device_kind if device.platform != "cpu" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "optax_mpo": mpo.__version__,
+        "rows": [dataclasses.asdict(row) for row in rows],
+      }
+      (args.output_dir / "step_time.json").write_text(json.dumps(report, indent=1) + "\n")
+      draw(args.output_dir / "step_time.png", rows, report["device"])
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
