@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import accuracy
 from benchmarks.modes import MODES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -71,6 +72,15 @@ def test_the_memory_tables_are_those_of_the_committed_json(page):
     of = [found[modes[label], model] for model in COLUMNS]
     want = [f"{r['total_bytes'] / r['parameters']:.2f} ({r['argument_bytes'] / r['parameters']:.2f})" for r in of]
     assert cells == want, label
+
+
+def test_the_accuracy_table_is_that_of_the_committed_json():
+  tasks = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text())["tasks"]
+  assert all(len(runs) >= 3 for task in tasks.values() for runs in task["losses"].values())
+  columns = [accuracy.table(tasks[name]["losses"]).splitlines()[2:] for name in ("lm", "digits")]
+  text = (ROOT / "docs/compact.md").read_text().split("<!-- benchmarks/results/accuracy.json -->\n")[1]
+  want = ["| ".join([lm[:-2].rstrip() + " ", *digits.split("| ")[2:]]) for lm, digits in zip(*columns, strict=True)]
+  assert text.split("\n\n")[0].splitlines()[2:] == want
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
