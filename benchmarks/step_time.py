@@ -91,12 +91,14 @@ MODELS: dict[str, Callable[[], Model]] = {
   "mlp": lambda: mlp(1024, 4, 128),
   "lm-8m": small_lm,
   "lm-8m-unrolled": functools.partial(small_lm, scan=False),
+  "lm-24layers": functools.partial(small_lm, layers=24, width=128, hidden=352),
+  "lm-24layers-unrolled": functools.partial(small_lm, layers=24, width=128, hidden=352, scan=False),
   "lm-125m": lambda: language_model("125m"),
   "lm-350m": lambda: language_model("350m"),
   "lm-350m-unrolled": lambda: language_model("350m", scan=False),
   "lm-1.3b": lambda: language_model("1.3b"),
 }
-ON_CPU = ("leaves-8x4m", "leaves-64x1", "mlp", "lm-8m", "lm-8m-unrolled")
+ON_CPU = tuple(name for name in MODELS if name not in ("lm-125m", "lm-350m", "lm-350m-unrolled", "lm-1.3b"))
 BASELINE = "optax-f32"
 COUPLED_MODES = ("optax-f32", "mpo-16", "mpo-16-auto")
 

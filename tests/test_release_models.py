@@ -4,6 +4,8 @@ Loss functions as one writes them with Flax and Optax, none of them made for thi
 without excess precision and without fusion: a fused loop may sum in another order, or take the other product of
 a*b + c*d into a fused multiply-add, in plain Optax as here. (Lion makes a full step of the sign of a gradient that is
 zero but for rounding, so that none of it is small.)
+
+Each model is tested with one optimizer, and with all of them by `pytest -m "slow or not slow"`.
 """
 
 import functools
@@ -19,8 +21,6 @@ from jax import lax
 
 import optax_mpo as mpo
 from tests.test_exactness import assert_same_bits, exact_jit
-
-pytestmark = pytest.mark.slow
 
 STEPS, BATCH, CONTEXT, WIDTH, VOCAB, LAYERS = 50, 2, 4, 8, 11, 2
 
@@ -242,8 +242,14 @@ def trained(tx, name):
   return optax.multi_transform({"lora": tx, "frozen": optax.set_to_zero()}, labels)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", MODELS)
+def cases():
+  """All pairs; those on the diagonal are not marked slow."""
+  for i, name in enumerate(MODELS):
+    for j, optimizer in enumerate(OPTIMIZERS):
+      yield pytest.param(name, optimizer, marks=[pytest.mark.slow] * (i % len(OPTIMIZERS) != j))
+
+
+@pytest.mark.parametrize(("name", "optimizer"), list(cases()))
 def test_fifty_steps(name, optimizer):
   params, loss, batches, has_aux = MODELS[name]()
   tx = mpo.compensated(trained(OPTIMIZERS[optimizer](), name))
