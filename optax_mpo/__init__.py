@@ -32,5 +32,6 @@ from optax_mpo._quantized import QuantizedState as QuantizedState
 from optax_mpo._quantized import dequantized as dequantized
 from optax_mpo._quantized import quantized_state as quantized_state
 from optax_mpo._release import value_and_update as value_and_update
+from optax_mpo._sharding import state_sharding as state_sharding
 
 __version__ = "0.1.0"
