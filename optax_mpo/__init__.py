@@ -14,6 +14,7 @@ from optax_mpo._compensated import apply_updates as apply_updates
 from optax_mpo._compensated import compensated as compensated
 from optax_mpo._compensated import init as init
 from optax_mpo._compensated import master_params as master_params
+from optax_mpo._convert import convert as convert
 from optax_mpo._explain import Explanation as Explanation
 from optax_mpo._explain import explain as explain
 from optax_mpo._fused import fused_value_and_update as fused_value_and_update

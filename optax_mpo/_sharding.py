@@ -48,8 +48,8 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
     >>> params, opt_state = mpo.init(tx, masters)
     >>> shardings = mpo.state_sharding(params, opt_state)
     >>> opt_state = jax.device_put(opt_state, shardings)
-    >>> shardings.compensation["w"].spec, shardings.inner_state[0].count.spec
-    (PartitionSpec('data',), PartitionSpec())
+    >>> opt_state.inner_state[0].mu["w"].sharding == params["w"].sharding
+    True
 
   References:
     Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter Models
