@@ -1,0 +1,253 @@
+"""Checkpoints of a training run, with Orbax: params, bits and state as they are stored, each checked when it is read.
+
+Why: a run that stops, for whatever reason, is to go on to the last bit. Orbax writes arrays of any sharding, keeps the
+last few and makes a checkpoint appear whole or not at all. What it does not do is to tell a leaf of another model by
+name, or to notice that a byte has changed since; and its storage has no 4-bit integers.
+
+How: the tree is stored as a list of its leaves, beside a list of their names, shapes, dtypes and checksums. A checksum
+is a sum of hashes of the elements and their places, so that it does not depend on how an array is sharded.
+
+Needs orbax-checkpoint: `pip install 'optax_mpo[checkpoint]'`.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import lax
+from jax.sharding import SingleDeviceSharding
+
+from optax_mpo import _tree
+
+PyTree = Any
+
+_FORMAT = 1
+_STORED_AS = {"uint4": "uint8", "int4": "int8", "bool": "uint8"}
+
+
+class Checkpointer:
+  """Saves and restores the state of a run in a folder.
+
+  Args:
+    directory: the folder; it is made.
+    keep: how many checkpoints are kept, the last ones.
+
+  Raises:
+    ValueError: where `keep` is less than 1.
+
+  Memory: as much on disk as the arrays take, or less (Orbax compresses); 4-bit integers are stored in 8.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo, tempfile
+    >>> from optax_mpo.checkpoint import Checkpointer
+    >>> tx = mpo.compensated(optax.adamw(1e-3))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.full(4, 0.1)})
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, keep=2) as checkpoints:
+    ...   checkpoints.save(100, (params, opt_state))
+    ...   step, (params, opt_state) = checkpoints.restore((params, opt_state))
+    >>> step, params["w"].dtype.name
+    (100, 'bfloat16')
+
+  References:
+    `Orbax <https://orbax.readthedocs.io>`_
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
+    if keep < 1:
+      raise ValueError(f"Checkpointer: keep is {keep}: make it 1 or more.")
+    self.directory = Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends what Orbax runs in the background."""
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """The steps that there are checkpoints of, in order."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, tree: PyTree) -> None:
+    """Saves the arrays of `tree` as the checkpoint of `step`, and drops the oldest one beyond `keep`.
+
+    It is there when this returns, and whole: a process that is killed while it saves leaves the checkpoint before.
+
+    Args:
+      step: a number greater than those before.
+      tree: arrays, on any devices: params, optimizer state, random keys, whatever the run needs to go on.
+
+    Raises:
+      ValueError: where there is a checkpoint of this step or of a later one.
+    """
+    latest = self._manager.latest_step()
+    if latest is not None and step <= latest:
+      raise ValueError(f"Checkpointer.save: step {step} is not after {latest}, the last in {self.directory}.")
+    names, leaves = _flatten(tree)
+    stored = [_to_stored(leaf) for leaf in leaves]
+    about = {
+      "format": _FORMAT,
+      "leaves": [
+        {"name": name, "shape": list(x.shape), "dtype": _dtype_name(x), "checksum": checksum}
+        for name, x, checksum in zip(names, leaves, _checksums(stored), strict=True)
+      ],
+    }
+    arrays = {_key(i): x for i, x in enumerate(stored)}
+    self._manager.save(
+      step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+    )
+    self._manager.wait_until_finished()
+
+  def restore(self, like: PyTree, step: int | None = None) -> tuple[int, PyTree]:
+    """Restores the last checkpoint that is whole.
+
+    One that cannot be read, or whose checksums are not those of what was saved, is left out with a warning that says
+    why, and the one before it is taken.
+
+    Args:
+      like: a tree of arrays or of `jax.ShapeDtypeStruct`, of the form of what was saved. Where its leaves have a
+        sharding, the restored ones get it; this may be another mesh than that of the run that saved.
+      step: to restore this one and no other.
+
+    Returns:
+      The step and the tree.
+
+    Raises:
+      FileNotFoundError: where there is no checkpoint, or none that is whole.
+      ValueError: where a checkpoint is not of the form of `like`, with the leaf; for another `bits`, optimizer state or
+        storage, restore it in the form it was saved in and use `optax_mpo.convert`.
+    """
+    steps = self.steps()
+    if step is not None and step not in steps:
+      raise FileNotFoundError(f"Checkpointer.restore: there is no step {step} in {self.directory}, but {steps}.")
+    tried = [step] if step is not None else steps[::-1]
+    for i, candidate in enumerate(tried):
+      try:
+        return candidate, self._read(candidate, like)
+      except _DamagedError as error:
+        following = f"taking step {tried[i + 1]}" if i + 1 < len(tried) else "there is none before it"
+        warnings.warn(f"the checkpoint of step {candidate} in {self.directory} {error}: {following}", stacklevel=2)
+    raise FileNotFoundError(f"Checkpointer.restore: there is no whole checkpoint in {self.directory} among {tried}.")
+
+  def _read(self, step: int, like: PyTree) -> PyTree:
+    names, leaves = _flatten(like)
+    about = self._read_part(step, about=ocp.args.JsonRestore())
+    if about.get("format") != _FORMAT:
+      raise ValueError(
+        f"Checkpointer.restore: step {step} in {self.directory} has the format {about.get('format')!r}, and this "
+        f"version of optax_mpo reads {_FORMAT}."
+      )
+    _check_like(f"step {step} in {self.directory}", about["leaves"], names, leaves)
+    structs = {_key(i): _struct(name, leaf) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))}
+    arrays = self._read_part(step, arrays=ocp.args.StandardRestore(structs))
+    stored = [arrays[_key(i)] for i in range(len(leaves))]
+    for found, saved in zip(_checksums(stored), about["leaves"], strict=True):
+      if found != saved["checksum"]:
+        raise _DamagedError(f"is damaged ({saved['name']} has not the checksum that it was saved with)")
+    return jax.tree.structure(like).unflatten([_from_stored(x, leaf) for x, leaf in zip(stored, leaves, strict=True)])
+
+  def _read_part(self, step: int, **part: Any) -> Any:
+    (name,) = part
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**part))[name]
+    except Exception as error:  # whatever a reader of damaged files may raise
+      raise _DamagedError(f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
+
+
+class _DamagedError(Exception):
+  """A checkpoint that is not whole, and why."""
+
+
+def _key(index: int) -> str:
+  return f"{index:06d}"
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _dtype_name(leaf: Any) -> str:
+  return str(leaf.dtype)
+
+
+def _flatten(tree: PyTree) -> tuple[list[str], list[Any]]:
+  named = _tree.named_leaves(tree, "tree")
+  leaves = [x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x) for _, x in named]
+  return [name for name, _ in named], leaves
+
+
+def _to_stored(leaf: Any) -> jax.Array:
+  if _is_key(leaf):
+    return jax.random.key_data(leaf)
+  leaf = jnp.asarray(leaf)
+  return leaf.astype(_STORED_AS.get(str(leaf.dtype), leaf.dtype))
+
+
+def _from_stored(stored: jax.Array, like: Any) -> jax.Array:
+  if _is_key(like):
+    return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(like))
+  return stored.astype(like.dtype)
+
+
+def _struct(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+  """The shape, dtype and sharding to restore a leaf in."""
+  sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+  if _is_key(leaf):
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+  try:
+    sharding.shard_shape(leaf.shape)
+  except ValueError as error:
+    raise ValueError(f"Checkpointer.restore: {name} cannot have the sharding that it is to get: {error}") from error
+  return jax.ShapeDtypeStruct(leaf.shape, _STORED_AS.get(str(leaf.dtype), leaf.dtype), sharding=sharding)
+
+
+def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str], leaves: Sequence[Any]) -> None:
+  """Raises ValueError with the first leaf that is not in the checkpoint, or not as it was saved."""
+  advice = (
+    "Restore it into the form that it was saved in; optax_mpo.convert takes it from there to other bits or storage."
+  )
+  known = {leaf["name"]: leaf for leaf in saved}
+  for name, leaf in zip(names, leaves, strict=True):
+    if name not in known:
+      raise ValueError(f"Checkpointer.restore: {what} has no {name}. {advice}")
+    have = f"{known[name]['dtype']}{known[name]['shape']}"
+    want = f"{_dtype_name(leaf)}{list(leaf.shape)}"
+    if have != want:
+      raise ValueError(f"Checkpointer.restore: in {what}, {name} is {have}, and it is to be {want}. {advice}")
+  extra = [name for name in known if name not in set(names)]
+  if extra:
+    raise ValueError(f"Checkpointer.restore: {what} has {_tree.listed(extra)}, which has no place in `like`. {advice}")
+  if list(known) != list(names):
+    raise ValueError(f"Checkpointer.restore: {what} has its leaves in another order. {advice}")
+
+
+@jax.jit
+def _hashes(arrays: list[jax.Array]) -> list[jax.Array]:
+  """For each array the sum of a hash of every element and its place, modulo 2^32."""
+
+  def hash_of(x: jax.Array) -> jax.Array:
+    pattern = lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
+    place, stride = jnp.zeros(pattern.shape, jnp.uint32), 1
+    for axis in reversed(range(pattern.ndim)):
+      place += lax.broadcasted_iota(jnp.uint32, pattern.shape, axis) * jnp.uint32(stride & 0xFFFF_FFFF)
+      stride *= pattern.shape[axis]
+    mixed = (pattern ^ (place * jnp.uint32(0x9E37_79B1))) * jnp.uint32(0x85EB_CA6B)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2_AE35)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+  return [hash_of(x) for x in arrays]
+
+
+def _checksums(stored: list[jax.Array]) -> list[int]:
+  return [int(x) for x in _hashes(stored)]
