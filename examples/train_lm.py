@@ -21,12 +21,14 @@ but fp32 step each weight inside the backward pass, so that there is no tree of 
     python examples/train_lm.py --clip global             # by the norm of all gradients, in two backward passes
     python examples/train_lm.py --fused off --clip global # with a tree of gradients
     python examples/train_lm.py --fused layer             # the loss written with fused layers
+    python examples/train_lm.py --checkpoint-dir runs/ckpt # and after whatever stopped it, the same with --resume
     python examples/train_lm.py --layers 12 --width 768 --heads 12 --context 1024 --batch 32 --scan --remat \
       --learning-rate 6e-4                                # a size for a GPU
 
 Writes loss.png and results.json to --output-dir. Ctrl-C stops after the step at hand, still evaluates, prints the table
 and draws the plot for what has been trained, and exits with code 130. A second Ctrl-C does without the evaluation, a
-third without everything.
+third without everything. With --checkpoint-dir, params, optimizer state and losses are saved as it runs, and --resume
+goes on from there to the last bit.
 """
 
 import argparse
@@ -49,10 +51,12 @@ import jax.numpy as jnp
 import lm_data
 import numpy as np
 import optax
+from lm_checkpoint import Progress, RunCheckpoints, SettingsError
 from lm_model import Transformer, fused_next_byte_loss, init_params, is_matrix, largest_layer, next_byte_loss
 from lm_report import NOTES, Run, count_held, count_parameters, draw_losses, make_table, write_json
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 import optax_mpo as mpo
 
@@ -96,6 +100,10 @@ class Config:
   scan: bool = False
   remat: bool = False
   output_dir: str = "runs/train_lm"
+  checkpoint_dir: str | None = None
+  checkpoint_every: int = 100
+  keep: int = 3
+  resume: bool = False
 
   @property
   def warmup_steps(self) -> int:
@@ -107,6 +115,8 @@ class Config:
 
   def check(self) -> None:
     """Raises `UsageError` for settings that no text could make work."""
+    if self.resume and self.checkpoint_dir is None:
+      raise UsageError("--resume needs the --checkpoint-dir to go on from")
     if self.fused == "layer" and self.storage == "fp32":
       raise UsageError(
         "--fused layer steps weights where they are used, and fp32 uses a cast of them: take another --storage"
@@ -116,7 +126,7 @@ class Config:
         "--clip global needs the norm of all gradients, and with --fused layer they are never there at one time: "
         "use --clip element or --clip none, or --fused auto"
       )
-    for name in ("layers", "width", "heads", "context", "batch", "steps", "eval_batches"):
+    for name in ("layers", "width", "heads", "context", "batch", "steps", "eval_batches", "checkpoint_every", "keep"):
       if getattr(self, name) < 1:
         raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: make it 1 or more")
     if self.width % (2 * self.heads):
@@ -253,9 +263,9 @@ class Interrupts:
       signal.signal(signal.SIGINT, previous)
 
 
-def make_progress(console: Console) -> Progress:
+def make_progress(console: Console) -> ProgressBar:
   """A progress bar whose tasks have the fields `loss` and `speed`."""
-  return Progress(
+  return ProgressBar(
     TextColumn("{task.description:5}"),
     BarColumn(bar_width=None),
     MofNCompleteColumn(),
@@ -267,7 +277,13 @@ def make_progress(console: Console) -> Progress:
 
 
 def train(
-  config: Config, storage: Storage, text: np.ndarray, model: Transformer, console: Console, interrupts: Interrupts
+  config: Config,
+  storage: Storage,
+  text: np.ndarray,
+  model: Transformer,
+  console: Console,
+  interrupts: Interrupts,
+  checkpoints: RunCheckpoints,
 ) -> tuple[Run, PyTree] | None:
   """Trains `model` until the steps are done or Ctrl-C was pressed.
 
@@ -290,20 +306,25 @@ def train(
     f"of {config.batch} x {config.context} bytes; compiled in {time.perf_counter() - started:.1f} s"
   )
 
-  losses: list[jax.Array] = []
+  progress = checkpoints.restore(Progress(params, opt_state, []))
+  params, opt_state, losses = progress.params, progress.opt_state, progress.losses
+  first = len(losses)  # steps that were made before
   tokens, started = config.batch * config.context, time.perf_counter()
-  with make_progress(console) as progress:
-    task = progress.add_task(config.storage, total=config.steps, loss=math.nan, speed=0.0)
-    for step in range(config.steps):
+  with make_progress(console) as bar:
+    task = bar.add_task(config.storage, total=config.steps, completed=first, loss=math.nan, speed=0.0)
+    for step in range(first, config.steps):
       if interrupts.count:
         break
       loss, params, opt_state = step_fn(params, opt_state, batch_at(step))
       losses.append(loss)
       # The loss before this one: waiting for this one would leave the device idle until the next step is sent.
       shown = float(losses[max(step - 1, 0)])
-      progress.update(task, advance=1, loss=shown, speed=(step + 1) * tokens / (time.perf_counter() - started))
+      speed = (step + 1 - first) * tokens / (time.perf_counter() - started)
+      bar.update(task, advance=1, loss=shown, speed=speed)
+      checkpoints.save(Progress(params, opt_state, losses))
     jax.block_until_ready(params)
-  speed = len(losses) * tokens / (time.perf_counter() - started)
+  speed = (len(losses) - first) * tokens / (time.perf_counter() - started)
+  checkpoints.save(Progress(params, opt_state, losses), last=True)
   if not losses:
     return None
   run = Run(config.storage, parameters, held, np.array(losses), config.steps, speed, gradients / parameters)
@@ -327,6 +348,17 @@ def evaluate(
   return float(np.mean(losses))
 
 
+def open_checkpoints(config: Config, console: Console) -> RunCheckpoints:
+  """The checkpoints of a run, in a folder named after its storage; none without --checkpoint-dir."""
+  folder = make_folder("--checkpoint-dir", config.checkpoint_dir, config.storage) if config.checkpoint_dir else None
+  free = ("output_dir", "eval_batches", "checkpoint_dir", "checkpoint_every", "keep", "resume")
+  settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+  try:
+    return RunCheckpoints(folder, settings, config.checkpoint_every, config.keep, config.resume, console)
+  except SettingsError as error:
+    raise UsageError(str(error)) from error
+
+
 def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, console: Console) -> tuple[list[Run], bool]:
   """Trains one model per mode. Returns the runs there are, and whether all was done without an interruption."""
   model = Transformer(config.layers, config.width, config.heads, config.scan, config.remat)
@@ -336,7 +368,9 @@ def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, cons
   with interrupts.counted():
     for mode in modes:
       storage = make_storage(mode, model, make_optimizer(config), config.fused)
-      trained = train(dataclasses.replace(config, storage=mode), storage, corpus.train, model, console, interrupts)
+      one = dataclasses.replace(config, storage=mode)
+      with open_checkpoints(one, console) as checkpoints:
+        trained = train(one, storage, corpus.train, model, console, interrupts, checkpoints)
       if trained:
         run, weights = trained
         loss = evaluate(config, corpus.validation, loss_fn, weights, interrupts)
@@ -409,18 +443,24 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--scan", action=boolean, default=Config.scan, help="one lax.scan over the layers")
   parser.add_argument("--remat", action=boolean, default=Config.remat, help="recompute activations per layer")
   add("--output-dir", str, "folder for loss.png and results.json")
+  parser.add_argument(
+    "--checkpoint-dir", default=argparse.SUPPRESS, help="folder for checkpoints (default: none are made)"
+  )
+  add("--checkpoint-every", int, "steps from one checkpoint to the next")
+  add("--keep", int, "how many checkpoints are kept, the last ones")
+  parser.add_argument("--resume", action="store_true", default=Config.resume, help="go on from the last checkpoint")
   return parser
 
 
-def make_folder(name: str) -> Path:
-  """Makes the output folder before anything is trained for it."""
-  path = Path(name)
+def make_folder(flag: str, name: str, *inside: str) -> Path:
+  """Makes a folder, before anything is trained for it."""
+  path = Path(name, *inside)
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UsageError(f"--output-dir {name} cannot be made ({error.strerror}): name another folder") from error
+    raise UsageError(f"{flag} {name} cannot be made ({error.strerror}): name another folder") from error
   if not os.access(path, os.W_OK):
-    raise UsageError(f"--output-dir {name} is not writable: name another folder")
+    raise UsageError(f"{flag} {name} is not writable: name another folder")
   return path
 
 
@@ -430,7 +470,7 @@ def train_and_report(config: Config, modes: Sequence[str], console: Console) -> 
     dataclasses.replace(config, storage=mode).check()
   corpus = lm_data.load_corpus()
   config.check_text(corpus)
-  folder = make_folder(config.output_dir)
+  folder = make_folder("--output-dir", config.output_dir)
   console.print(
     f"{jax.devices()[0].device_kind}, JAX {jax.__version__}. Training text: {len(corpus.train):,} bytes of "
     f"{corpus.train_files} files; held out: {len(corpus.validation):,} bytes of {corpus.validation_files}."

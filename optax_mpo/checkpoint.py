@@ -11,6 +11,7 @@ Needs orbax-checkpoint: `pip install 'optax_mpo[checkpoint]'`.
 """
 
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ class Checkpointer:
     """Restores the last checkpoint that is whole.
 
     One that cannot be read, or whose checksums are not those of what was saved, is left out with a warning that says
-    why, and the one before it is taken.
+    why, and the one before it is taken. Its folder is renamed to `damaged-STEP`, so that this step can be saved again.
 
     Args:
       like: a tree of arrays or of `jax.ShapeDtypeStruct`, of the form of what was saved. Where its leaves have a
@@ -133,11 +134,21 @@ class Checkpointer:
     tried = [step] if step is not None else steps[::-1]
     for i, candidate in enumerate(tried):
       try:
-        return candidate, self._read(candidate, like)
+        tree = self._read(candidate, like)
+        self._put_aside(tried[:i])
+        return candidate, tree
       except _DamagedError as error:
         following = f"taking step {tried[i + 1]}" if i + 1 < len(tried) else "there is none before it"
         warnings.warn(f"the checkpoint of step {candidate} in {self.directory} {error}: {following}", stacklevel=2)
     raise FileNotFoundError(f"Checkpointer.restore: there is no whole checkpoint in {self.directory} among {tried}.")
+
+  def _put_aside(self, damaged: Sequence[int]) -> None:
+    if damaged and jax.process_index() == 0:
+      for step in damaged:
+        shutil.rmtree(self.directory / f"damaged-{step}", ignore_errors=True)
+        os.rename(self.directory / str(step), self.directory / f"damaged-{step}")
+    if damaged:
+      self._manager.reload()
 
   def _read(self, step: int, like: PyTree) -> PyTree:
     names, leaves = _flatten(like)

@@ -1,0 +1,100 @@
+"""Checkpoints of train_lm.py: one folder per storage mode, and the settings they were made with."""
+
+import dataclasses
+import json
+import math
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from optax_mpo.checkpoint import Checkpointer
+
+PyTree = Any
+
+
+class SettingsError(Exception):
+  """The checkpoints in a folder are not those of this run, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """Where a run is: what its next step takes, and the losses so far."""
+
+  params: PyTree
+  opt_state: PyTree
+  losses: list[Any]
+
+
+class RunCheckpoints:
+  """The checkpoints of one run. Without a folder, nothing is saved.
+
+  Args:
+    folder: where they are, or None.
+    settings: all that the numbers of the run depend on; a run with others cannot go on from these checkpoints.
+    every: after how many steps one is made.
+    keep: how many are kept.
+    resume: whether to go on from the last one; if not, there must be none.
+    console: where it says what it does.
+
+  Raises:
+    SettingsError: where there are checkpoints of other settings, or of any without `resume`.
+  """
+
+  def __init__(
+    self, folder: Path | None, settings: Mapping[str, Any], every: int, keep: int, resume: bool, console: Console
+  ):
+    self._every, self._steps, self._console = every, settings["steps"], console
+    self._checkpointer = None
+    if folder is None:
+      return
+    self._checkpointer = Checkpointer(folder / "steps", keep)
+    saved, file = self._checkpointer.steps(), folder / "settings.json"
+    if saved and not resume:
+      raise SettingsError(f"{folder} has checkpoints of steps {saved}: add --resume, or name another --checkpoint-dir")
+    if saved and file.exists():
+      before = json.loads(file.read_text())
+      changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k in settings if before.get(k) != settings[k]]
+      if changed:
+        raise SettingsError(f"the checkpoints in {folder} are of another run: {', '.join(changed)}")
+    file.write_text(json.dumps(dict(settings), indent=1))
+
+  def __enter__(self) -> "RunCheckpoints":
+    return self
+
+  def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+    if self._checkpointer is not None:
+      self._checkpointer.close()
+
+  def restore(self, start: Progress) -> Progress:
+    """Returns the last progress that was saved, or `start`."""
+    if self._checkpointer is None or not self._checkpointer.steps():
+      return start
+    like = (start.params, start.opt_state, self._padded(start.losses))
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter("always")
+      step, (params, opt_state, losses) = self._checkpointer.restore(like)
+    for warning in caught:
+      self._console.print(f"[yellow]{warning.message}[/yellow]")
+    self._console.print(f"Going on after step {step}.")
+    return Progress(params, opt_state, list(np.asarray(losses)[:step]))
+
+  def save(self, progress: Progress, last: bool = False) -> None:
+    """Saves the progress, every so many steps and after the `last` one."""
+    step = len(progress.losses)
+    if self._checkpointer is None or not step or (step % self._every and not last):
+      return
+    if step not in self._checkpointer.steps():
+      self._checkpointer.save(step, (progress.params, progress.opt_state, self._padded(progress.losses)))
+
+  def _padded(self, losses: Sequence[Any]) -> jax.Array:
+    """The losses of all steps, f32[steps]; NaN for those to come."""
+    padded = np.full(self._steps, math.nan, np.float32)
+    padded[: len(losses)] = [float(loss) for loss in losses]
+    return jnp.asarray(padded)
