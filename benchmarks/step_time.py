@@ -100,7 +100,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 ON_CPU = tuple(name for name in MODELS if name not in ("lm-125m", "lm-350m", "lm-350m-unrolled", "lm-1.3b"))
 BASELINE = "optax-f32"
-COUPLED_MODES = ("optax-f32", "mpo-16", "mpo-16-auto")
+COUPLED_MODES = ("optax-f32", "mpo-16", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
 
 
 @dataclasses.dataclass(frozen=True)

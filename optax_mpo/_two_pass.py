@@ -4,10 +4,11 @@ Why: clipping by the global norm needs the gradients of all leaves before any le
 (arXiv:2306.09782) runs the backward pass twice: the first time for the norm alone, each gradient being used up at once.
 
 How: by dataflow, as in `_separable`. In the program of the update, the small arrays that depend on several leaves (the
-norm, the scale that clips, a flag that all is finite) are the *links*. What a leaf contributes to them, such as the sum
-of its squares, are its *parts*. The first pass makes the parts of each leaf; in between, links are made from parts; in
-the second pass each leaf is stepped as if the links were constants. Leaves that are small themselves are not worth the
-effort: their gradients are kept from the first pass, and they are stepped in between.
+norm, the scale that clips, a flag that all is finite) are the *links*, as far as small arrays are all it takes to make
+them: the largest moment of a block after clipping is small, but takes a whole gradient. What a leaf contributes to
+them, such as the sum of its squares, are its *parts*. The first pass makes the parts of each leaf; in between, links
+are made from parts; in the second pass each leaf is stepped as if the links were constants. Leaves that are small
+themselves are not worth the effort: their gradients are kept from the first pass, and they are stepped in between.
 
 The parts of a stack of layers are made layer by layer: a sum over the stack becomes a sum of the layers' sums. That is
 the one place where the last bit of a number can differ from that of the unfused step.
@@ -74,16 +75,27 @@ class TwoPass:
     self._deps = _jaxpr.dependencies(self._program, [*bits, *bits, *owned])
     self._small = {v for v in self._deps if self._size(v) <= SMALL}
     self.middle = [i for i in range(count) if self._grads[i] in self._small]
+    self._links = self._small & self._made_between(self._deps, self._small)
     self.groups = [self._group(i) for i in range(count) if i not in self.middle]
     self._between()
 
   def _size(self, var: int) -> int:
     return math.prod(self._program.aval(var).shape)
 
+  def _made_between(self, deps: dict[int, int], small: set[int]) -> set[int]:
+    """The variables that can be made from weights, state and small arrays of single leaves."""
+    made = {*self._update.given, *self._params, *self._states}
+    made |= {v for v in small if not deps[v] & (deps[v] - 1)}
+    for operation in self._program.operations:
+      if all(a in made for a in operation.inputs if isinstance(a, int)):
+        made.update(operation.outputs)
+    return made
+
   def _own_states(self, deps: dict[int, int]) -> None:
     """Finds the leaf that each state belongs to: that from which alone, but for links, its new value is made."""
     program, count = self._program, len(self._grads)
-    links = {v for v, bits in deps.items() if bits & (bits - 1) and self._size(v) <= SMALL}
+    small = {v for v in deps if self._size(v) <= SMALL}
+    links = {v for v in small & self._made_between(deps, small) if deps[v] & (deps[v] - 1)}
     leaf_of = {v: i for part in (self._grads, self._params) for i, v in enumerate(part)}
     self._owners: list[int | None] = []
     for j in range(len(self._states)):
@@ -102,7 +114,7 @@ class TwoPass:
 
   def _group(self, leaf: int) -> _separable.Group:
     program, count, update = self._program, len(self._grads), self._update
-    links = {v for v in self._small if self._deps[v] & ~(1 << leaf)}
+    links = {v for v in self._links if self._deps[v] & ~(1 << leaf)}
     states = [j for j, owner in enumerate(self._owners) if owner == leaf and j not in update.shared_states]
     inputs = [self._grads[leaf], self._params[leaf], *(self._states[j] for j in states)]
     outputs = [program.outputs[leaf], *(program.outputs[count + j] for j in states)]

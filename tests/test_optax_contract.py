@@ -85,7 +85,7 @@ def test_states_are_ordinary_trees(bits):
 def test_orbax_gives_back_what_it_was_given(bits, tmp_path):
   tx = mpo.compensated(optax.adamw(1e-3), bits=bits)
   params, state = mpo.init(tx, make_params(), where=lambda path, leaf: leaf.ndim >= 1)
-  # Orbax's storage has no uint4; this is the README's way around that.
+  # Orbax's storage has no uint4; optax_mpo.checkpoint does the same.
   saved = jax.tree.map(lambda x: x.astype(jnp.uint8) if x.dtype == jnp.uint4 else x, (params, state))
   with orbax.checkpoint.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "checkpoint", saved)

@@ -15,7 +15,8 @@ from examples import memory_plan
 # design table, which were measured apart from this code. JAX 0.10 and 0.12 agree on them.
 BASELINE = {"lm-350m": 16.30, "lm-350m-unrolled": 14.59}
 # What our storage takes, unfused, as it was measured, rounded up to the next 0.05: more is a regression.
-AT_MOST = {"mpo-16": 14.65, "mpo-8": 13.65, "mpo-4": 13.15, "mpo-compact": 9.2, "mpo-16-auto": 12.85}
+AT_MOST = {"mpo-16": 14.65, "mpo-8": 13.65, "mpo-4": 13.15, "mpo-compact": 7.55}
+AT_MOST |= {"mpo-16-auto": 12.85, "mpo-compact-auto": 5.95}
 
 
 def per_parameter(model: str, mode: str) -> float:
@@ -59,8 +60,16 @@ def test_models_have_a_scalar_loss_and_gradients_for_all_params(name):
   assert jax.tree.map(lambda g: (g.shape, g.dtype), grads) == jax.tree.map(lambda p: (p.shape, p.dtype), model.params)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith("flash")])
+@pytest.mark.parametrize(
+  ("mode", "optimizer"),
+  [
+    (mode, optimizer)
+    for mode in MODES
+    for optimizer in OPTIMIZERS
+    # A rival's own state, and a norm over all layers, which fused layers refuse (test_fused_misuse.py).
+    if not mode.startswith("flash") and not (mode.endswith("-layer") and optimizer == "adamw-clip")
+  ],
+)
 def test_steps_keep_the_shapes_of_their_state(mode, optimizer):
   model = peak_memory.MODELS["lm-125m"]()
   training = MODES[mode].build(model, optimizer)
