@@ -6,6 +6,9 @@ Compact state: moments and momentum of any Optax transformation in 8 bits.
 Memory: the peak of any step on a GPU that need not be there.
 """
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from optax_mpo._blocks import Quantized as Quantized
 from optax_mpo._cast import cast as cast
 from optax_mpo._compensated import CompensatedState as CompensatedState
@@ -36,3 +39,10 @@ from optax_mpo._release import value_and_update as value_and_update
 from optax_mpo._sharding import state_sharding as state_sharding
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+  """Imports the submodules that need Flax and Orbax when they are first asked for."""
+  if name in ("checkpoint", "flax"):
+    return _importlib.import_module(f"optax_mpo.{name}")
+  raise AttributeError(f"module 'optax_mpo' has no attribute {name!r}")

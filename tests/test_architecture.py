@@ -22,6 +22,7 @@ ARROWS = {
   "_state_kinds": (set(), {"jax"}),
   "_quantized": ({"_blocks", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_convert": ({"_blocks", "_compensated", "_formats", "_quantized", "_tree"}, {"jax", "optax"}),
+  "flax": ({"_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
   "checkpoint": ({"_tree"}, {"jax", "orbax"}),
   "_sharding": ({"_blocks", "_tree"}, {"jax"}),
   "_loss_scale": ({"_wrapping"}, {"jax", "optax"}),

@@ -1,0 +1,297 @@
+"""What Flax users expect of an optimizer: a train state for Linen, an optimizer object for NNX.
+
+Why: `TrainState.create` and `nnx.Optimizer` call `tx.init(params)`, which cannot know the bits that a cast cut off, and
+both take a tree of gradients, which the fused steps do not have.
+
+How: both are thin. They hold what `optax_mpo.init` makes, and their `step_with(loss_fn, ...)` is one of the steps of
+this library, with what a model changes beside its params (batch statistics, counters of random streams) as aux.
+
+Needs flax: `pip install 'optax_mpo[flax]'`. `import optax_mpo` alone does not import it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from optax_mpo import _compensated, _fused, _release
+
+PyTree = Any
+Fused = Literal["auto", "layer", "off"]
+Where = Callable[[tuple[Any, ...], jax.Array], bool]
+
+
+def _make_step(loss_fn: Callable[..., Any], tx: Any, fused: Fused, two_pass: bool) -> Callable[..., Any]:
+  """One of the three steps, for a loss function that returns `(loss, aux)`."""
+  if fused == "auto":
+    return _release.value_and_update(loss_fn, tx, has_aux=True, two_pass=two_pass)
+  if fused == "layer":
+    return _fused.fused_value_and_update(loss_fn, tx, has_aux=True)
+
+  def step(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
+    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return value, _compensated.apply_updates(params, updates), opt_state
+
+  return step
+
+
+def _check_fused(fused: str, caller: str) -> None:
+  if fused not in ("auto", "layer", "off"):
+    raise ValueError(f"{caller}: fused has to be 'auto', 'layer' or 'off', but it is {fused!r}.")
+
+
+class TrainState(struct.PyTreeNode):
+  """A train state for Flax Linen whose params are bf16 with compensation bits, and whose steps keep no gradients.
+
+  It is a pytree, and immutable: `step_with` returns a new one. Donate it to the jitted step.
+
+  Attributes:
+    step: i32[], the number of steps made.
+    params: the params, bf16 by default.
+    opt_state: the state of `tx`.
+    variables: the model's other collections, such as `{"batch_stats": ...}`.
+    ema: a moving average of the f32 master weights, or None.
+    apply_fn: the model's `apply`, or any function; it is held for convenience.
+    tx: the transformation.
+    fused: how steps are made: "auto" (`value_and_update`), "layer" (`fused_value_and_update`) or "off".
+    two_pass: as for `value_and_update`.
+    ema_decay: what of `ema` is kept at each step.
+
+  Memory: that of `optax_mpo.init`, and 4 bytes per parameter for `ema` where there is one.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> from optax_mpo.flax import TrainState
+    >>> model = nn.Dense(3)
+    >>> x = jnp.ones((2, 4))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> tx = mpo.compensated(optax.adamw(1e-2))
+    >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    >>> def loss_fn(variables, x):
+    ...   return jnp.mean(state.apply_fn(variables, x).astype(jnp.float32) ** 2)
+    >>> step = jax.jit(lambda state, x: state.step_with(loss_fn, x), donate_argnums=0)
+    >>> state, loss = step(state, x)
+    >>> int(state.step), state.params["kernel"].dtype.name
+    (1, 'bfloat16')
+
+  References:
+    `flax.training.train_state <https://flax-linen.readthedocs.io>`_
+  """
+
+  step: jax.Array
+  params: PyTree
+  opt_state: optax.OptState
+  variables: PyTree
+  ema: PyTree
+  apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
+  tx: optax.GradientTransformation = struct.field(pytree_node=False)
+  fused: Fused = struct.field(pytree_node=False, default="auto")
+  two_pass: bool = struct.field(pytree_node=False, default=False)
+  ema_decay: float | None = struct.field(pytree_node=False, default=None)
+
+  @classmethod
+  def create(
+    cls,
+    *,
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    variables: Mapping[str, PyTree] | None = None,
+    fused: Fused = "auto",
+    two_pass: bool = False,
+    ema_decay: float | None = None,
+    dtype: Any = jnp.bfloat16,
+    where: Where | None = None,
+    **kwargs: Any,
+  ) -> "TrainState":
+    """Makes a state from f32 params, with `optax_mpo.init`.
+
+    Args:
+      apply_fn: usually `model.apply`.
+      params: the collection `params` of the model's variables, in f32.
+      tx: a transformation with `compensated` in it.
+      variables: the other collections: `{k: v for k, v in model.init(...).items() if k != "params"}`.
+      fused: see the class.
+      two_pass: see the class.
+      ema_decay: for a moving average of the master weights; None keeps none.
+      dtype: of the params, as in `optax_mpo.init`.
+      where: which params go low, likewise.
+      **kwargs: fields of a subclass.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: for another `fused`; and what `optax_mpo.init` raises.
+    """
+    _check_fused(fused, "TrainState.create")
+    low, opt_state = _compensated.init(tx, params, dtype=dtype, where=where)
+    return cls(
+      step=jnp.zeros([], jnp.int32),
+      params=low,
+      opt_state=opt_state,
+      variables=dict(variables or {}),
+      ema=None if ema_decay is None else _compensated.master_params(low, opt_state),
+      apply_fn=apply_fn,
+      tx=tx,
+      fused=fused,
+      two_pass=two_pass,
+      ema_decay=ema_decay,
+      **kwargs,
+    )
+
+  def masters(self) -> PyTree:
+    """Returns the f32 master weights, for evaluation or export."""
+    return _compensated.master_params(self.params, self.opt_state)
+
+  def step_with(
+    self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False, mutable: bool = False
+  ) -> tuple["TrainState", Any]:
+    """Makes one training step.
+
+    `loss_fn(variables, *args)` is given `{"params": params, **self.variables}`, for `model.apply`. With
+    `fused="layer"`, `params` are handles for `fused_layer` and its kin.
+
+    Args:
+      loss_fn: returns the loss, f32[]; or `(loss, aux)` with `has_aux`; or `(loss, updates)` with `mutable`, where
+        `updates` are the changed collections as `model.apply(..., mutable=[...])` returns them; or `(loss, (aux,
+        updates))` with both.
+      *args: a batch, keys for dropout (`jax.random.fold_in(key, state.step)`, say), whatever `loss_fn` takes.
+      has_aux: see above.
+      mutable: see above.
+
+    Returns:
+      The new state and the loss; or `(loss, aux)` in its place, with `has_aux`.
+
+    Raises:
+      ValueError: where `updates` has a collection that `variables` has not; and what the step raises.
+    """
+
+    def whole(params: PyTree, variables: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
+      out = loss_fn({"params": params, **variables}, *args)
+      rest: Any
+      loss, rest = out if has_aux or mutable else (out, None)
+      aux: Any = None
+      updates: Any = {}
+      if has_aux and mutable:
+        aux, updates = rest
+      elif has_aux:
+        aux = rest
+      elif mutable:
+        updates = rest
+      unknown = set(updates) - set(variables)
+      if unknown:
+        raise ValueError(
+          f"TrainState.step_with: loss_fn returns the collections {sorted(unknown)}, and the state has "
+          f"{sorted(variables)}. Pass them to TrainState.create as variables=..."
+        )
+      return loss, (aux, {**variables, **updates})
+
+    step = _make_step(whole, self.tx, self.fused, self.two_pass)
+    (loss, (aux, variables)), params, opt_state = step(self.params, self.opt_state, self.variables, *args)
+    new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, variables=variables)
+    if self.ema_decay is not None:
+      new = new.replace(ema=optax.incremental_update(new.masters(), self.ema, 1 - self.ema_decay))
+    return new, (loss, aux) if has_aux else loss
+
+
+class Optimizer(nnx.Pytree):
+  """An optimizer for a Flax NNX model that keeps its params in bf16 with compensation bits and steps them in place.
+
+  Making it casts the model's params; `step_with` then updates the model and this object, also within `nnx.jit`.
+
+  Args:
+    model: an NNX module with f32 params.
+    tx: a transformation with `compensated` in it.
+    wrt: which variables are trained.
+    fused: how steps are made: "auto" (`value_and_update`), "layer" (`fused_value_and_update`) or "off".
+    two_pass: as for `value_and_update`.
+    dtype: of the params, as in `optax_mpo.init`.
+    where: which params go low, likewise.
+
+  Raises:
+    ValueError: for another `fused`; and what `optax_mpo.init` raises.
+
+  Memory: that of `optax_mpo.init`.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> from flax import nnx
+    >>> from optax_mpo.flax import Optimizer
+    >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    >>> optimizer = Optimizer(model, mpo.compensated(optax.adamw(1e-2)))
+    >>> @nnx.jit
+    ... def step(model, optimizer, x):
+    ...   return optimizer.step_with(model, lambda model, x: jnp.mean(model(x).astype(jnp.float32) ** 2), x)
+    >>> loss = step(model, optimizer, jnp.ones((2, 4)))
+    >>> model.kernel.get_value().dtype.name, int(optimizer.step.get_value())
+    ('bfloat16', 1)
+
+  References:
+    `nnx.Optimizer <https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/training/optimizer.html>`_
+  """
+
+  def __init__(
+    self,
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    *,
+    wrt: Any = nnx.Param,
+    fused: Fused = "auto",
+    two_pass: bool = False,
+    dtype: Any = jnp.bfloat16,
+    where: Where | None = None,
+  ):
+    _check_fused(fused, "Optimizer")
+    params, opt_state = _compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
+    nnx.update(model, params)
+    self.step = nnx.OptState(jnp.zeros([], jnp.int32))
+    self.opt_state = nnx.data(jax.tree.map(nnx.OptState, opt_state))
+    self.fused: Fused = fused
+    self.tx, self.wrt, self.two_pass = tx, wrt, two_pass
+
+  def masters(self, model: nnx.Module) -> PyTree:
+    """Returns the f32 master weights, as a tree like `nnx.as_pure(nnx.state(model, wrt))`."""
+    return _compensated.master_params(nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state))
+
+  def step_with(self, model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
+    """Makes one training step: updates `model` (params, batch statistics, random streams) and this object in place.
+
+    Args:
+      model: the model that this object was made with.
+      loss_fn: `loss_fn(model, *args)`, which returns the loss, f32[], or `(loss, aux)`. It is given a copy of the
+        model, whose variables it may change. With `fused="layer"` it is given handles for the params, and no model.
+      *args: a batch, keys, whatever it takes.
+      has_aux: whether it returns more than the loss.
+
+    Returns:
+      What `loss_fn` returns.
+
+    Raises:
+      ValueError: what the step raises.
+    """
+    graphdef, params, rest = nnx.split(model, self.wrt, ...)
+
+    def whole(params: PyTree, rest: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
+      if self.fused == "layer":
+        out, changed = loss_fn(params, *args), rest
+      else:
+        copy = nnx.merge(graphdef, params, rest, copy=True)
+        out = loss_fn(copy, *args)
+        changed = nnx.as_pure(nnx.state(copy, nnx.Not(self.wrt)))
+      loss, aux = out if has_aux else (out, None)
+      return loss, (aux, changed)
+
+    step = _make_step(whole, self.tx, self.fused, self.two_pass)
+    pure = (nnx.as_pure(params), nnx.as_pure(self.opt_state), nnx.as_pure(rest))
+    (loss, (aux, changed)), new_params, new_state = step(*pure, *args)
+    nnx.update(model, new_params, changed)
+    jax.tree.map(
+      lambda old, new: old.set_value(new), self.opt_state, new_state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    self.step.set_value(self.step.get_value() + 1)
+    return (loss, aux) if has_aux else loss
