@@ -22,13 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _fused_call, _handles, _modules, _pullback
+from optax_mpo import _fused_call, _handles, _microbatch, _modules, _pullback
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
 
 
-def fused_layer(fn: Any, *, remat: Remat = False) -> Callable[..., Any]:
+def fused_layer(
+  fn: Any, *, remat: Remat = False, microbatches: int = 1, in_axes: PyTree = 0, out_axes: PyTree = 0
+) -> Callable[..., Any]:
   """Makes a layer that steps its own weights in the backward pass of a `fused_value_and_update`.
 
   `layer(params, *inputs, **kwargs)` calls `fn(params, *inputs, **kwargs)`. Where there are handles in the place of
@@ -43,12 +45,19 @@ def fused_layer(fn: Any, *, remat: Remat = False) -> Callable[..., Any]:
       NNX module as a copy that holds `params`, a State of its `nnx.Param` variables.
     remat: False keeps what the backward pass needs of the activations, but never weights. True keeps the inputs alone
       and computes the rest again; a policy of `jax.checkpoint_policies` chooses.
+    microbatches: in how many parts the batch goes through the layer, forward and backward, one after the other. The
+      gradient is summed over them in f32, from the last part to the first, and the layer is stepped once. Everything
+      inside is computed again in the backward pass, as with `remat=True`, unless `remat` is a policy. A layer without
+      handles takes the batch whole.
+    in_axes: with microbatches, the batch axis of each input, as in `jax.vmap`; None for one that all parts get.
+    out_axes: likewise of each result; one with None is averaged over the parts, such as a mean loss.
 
   Returns:
     The layer.
 
   Raises:
     TypeError: where `fn` is no function and no module, or `remat` neither a bool nor a policy.
+    ValueError: where `microbatches` is less than 1, and by the layer, where the batch does not split into them.
     FusedError: by the layer, where a step would be lost or repeated: weights that something else uses too, a handle of
       another step, a call inside of a transformation such as `jax.checkpoint` or `lax.scan`.
     ValueError: by the layer, where the optimizer couples its weights to those of other layers.
@@ -75,17 +84,26 @@ def fused_layer(fn: Any, *, remat: Remat = False) -> Callable[..., Any]:
     Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
   """
   fn = _modules.as_function(fn, "fused_layer")
-  _check_remat(remat, "fused_layer")
+  inner, remat = _in_parts(fn, remat, microbatches, in_axes, out_axes, "fused_layer")
 
   @functools.wraps(fn)
   def layer(params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
-    call = _fused_call.Call.take(fn, "fused_layer", (params, inputs, kwargs))
+    call = _fused_call.Call.take(inner, "fused_layer", (params, inputs, kwargs))
     return fn(params, *inputs, **kwargs) if call is None else _run_layer(call, remat)
 
   return layer
 
 
-def fused_scan(fn: Any, *, remat: Remat = False, reverse: bool = False, unroll: int = 1) -> Callable[..., Any]:
+def fused_scan(
+  fn: Any,
+  *,
+  remat: Remat = False,
+  reverse: bool = False,
+  unroll: int = 1,
+  microbatches: int = 1,
+  in_axes: PyTree = (0, None),
+  out_axes: PyTree = 0,
+) -> Callable[..., Any]:
   """Makes a stack of equal layers, one `lax.scan`, that steps each layer's weights in the backward pass.
 
   `stack(params, carry, xs=None) -> (carry, ys)` calls `carry, y = fn(layer_params, carry, x)` for each layer, with the
@@ -98,6 +116,9 @@ def fused_scan(fn: Any, *, remat: Remat = False, reverse: bool = False, unroll: 
     remat: as in `fused_layer`.
     reverse: as in `lax.scan`; the first layer is then the last in the stack.
     unroll: as in `lax.scan`.
+    microbatches: as in `fused_layer`: each layer takes the batch in parts.
+    in_axes: for `(carry, x)`; by default the carry is split along its first axis, and `x` goes to all parts.
+    out_axes: for `(carry, y)`.
 
   Returns:
     The stack, a function of a handle or stacked weights, of a carry and of `xs`, any pytree of arrays
@@ -123,11 +144,11 @@ def fused_scan(fn: Any, *, remat: Remat = False, reverse: bool = False, unroll: 
     0.26277387 (4, 3, 3)
   """
   fn = _modules.as_function(fn, "fused_scan")
-  _check_remat(remat, "fused_scan")
+  inner, remat = _in_parts(fn, remat, microbatches, in_axes, out_axes, "fused_scan")
 
   @functools.wraps(fn)
   def stack(params: PyTree, carry: PyTree, xs: PyTree = None) -> tuple[PyTree, PyTree]:
-    call = _fused_call.Call.take(fn, "fused_scan", (params, carry, xs), parts=(1, 2))
+    call = _fused_call.Call.take(inner, "fused_scan", (params, carry, xs), parts=(1, 2))
     if call is None:
       return lax.scan(lambda c, px: fn(px[0], c, px[1]), carry, (params, xs), reverse=reverse, unroll=unroll)
     return _run_scan(call, call.count_layers(), remat, reverse, unroll)
@@ -171,9 +192,18 @@ def fused_value(handle: Any) -> PyTree:
   return jax.tree.map(lambda h: _read(h) if _handles.is_handle(h) else h, handle, is_leaf=_handles.is_handle)
 
 
-def _check_remat(remat: Any, who: str) -> None:
+def _in_parts(
+  fn: Callable[..., Any], remat: Any, microbatches: Any, in_axes: PyTree, out_axes: PyTree, who: str
+) -> tuple[Callable[..., Any], Remat]:
+  """Returns the function to run, which may split its batch, and what is left to do of `remat`."""
   if not isinstance(remat, bool) and not callable(remat):
     raise TypeError(f"{who}: remat has to be True, False or a policy of jax.checkpoint_policies, but it is {remat!r}.")
+  if not isinstance(microbatches, int) or microbatches < 1:
+    raise ValueError(f"{who}: microbatches has to be 1 or more, but it is {microbatches!r}.")
+  if microbatches == 1:
+    return fn, remat
+  policy = None if isinstance(remat, bool) else remat
+  return _microbatch.split(fn, microbatches, in_axes, out_axes, policy, who), False
 
 
 # --- The custom_vjps --------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ ARROWS = {
   "_pullback": ({"_jaxpr"}, {"jax"}),
   "_modules": (set(), set()),  # Flax is looked up, not imported
   "_fused_call": ({"_handles", "_separable", "_tree"}, {"jax", "numpy"}),
-  "_layer": ({"_fused_call", "_handles", "_modules", "_pullback"}, {"jax"}),
+  "_microbatch": ({"_tree"}, {"jax"}),
+  "_layer": ({"_fused_call", "_handles", "_microbatch", "_modules", "_pullback"}, {"jax"}),
   "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_site": ({"_jaxpr", "_stacked"}, {"jax"}),
   "_plan": ({"_jaxpr", "_site", "_stacked"}, {"jax"}),
