@@ -91,8 +91,9 @@ def test_the_optimized_program_copies_no_stack(monkeypatch):
 
 # The language models of the design table, AdamW, 16 bits, batch 1 x 1024. 1.3B scanned was asked to be 12.4. 350M
 # unrolled was asked to be 12.6, which a floor forbids: f32 and bf16 logits and the 24 activations are 0.66 bytes per
-# parameter at the head, and one layer's attention in f32 is as much (docs/fused_layers.md).
-AT_MOST = {"lm-1.3b": 12.35, "lm-350m-unrolled": 12.85}
+# parameter at the head, and one layer's attention in f32 is as much (docs/fused_layers.md). So it is with XLA of JAX
+# 0.10; that of JAX 0.12 orders the layer's backward pass so that it takes 12.97 (value_and_update: 12.70 with both).
+AT_MOST = {"lm-1.3b": 12.35, "lm-350m-unrolled": 12.85 if jax.__version_info__ < (0, 11) else 13.0}
 
 
 @pytest.mark.parametrize("model", AT_MOST)

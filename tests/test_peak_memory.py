@@ -15,7 +15,7 @@ from examples import memory_plan
 # design table, which were measured apart from this code. JAX 0.10 and 0.12 agree on them.
 BASELINE = {"lm-350m": 16.30, "lm-350m-unrolled": 14.59}
 # What our storage takes, unfused, as it was measured, rounded up to the next 0.05: more is a regression.
-AT_MOST = {"mpo-16": 14.65, "mpo-8": 13.65, "mpo-4": 13.15, "mpo-compact": 7.55}
+AT_MOST = {"mpo-16": 14.65, "mpo-8": 13.65, "mpo-4": 13.15, "mpo-compact": 7.6}
 AT_MOST |= {"mpo-16-auto": 12.85, "mpo-compact-auto": 5.95}
 
 
