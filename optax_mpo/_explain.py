@@ -116,7 +116,7 @@ def explain(
     groups = _two_pass.TwoPass(update, "explain").groups
   else:
     groups = _release.groups_of(update)
-  sites = _release.sites_of(traced, groups)
+  sites = traced.sites(groups)
   plan = _plan.make_plan(traced.program, sites, traced.results)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
   for index, site in enumerate(sites):

@@ -172,6 +172,24 @@ class Refs:
     refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
     return refs, [shared[v] for v in group.shared]
 
+  def values(self, arguments: Any) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
+    """Reads weights, states and shared values, each by its index."""
+    params, states, shared = arguments
+    return (
+      dict(zip(self.leaves, (ref[...] for ref in params), strict=True)),
+      dict(zip(self._states, (ref[...] for ref in states), strict=True)),
+      dict(zip(self._shared, shared, strict=True)),
+    )
+
+  def write(self, arguments: Any, params: dict[int, Any], states: dict[int, Any], onward: PyTree) -> PyTree:
+    """Writes weights and states, and returns `onward`, which XLA cannot have before that is done."""
+    refs = [*arguments[0], *arguments[1]]
+    new = [*(params[i] for i in self.leaves), *(states[j] for j in self._states)]
+    new, onward = lax.optimization_barrier((new, onward))
+    for ref, value in zip(refs, new, strict=True):
+      ref[...] = value
+    return onward
+
   def update(self, arguments: Any, grads: dict[int, Any], onward: PyTree) -> PyTree:
     """Steps all groups, and returns `onward`, which XLA cannot have before that is done.
 

@@ -331,7 +331,7 @@ def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
 def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
   """A `scan` with the results that are used, as far as JAX's own rule for it cuts; or whole, which is as correct."""
   rule: Any = partial_eval.dce_rules.get(operation.eqn.primitive)
-  if rule is None or _misread_scan():
+  if rule is None or misread_scan():
     return operation
   try:
     used_inputs, eqn = rule(used, operation.eqn)
@@ -383,7 +383,7 @@ def _sample() -> Any:
   return jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 2)), jnp.ones(2))
 
 
-def _misread_scan() -> str:
+def misread_scan() -> str:
   """Says what of a scan is not where it is looked for; nothing where all is."""
   scans = [operation for operation in flatten(_sample()).operations if operation.name == "scan"]
   try:
@@ -400,7 +400,7 @@ def _misread_scan() -> str:
 
 def check_forms(caller: str) -> None:
   """Raises NotImplementedError where this JAX writes programs down in another way than is known here."""
-  misread = _misread_scan()
+  misread = misread_scan()
   if misread:
     raise NotImplementedError(
       f"{caller}: this is JAX {jax.__version__}, and {caller} reads the programs of {KNOWN}: here, {misread}. Install "

@@ -22,10 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _fused_call, _handles, _microbatch, _modules, _pullback
+from optax_mpo import _evaluate, _fused_call, _handles, _jaxpr, _microbatch, _modules, _plan, _pullback, _site
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
+
+# The bytes of gradient for which the backward pass of a layer is made to wait. Less would save nothing that shows, and
+# cost what XLA fuses over it.
+_WORTH_A_BARRIER = 2**20
 
 
 def fused_layer(
@@ -266,12 +270,55 @@ def _run_layer(call: _fused_call.Call, remat: Remat) -> PyTree:
     real = _fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=_fused_call.is_zero), pullback.out_avals)
     # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
     weights, real = lax.optimization_barrier((refs.weights(arguments), real))
-    grads, _, onward = pullback.backward(weights, [], kept, _fused_call.all_cotangents(real, pullback.out_avals))
-    onward = refs.update(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), onward)
+
+    def backward(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+      grads, _, onward = pullback.backward(weights, [], kept, _fused_call.all_cotangents(real, pullback.out_avals))
+      return onward, _fused_call.by_leaf(refs.leaves, trained, grads)
+
+    small = sum(w.size * w.dtype.itemsize for w in weights) < _WORTH_A_BARRIER
+    if small or _jaxpr.misread_scan():  # or a JAX whose programs cannot be taken apart: all weights at the end
+      onward, grads = backward(weights, kept, real)
+      onward = refs.update(arguments, grads, onward)
+    else:
+      onward = _step_within(refs, arguments, backward, weights, kept, real)
     return jnp.zeros(()), None, _fused_call.spread(onward, active.value)
 
   layer.defvjp(layer_fwd, layer_bwd, symbolic_zeros=True)
   return layer(step.token, refs.arguments, [*call.arrays, *closed])
+
+
+def _step_within(
+  refs: _fused_call.Refs,
+  arguments: Any,
+  backward: Callable[..., tuple[list[Any], dict[int, Any]]],
+  weights: list[Any],
+  kept: list[Any],
+  real: list[Any],
+) -> list[Any]:
+  """Runs the backward pass of a layer and steps each weight as soon as its gradient is complete.
+
+  Returns:
+    What the backward pass goes on with.
+  """
+
+  def flat(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], list[Any]]:
+    onward, grads = backward(weights, kept, real)
+    zeros = {i: jnp.zeros(w.shape, w.dtype) for i, w in zip(refs.leaves, weights, strict=True) if i not in grads}
+    return onward, [(grads | zeros)[i] for i in refs.leaves]
+
+  closed, (onward, _) = jax.make_jaxpr(flat, return_shape=True)(weights, kept, real)
+  count = len(onward)
+  wanted = [i >= count for i in range(count + len(refs.leaves))]
+  program = _jaxpr.flatten_towards(closed, wanted, _plan.FOLLOWED)
+  of_leaf = dict(zip(refs.leaves, program.outputs[count:], strict=True))
+  sites = _site.of_groups(refs.groups, of_leaf, dict(zip(refs.leaves, program.inputs, strict=False)))
+  values, states, shared = refs.values(arguments)
+  store = _evaluate.Whole(values | dict(zip(refs.leaves, weights, strict=True)), states, refs.groups)
+  env = dict(program.constants)
+  env.update(zip(program.inputs, jax.tree.leaves((weights, kept, real)), strict=True))
+  plan = _plan.make_plan(program, sites, program.outputs[:count], _WORTH_A_BARRIER)
+  _evaluate.evaluate(plan, env, store, [[shared[v] for v in group.shared] for group in refs.groups])
+  return refs.write(arguments, store.leaves, store.states, [_jaxpr.value(a, env) for a in program.outputs[:count]])
 
 
 def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, unroll: int) -> PyTree:

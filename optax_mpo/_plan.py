@@ -99,9 +99,13 @@ class Plan:
   last_use: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-def make_plan(program: _jaxpr.Program, sites: list[Site], results: Iterable[_jaxpr.Atom]) -> Plan:
-  """Plans the steps of `sites` in `program`, which has to compute `results` besides."""
-  return _Planner(program, sites, results).plan()
+def make_plan(program: _jaxpr.Program, sites: list[Site], results: Iterable[_jaxpr.Atom], at_least: int = 0) -> Plan:
+  """Plans the steps of `sites` in `program`, which has to compute `results` besides.
+
+  Steps outside of scans wait until their gradients have `at_least` bytes together, or for the end of the program: each
+  step is a barrier, over which XLA fuses nothing.
+  """
+  return _Planner(program, sites, results).plan(at_least)
 
 
 def gradient_bytes(plan: Plan, index: int) -> int:
@@ -127,7 +131,7 @@ class _Planner:
           self.users.setdefault(atom, []).append(i)
     self.result = Plan(program, sites)
 
-  def plan(self) -> Plan:
+  def plan(self, at_least: int) -> Plan:
     self._place_in_scans()
     end = len(self.program.operations)
     result = self.result
@@ -143,18 +147,33 @@ class _Planner:
       result.last_use.update((v, max(i, result.last_use.get(v, -1))) for v in read)
     result.last_use.update(dict.fromkeys(self.results, end))
     released = {r.index for scan in result.scans.values() for r in scan.released}
+    complete: list[tuple[int, int]] = []
     for index, site in enumerate(self.sites):
       if index in released:
         continue
-      due = self._due(site)
+      complete.append((self._due(site), index))
       if not site.placed[0]:
         site.placed = self._placed(site)
-      result.due.setdefault(due, []).append(index)
-      for atom in site.grads:
+    for due, indices in self._gathered(sorted(complete), at_least):
+      result.due.setdefault(due, []).extend(indices)
+      for atom in (a for index in indices for a in self.sites[index].grads):
         if isinstance(atom, int):
           result.last_use[atom] = max(due, result.last_use.get(atom, -1))
     self._place_ties()
     return result
+
+  def _gathered(self, complete: Iterable[tuple[int, int]], at_least: int) -> Iterable[tuple[int, list[int]]]:
+    """Puts sites together, in the order in which they are complete, until their gradients have `at_least` bytes."""
+    waiting: list[int] = []
+    size = 0
+    for due, index in complete:
+      waiting.append(index)
+      size += gradient_bytes(self.result, index)
+      if size >= at_least:
+        yield due, waiting
+        waiting, size = [], 0
+    if waiting:
+      yield len(self.program.operations) - 1, waiting
 
   def _made(self, atom: _jaxpr.Atom) -> int:
     return self.program.makers.get(atom, -1) if isinstance(atom, int) else -1

@@ -171,3 +171,22 @@ def _layers(
     if axis is not None:
       axes[var] = axis
   return env, axes
+
+
+def of_groups(groups: Sequence[Any], grads: Any, weights: Any) -> list[Site]:
+  """Sites for groups of a `_separable.Update`, with the atoms of gradients and the variables of weights by leaf."""
+  sites = []
+  for group in groups:
+    count, avals = len(group.leaves), [group.program.aval(v) for v in (*group.inputs, *group.shared)]
+    structs = [struct(a) for a in avals]
+    step = Step(
+      group.step,
+      tuple(structs[:count]),
+      tuple(structs[count : 2 * count]),
+      tuple(structs[2 * count : len(group.inputs)]),
+      tuple(structs[len(group.inputs) :]),
+    )
+    sites.append(
+      Site(group.leaves, tuple(grads[i] for i in group.leaves), tuple((weights[i],) for i in group.leaves), step)
+    )
+  return sites

@@ -23,7 +23,7 @@ ARROWS = {
   "_quantized": ({"_blocks", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_convert": ({"_blocks", "_compensated", "_formats", "_quantized", "_tree"}, {"jax", "optax"}),
   "flax": ({"_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
-  "checkpoint": ({"_tree"}, {"jax", "orbax"}),
+  "checkpoint": ({"_tree"}, {"jax", "numpy", "orbax"}),
   "_sharding": ({"_blocks", "_tree"}, {"jax"}),
   "_loss_scale": ({"_wrapping"}, {"jax", "optax"}),
   "_numerics": ({"_codec", "_compensated", "_formats", "_tree"}, {"jax", "optax"}),
@@ -34,13 +34,20 @@ ARROWS = {
   "_pullback": ({"_jaxpr"}, {"jax"}),
   "_modules": (set(), set()),  # Flax is looked up, not imported
   "_fused_call": ({"_handles", "_separable", "_tree"}, {"jax", "numpy"}),
-  "_microbatch": ({"_tree"}, {"jax"}),
-  "_layer": ({"_fused_call", "_handles", "_microbatch", "_modules", "_pullback"}, {"jax"}),
-  "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_site": ({"_jaxpr", "_stacked"}, {"jax"}),
   "_plan": ({"_jaxpr", "_site", "_stacked"}, {"jax"}),
+  "_evaluate": ({"_jaxpr", "_plan"}, {"jax"}),
+  "_microbatch": ({"_tree"}, {"jax"}),
+  "_layer": (
+    {"_evaluate", "_fused_call", "_handles", "_jaxpr", "_microbatch", "_modules", "_plan", "_pullback", "_site"},
+    {"jax"},
+  ),
+  "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree"}, {"jax"}),
-  "_release": ({"_jaxpr", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"}, {"jax", "optax"}),
+  "_release": (
+    {"_evaluate", "_jaxpr", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
+    {"jax", "optax"},
+  ),
   "_explain": ({"_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot

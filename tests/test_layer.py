@@ -4,7 +4,8 @@ The rival is the same loss function with arrays, `jax.value_and_grad`, `tx.updat
 
 Scanned layers are stepped one at a time, in a loop of another shape than the unfused update's. There LLVM is free to
 choose which product of a*b + c*d it takes into a fused multiply-add, in plain Optax as here, so that moving averages
-can differ in a last bit. These are compared with XLA's fusion off, where no operation is joined to another.
+can differ in a last bit. These are compared with XLA's fusion off, where no operation is joined to another. So are
+layers of a megabyte and more, whose backward pass is divided by the steps of its weights.
 """
 
 import functools
@@ -177,6 +178,35 @@ PLAIN = {
     lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "off" if "up" in str(path) else "on", params),
   ),
 }
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
+  def fn(p, x):
+    h = jax.nn.gelu(x @ p["up"] + p["bias"])
+    return x + (h @ p["down"]) * p["scale"], h.mean()
+
+  def loss_fn(params, x):
+    layer = mpo.fused_layer(fn, remat=remat)
+    x, first = layer(params["a"], x)
+    y, second = layer(params["b"], x)
+    return jnp.mean(y**2) + first * second
+
+  def weights(key):
+    up, down = jax.random.split(jax.random.key(key))
+    return {
+      "up": jax.random.normal(up, (512, 1024)) / 20,
+      "down": jax.random.normal(down, (1024, 512)) / 30,
+      "bias": jnp.full(1024, 0.1),
+      "scale": jnp.ones(512),
+    }
+
+  tx = mpo.compensated(optax.adamw(1e-3))
+  params, opt_state = mpo.init(tx, {"a": weights(1), "b": weights(2)})
+  jaxpr = str(jax.make_jaxpr(mpo.fused_value_and_update(loss_fn, tx))(params, opt_state, jnp.ones((4, 512))))
+  assert jaxpr.count("optimization_barrier") > 2 * 3, "only around the backward pass"
+  data = [(jax.random.normal(jax.random.key(i), (4, 512)),) for i in range(10)]
+  assert_equal_steps(loss_fn, tx, params, opt_state, data, scanned=True)
 
 
 @pytest.mark.parametrize("name", PLAIN)
