@@ -63,7 +63,9 @@ class RunCheckpoints:
       changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k in settings if before.get(k) != settings[k]]
       if changed:
         raise SettingsError(f"the checkpoints in {folder} are of another run: {', '.join(changed)}")
-    file.write_text(json.dumps(dict(settings), indent=1))
+    if jax.process_index() == 0:  # the others may read it at this moment
+      file.with_suffix(".new").write_text(json.dumps(dict(settings), indent=1))
+      file.with_suffix(".new").replace(file)
 
   def __enter__(self) -> "RunCheckpoints":
     return self

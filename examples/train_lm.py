@@ -22,6 +22,7 @@ but fp32 step each weight inside the backward pass, so that there is no tree of 
     python examples/train_lm.py --fused off --clip global # with a tree of gradients
     python examples/train_lm.py --fused layer             # the loss written with fused layers
     python examples/train_lm.py --checkpoint-dir runs/ckpt # and after whatever stopped it, the same with --resume
+    python examples/train_lm.py --shard fsdp --cpu-devices 4   # params and state in parts, one on each device
     python examples/train_lm.py --layers 12 --width 768 --heads 12 --context 1024 --batch 32 --scan --remat \
       --learning-rate 6e-4                                # a size for a GPU
 
@@ -31,27 +32,26 @@ third without everything. With --checkpoint-dir, params, optimizer state and los
 goes on from there to the last bit.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import io
 import math
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lm_data
+import lm_mesh
 import numpy as np
 import optax
 from lm_checkpoint import Progress, RunCheckpoints, SettingsError
+from lm_config import MODES, Config, UsageError, make_folder, make_parser
 from lm_model import Transformer, fused_next_byte_loss, init_params, is_matrix, largest_layer, next_byte_loss
 from lm_report import NOTES, Run, count_held, count_parameters, draw_losses, make_table, write_json
 from rich.console import Console
@@ -63,96 +63,10 @@ import optax_mpo as mpo
 PyTree = Any
 
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
-MODES = ("fp32", "bf16", "mpo16", "mpo8", "mpo4", "compact")
-FUSED = ("auto", "layer", "off")
-CLIPS = ("global", "element", "none")
 
 # By default XLA may leave out roundings to bf16 where it fuses operations, in each program in its own way. Without that
 # freedom, programs that ask for the same roundings get the same numbers: so fp32 and mpo16 can be compared bit for bit.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
-
-
-class UsageError(Exception):
-  """A setting that cannot work, with what to do about it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """The settings of a training; the flags of the same names say what they are.
-
-  `warmup=None` is a tenth of the steps; `clip=None` is by element, or where nothing is fused by global norm.
-  """
-
-  storage: str = "mpo16"
-  fused: str = "auto"
-  clip: str | None = None
-  layers: int = 3
-  width: int = 128
-  heads: int = 4
-  context: int = 128
-  batch: int = 16
-  steps: int = 1000
-  learning_rate: float = 3e-3
-  weight_decay: float = 0.1
-  warmup: int | None = None
-  seed: int = 0
-  eval_batches: int = 20
-  scan: bool = False
-  remat: bool = False
-  output_dir: str = "runs/train_lm"
-  checkpoint_dir: str | None = None
-  checkpoint_every: int = 100
-  keep: int = 3
-  resume: bool = False
-
-  @property
-  def warmup_steps(self) -> int:
-    return self.steps // 10 if self.warmup is None else self.warmup
-
-  @property
-  def clipping(self) -> str:
-    return self.clip or ("global" if self.fused == "off" else "element")
-
-  def check(self) -> None:
-    """Raises `UsageError` for settings that no text could make work."""
-    if self.resume and self.checkpoint_dir is None:
-      raise UsageError("--resume needs the --checkpoint-dir to go on from")
-    if self.fused == "layer" and self.storage == "fp32":
-      raise UsageError(
-        "--fused layer steps weights where they are used, and fp32 uses a cast of them: take another --storage"
-      )
-    if self.fused == "layer" and self.clipping == "global":
-      raise UsageError(
-        "--clip global needs the norm of all gradients, and with --fused layer they are never there at one time: "
-        "use --clip element or --clip none, or --fused auto"
-      )
-    for name in ("layers", "width", "heads", "context", "batch", "steps", "eval_batches", "checkpoint_every", "keep"):
-      if getattr(self, name) < 1:
-        raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: make it 1 or more")
-    if self.width % (2 * self.heads):
-      raise UsageError(
-        f"--width {self.width} does not split into {self.heads} heads of an even size: make it a multiple of "
-        f"{2 * self.heads}, such as {-(-self.width // (2 * self.heads)) * 2 * self.heads}, or change --heads"
-      )
-    if not 0 < self.learning_rate < float("inf"):
-      raise UsageError(f"--learning-rate is {self.learning_rate}: make it greater than 0, such as 3e-3")
-    if not 0 <= self.weight_decay < float("inf"):
-      raise UsageError(f"--weight-decay is {self.weight_decay}: make it 0 or greater")
-    if not 0 <= self.warmup_steps < self.steps:
-      raise UsageError(f"--warmup is {self.warmup}: make it 0 or more and less than --steps, {self.steps}")
-    if not 0 <= self.seed < 2**32:
-      raise UsageError(f"--seed is {self.seed}: make it 0 or more and less than 2^32")
-
-  def check_text(self, corpus: lm_data.Corpus) -> None:
-    """Raises `UsageError` where a window does not fit into the text."""
-    shortest = min(len(corpus.train), len(corpus.validation))
-    if not shortest:
-      raise UsageError("this Python has no standard library sources to train on: run one that was installed with them")
-    if self.context >= shortest:
-      raise UsageError(
-        f"--context {self.context} does not fit: the shorter of the two texts has {shortest} bytes, so make it "
-        f"{shortest - 1} or less (the text is the source of Python's standard library)"
-      )
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -253,7 +167,8 @@ class Interrupts:
   @contextlib.contextmanager
   def counted(self) -> Iterator[None]:
     """Within the context Ctrl-C counts; outside the main thread, where Python gives no signals, nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
+    # Where several processes train together, one that stops by itself would leave the others waiting.
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
       yield
       return
     previous = signal.signal(signal.SIGINT, self.handle)
@@ -281,6 +196,7 @@ def train(
   storage: Storage,
   text: np.ndarray,
   model: Transformer,
+  placement: lm_mesh.Placement,
   console: Console,
   interrupts: Interrupts,
   checkpoints: RunCheckpoints,
@@ -290,15 +206,16 @@ def train(
   Returns:
     The run without a validation loss, and the weights; None where no step was made.
   """
-  params, opt_state = jax.jit(storage.init)(init_params(model, jax.random.key(config.seed)))
+  params, opt_state = placement.init(lambda: init_params(model, jax.random.key(config.seed)), storage.init)
   parameters, held = count_parameters(params), count_held(params, opt_state)
   gradients = storage.gradients(params, opt_state, lm_data.training_batch(text, 1, config.context, config.seed, 0))
 
-  def batch_at(step: int) -> np.ndarray:
-    return lm_data.training_batch(text, config.batch, config.context, config.seed, step)
+  def batch_at(step: int) -> Any:
+    return placement.batch(lm_data.training_batch(text, config.batch, config.context, config.seed, step))
 
   # Both are donated: the new ones take over their memory.
-  jitted = jax.jit(storage.step, donate_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
+  results = placement.results(params, opt_state)
+  jitted = jax.jit(storage.step, donate_argnums=(0, 1), out_shardings=results, compiler_options=COMPILER_OPTIONS)
   started = time.perf_counter()
   step_fn = jitted.lower(params, opt_state, batch_at(0)).compile()
   console.print(
@@ -327,7 +244,8 @@ def train(
   checkpoints.save(Progress(params, opt_state, losses), last=True)
   if not losses:
     return None
-  run = Run(config.storage, parameters, held, np.array(losses), config.steps, speed, gradients / parameters)
+  found = np.array([float(loss) for loss in losses])
+  run = Run(config.storage, parameters, held, found, config.steps, speed, gradients / parameters)
   return run, jax.jit(storage.weights)(params)
 
 
@@ -336,6 +254,7 @@ def evaluate(
   text: np.ndarray,
   loss_fn: Callable[[PyTree, Any], jax.Array],
   weights: PyTree,
+  placement: lm_mesh.Placement,
   interrupts: Interrupts,
 ) -> float:
   """Returns the mean loss over windows spread evenly over `text`, in nats per byte; NaN where Ctrl-C ended it."""
@@ -344,14 +263,16 @@ def evaluate(
   for batch in lm_data.validation_batches(text, config.eval_batches, config.batch, config.context):
     if interrupts.count > 1:
       return math.nan
-    losses.append(float(compiled(weights, batch)))
+    losses.append(float(compiled(weights, placement.batch(batch))))
   return float(np.mean(losses))
 
 
 def open_checkpoints(config: Config, console: Console) -> RunCheckpoints:
   """The checkpoints of a run, in a folder named after its storage; none without --checkpoint-dir."""
   folder = make_folder("--checkpoint-dir", config.checkpoint_dir, config.storage) if config.checkpoint_dir else None
-  free = ("output_dir", "eval_batches", "checkpoint_dir", "checkpoint_every", "keep", "resume")
+  # A run can go on in other processes and on another mesh, in another order of sums.
+  free = {"output_dir", "eval_batches", "checkpoint_dir", "checkpoint_every", "keep", "resume"}
+  free |= {"shard", "cpu_devices", "coordinator_address", "num_processes", "process_id"}
   settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
   try:
     return RunCheckpoints(folder, settings, config.checkpoint_every, config.keep, config.resume, console)
@@ -363,6 +284,7 @@ def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, cons
   """Trains one model per mode. Returns the runs there are, and whether all was done without an interruption."""
   model = Transformer(config.layers, config.width, config.heads, config.scan, config.remat)
   loss_fn = functools.partial(next_byte_loss, model)
+  placement = lm_mesh.Placement(config)
   runs: list[Run] = []
   interrupts = Interrupts()
   with interrupts.counted():
@@ -370,109 +292,34 @@ def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, cons
       storage = make_storage(mode, model, make_optimizer(config), config.fused)
       one = dataclasses.replace(config, storage=mode)
       with open_checkpoints(one, console) as checkpoints:
-        trained = train(one, storage, corpus.train, model, console, interrupts, checkpoints)
+        trained = train(one, storage, corpus.train, model, placement, console, interrupts, checkpoints)
       if trained:
         run, weights = trained
-        loss = evaluate(config, corpus.validation, loss_fn, weights, interrupts)
+        loss = evaluate(config, corpus.validation, loss_fn, weights, placement, interrupts)
         runs.append(run._replace(validation_loss=loss))
       if interrupts.count:
         break
   return runs, not interrupts.count
 
 
-class OneLineParser(argparse.ArgumentParser):
-  """A parser whose errors are one line, without the usage, which is long here."""
-
-  def error(self, message: str) -> NoReturn:
-    self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
-def make_parser() -> argparse.ArgumentParser:
-  """The flags; those with a default take it from `Config`."""
-  parser = OneLineParser(
-    prog="train_lm.py",
-    description="Train a byte-level Transformer on the Python standard library, keeping its weights in a chosen way.",
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
-
-  def add(flag: str, kind: Callable[[str], Any], help_text: str) -> None:
-    default = getattr(Config, flag.removeprefix("--").replace("-", "_"))
-    parser.add_argument(flag, type=kind, default=default, help=help_text)
-
-  which = parser.add_mutually_exclusive_group()
-  which.add_argument("--storage", choices=MODES, default=Config.storage, help="how the weights are kept")
-  which.add_argument(
-    "--compare",
-    nargs="*",
-    choices=MODES,
-    metavar="MODE",
-    default=argparse.SUPPRESS,
-    help="train several from the same seed and data, into one table and plot; without a list, all: " + ", ".join(MODES),
-  )
-  parser.add_argument(
-    "--fused",
-    choices=FUSED,
-    default=Config.fused,
-    help="auto: weights are stepped inside the backward pass of the loss (but for fp32); layer: the same, by a loss "
-    "that is written with fused layers; off: after it",
-  )
-  parser.add_argument(
-    "--clip",
-    choices=CLIPS,
-    default=argparse.SUPPRESS,
-    help="clip gradients to 1: their global norm, or each element (default: element, or with --fused off global); "
-    "global with --fused auto makes two backward passes",
-  )
-  add("--layers", int, "blocks of the Transformer")
-  add("--width", int, "features per position")
-  add("--heads", int, "attention heads")
-  add("--context", int, "bytes that the model sees at once")
-  add("--batch", int, "windows per step")
-  add("--steps", int, "training steps")
-  add("--learning-rate", float, "the peak, after the warmup")
-  add("--weight-decay", float, "AdamW's decay of all matrices")
-  parser.add_argument(
-    "--warmup",
-    type=int,
-    default=argparse.SUPPRESS,
-    help="steps until the peak learning rate (default: a tenth of the steps)",
-  )
-  add("--seed", int, "for the weights and the order of the data")
-  add("--eval-batches", int, "batches of held-out files to validate on")
-  boolean = argparse.BooleanOptionalAction
-  parser.add_argument("--scan", action=boolean, default=Config.scan, help="one lax.scan over the layers")
-  parser.add_argument("--remat", action=boolean, default=Config.remat, help="recompute activations per layer")
-  add("--output-dir", str, "folder for loss.png and results.json")
-  parser.add_argument(
-    "--checkpoint-dir", default=argparse.SUPPRESS, help="folder for checkpoints (default: none are made)"
-  )
-  add("--checkpoint-every", int, "steps from one checkpoint to the next")
-  add("--keep", int, "how many checkpoints are kept, the last ones")
-  parser.add_argument("--resume", action="store_true", default=Config.resume, help="go on from the last checkpoint")
-  return parser
-
-
-def make_folder(flag: str, name: str, *inside: str) -> Path:
-  """Makes a folder, before anything is trained for it."""
-  path = Path(name, *inside)
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UsageError(f"{flag} {name} cannot be made ({error.strerror}): name another folder") from error
-  if not os.access(path, os.W_OK):
-    raise UsageError(f"{flag} {name} is not writable: name another folder")
-  return path
+def describe_devices(config: Config) -> str:
+  kind, processes = jax.devices()[0].device_kind, jax.process_count()
+  if config.shard == "none":
+    return kind
+  return f"{jax.device_count()} x {kind}{f' in {processes} processes' if processes > 1 else ''}, {config.shard}"
 
 
 def train_and_report(config: Config, modes: Sequence[str], console: Console) -> bool:
   """Trains, reports and writes the files. Returns whether it came to the end without an interruption."""
   for mode in modes:
     dataclasses.replace(config, storage=mode).check()
+  lm_mesh.start(config)
+  console.quiet = jax.process_index() > 0
   corpus = lm_data.load_corpus()
   config.check_text(corpus)
   folder = make_folder("--output-dir", config.output_dir)
   console.print(
-    f"{jax.devices()[0].device_kind}, JAX {jax.__version__}. Training text: {len(corpus.train):,} bytes of "
+    f"{describe_devices(config)}, JAX {jax.__version__}. Training text: {len(corpus.train):,} bytes of "
     f"{corpus.train_files} files; held out: {len(corpus.validation):,} bytes of {corpus.validation_files}."
   )
   runs, finished = train_all(config, modes, corpus, console)
@@ -483,8 +330,9 @@ def train_and_report(config: Config, modes: Sequence[str], console: Console) -> 
   console.print(make_table(runs))
   console.print()
   console.print(NOTES.format(unigram_bits=lm_data.unigram_bits(corpus)))
-  write_json(folder / "results.json", {**dataclasses.asdict(config), "warmup": config.warmup_steps}, runs)
-  draw_losses(folder / "loss.png", runs)
+  if jax.process_index() == 0:
+    write_json(folder / "results.json", {**dataclasses.asdict(config), "warmup": config.warmup_steps}, runs)
+    draw_losses(folder / "loss.png", runs)
   console.print(f"\nWrote {folder / 'loss.png'} and {folder / 'results.json'}")
   return finished
 

@@ -5,7 +5,8 @@ last few and makes a checkpoint appear whole or not at all. What it does not do 
 name, or to notice that a byte has changed since; and its storage has no 4-bit integers.
 
 How: the tree is stored as a list of its leaves, beside a list of their names, shapes, dtypes and checksums. A checksum
-is a sum of hashes of the elements and their places, so that it does not depend on how an array is sharded.
+is a sum of hashes of the elements and their places, so that it does not depend on how an array is sharded. Where
+several processes train together, an array that each of them has for itself is saved once, as one on all devices.
 
 Needs orbax-checkpoint: `pip install 'optax_mpo[checkpoint]'`.
 """
@@ -19,9 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo import _tree
 
@@ -86,7 +88,8 @@ class Checkpointer:
 
     Args:
       step: a number greater than those before.
-      tree: arrays, on any devices: params, optimizer state, random keys, whatever the run needs to go on.
+      tree: arrays, on any devices: params, optimizer state, random keys, whatever the run needs to go on. With several
+        processes all of them save together, and what is not sharded over them has to be the same in each.
 
     Raises:
       ValueError: where there is a checkpoint of this step or of a later one.
@@ -95,7 +98,7 @@ class Checkpointer:
     if latest is not None and step <= latest:
       raise ValueError(f"Checkpointer.save: step {step} is not after {latest}, the last in {self.directory}.")
     names, leaves = _flatten(tree)
-    stored = [_to_stored(leaf) for leaf in leaves]
+    stored = [_on_all(_to_stored(leaf)) for leaf in leaves]
     about = {
       "format": _FORMAT,
       "leaves": [
@@ -205,17 +208,37 @@ def _to_stored(leaf: Any) -> jax.Array:
 
 
 def _from_stored(stored: jax.Array, like: Any) -> jax.Array:
+  if not stored.is_fully_addressable and _is_local(getattr(like, "sharding", None)):
+    stored = jax.device_put(np.asarray(stored), getattr(like, "sharding", None) if not _is_key(like) else None)
   if _is_key(like):
     return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(like))
   return stored.astype(like.dtype)
 
 
+def _is_local(sharding: Any) -> bool:
+  return sharding is None or sharding.is_fully_addressable
+
+
+def _all_devices() -> NamedSharding:
+  return NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
+
+
+def _on_all(x: jax.Array) -> jax.Array:
+  """An array of this process alone, of which each process has the same, as one of all processes."""
+  if jax.process_count() == 1 or not x.is_fully_addressable:
+    return x
+  return jax.make_array_from_process_local_data(_all_devices(), np.asarray(x), x.shape)
+
+
 def _struct(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
   """The shape, dtype and sharding to restore a leaf in."""
-  sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+  one = SingleDeviceSharding(jax.devices()[0]) if jax.process_count() == 1 else _all_devices()
+  sharding = getattr(leaf, "sharding", None) or one
+  if jax.process_count() > 1 and _is_local(sharding):
+    sharding = one
   if _is_key(leaf):
     data = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=one)
   try:
     sharding.shard_shape(leaf.shape)
   except ValueError as error:
@@ -261,4 +284,13 @@ def _hashes(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checksums(stored: list[jax.Array]) -> list[int]:
-  return [int(x) for x in _hashes(stored)]
+  found = [0] * len(stored)
+  by_devices: dict[Any, list[int]] = {}
+  for i, x in enumerate(stored):
+    mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
+    devices = mesh.devices.flat if isinstance(mesh, Mesh) else x.sharding.device_set
+    by_devices.setdefault(tuple(d.id for d in devices), []).append(i)
+  for indices in by_devices.values():  # one program does not take arrays of several meshes
+    for i, x in zip(indices, _hashes([stored[i] for i in indices]), strict=True):
+      found[i] = int(x)
+  return found

@@ -17,7 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # as for `python examples/train_lm.py`, so that its own imports work
 
+import lm_config  # noqa: E402
 import lm_data  # noqa: E402
+import lm_mesh  # noqa: E402
 import lm_model  # noqa: E402
 import lm_report  # noqa: E402
 import train_lm  # noqa: E402
@@ -93,7 +95,7 @@ def test_fused_runs_have_the_same_losses_bit_for_bit(tmp_path, capsys, monkeypat
     options = {**train_lm.COMPILER_OPTIONS, "xla_backend_optimization_level": 0}
     monkeypatch.setattr(train_lm, "COMPILER_OPTIONS", options)
   runs = {}
-  for fused in train_lm.FUSED:
+  for fused in lm_config.FUSED:
     if (fused, clip) != ("layer", "global"):
       runs[fused] = train(tmp_path / fused, "--fused", fused, "--clip", clip, *flags)["mpo16"]
       gradients = runs[fused]["gradient_bytes_per_parameter"]
@@ -292,7 +294,8 @@ def test_a_second_ctrl_c_ends_the_evaluation_and_a_third_everything(tmp_path):
 
   text = np.zeros(100, np.uint8)
   config = train_lm.Config(context=16, batch=1, eval_batches=1)
-  assert np.isnan(train_lm.evaluate(config, text, lambda weights, batch: jnp.float32(1), None, interrupts))
+  placement = lm_mesh.Placement(config)
+  assert np.isnan(train_lm.evaluate(config, text, lambda weights, batch: jnp.float32(1), None, placement, interrupts))
 
 
 def test_a_run_without_evaluation_is_reported(tmp_path):
