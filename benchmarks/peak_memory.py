@@ -3,10 +3,12 @@
     pip install -e '.[benchmarks]'
     python benchmarks/peak_memory.py                                        # everything; about half an hour on 2 cores
     python benchmarks/peak_memory.py --models lm-350m --modes optax-f32 mpo-16 --optimizers adamw
+    python benchmarks/peak_memory.py --models lm-1.3b-fsdp8 lm-70b-fsdp8       # bytes of one of eight devices
     python benchmarks/peak_memory.py --list
 
 Each row is one step compiled by XLA:GPU (`optax_mpo.gpu_memory`) with params and optimizer state donated: its
-arguments, outputs and temporaries in bytes per parameter and GiB. Prints a table per optimizer and writes
+arguments, outputs and temporaries in bytes per parameter and GiB; for a model that is sharded over several devices, the
+bytes are those of one device, and per parameter those of all. Prints a table per optimizer and writes
 peak_memory.json and peak_memory.png to --output-dir. Rows that the JSON has already are kept unless --fresh is given
 or their mode or model is asked for by name.
 """
@@ -35,6 +37,7 @@ import optax_mpo as mpo
 if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import fsdp
 from benchmarks.models import Model, language_model, resnet50, vit
 from benchmarks.modes import MODES, OPTIMIZERS
 
@@ -49,9 +52,16 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-1.3b": lambda: language_model("1.3b"),
   "lm-8.8b": lambda: language_model("8.8b"),
   "lm-70b": lambda: language_model("70b"),
+  "lm-1.3b-fsdp8": lambda: language_model("1.3b", batch=8),
+  "lm-70b-fsdp8": lambda: language_model("70b", batch=8),
   "resnet50": resnet50,
   "vit-l16": lambda: vit("vit-l16"),
 }
+# Fully sharded over so many devices, and measured for another target than the others where the card matters.
+DEVICES = {"lm-1.3b-fsdp8": 8, "lm-70b-fsdp8": 8}
+TARGETS = {"lm-70b-fsdp8": "h100"}
+# What cannot be sharded like the params (flashoptim-jax ravels its state) has no rows there.
+SHARDED_MODES = ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
 # The other optimizers on models where they are used; the paper's SGD on a ResNet among them.
 MODELS_OF = {
   "adamw": tuple(MODELS),
@@ -63,7 +73,7 @@ MODELS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One measured step; bytes are those of one device. `error` says why there are none."""
+  """One measured step; bytes are those of one of `devices`. `error` says why there are none."""
 
   model: str
   parameters: int
@@ -76,6 +86,10 @@ class Row:
   fits: bool = False
   seconds: float = 0.0
   error: str = ""
+  devices: int = 1
+
+  def per_parameter(self, device_bytes: int) -> float:
+    return device_bytes * self.devices / self.parameters
 
   @property
   def key(self) -> tuple[str, str, str, str]:
@@ -86,12 +100,16 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
   """Compiles one step for `target` and returns its bytes."""
   model = MODELS[model_name]()
   started = time.perf_counter()
-  row = Row(model_name, model.count, mode, optimizer, target)
+  devices = DEVICES.get(model_name, 1)
+  row = Row(model_name, model.count, mode, optimizer, target, devices=devices)
   try:
     training = MODES[mode].build(model, optimizer)
-    report = mpo.gpu_memory(
-      training.step, training.params, training.opt_state, model.batch, donate_argnums=(0, 1), target=target
-    )
+    if devices > 1:
+      step, *args = fsdp.shard(training, model.batch, devices)
+      report = mpo.gpu_memory(step, *args, target=target, devices=devices)
+    else:
+      args = (training.params, training.opt_state, model.batch)
+      report = mpo.gpu_memory(training.step, *args, donate_argnums=(0, 1), target=target)
   except Exception as error:  # a rival that does not compile is a row, not the end of the benchmark
     return dataclasses.replace(row, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
   return dataclasses.replace(
@@ -105,11 +123,11 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
 
 
 def make_tables(rows: Sequence[Row]) -> Iterable[Table]:
-  """One table per optimizer: bytes per parameter in all, of the held state in brackets, and GiB."""
-  for optimizer in dict.fromkeys(row.optimizer for row in rows):
-    some = [row for row in rows if row.optimizer == optimizer]
+  """One table per optimizer and target: bytes per parameter in all, of the held state in brackets, and GiB."""
+  for optimizer, target in dict.fromkeys((row.optimizer, row.target) for row in rows):
+    some = [row for row in rows if (row.optimizer, row.target) == (optimizer, target)]
     models = list(dict.fromkeys(row.model for row in some))
-    table = Table(title=f"{optimizer}, {some[0].target}: bytes per parameter at the peak (held state), GiB")
+    table = Table(title=f"{optimizer}, {target}: bytes per parameter at the peak (held state), GiB")
     table.add_column("")
     for model in models:
       table.add_column(model, justify="right")
@@ -124,8 +142,9 @@ def describe(row: Row | None) -> str:
     return ""
   if row.error:
     return "does not compile"
-  total, held = row.total_bytes / row.parameters, row.argument_bytes / row.parameters
-  return f"{total:.2f} ({held:.2f})\n{row.total_bytes / GIB:.2f} GiB{'' if row.fits else ', does not fit'}"
+  total, held = row.per_parameter(row.total_bytes), row.per_parameter(row.argument_bytes)
+  each = "" if row.devices == 1 else " each"
+  return f"{total:.2f} ({held:.2f})\n{row.total_bytes / GIB:.2f} GiB{each}{'' if row.fits else ', does not fit'}"
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
@@ -140,8 +159,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
   for i, mode in enumerate(modes):
     cells = [(j, row) for j, model in enumerate(models) for row in some if (row.model, row.mode) == (model, mode)]
     x = [j + (i - (len(modes) - 1) / 2) * width for j, _ in cells]
-    held = [row.argument_bytes / row.parameters for _, row in cells]
-    rest = [row.total_bytes / row.parameters - h for (_, row), h in zip(cells, held, strict=True)]
+    held = [row.per_parameter(row.argument_bytes) for _, row in cells]
+    rest = [row.per_parameter(row.total_bytes) - h for (_, row), h in zip(cells, held, strict=True)]
     axes.bar(x, held, width * 0.92, color=f"C{i}", label=MODES[mode].label)
     axes.bar(x, rest, width * 0.92, bottom=held, color=f"C{i}", alpha=0.4)
   axes.set_xticks(range(len(models)), models)
@@ -179,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
   wanted = [
-    (model, mode, optimizer, args.target)
+    (model, mode, optimizer, TARGETS.get(model, args.target))
     for optimizer in args.optimizers
     for model in args.models or MODELS_OF[optimizer]
-    for mode in args.modes or MODES
+    for mode in args.modes or (SHARDED_MODES if model in DEVICES else MODES)
   ]
   args.output_dir.mkdir(parents=True, exist_ok=True)
   path = args.output_dir / "peak_memory.json"
@@ -199,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       progress.advance(task)
   for table in make_tables([rows[key] for key in wanted]):
     console.print(table)
-  draw(args.output_dir / "peak_memory.png", [row for row in read_rows(path) if row.target == args.target])
+  draw(args.output_dir / "peak_memory.png", [r for r in read_rows(path) if (r.target, r.devices) == (args.target, 1)])
   console.print(f"Wrote {path} and {path.with_suffix('.png')}")
   return 0
 

@@ -1,8 +1,8 @@
 """Where the arrays of train_lm.py lie: on one device, or on all devices of all processes.
 
 data: every device has all weights, and its part of each batch. fsdp: weights and optimizer state lie in parts, too, one
-on each device, and XLA gathers a weight where it is used. Where several processes take part, each holds the parts of its
-own devices of arrays that are those of all; the program is the one that a single process would run on as many devices.
+on each device, and XLA gathers a weight where it is used. Of several processes, each holds its own devices' parts of
+arrays that are those of all; the program is the one that a single process would run on as many devices.
 """
 
 import math

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here; without this, JAX looks for a GPU and complains
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -33,12 +32,13 @@ import optax_mpo as mpo
 if __name__ == "__main__":  # run as a script: the root of the repository, with the models, is not on the path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import fsdp
 from benchmarks.models import LM_SIZES, language_model
 from benchmarks.modes import MODES, OPTIMIZERS
 
 PyTree = Any
 GIB = 2**30
-STORAGES = ("optax-f32", "optax-bf16", "mpo-16", "mpo-8", "mpo-4")
+STORAGES = ("optax-f32", "optax-bf16", "mpo-16", "mpo-8", "mpo-16-auto", "mpo-compact-auto")
 
 
 class Cell(NamedTuple):
@@ -55,44 +55,15 @@ class Cell(NamedTuple):
     return self.peak is not None and self.peak <= self.memory
 
 
-def shard(tree: PyTree, devices: int, first_axis: bool = False) -> PyTree:
-  """Lays each leaf of ShapeDtypeStructs over `devices`, along its largest (or first) axis if that divides."""
-  if devices == 1:
-    return tree
-  mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-
-  def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    axes = [i for i, size in enumerate(x.shape) if size % devices == 0]
-    axes = axes[:1] if first_axis else sorted(axes, key=lambda i: -x.shape[i])[:1]
-    spec = PartitionSpec(*("data" if i in axes else None for i in range(len(x.shape))))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-  return jax.tree.map(leaf, tree)
-
-
-def held_bytes(tree: PyTree, devices: int) -> int:
-  """Returns the bytes of a tree on one device, as `shard` lays it out; a uint4 takes half a byte."""
-
-  def leaf(x: jax.ShapeDtypeStruct) -> int:
-    parts = devices if any(size % devices == 0 for size in x.shape) else 1
-    return -(-x.size // parts * (4 if x.dtype.name == "uint4" else 8 * x.dtype.itemsize) // 8)
-
-  return sum(leaf(x) for x in jax.tree.leaves(tree))
-
-
 def plan(args: argparse.Namespace, storage: str, batch: int, memory: int) -> Cell:
   """Measures one cell; `memory` is that of the card."""
   model = language_model(args.model, batch=batch, context=args.context)
   training = MODES[storage].build(model, args.optimizer)
-  state = (training.params, training.opt_state)
-  held = held_bytes(state, args.devices)
+  step, params, opt_state, tokens = fsdp.shard(training, model.batch, args.devices)
+  held = fsdp.held_bytes((params, opt_state))
   if held > memory:
     return Cell(storage, batch, held, None, memory)
-  params, opt_state = shard(state, args.devices)
-  tokens = shard(model.batch, args.devices, first_axis=True)
-  report = mpo.gpu_memory(
-    training.step, params, opt_state, tokens, donate_argnums=(0, 1), target=args.target, devices=args.devices
-  )
+  report = mpo.gpu_memory(step, params, opt_state, tokens, target=args.target, devices=args.devices)
   return Cell(storage, batch, held, report.total_bytes, memory)
 
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from optax_mpo import _handles, _separable, _tree
+from optax_mpo import _handles, _order, _separable, _tree
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
@@ -216,10 +215,9 @@ class Refs:
 
     XLA would make all new values of the layer before it writes the first, and together they are six times as large as
     the gradients. So each part is read and written at an index that depends on what the part before has written, and
-    the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both). XLA
-    cannot know that `never` is zero; an optimization barrier would not do, as XLA takes out what is not used.
+    the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both).
     """
-    never = index >> 30
+    count = 0
     done = [ct[(0,) * ct.ndim] for ct in [*onward, *grads.values()] if ct.size]
     for group in self.groups:
       refs, shared = self._of(group, arguments)
@@ -229,21 +227,13 @@ class Refs:
       ]
       small = sum(ref.size for ref in refs) <= _SMALL * layers
       for part, outputs in [(group, list(range(len(refs))))] if small else group.parts():
-        at = index + never * sum(lax.convert_element_type(x, jnp.int32) for x in done)
+        count += 1
+        at = _order.after(index, done, count)
         new = part.run_layer([*gradients, *(ref[at] for ref in refs)], shared, at, layers)
         for k, value in zip(outputs, new, strict=True):
           refs[k][at] = value
         if not small:
           done = [refs[k][(0,) * refs[k].ndim] for k in outputs]
-
-
-def in_order(values: PyTree) -> PyTree:
-  """Returns arrays whose layout in memory XLA may not choose.
-
-  The backward pass of a layer may want a transposed activation; XLA then transposes those of all layers, before the
-  loop over them.
-  """
-  return [with_layout_constraint(v, Layout(tuple(range(v.ndim)))) if is_float(v) else v for v in values]
 
 
 def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _evaluate, _fused_call, _handles, _jaxpr, _microbatch, _modules, _plan, _pullback, _site
+from optax_mpo import _evaluate, _fused_call, _handles, _jaxpr, _microbatch, _modules, _order, _plan, _pullback, _site
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
@@ -395,7 +395,7 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
       ys = [jnp.zeros(a.shape, a.dtype) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
       real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if _fused_call.is_float(a))]
       grads, more, onward = pullback.backward(
-        weights, constants, _fused_call.in_order(kept), _fused_call.all_cotangents(real, avals)
+        weights, constants, _order.in_order(kept), _fused_call.all_cotangents(real, avals)
       )
       sums = [a + b for a, b in zip(sums, more, strict=True)]
       refs.update_layer(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), onward, index, layers)

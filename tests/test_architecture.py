@@ -33,13 +33,15 @@ ARROWS = {
   "_handles": ({"_separable", "_tree"}, {"jax"}),
   "_pullback": ({"_jaxpr"}, {"jax"}),
   "_modules": (set(), set()),  # Flax is looked up, not imported
-  "_fused_call": ({"_handles", "_separable", "_tree"}, {"jax", "numpy"}),
+  "_order": (set(), {"jax"}),
+  "_fused_call": ({"_handles", "_order", "_separable", "_tree"}, {"jax", "numpy"}),
   "_site": ({"_jaxpr", "_stacked"}, {"jax"}),
   "_plan": ({"_jaxpr", "_site", "_stacked"}, {"jax"}),
   "_evaluate": ({"_jaxpr", "_plan"}, {"jax"}),
   "_microbatch": ({"_tree"}, {"jax"}),
   "_layer": (
-    {"_evaluate", "_fused_call", "_handles", "_jaxpr", "_microbatch", "_modules", "_plan", "_pullback", "_site"},
+    {"_evaluate", "_fused_call", "_handles", "_jaxpr", "_microbatch", "_modules", "_order", "_plan", "_pullback"}
+    | {"_site"},
     {"jax"},
   ),
   "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),

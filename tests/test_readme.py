@@ -74,6 +74,26 @@ def test_the_memory_tables_are_those_of_the_committed_json(page):
     assert cells == want, label
 
 
+def test_the_table_of_sharded_steps_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r.get("devices", 1) == 8}
+  page = (ROOT / "docs/ecosystem.md").read_text()
+  lines = (
+    page.split("<!-- benchmarks/results/peak_memory.json, eight devices -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  )
+  assert len(lines) == 6
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    want = []
+    for model in ("lm-1.3b-fsdp8", "lm-70b-fsdp8"):
+      r = found[modes[label], model]
+      total, held = (8 * r[key] / r["parameters"] for key in ("total_bytes", "argument_bytes"))
+      each = f"{r['total_bytes'] / 2**30:.1f} GiB{'' if r['fits'] else ', does not fit'}"
+      want += [f"{total:.2f} ({held:.2f})", each]
+    assert cells == want, label
+
+
 def test_the_accuracy_table_is_that_of_the_committed_json():
   tasks = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text())["tasks"]
   assert all(len(runs) >= 3 for task in tasks.values() for runs in task["losses"].values())

@@ -1,0 +1,64 @@
+"""What XLA is to keep in order: which value is computed first, and how a slice lies in memory.
+
+Why: in a scan over layers, XLA would make all new values of a layer before it writes the first of them into its stack.
+Optimization barriers do not prevent that, since XLA takes them out early, and what nobody uses at once. And the
+backward pass of a layer may want an activation transposed; XLA then transposes those of all layers, before the loop.
+
+How: operations that are lowered in one way for one device, and in another for several, over which the numbers that they
+are given may be spread: there they must not make the devices wait for each other.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+PyTree = Any
+
+
+def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
+  """Returns `index`, i32[] and less than 2^30, as a value that XLA knows only when the numbers `done` are there.
+
+  On several devices it may know it before, but not that it is `index`: what is read there and was just written is read
+  again all the same.
+
+  Args:
+    index: what is returned.
+    done: numbers of any dtype, without axes.
+    count: another one for each call with the same index.
+  """
+  return _after.bind(index, *done, count=count)
+
+
+def in_order(values: PyTree) -> list[Any]:
+  """Returns arrays, of which the floating ones have their axes in order in memory, where that is on one device."""
+  floating = [jnp.issubdtype(v.dtype, jnp.floating) for v in values]
+  return [_row_major.bind(v) if is_float else v for v, is_float in zip(values, floating, strict=True)]
+
+
+def _primitive(name: str, one: Callable[..., Any], several: Callable[..., Any]) -> Primitive:
+  """An operation that returns its first operand, as `one` does on one device and `several` on several."""
+  primitive = Primitive(name)
+  primitive.def_impl(lambda x, *_, **__: x)
+  primitive.def_abstract_eval(lambda x, *_, **__: x)
+
+  def lower(context: Any, *operands: Any, **params: Any) -> Any:
+    devices = getattr(context.module_context.axis_context, "num_devices", None) or 1  # None inside of shard_map
+    return mlir.lower_fun(one if devices == 1 else several, multiple_results=False)(context, *operands, **params)
+
+  mlir.register_lowering(primitive, lower)
+  return primitive
+
+
+def _after_values(index: Any, *done: Any, count: int) -> Any:
+  never = index >> 30  # zero, but XLA cannot tell
+  return index + never * sum((lax.convert_element_type(x, jnp.int32) for x in done), jnp.int32(0))
+
+
+_after = _primitive("after", _after_values, lambda index, *_, count: index + ((index + count) >> 30))
+_row_major = _primitive("row_major", lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), lambda x: x)
