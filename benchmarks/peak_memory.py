@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
   wanted = [
-    (model, mode, optimizer, TARGETS.get(model, args.target))
+    (model, mode, optimizer, str(TARGETS.get(model, args.target)))
     for optimizer in args.optimizers
     for model in args.models or MODELS_OF[optimizer]
     for mode in args.modes or (SHARDED_MODES if model in DEVICES else MODES)

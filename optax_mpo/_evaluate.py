@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _jaxpr, _plan
+from optax_mpo import _jaxpr, _order, _plan
 
 
 class Whole:
@@ -132,7 +132,7 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
 
 
 def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-  return lax.optimization_barrier(values) if values[1] else values
+  return _order.barrier(values) if values[1] else values
 
 
 def _run_scan(

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from optax_mpo import _handles, _order, _separable, _tree
+from optax_mpo import _handles, _order, _separable, _tree, _types
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
@@ -86,9 +85,9 @@ class Call:
 
     return cls(who, step, claimed, list(arrays.values()), arguments, apply, [places[i] for i in arrays])
 
-  def weights(self, drop: int = 0) -> list[jax.ShapeDtypeStruct]:
-    """The shapes of the weights, without their first `drop` axes."""
-    return [struct(self.step.params[i], drop) for i in self.leaves]
+  def weights(self, without: int | None = None) -> list[jax.ShapeDtypeStruct]:
+    """The types of the weights, or without one of their axes."""
+    return [_types.struct(self.step.params[i], without) for i in self.leaves]
 
   def arrays_of(self, argument: int) -> list[Any]:
     """The arrays in one of the arguments."""
@@ -131,11 +130,6 @@ class Call:
 def is_float(x: Any) -> bool:
   """Whether `x` is of a dtype that can be differentiated."""
   return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def struct(x: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
-  """The shape and dtype of `x`, without its first `drop` axes."""
-  return jax.ShapeDtypeStruct(x.shape[drop:], x.dtype)
 
 
 class Refs:
@@ -184,7 +178,7 @@ class Refs:
     """Writes weights and states, and returns `onward`, which XLA cannot have before that is done."""
     refs = [*arguments[0], *arguments[1]]
     new = [*(params[i] for i in self.leaves), *(states[j] for j in self._states)]
-    new, onward = lax.optimization_barrier((new, onward))
+    new, onward = _order.barrier((new, onward))
     for ref, value in zip(refs, new, strict=True):
       ref[...] = value
     return onward
@@ -205,7 +199,7 @@ class Refs:
       count = len(group.leaves)
       new = group.step(gradients, values[:count], values[count:], shared)
       writes += zip(refs, [*new[0], *new[1]], strict=True)
-    new, onward = lax.optimization_barrier(([value for _, value in writes], onward))
+    new, onward = _order.barrier(([value for _, value in writes], onward))
     for (ref, _), value in zip(writes, new, strict=True):
       ref[...] = value
     return onward
@@ -218,11 +212,11 @@ class Refs:
     the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both).
     """
     count = 0
-    done = [ct[(0,) * ct.ndim] for ct in [*onward, *grads.values()] if ct.size]
+    done = _first_elements([*onward, *grads.values()])
     for group in self.groups:
       refs, shared = self._of(group, arguments)
       gradients = [
-        grads[i] if i in grads else jnp.zeros(ref.shape[1:], ref.dtype)
+        grads[i] if i in grads else _types.zeros(_types.struct(ref, 0))
         for i, ref in zip(group.leaves, refs, strict=False)
       ]
       small = sum(ref.size for ref in refs) <= _SMALL * layers
@@ -233,7 +227,12 @@ class Refs:
         for k, value in zip(outputs, new, strict=True):
           refs[k][at] = value
         if not small:
-          done = [refs[k][(0,) * refs[k].ndim] for k in outputs]
+          done = _first_elements([refs[k] for k in outputs])
+
+
+def _first_elements(arrays: Sequence[Any]) -> list[jax.Array]:
+  """A number of each array or ref, but for those that are split over devices: JAX would not take one out."""
+  return [x[(0,) * x.ndim] for x in arrays if x.size and not _types.is_split(x)]
 
 
 def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:
@@ -277,7 +276,7 @@ def is_zero(ct: Any) -> bool:
 def real_cotangents(cotangents: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
   """The cotangents of floating-point results, as arrays."""
   pairs = [(ct, a) for ct, a in zip(cotangents, avals, strict=True) if is_float(a)]
-  return [jnp.zeros(a.shape, a.dtype) if is_zero(ct) else ct for ct, a in pairs]
+  return [_types.zeros(a) if is_zero(ct) else ct for ct, a in pairs]
 
 
 def all_cotangents(real: Sequence[Any], avals: Sequence[Any]) -> list[Any]:

@@ -22,6 +22,8 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from optax_mpo import _order
+
 # The calls that mean no more than the operations in them, once nothing is to be differentiated.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "remat"})
 
@@ -149,6 +151,8 @@ def _no_debug_info() -> Any:
 def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -> list[Any]:
   """Runs one operation on its operands, with some of its params changed."""
   eqn = operation.eqn
+  if operation.name == "optimization_barrier":
+    return _order.barrier(values)
   if operation.bodies and len(operation.outputs) != len(eqn.outvars):
     return lax.switch(values[0], [functools.partial(call, body) for body in operation.bodies], *values[1:])
   if changes:
@@ -300,11 +304,7 @@ def _without_unused(operation: Operation, needed: set[int]) -> Operation:
 
 
 def _cut_barrier(operation: Operation, used: list[bool]) -> Operation:
-  eqn = operation.eqn.replace(
-    invars=[*_kept(operation.eqn.invars, used)], outvars=[*_kept(operation.eqn.outvars, used)]
-  )
-  inputs, outputs = _kept(operation.inputs, used), _kept(operation.outputs, used)
-  return dataclasses.replace(operation, eqn=eqn, inputs=inputs, outputs=outputs)
+  return dataclasses.replace(operation, inputs=_kept(operation.inputs, used), outputs=_kept(operation.outputs, used))
 
 
 def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
@@ -484,8 +484,7 @@ def _kept_apart(eqn: Any) -> Sequence[bool]:
 
 
 def _barrier(avals: Sequence[Any]) -> Any:
-  structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-  return jax.make_jaxpr(jax.lax.optimization_barrier)(structs).jaxpr.eqns[0]
+  return jax.make_jaxpr(lax.optimization_barrier)([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]).eqns[0]
 
 
 def scan_body(operation: Operation) -> core.ClosedJaxpr:

@@ -22,7 +22,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _evaluate, _fused_call, _handles, _jaxpr, _microbatch, _modules, _order, _plan, _pullback, _site
+from optax_mpo import (
+  _evaluate,
+  _fused_call,
+  _handles,
+  _jaxpr,
+  _microbatch,
+  _modules,
+  _order,
+  _plan,
+  _pullback,
+  _site,
+  _types,
+)
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
@@ -269,7 +281,7 @@ def _run_layer(call: _fused_call.Call, remat: Remat) -> PyTree:
     step.stepped.update(refs.leaves)
     real = _fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=_fused_call.is_zero), pullback.out_avals)
     # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
-    weights, real = lax.optimization_barrier((refs.weights(arguments), real))
+    weights, real = _order.barrier((refs.weights(arguments), real))
 
     def backward(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], dict[int, Any]]:
       grads, _, onward = pullback.backward(weights, [], kept, _fused_call.all_cotangents(real, pullback.out_avals))
@@ -303,7 +315,7 @@ def _step_within(
 
   def flat(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], list[Any]]:
     onward, grads = backward(weights, kept, real)
-    zeros = {i: jnp.zeros(w.shape, w.dtype) for i, w in zip(refs.leaves, weights, strict=True) if i not in grads}
+    zeros = {i: _types.zeros(w) for i, w in zip(refs.leaves, weights, strict=True) if i not in grads}
     return onward, [(grads | zeros)[i] for i in refs.leaves]
 
   closed, (onward, _) = jax.make_jaxpr(flat, return_shape=True)(weights, kept, real)
@@ -329,7 +341,7 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
   carried = [lax.convert_element_type(c, c.dtype) for c in call.arrays_of(1)]
   scanned = call.arrays_of(2)
   count = len(carried)
-  slices = [_fused_call.struct(x, drop=1) for x in scanned]
+  slices = [_types.struct(x, 0) for x in scanned]
   carry_treedef = call.treedef_of(1)
   y_treedef: list[Any] = []
 
@@ -344,7 +356,7 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
     y_treedef[:] = [treedef]
     return jax.tree.leaves(out[0]), y
 
-  apply, closed = jax.closure_convert(one, call.weights(drop=1), [*map(_fused_call.struct, carried), *slices])
+  apply, closed = jax.closure_convert(one, call.weights(without=0), [*map(_types.struct, carried), *slices])
   traced: list[_pullback.Pullback] = []
 
   def fun(weights: list[Any], constants: list[Any], inputs: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -362,8 +374,8 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
     xs, active_xs = _fused_call.perturbed(xs)
     constants, active_constants = _fused_call.perturbed(constants)
     active = (trained, active_constants, [_fused_call.is_float(c) for c in carry] + active_xs)
-    inputs = [*map(_fused_call.struct, carry), *slices]
-    pullback = _pullback.trace(fun, call.weights(drop=1), constants, inputs, active)
+    inputs = [*map(_types.struct, carry), *slices]
+    pullback = _pullback.trace(fun, call.weights(without=0), constants, inputs, active)
     traced[:] = [pullback]
 
     def body(carry: list[Any], ix: Any) -> tuple[list[Any], Any]:
@@ -387,12 +399,12 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
       None if _fused_call.is_zero(ct) or not _fused_call.is_float(a) else ct
       for ct, a in zip(cotangents[1], avals[count:], strict=True)
     ]
-    sums = [jnp.zeros(c.shape, c.dtype) for c, flag in zip(constants, active_constants, strict=True) if flag]
+    sums = [_types.zeros(c) for c, flag in zip(constants, active_constants, strict=True) if flag]
 
     def body(state: Any, ix: Any) -> Any:
       (ct_carry, sums), (index, (kept, ct_ys)) = state, ix
       weights = refs.weights(arguments, index)
-      ys = [jnp.zeros(a.shape, a.dtype) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
+      ys = [_types.zeros(a) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
       real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if _fused_call.is_float(a))]
       grads, more, onward = pullback.backward(
         weights, constants, _order.in_order(kept), _fused_call.all_cotangents(real, avals)

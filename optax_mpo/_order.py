@@ -41,6 +41,21 @@ def in_order(values: PyTree) -> list[Any]:
   return [_row_major.bind(v) if is_float else v for v, is_float in zip(values, floating, strict=True)]
 
 
+def barrier(values: PyTree) -> PyTree:
+  """`lax.optimization_barrier`, also for arrays of which some differ from device to device inside of a `shard_map`.
+
+  JAX refuses to put those into one barrier, so that each kind has its own, and waits for no other kind.
+  """
+  leaves, treedef = jax.tree.flatten(values)
+  kinds: dict[Any, list[int]] = {}
+  for i, leaf in enumerate(leaves):
+    kinds.setdefault(getattr(jax.typeof(leaf), "manual_axis_type", None), []).append(i)
+  for indices in kinds.values():
+    for i, value in zip(indices, lax.optimization_barrier([leaves[i] for i in indices]), strict=True):
+      leaves[i] = value
+  return treedef.unflatten(leaves)
+
+
 def _primitive(name: str, one: Callable[..., Any], several: Callable[..., Any]) -> Primitive:
   """An operation that returns its first operand, as `one` does on one device and `several` on several."""
   primitive = Primitive(name)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _jaxpr, _site, _stacked
+from optax_mpo import _jaxpr, _site, _stacked, _types
 from optax_mpo._site import Site
 
 # Operations that a gradient is followed through, from the weight back to the scan that stacks it.
@@ -395,7 +395,7 @@ class _Planner:
       _jaxpr.run(program, operations, env)
       return [env[a] if isinstance(a, int) else a.val for a in site.grads]
 
-    structs = [[_site.struct(program.aval(v)) for v in part] for part in (used, given)]
+    structs = [[_types.struct(program.aval(v)) for v in part] for part in (used, given)]
     layered = (site.step.layered or _site.layer_step)(site.step, post, structs[0], structs[1], length)
     inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
     return Released(site, inner, given, early, layered, index), [ys[v] for v in used]
@@ -434,7 +434,7 @@ class _Planner:
       try:
         jax.eval_shape(
           lambda x, i, entry=entry: run_own(entry, self.program, x, i, length),
-          _site.layer_struct(_site.struct(self.program.aval(var)), entry.axis),
+          _types.struct(self.program.aval(var), entry.axis),
           jax.ShapeDtypeStruct((), jnp.int32),
         )
       except _stacked.NotSeparableError:

@@ -114,7 +114,7 @@ def trace(
   made = [a for a in residuals if isinstance(a, int) and a not in given]
   return Pullback(
     out_treedef=out_treedef,
-    out_avals=tuple(leaves),
+    out_avals=tuple(closed.out_avals[: len(leaves)]),
     stored=len(kept),
     _run=core.jaxpr_as_fun(closed),
     _program=program,

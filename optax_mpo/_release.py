@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 import optax
-from jax import lax
 
-from optax_mpo import _evaluate, _jaxpr, _plan, _separable, _site, _tree, _two_pass, _wrapping
+from optax_mpo import _evaluate, _jaxpr, _order, _plan, _separable, _site, _tree, _two_pass, _wrapping
 
 PyTree = Any
 
@@ -141,7 +140,7 @@ def value_and_update(
       groups, values, new_weights, states = _first_pass(traced, update, old, values)
       new_states |= states
       # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.
-      inputs, values = lax.optimization_barrier((inputs, values))
+      inputs, values = _order.barrier((inputs, values))
     else:
       groups = groups_of(update)
     shared = [[values[v] for v in group.shared] for group in groups]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _compensated, _jaxpr, _stacked, _tree
+from optax_mpo import _compensated, _jaxpr, _stacked, _tree, _types
 
 PyTree = Any
 
@@ -141,14 +141,11 @@ class Group:
     def one(index: Any, inputs: list[Any], shared: list[Any]) -> Any:
       return self.step_layer(inputs[:count], inputs[count : 2 * count], inputs[2 * count :], shared, index, length)
 
-    def struct(var: int, drop: int) -> jax.ShapeDtypeStruct:
-      return jax.ShapeDtypeStruct(program.aval(var).shape[drop:], program.aval(var).dtype)
-
     jax.eval_shape(
       one,
       jax.ShapeDtypeStruct((), jnp.int32),
-      [struct(v, 1) for v in self.inputs],
-      [struct(v, 0) for v in self.shared],
+      [_types.struct(program.aval(v), 0) for v in self.inputs],
+      [_types.struct(program.aval(v)) for v in self.shared],
     )
 
   def _known(self, shared: Sequence[Any]) -> dict[int, Any]:
@@ -210,7 +207,9 @@ class Update:
           "Where the params are bfloat16, compensated(tx) shows tx f32 params and gradients, and keeps its state f32."
         )
 
-    if effects := {o.name for o in self._program.operations if o.eqn.effects}:
+    # What a collective needs, the name of an axis, counts as an effect as well; it is none that could be lost.
+    effects = {o.name for o in self._program.operations for e in o.eqn.effects if type(e).__name__ != "NamedAxisEffect"}
+    if effects:
       raise ValueError(
         f"{self._caller}: tx.update has side effects ({_tree.listed(sorted(effects))}), which steps of single leaves "
         "would lose or repeat. Take them out (jax.debug.print, callbacks), or train with tx.update."

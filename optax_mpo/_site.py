@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _jaxpr, _stacked
+from optax_mpo import _jaxpr, _stacked, _types
 
 Values = Sequence[Any]
 
@@ -74,14 +74,6 @@ class Site:
   placed: tuple[str, str] = ("", "")
 
 
-def struct(aval: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def layer_struct(struct: Any, axis: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((*struct.shape[:axis], *struct.shape[axis + 1 :]), struct.dtype)
-
-
 def layer_step(
   step: Step,
   post: Callable[[Values, Values], list[Any]],
@@ -112,7 +104,7 @@ def layer_step(
     return []
 
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  jax.eval_shape(grads_of, number, [layer_struct(s, 0) for s in stacks], list(given))
+  jax.eval_shape(grads_of, number, [_types.struct(s, 0) for s in stacks], list(given))
   param_axes = []
   for axis, param in zip(found, step.params, strict=False):
     if axis is None or axis >= len(param.shape) or param.shape[axis] != length:
@@ -153,9 +145,9 @@ def layer_step(
 
   layer = Step(
     run,
-    tuple(layer_struct(s, 0) for s in stacks),
-    tuple(layer_struct(s, a) for s, a in zip(step.params, param_axes, strict=True)),
-    tuple(layer_struct(s, a) for s, a in zip(step.states, state_axes, strict=True)),
+    tuple(_types.struct(s, 0) for s in stacks),
+    tuple(_types.struct(s, a) for s, a in zip(step.params, param_axes, strict=True)),
+    tuple(_types.struct(s, a) for s, a in zip(step.states, state_axes, strict=True)),
     (*step.shared, *given, number),
   )
   jax.eval_shape(run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
@@ -178,7 +170,7 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any) -> list[Site]:
   sites = []
   for group in groups:
     count, avals = len(group.leaves), [group.program.aval(v) for v in (*group.inputs, *group.shared)]
-    structs = [struct(a) for a in avals]
+    structs = [_types.struct(a) for a in avals]
     step = Step(
       group.step,
       tuple(structs[:count]),

@@ -26,7 +26,7 @@ ELEMENTWISE = frozenset(
   imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square or
   polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
   shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
-  mul_add""".split()
+  mul_add psum psum_invariant pmax pmin pvary""".split()
 )
 
 _REDUCTIONS = frozenset(

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _jaxpr, _separable, _site, _stacked, _tree
+from optax_mpo import _jaxpr, _separable, _site, _stacked, _tree, _types
 
 SMALL = 1024  # elements: what may be held for every leaf
 
@@ -192,7 +192,7 @@ def part_step(part: Part, program: _jaxpr.Program, grad: int) -> _site.Step:
   """The step of the first pass: its new state are the values of the parts, and it leaves the weight alone."""
 
   def struct(var: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(program.aval(var).shape, program.aval(var).dtype)
+    return _types.struct(program.aval(var))
 
   def run(grads: Any, params: Any, states: Any, shared: Any) -> tuple[list[Any], list[Any]]:
     env = dict(program.constants) | dict(zip((grad, *part.reads, *part.shared), [*grads, *shared], strict=True))
@@ -213,7 +213,7 @@ def layer_part(step: _site.Step, post: Any, stacks: Sequence[Any], given: Sequen
     return step.run(post(ys, values), [], [], shared)[1]
 
   program, _ = _jaxpr.trace(whole, list(stacks), list(step.shared), list(given))
-  layers = [jax.ShapeDtypeStruct(s.shape[1:], s.dtype) for s in stacks]
+  layers = [_types.struct(s, 0) for s in stacks]
   rest, number = [*step.shared, *given], jax.ShapeDtypeStruct((), jnp.int32)
   marks = _jaxpr.dependencies(program, [1] * len(stacks) + [0] * len(rest))
   inside: list[_jaxpr.Operation] = []
@@ -264,7 +264,7 @@ def layer_part(step: _site.Step, post: Any, stacks: Sequence[Any], given: Sequen
     return [_jaxpr.value(a, env) for a in program.outputs]
 
   avals = [program.aval(o.outputs[0]) for o in across]
-  kept = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
+  kept = tuple(_types.struct(a) for a in avals)
   layer = _site.Step(run, tuple(layers), (), kept, (*rest, number), _no_deeper)
   return _site.Layered(layer, (), (0,) * len(kept), finish)
 

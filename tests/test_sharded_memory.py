@@ -1,7 +1,7 @@
-"""Sharded steps as XLA:GPU compiles them for eight cards (FSDP): bytes of each card, and collectives per layer.
+"""Sharded steps as XLA:GPU compiles them for eight cards (FSDP): bytes of each card, and what goes between cards.
 
-What 1.3B takes beside its state is the model's own: at the head, on each card, the gathered bf16[2048, 32000], logits in
-f32 and in bf16, and the activations of 24 layers make 2.55 bytes per parameter over all cards.
+What 1.3B takes beside its state is the model's own: at the head, on each card, the gathered bf16[2048, 32000], logits
+in f32 and in bf16, and the activations of 24 layers make 2.55 bytes per parameter over all cards.
 """
 
 import functools
