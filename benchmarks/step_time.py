@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -197,6 +196,8 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 def draw(path: Path, rows: Sequence[Row], device: str) -> None:
   """Draws the ratios of AdamW, a group of bars per model."""
+  from matplotlib.figure import Figure  # here, so that a machine without it can use the rest
+
   some = [row for row in rows if row.optimizer == "adamw" and not row.error]
   if not some:
     return

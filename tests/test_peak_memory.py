@@ -11,6 +11,8 @@ from benchmarks.models import Model
 from benchmarks.modes import MODES, OPTIMIZERS
 from examples import memory_plan
 
+pytestmark = pytest.mark.once
+
 # Bytes per parameter of f32-master Optax with AdamW, batch 1 x 1024, rematerialisation per block: the figures of the
 # design table, which were measured apart from this code. JAX 0.10 and 0.12 agree on them.
 BASELINE = {"lm-350m": 16.30, "lm-350m-unrolled": 14.59}
@@ -25,7 +27,9 @@ def per_parameter(model: str, mode: str) -> float:
   return row.total_bytes / row.parameters
 
 
-@pytest.mark.parametrize("model", BASELINE)
+@pytest.mark.parametrize(
+  "model", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("unrolled")) for name in BASELINE]
+)
 def test_f32_master_baseline_is_that_of_the_design_table(model):
   assert per_parameter(model, "optax-f32") == pytest.approx(BASELINE[model], rel=0.01)
 

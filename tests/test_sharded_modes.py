@@ -90,7 +90,6 @@ def averaged(axis):
     ("auto scanned", "by the derivative"),
     ("layer scanned", "by the derivative"),
     ("layer unrolled", "by the derivative"),
-    ("auto scanned", "by the optimizer"),
     ("layer scanned", "by the optimizer"),
   ],
 )
@@ -131,7 +130,8 @@ def on_mesh(params, state, rows):
 
 
 @pytest.mark.parametrize(
-  ("case", "optimizer"), [("auto scanned", "exact"), ("layer scanned", "compact"), ("layer unrolled", "exact")]
+  ("case", "optimizer"),
+  [("auto scanned", "exact"), ("layer scanned", "exact"), ("auto unrolled", "compact"), ("layer unrolled", "exact")],
 )
 def test_data_parallel_with_explicit_axes(case, optimizer):
   make, loss, fused = CASES[case]

@@ -15,6 +15,8 @@ from optax_mpo.checkpoint import Checkpointer
 from tests.test_exactness import assert_same_bits
 from tests.test_train_lm import ROOT, TINY, lm_model, train_lm
 
+pytestmark = pytest.mark.once
+
 STEPS, EVERY = 60, 5
 
 
