@@ -24,6 +24,7 @@ ARROWS = {
   "_convert": ({"_blocks", "_compensated", "_formats", "_quantized", "_tree"}, {"jax", "optax"}),
   "flax": ({"_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
   "checkpoint": ({"_tree"}, {"jax", "numpy", "orbax"}),
+  "export": ({"_compensated", "_tree"}, {"jax", "numpy", "optax", "safetensors"}),
   "_sharding": ({"_blocks", "_tree"}, {"jax"}),
   "_loss_scale": ({"_wrapping"}, {"jax", "optax"}),
   "_numerics": ({"_codec", "_compensated", "_formats", "_tree"}, {"jax", "optax"}),
