@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _cast, _checks, _codec, _formats, _rounding, _tree, _wrapping
+from optax_mpo import _cast, _checks, _codec, _formats, _made, _rounding, _tree, _wrapping
 
 PyTree = Any
 
@@ -182,36 +182,8 @@ def _step(
   if not _formats.is_low(leaf):
     return step, optax.MaskedNode()
   update, low, kept = _formats.step(leaf, (master + step).astype(jnp.float32), bits, random)
-  made = _made.get()
-  if made is not None:
-    made[id(update)] = _Made(update, leaf, low)
+  _made.remember(update, leaf, low)
   return update, _kept_or_masked(kept)
-
-
-class _Made(NamedTuple):
-  """An update that `compensated` made, kept alive for its id, and the weights that it leads from and to."""
-
-  update: jax.Array
-  old: jax.Array
-  new: jax.Array
-
-
-_made: contextvars.ContextVar[dict[int, _Made] | None] = contextvars.ContextVar("optax_mpo_made", default=None)
-
-
-@contextlib.contextmanager
-def direct() -> Iterator[None]:
-  """Within it, `apply_updates` takes the weights that `compensated` computed from it, and adds nothing.
-
-  That is so where it meets the very params and the very update that `compensated` had and made; any others are added
-  as ever. The weights are the same to the last bit (but for steps that overflow f32, where the sum would), and of a
-  traced update and addition two thirds of the operations go. For use while both are traced, in one trace.
-  """
-  token = _made.set({})
-  try:
-    yield
-  finally:
-    _made.reset(token)
 
 
 def _check_rounding(inner_state: Any, stochastic: bool) -> None:
@@ -227,10 +199,10 @@ def _check_rounding(inner_state: Any, stochastic: bool) -> None:
 def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
   """Adds `updates` to `params`, like `optax.apply_updates`, and exactly for the updates of `compensated`.
 
-  The weights that result are those `compensated` computed, to the last bit, at any ratio of old to new (an update that
-  overflows f32 excepted). `optax.apply_updates` adds in f32, which has 24 bits: where one step makes a weight 65536
-  times smaller it can miss by up to 2^-13 of the old weight, and weights under 2^-100 by as much. The compensation
-  bits never move a weight, whichever function is used: a master weight always rounds to its bf16 param.
+  The weights that result are those `compensated` computed, to the last bit, at any ratio of old to new (outside of
+  `jit`, an update that overflows f32 excepted). `optax.apply_updates` adds in f32, which has 24 bits: where one step
+  makes a weight 65536 times smaller it can miss by up to 2^-13 of the old weight, and weights under 2^-100 by as much.
+  The compensation bits never move a weight, whichever function is used: a master weight always rounds to its param.
 
   Args:
     params: a tree of arrays; `None` leaves are passed over.
@@ -249,11 +221,10 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
   """
   steps = _tree.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
   new = []
-  direct_steps = _made.get() or {}
   for (leaf_name, leaf), step in zip(_tree.named_leaves(params), steps, strict=True):
-    made = direct_steps.get(id(step))
-    if made is not None and made.old is leaf:
-      new.append(made.new)
+    made = _made.new_weights(step, leaf)
+    if made is not None:
+      new.append(made)
       continue
     if not _tree.is_array(step) or step.shape != jnp.shape(leaf):
       raise ValueError(

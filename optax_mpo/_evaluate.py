@@ -12,10 +12,26 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _jaxpr, _order, _plan
+from optax_mpo import _jaxpr, _order, _plan, _site
 
 
-class Whole:
+class _Stepped:
+  """What weights and states are read from and written to. A site has a number there."""
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    """The weights and states of a site."""
+    raise NotImplementedError
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    """Replaces them."""
+    raise NotImplementedError
+
+  def step(self, index: int, step: _site.Step, grads: Any, shared: Sequence[Any]) -> None:
+    """Steps them."""
+    self.put(index, *step.run(grads, *self.get(index), shared))
+
+
+class Whole(_Stepped):
   """The weights and the state of a step that is under way."""
 
   def __init__(self, leaves: Any, states: Any, groups: Sequence[Any]):
@@ -40,24 +56,43 @@ class Whole:
     self.put(index, *values)
 
 
-class Layer:
+class Layer(_Stepped):
   """One layer of the stacks that a scan carries."""
 
   def __init__(self, released: Sequence[_plan.Released], stacks: Sequence[tuple[list[Any], list[Any]]], index: Any):
     self._released, self.stacks, self._index = released, [tuple(map(list, s)) for s in stacks], index
+    self._ordered = 0
 
-  def get(self, index: int) -> tuple[list[Any], list[Any]]:
-    r, (params, states) = self._released[index], self.stacks[index]
+  def get(self, index: int, at: Any = None) -> tuple[list[Any], list[Any]]:
+    """Reads the layer; `at` stands for its index, where it is to be read after something."""
+    at, r, (params, states) = self._index if at is None else at, self._released[index], self.stacks[index]
     return (
-      [lax.dynamic_index_in_dim(p, self._index, a, False) for p, a in zip(params, r.layered.param_axes, strict=True)],
-      [lax.dynamic_index_in_dim(s, self._index, a, False) for s, a in zip(states, r.layered.state_axes, strict=True)],
+      [lax.dynamic_index_in_dim(p, at, a, False) for p, a in zip(params, r.layered.param_axes, strict=True)],
+      [lax.dynamic_index_in_dim(s, at, a, False) for s, a in zip(states, r.layered.state_axes, strict=True)],
     )
 
   def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
-    r, stacks = self._released[index], self.stacks[index]
-    for stack, new, axes in zip(stacks, (params, states), (r.layered.param_axes, r.layered.state_axes), strict=True):
-      for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
-        stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
+    for k, value in enumerate((*params, *states)):
+      self._write(index, k, value, self._index)
+
+  def _write(self, index: int, place: int, value: Any, at: Any) -> Any:
+    """Writes one of the weights and then states of a site, and returns its stack."""
+    layered, (params, states) = self._released[index].layered, self.stacks[index]
+    stacks, axes, k = (
+      (params, layered.param_axes, place) if place < len(params) else (states, layered.state_axes, place - len(params))
+    )
+    stacks[k] = lax.dynamic_update_index_in_dim(stacks[k], value, at, axes[k])
+    return stacks[k]
+
+  def step(self, index: int, step: _site.Step, grads: Any, shared: Sequence[Any]) -> None:
+    parts, done = self._released[index].layered.parts, grads
+    if not parts:
+      super().step(index, step, grads, shared)
+    for run, places in parts:
+      self._ordered += 1
+      at = _order.after(self._index, _order.first_elements(done), self._ordered)
+      new = run(grads, *self.get(index, at), [*shared[:-1], at])
+      done = [self._write(index, place, value, at) for place, value in zip(places, new, strict=True)]
 
   def held(self, index: int) -> Any:
     return self.stacks[index]
@@ -66,7 +101,7 @@ class Layer:
     self.stacks[index] = values
 
 
-class Parts:
+class Parts(_Stepped):
   """What the first of two passes makes of the gradients."""
 
   def __init__(self, count: int):
@@ -110,7 +145,7 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
     ties = plan.ties.get(i, ())
     grads, held = _barrier(([[read(a) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties]))
     for index, grad in zip(due, grads, strict=True):
-      store.put(index, *plan.sites[index].step.run(grad, *store.get(index), shared[index]))
+      store.step(index, plan.sites[index].step, grad, shared[index])
     changed, held = _barrier(([store.held(index) for index in due], held))
     for index, new in zip(due, changed, strict=True):
       store.hold(index, new)

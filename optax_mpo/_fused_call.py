@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from optax_mpo import _handles, _order, _separable, _tree, _types
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
-
-_SMALL = 2**16  # elements of weights and state in a layer, with which there is no memory to save
 
 
 @dataclasses.dataclass
@@ -154,7 +153,7 @@ class Refs:
 
   def weights(self, arguments: Any, index: Any = ...) -> list[Any]:
     """Reads the weights."""
-    return [ref[index] for ref in arguments[0]]
+    return [_layer_of(ref, index) for ref in arguments[0]]
 
   def _of(self, group: _separable.Group, arguments: Any) -> tuple[list[Any], list[Any]]:
     """The refs of a group's weights and then states, and its shared values."""
@@ -212,27 +211,37 @@ class Refs:
     the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both).
     """
     count = 0
-    done = _first_elements([*onward, *grads.values()])
+    done = _order.first_elements([*onward, *grads.values()])
     for group in self.groups:
       refs, shared = self._of(group, arguments)
       gradients = [
         grads[i] if i in grads else _types.zeros(_types.struct(ref, 0))
         for i, ref in zip(group.leaves, refs, strict=False)
       ]
-      small = sum(ref.size for ref in refs) <= _SMALL * layers
+      small = sum(ref.size for ref in refs) <= _order.SMALL * layers
       for part, outputs in [(group, list(range(len(refs))))] if small else group.parts():
         count += 1
         at = _order.after(index, done, count)
-        new = part.run_layer([*gradients, *(ref[at] for ref in refs)], shared, at, layers)
+        new = part.run_layer([*gradients, *(_layer_of(ref, at) for ref in refs)], shared, at, layers)
         for k, value in zip(outputs, new, strict=True):
-          refs[k][at] = value
+          _write_layer(refs[k], at, value)
         if not small:
-          done = _first_elements([refs[k] for k in outputs])
+          done = _order.first_elements([refs[k] for k in outputs])
 
 
-def _first_elements(arrays: Sequence[Any]) -> list[jax.Array]:
-  """A number of each array or ref, but for those that are split over devices: JAX would not take one out."""
-  return [x[(0,) * x.ndim] for x in arrays if x.size and not _types.is_split(x)]
+def _layer_of(ref: Any, index: Any) -> jax.Array:
+  """Reads a layer of a stack, or all of it where the index is an ellipsis."""
+  if index is Ellipsis or not _types.is_split(ref):
+    return ref[index]
+  return lax.dynamic_index_in_dim(ref[...], index, 0, False)  # JAX does not index refs that lie on several devices
+
+
+def _write_layer(ref: Any, index: Any, value: jax.Array) -> None:
+  """Writes a layer of a stack."""
+  if _types.is_split(ref):
+    ref[...] = lax.dynamic_update_index_in_dim(ref[...], value, index, 0)
+  else:
+    ref[index] = value
 
 
 def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:

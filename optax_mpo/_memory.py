@@ -21,6 +21,7 @@ carried beside it. The bytes are the same as from lowering directly for the targ
 import dataclasses
 import inspect
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ def gpu_memory(
   devices: int = 1,
   params_argnum: int | None = None,
   compiler_options: Mapping[str, Any] | None = None,
+  dump_to: str | pathlib.Path | None = None,
 ) -> MemoryReport:
   """Compiles `fn` for a GPU, which need not be there, and reports the memory it takes.
 
@@ -71,13 +73,15 @@ def gpu_memory(
       devices stand in for them in order. Arguments without a sharding are replicated.
     params_argnum: which argument holds the parameters, for the bytes per parameter.
     compiler_options: XLA's, as in `jax.jit`. The environment's XLA_FLAGS count too.
+    dump_to: a folder to leave XLA's dump in, for a closer look: the optimized program is the file that ends in
+      `gpu_after_optimizations.txt`. It is made where it is not there, and has to be empty.
 
   Returns:
     A `MemoryReport`, with sizes for one device.
 
   Raises:
     ValueError: for an unknown target, a function that does not trace or cannot be lowered for CUDA, layouts that do
-      not have `devices` places, and settings that contradict each other.
+      not have `devices` places, a `dump_to` that is not empty, and settings that contradict each other.
     TypeError: for arguments that are not arrays.
     ImportError: where JAX's CUDA plugin is not installed or of another version, with the command that installs it.
     RuntimeError: where XLA does not compile it.
@@ -98,6 +102,8 @@ def gpu_memory(
     raise ValueError(f"gpu_memory: devices has to be a number of devices, 1 or more, but it is {devices!r}.")
   _memory_compile.check_toolchain()
   options = _checked_options(compiler_options)
+  if dump_to is not None:
+    _check_empty(pathlib.Path(dump_to))
   jitted = _jitted(fn, donate_argnums)
   structs = _structs(fn, args, devices, static=jitted is fn)
   count = _parameter_count(structs, params_argnum)
@@ -113,6 +119,8 @@ def gpu_memory(
     }
     sizes = _memory_compile.run(pathlib.Path(folder), request, exported.serialize(), card)
     dump = pathlib.Path(folder, "dump")
+    if dump_to is not None:
+      shutil.copytree(dump, dump_to, dirs_exist_ok=True)
     buffers = _memory_dump.read(dump, sizes["temp"], names)
     device, device_bytes = (card.name, card.memory) if card else _memory_dump.read_device(dump)
   return MemoryReport(
@@ -135,10 +143,17 @@ def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
   options = dict(options or {})
   for name, value in options.items():
     if name.startswith("xla_dump"):
-      raise ValueError(f"gpu_memory: {name} cannot be set, since XLA's dump is read here. Leave it out.")
+      raise ValueError(
+        f"gpu_memory: {name} cannot be set, since XLA's dump is read here. Leave it out; dump_to=... keeps the dump."
+      )
     if not isinstance(value, bool | int | float | str):
       raise ValueError(f"gpu_memory: compiler_options[{name!r}] has to be a bool, a number or a string.")
   return options
+
+
+def _check_empty(folder: pathlib.Path) -> None:
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"gpu_memory: dump_to names {folder}, which is not an empty folder. Name a new one.")
 
 
 def _jitted(fn: Any, donate_argnums: int | Sequence[int]) -> Any:

@@ -18,7 +18,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from optax_mpo import _types
+
 PyTree = Any
+
+SMALL = 2**16
+"""Elements of weights and state in a layer, with which there is no memory to save by an order."""
 
 
 def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
@@ -33,6 +38,11 @@ def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
     count: another one for each call with the same index.
   """
   return _after.bind(index, *done, count=count)
+
+
+def first_elements(arrays: Sequence[Any]) -> list[jax.Array]:
+  """A number of each array or ref, but for those that are split over devices: JAX would not take one out."""
+  return [x[(0,) * x.ndim] for x in arrays if x.size and not _types.is_split(x)]
 
 
 def in_order(values: PyTree) -> list[Any]:

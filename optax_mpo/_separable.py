@@ -100,34 +100,24 @@ class Group:
     return results
 
   def parts(self) -> list[tuple["Group", list[int]]]:
-    """Splits the slice into ones that can be run and written one after the other, each over what it has read.
-
-    A new moment that is written and read again takes the place of the old one, where nothing else needs that.
+    """Splits the slice into ones that can be run and written one after the other, as `_stacked.parts` does.
 
     Returns:
       Groups with the same inputs, of which new states stand in for old ones once they are written; and which of the
       outputs each of them makes.
     """
-    inputs, left, parts = list(self.inputs), list(range(len(self.outputs))), []
-    first_state = 2 * len(self.leaves)
-    for k in range(len(self.leaves), len(self.outputs)):
-      new, place = self.outputs[k], first_state + k - len(self.leaves)
-      if not isinstance(new, int) or new in self.inputs:
-        continue
-      after = [*inputs[:place], new, *inputs[place + 1 :]]
-      rest = [o for o in left if o != k]
-      part = self._part(after, rest)
-      if inputs[place] in _jaxpr.read_by(part.operations, part.outputs):
-        continue
-      parts.append((self._part(inputs, [k]), [k]))
-      inputs, left = after, rest
-    return [*parts, (self._part(inputs, left), left)]
-
-  def _part(self, inputs: Sequence[int], outputs: Sequence[int]) -> "Group":
-    atoms = tuple(self.outputs[k] for k in outputs)
-    given = {*self.shared, *self.constants, *inputs}
-    operations = tuple(_jaxpr.slice_of(self.program, atoms, given))
-    return dataclasses.replace(self, inputs=tuple(inputs), outputs=atoms, operations=operations)
+    count = len(self.leaves)
+    places = {count + j: 2 * count + j for j in range(len(self.states))}
+    found = _stacked.parts(self.program, self.inputs, self.outputs, places, {*self.shared, *self.constants})
+    return [
+      (
+        dataclasses.replace(
+          self, inputs=p.inputs, outputs=tuple(self.outputs[k] for k in p.outputs), operations=p.operations
+        ),
+        list(p.outputs),
+      )
+      for p in found
+    ]
 
   def check_layers(self, length: int) -> None:
     """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""
@@ -186,9 +176,8 @@ class Update:
 
     def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
       tree = self._treedef.unflatten(params)
-      with _compensated.direct():
-        updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
-        return _compensated.apply_updates(tree, updates), new_state
+      updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+      return _compensated.apply_updates(tree, updates), new_state
 
     return whole
 

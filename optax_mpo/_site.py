@@ -5,13 +5,15 @@ stacks to the gradient, and those of the update. Where the layer axis is in a we
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _jaxpr, _stacked, _types
+from optax_mpo import _jaxpr, _order, _stacked, _types
 
 Values = Sequence[Any]
 
@@ -47,12 +49,15 @@ class Layered:
     state_axes: of each state.
     finish: None where the layers of the new state make the new state. Else the states of the layers start as zeros, and
       `finish(states, shared)` makes the new state of the stack from all of them.
+    parts: the same step in parts, each to be written before the next one reads: `part(grads, params, states, shared)`
+      makes the new values that stand beside it, by their places among weights and then states. None: in one.
   """
 
   step: Step
   param_axes: tuple[int, ...]
   state_axes: tuple[int, ...]
   finish: Callable[[Values, Values], list[Any]] | None = None
+  parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
 
 
 @dataclasses.dataclass
@@ -98,7 +103,7 @@ def layer_step(
   found: list[int | None] = []
 
   def grads_of(index: Any, layers: Values, values: Values) -> list[Any]:
-    env, axes = _layers(before, [*layers, *values], [0] * len(stacks) + [None] * len(given))
+    env, axes = _layers(before, before.inputs, [*layers, *values], [0] * len(stacks) + [None] * len(given))
     _stacked.run(before.operations, before, env, axes, index, length)
     found[:] = [axes.get(a) if isinstance(a, int) else None for a in before.outputs]
     return []
@@ -128,12 +133,15 @@ def layer_step(
   in_axes = [0] * len(stacks) + param_axes + state_axes + [None] * (len(step.shared) + len(given))
   out_axes = param_axes + state_axes
 
-  def run(ys: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+  own = len(stacks) + len(out_axes)  # of the inputs; the others are shared
+  inputs, outputs, known = program.inputs[:own], program.outputs, program.inputs[own:]
+
+  def run_part(part: _stacked.Part, ys: Values, params: Values, states: Values, shared: Values) -> list[Any]:
     *shared, index = shared
-    env, axes = _layers(program, [*ys, *params, *states, *shared], in_axes)
-    _stacked.run(program.operations, program, env, axes, index, length)
+    env, axes = _layers(program, [*part.inputs, *known], [*ys, *params, *states, *shared], in_axes)
+    _stacked.run(part.operations, program, env, axes, index, length)
     results = []
-    for atom, out in zip(program.outputs, out_axes, strict=True):
+    for atom, out in ((outputs[k], out_axes[k]) for k in part.outputs):
       axis = axes.get(atom) if isinstance(atom, int) else None
       value = env[atom] if isinstance(atom, int) else jnp.asarray(atom.val)
       if axis is None:  # the same for every layer, so that all of it was computed
@@ -141,6 +149,12 @@ def layer_step(
       if axis != out:
         raise _stacked.NotSeparableError("the update moves the layer axis")
       results.append(jax.lax.squeeze(value, [axis]))
+    return results
+
+  whole_step = _stacked.Part(tuple(inputs), tuple(range(len(outputs))), tuple(program.operations))
+
+  def run(ys: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+    results = run_part(whole_step, ys, params, states, shared)
     return results[: len(params)], results[len(params) :]
 
   layer = Step(
@@ -151,14 +165,24 @@ def layer_step(
     (*step.shared, *given, number),
   )
   jax.eval_shape(run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
-  return Layered(layer, tuple(param_axes), tuple(state_axes))
+  parts = []
+  if sum(math.prod(x.shape) for x in (*layer.params, *layer.states)) > _order.SMALL:
+    count = len(step.params)
+    places = {count + j: len(stacks) + count + j for j in range(len(step.states))}
+    parts = _stacked.parts(program, inputs, outputs, places, {*known, *program.constants})
+  return Layered(
+    layer,
+    tuple(param_axes),
+    tuple(state_axes),
+    parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
+  )
 
 
 def _layers(
-  program: _jaxpr.Program, values: Sequence[Any], in_axes: Sequence[int | None]
+  program: _jaxpr.Program, inputs: Sequence[int], values: Sequence[Any], in_axes: Sequence[int | None]
 ) -> tuple[dict[int, Any], dict[int, int | None]]:
   env, axes = dict(program.constants), {}
-  for var, value, axis in zip(program.inputs, values, in_axes, strict=True):
+  for var, value, axis in zip(inputs, values, in_axes, strict=True):
     env[var] = value if axis is None else jnp.expand_dims(value, axis)
     if axis is not None:
       axes[var] = axis

@@ -11,6 +11,7 @@ mixes the layers (a sum over that axis, say) or that is not known is refused, wi
 on the layer are cut at the layer's index where they meet ones that do.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,6 +89,59 @@ def run(
     for var, result, axis in zip(operation.outputs, results, out, strict=True):
       if var >= 0:
         env[var], axes[var] = result, axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A part of an update, which is run and written before the next one is read.
+
+  Attributes:
+    inputs: the variables of gradients, weights and states. New states stand in for old ones that are written already.
+    outputs: which of the outputs of the update it makes.
+    operations: what it runs.
+  """
+
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  operations: tuple[_jaxpr.Operation, ...]
+
+
+def parts(
+  program: _jaxpr.Program,
+  inputs: Sequence[int],
+  outputs: Sequence[_jaxpr.Atom],
+  places: dict[int, int],
+  given: set[int],
+) -> list[Part]:
+  """Splits an update into parts that can be run and written one after the other, each over what it has read.
+
+  Why: on GPUs XLA writes into stacks with a kernel for each, and would make all new values before the first of them. A
+  new moment that is written and read again takes the place of the old one, where nothing else needs that.
+
+  Args:
+    program: of the update.
+    inputs: the variables of gradients, weights and states.
+    outputs: the atoms of new weights and states.
+    places: for each output that is a new state, which of the inputs it takes the place of.
+    given: the variables that are known besides the inputs.
+  """
+
+  def part(inputs: Sequence[int], chosen: Sequence[int]) -> Part:
+    operations = _jaxpr.slice_of(program, [outputs[k] for k in chosen], {*given, *inputs})
+    return Part(tuple(inputs), tuple(chosen), tuple(operations))
+
+  now, left, found = list(inputs), list(range(len(outputs))), []
+  for k, place in places.items():
+    new = outputs[k]
+    if not isinstance(new, int) or new in inputs:
+      continue
+    after = [*now[:place], new, *now[place + 1 :]]
+    rest = [o for o in left if o != k]
+    if now[place] in _jaxpr.read_by(part(after, rest).operations, [outputs[o] for o in rest]):
+      continue
+    found.append(part(now, [k]))
+    now, left = after, rest
+  return [*found, part(now, left)]
 
 
 _Rule = Callable[[_jaxpr.Operation, list[Any], list[Axis], _Layer, list[Any]], tuple[list[Any], list[Axis]]]

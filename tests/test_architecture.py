@@ -12,12 +12,16 @@ ARROWS = {
   "_tree": (set(), {"jax"}),
   "_codec": (set(), {"jax", "numpy"}),
   "_wrapping": (set(), {"optax"}),
+  "_made": (set(), {"jax"}),
   "_fp16": ({"_codec"}, {"jax"}),
   "_formats": ({"_codec", "_fp16"}, {"jax"}),
   "_cast": ({"_formats", "_tree"}, {"jax"}),
   "_rounding": (set(), {"jax"}),
   "_checks": ({"_codec", "_formats", "_tree"}, {"jax", "optax"}),
-  "_compensated": ({"_cast", "_checks", "_codec", "_formats", "_rounding", "_tree", "_wrapping"}, {"jax", "optax"}),
+  "_compensated": (
+    {"_cast", "_checks", "_codec", "_formats", "_made", "_rounding", "_tree", "_wrapping"},
+    {"jax", "optax"},
+  ),
   "_blocks": (set(), {"jax", "numpy"}),
   "_state_kinds": (set(), {"jax"}),
   "_quantized": ({"_blocks", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
@@ -29,7 +33,7 @@ ARROWS = {
   "_loss_scale": ({"_wrapping"}, {"jax", "optax"}),
   "_numerics": ({"_codec", "_compensated", "_formats", "_tree"}, {"jax", "optax"}),
   "_types": (set(), {"jax"}),
-  "_order": (set(), {"jax"}),
+  "_order": ({"_types"}, {"jax"}),
   "_jaxpr": ({"_order"}, {"jax"}),
   "_stacked": ({"_jaxpr"}, {"jax"}),
   "_separable": ({"_compensated", "_jaxpr", "_stacked", "_tree", "_types"}, {"jax", "optax"}),
@@ -37,9 +41,9 @@ ARROWS = {
   "_pullback": ({"_jaxpr"}, {"jax"}),
   "_modules": (set(), set()),  # Flax is looked up, not imported
   "_fused_call": ({"_handles", "_order", "_separable", "_tree", "_types"}, {"jax", "numpy"}),
-  "_site": ({"_jaxpr", "_stacked", "_types"}, {"jax"}),
+  "_site": ({"_jaxpr", "_order", "_stacked", "_types"}, {"jax"}),
   "_plan": ({"_jaxpr", "_site", "_stacked", "_types"}, {"jax"}),
-  "_evaluate": ({"_jaxpr", "_order", "_plan"}, {"jax"}),
+  "_evaluate": ({"_jaxpr", "_order", "_plan", "_site"}, {"jax"}),
   "_microbatch": ({"_tree"}, {"jax"}),
   "_layer": (
     {"_evaluate", "_fused_call", "_handles", "_jaxpr", "_microbatch", "_modules", "_order", "_plan", "_pullback"}

@@ -148,7 +148,12 @@ def is_matrix(path, leaf):
 @pytest.mark.parametrize(
   ("name", "scan"),
   # adafactor takes norms over a whole stack, which one layer cannot: it is refused there (test_fused_misuse.py).
-  [(name, scan) for name in OPTIMIZERS for scan in (False, True) if (name, scan) != ("adafactor", True)],
+  [
+    pytest.param(name, scan, marks=[pytest.mark.slow] * (scan and name != "adamw"))
+    for name in OPTIMIZERS
+    for scan in (False, True)
+    if (name, scan) != ("adafactor", True)
+  ],
 )
 def test_a_hundred_steps_equal_the_unfused_path(name, scan):
   """Matrices in bf16 with 16 bits, scales in f32."""

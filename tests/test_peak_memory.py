@@ -34,7 +34,10 @@ def test_f32_master_baseline_is_that_of_the_design_table(model):
   assert per_parameter(model, "optax-f32") == pytest.approx(BASELINE[model], rel=0.01)
 
 
-@pytest.mark.parametrize("mode", AT_MOST)
+@pytest.mark.parametrize(
+  "mode",
+  [pytest.param(mode, marks=[pytest.mark.slow] * (mode in ("mpo-8", "mpo-4", "mpo-compact"))) for mode in AT_MOST],
+)
 def test_storage_modes_take_no_more_than_measured(mode):
   assert per_parameter("lm-350m", mode) <= AT_MOST[mode]
 
@@ -104,7 +107,7 @@ def test_a_row_that_does_not_compile_says_why(tmp_path, monkeypatch):
 
 
 def test_memory_plan(tmp_path, capsys):
-  arguments = ["--model", "125m", "--target", "a10", "--context", "256", "--batches", "1", "8"]
+  arguments = ["--model", "125m", "--target", "a10", "--context", "256", "--batches", "8"]
   assert memory_plan.main([*arguments, "--storages", "mpo-16", "--output-dir", str(tmp_path)]) == 0
   assert "fits" in capsys.readouterr().out
   assert (tmp_path / "memory_plan.png").stat().st_size > 10_000

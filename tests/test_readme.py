@@ -94,6 +94,21 @@ def test_the_table_of_sharded_steps_is_that_of_the_committed_json():
     assert cells == want, label
 
 
+def test_the_table_of_what_an_update_moves_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/update_traffic.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows}
+  page = (ROOT / "docs/performance.md").read_text()
+  lines = page.split("<!-- benchmarks/results/update_traffic.json -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 8
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    of = [found.get((modes[label], model)) for model in ("leaves", "lm-unrolled", "lm-125m", "lm-1.3b", "lm-8.8b")]
+    want = ["" if of[0] is None else f"{of[0]['moved']:.1f}"]
+    want += [f"{r['moved']:.1f} ({r['step_moved']:.1f})" for r in of[1:]]
+    assert cells == [f"{of[1]['floor']:.2f}", *want], label
+
+
 def test_the_accuracy_table_is_that_of_the_committed_json():
   tasks = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text())["tasks"]
   assert all(len(runs) >= 3 for task in tasks.values() for runs in task["losses"].values())

@@ -5,7 +5,7 @@ without excess precision and without fusion: a fused loop may sum in another ord
 a*b + c*d into a fused multiply-add, in plain Optax as here. (Lion makes a full step of the sign of a gradient that is
 zero but for rounding, so that none of it is small.)
 
-Each model is tested with one optimizer, and with all of them by `pytest -m "slow or not slow"`.
+Most models are tested with one optimizer, and all of them with all by `pytest -m "slow or not slow"`.
 """
 
 import functools
@@ -242,11 +242,16 @@ def trained(tx, name):
   return optax.multi_transform({"lora": tx, "frozen": optax.set_to_zero()}, labels)
 
 
+LONG_TO_COMPILE = ("linen_transformer_unrolled", "vit")
+
+
 def cases():
-  """All pairs; those on the diagonal are not marked slow."""
+  """All pairs; those on the diagonal are not marked slow, but for two models that are much like the others."""
   for i, name in enumerate(MODELS):
     for j, optimizer in enumerate(OPTIMIZERS):
-      yield pytest.param(name, optimizer, marks=[pytest.mark.slow] * (i % len(OPTIMIZERS) != j))
+      slow = i % len(OPTIMIZERS) != j or name in LONG_TO_COMPILE
+      marks = [pytest.mark.slow] * slow + [pytest.mark.once] * ("transformer" in name)
+      yield pytest.param(name, optimizer, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "optimizer"), list(cases()))

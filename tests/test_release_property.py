@@ -159,7 +159,7 @@ def make_optimizer(names, bits):
   return tx if bits is None else mpo.compensated(tx, bits=bits)
 
 
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
 @hypothesis.given(
   networks,
   st.lists(st.sampled_from(list(TRANSFORMATIONS)), min_size=1, max_size=3),

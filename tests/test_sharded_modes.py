@@ -40,6 +40,13 @@ def gathered_loss(params, x):
   return jnp.mean(jnp.square((x @ embed.T).astype(jnp.float32)))
 
 
+def gathered_fused_loss(params, x):
+  embed = mpo.fused_value(params["embed"])
+  x = x.astype(jnp.bfloat16) @ whole(embed)
+  x, _ = mpo.fused_scan(lambda p, x, _: (layer(p, x), None))(params["layers"], x)
+  return jnp.mean(jnp.square((x @ whole(embed).T).astype(jnp.float32)))
+
+
 def unrolled_loss(params, x):
   embed = mpo.fused_value(params["embed"])
   x = x.astype(jnp.bfloat16) @ whole(embed)
@@ -88,7 +95,7 @@ def averaged(axis):
   ("case", "mean"),
   [
     ("auto scanned", "by the derivative"),
-    ("layer scanned", "by the derivative"),
+    pytest.param("layer scanned", "by the derivative", marks=pytest.mark.slow),
     ("layer unrolled", "by the derivative"),
     ("layer scanned", "by the optimizer"),
   ],
@@ -131,7 +138,12 @@ def on_mesh(params, state, rows):
 
 @pytest.mark.parametrize(
   ("case", "optimizer"),
-  [("auto scanned", "exact"), ("layer scanned", "exact"), ("auto unrolled", "compact"), ("layer unrolled", "exact")],
+  [
+    ("auto scanned", "exact"),
+    pytest.param("layer scanned", "exact", marks=pytest.mark.slow),
+    pytest.param("auto unrolled", "compact", marks=pytest.mark.slow),
+    ("layer unrolled", "exact"),
+  ],
 )
 def test_data_parallel_with_explicit_axes(case, optimizer):
   make, loss, fused = CASES[case]
@@ -144,11 +156,19 @@ def test_data_parallel_with_explicit_axes(case, optimizer):
     compare(one, other, params, state, x)
 
 
-@pytest.mark.parametrize("case", ["auto scanned", "auto unrolled", "layer unrolled"])
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param("auto scanned", marks=pytest.mark.slow),
+    "auto unrolled",
+    "layer scanned",
+    pytest.param("layer unrolled", marks=pytest.mark.slow),
+  ],
+)
 def test_weights_in_parts_with_explicit_axes(case):
   make, loss, fused = CASES[case]
   tx = OPTIMIZERS["exact"]()
-  swap = {loss_fn: gathered_loss}
+  swap = {loss_fn: gathered_loss, fused_loss: gathered_fused_loss}
   with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
     params, state = on_mesh(*mpo.init(tx, make()), rows=True)
     x = jax.device_put(jax.random.normal(jax.random.key(1), (16, WIDTH)), P("data"))

@@ -16,27 +16,31 @@ pytestmark = pytest.mark.once
 COMMANDS = re.findall(r"`(examples/train_digits\.py [^`]*)`", (ROOT / "README.md").read_text())
 
 
-@pytest.mark.parametrize("model", ["linen", "nnx"])
-def test_it_learns_the_digits(model):
-  settings = train_digits.Settings(model=model, epochs=4)
+ROW = re.compile(r"^(\w+) +([\d.]+) +([\d.]+) +([\d.]+) ", re.MULTILINE)
+
+
+def test_it_learns_the_digits():
+  settings = train_digits.Settings(model="linen", epochs=4)
   result = train_digits.train(settings)
   assert result.accuracy > 0.93
   assert result.train_loss < result.losses[0] / 5
   bytes_per_parameter = (result.weight_bytes + result.state_bytes) / result.parameters
   assert bytes_per_parameter == pytest.approx(12, abs=0.01)  # and the step counts
-  again = train_digits.train(settings)
-  np.testing.assert_array_equal(result.losses, again.losses)
 
 
-def test_one_table_for_all_storages(capsys):
-  storages = list(train_digits.STORAGES)
-  assert train_digits.main(["--storage", *storages, "--epochs", "1"]) == 0
-  rows = re.findall(r"^(\w+) +([\d.]+) +([\d.]+) +([\d.]+) ", capsys.readouterr().out, re.MULTILINE)
-  assert [row[0] for row in rows] == storages
-  assert rows[0][1:3] == ("4.00", "8.00")
+def test_a_run_is_the_same_each_time():
+  settings = train_digits.Settings(model="nnx", epochs=1)
+  first, second = train_digits.train(settings), train_digits.train(settings)
+  np.testing.assert_array_equal(first.losses, second.losses)
+
+
+def test_one_table_for_several_storages(capsys):
+  assert train_digits.main(["--storage", "fp32", "compact", "--epochs", "1"]) == 0
+  rows = ROW.findall(capsys.readouterr().out)
+  assert rows[0][:3] == ("fp32", "4.00", "8.00")
   held = {name: float(total) for name, _, _, total in rows}
   # Small leaves, such as the scales of norms, keep their moments in f32: a fifth of a byte in this small model.
-  assert held == pytest.approx({"fp32": 12, "mpo16": 12, "mpo8": 11, "compact": 5.32}, abs=0.01)
+  assert held == pytest.approx({"fp32": 12, "compact": 5.32}, abs=0.01)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -87,8 +87,18 @@ def test_fp32_and_mpo16_have_the_same_losses_bit_for_bit(comparison):
   assert runs["mpo16"]["validation_loss"] == runs["fp32"]["validation_loss"]
 
 
-@pytest.mark.parametrize("clip", ["element", "global"])
-@pytest.mark.parametrize("flags", [[], ["--scan", "--remat", "--layers", "3"]], ids=["unrolled", "scanned"])
+SCANNED = ["--scan", "--remat", "--layers", "3"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "clip"),
+  [
+    pytest.param([], "global", id="unrolled-global"),
+    pytest.param(SCANNED, "element", id="scanned-element"),
+    pytest.param([], "element", id="unrolled-element", marks=pytest.mark.slow),
+    pytest.param(SCANNED, "global", id="scanned-global", marks=pytest.mark.slow),
+  ],
+)
 def test_fused_runs_have_the_same_losses_bit_for_bit(tmp_path, capsys, monkeypatch, flags, clip):
   if flags:
     # In another loop a fused multiply-add may take the other product (docs/fused_layers.md); here there is none.
