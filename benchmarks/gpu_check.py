@@ -49,7 +49,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 ON_GPU = ("leaves-8x16m", "lm-1.3b", "lm-1.3b-8x1024")
 ON_CPU = ("leaves-8x64k", "lm-tiny")
-DEFAULT_MODES = ("mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact-auto")
+DEFAULT_MODES = ("mpo-16", "mpo-16-auto", "mpo-16-auto-kernels", "mpo-16-layer-kernels", "mpo-compact-auto-kernels")
 
 
 class Steps:
@@ -147,13 +147,15 @@ def exactness() -> dict[str, float]:
     "unfused": unfused,
     "auto": mpo.value_and_update(model.loss, tx),
     "layer": mpo.fused_value_and_update(model.fused_loss, tx),
+    "auto with kernels": mpo.value_and_update(model.loss, mpo.with_kernels(tx)),
+    "layer with kernels": mpo.fused_value_and_update(model.fused_loss, mpo.with_kernels(tx)),
   }
   found = {}
   for name, step in steps.items():
     state = mpo.init(tx, masters)
     found[name] = ten_steps(step, *state, tokens)
   f32 = ten_steps(plain, masters, adamw.init(masters), tokens)
-  shares = {name: share_of_difference(found[name], found["unfused"]) for name in ("auto", "layer")}
+  shares = {name: share_of_difference(found[name], found["unfused"]) for name in steps if name != "unfused"}
   shares["optax-f32"] = share_of_difference(mpo.master_params(*found["unfused"]), f32[0])
   return shares
 
@@ -207,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   report: dict[str, Any] = {"device": kind, "jax": jax.__version__, "optax": optax.__version__}
   for model in args.models or (ON_CPU if platform == "cpu" else ON_GPU):
     for mode in args.modes:
-      if mode.endswith("-layer") and MODELS[model]().fused_loss is None:
+      if "-layer" in mode and MODELS[model]().fused_loss is None:
         continue
       command = [sys.executable, __file__, "--one", model, mode]
       done = subprocess.run(command, capture_output=True, text=True)

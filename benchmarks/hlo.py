@@ -32,10 +32,15 @@ _ELEMENTWISE = set(
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """An array's type: `dtype` as XLA names it, and its number of elements."""
+  """An array's type: `dtype` as XLA names it, and its shape."""
 
   dtype: str
-  size: int
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    """The number of its elements."""
+    return math.prod(self.shape)
 
   def bytes(self, elements: int | None = None) -> float:
     """The bytes of so many of its elements, or of all."""
@@ -132,6 +137,11 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
       found[name] = Computation(lines, root)
     elif made := _INSTRUCTION.match(line):
       instruction = _instruction(made)
+      for operand in instruction.operands:
+        if "#" in operand and operand not in lines:  # how JAX 0.12 writes an element of a tuple
+          whole, number = operand.split("#")
+          array = lines[whole].arrays[int(number)]
+          lines[operand] = Instruction(operand, (array,), "get-tuple-element", (whole,), "", f"index={number}")
       lines[instruction.name] = instruction
       root = instruction.name if made[1] else root
   return found, entry
@@ -139,10 +149,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 def _instruction(made: re.Match[str]) -> Instruction:
   _, name, shape, opcode, rest = made.groups()
-  arrays = tuple(
-    Array(dtype, math.prod(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(shape)
-  )
-  operands = re.findall(r"%([\w.\-]+)", _arguments(rest))
+  arrays = tuple(Array(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(shape))
+  operands = re.findall(r"%([\w.\-]+(?:#\d+)?)", _arguments(rest))
   called = _CALLED.search(rest)
   return Instruction(name, arrays, opcode, tuple(operands), called[2] if called else "", made[0])
 
@@ -198,7 +206,11 @@ def _walk(
     elif i.opcode == "call":
       inner, marks[i.name] = _walk(computations, computations[i.called], inputs, launches)
       made += inner
-    elif i.opcode in ("conditional", "async-start"):
+    elif i.opcode == "async-start":
+      inner, result = _walk(computations, computations[i.called], inputs, launches)
+      made += inner
+      marks[i.name] = [any(result)] * len(i.arrays)
+    elif i.opcode == "conditional":
       raise ValueError(f"{i.name}: {i.opcode} is not known here")
     else:
       of_state = any(map(any, inputs))
@@ -236,6 +248,10 @@ def _traffic(computations: dict[str, Computation], outer: Computation, i: Instru
     moved = sum(a.bytes() for o in operands for a in o.arrays)
     return moved, moved
   results = [a for a in i.arrays if a.dtype not in ("token", "opaque")]
+  if i.opcode == "custom-call" and "step_weight" in i.text:  # our own: one layer of stacks that it writes in place
+    stacks = {int(number) for number in re.findall(r"\{\d+\}: \((\d+), \{\}\)", i.text)}
+    read = sum(o.arrays[0].bytes() / (o.arrays[0].shape[0] if k in stacks else 1) for k, o in enumerate(operands))
+    return read, sum(a.bytes() / a.shape[0] for a in results)
   if i.opcode == "custom-call" and len(results) > 1:  # the last one is its workspace
     results = results[:-1]
   return sum(a.bytes() for o in operands for a in o.arrays), sum(a.bytes() for a in results)

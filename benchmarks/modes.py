@@ -99,12 +99,18 @@ def flashoptim(master_weight_bits: int) -> Callable[[Model, str], Training]:
   return build
 
 
-def compensated(bits: int, compact: bool = False) -> Callable[[Model, str], Training]:
-  """Our storage, unfused: a gradient tree, then the update; `compact` with the optimizer's state in 8 bits."""
+def transformation(optimizer: str, bits: int, compact: bool, kernels: bool) -> optax.GradientTransformation:
+  """Our storage around an optimizer; `compact` with its state in 8 bits, `kernels` with kernels of our own."""
+  inner = OPTIMIZERS[optimizer]()
+  tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
+  return mpo.with_kernels(tx) if kernels else tx
+
+
+def compensated(bits: int, compact: bool = False, kernels: bool = False) -> Callable[[Model, str], Training]:
+  """Our storage, unfused: a gradient tree, then the update."""
 
   def build(model: Model, optimizer: str) -> Training:
-    inner = OPTIMIZERS[optimizer]()
-    tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
+    tx = transformation(optimizer, bits, compact, kernels)
 
     def step(params, opt_state, batch):
       loss, grads = jax.value_and_grad(model.loss)(params, batch)
@@ -116,11 +122,11 @@ def compensated(bits: int, compact: bool = False) -> Callable[[Model, str], Trai
   return build
 
 
-def fused_layers(bits: int) -> Callable[[Model, str], Training]:
+def fused_layers(bits: int, compact: bool = False, kernels: bool = False) -> Callable[[Model, str], Training]:
   """Our storage, with every layer stepped inside the backward pass."""
 
   def build(model: Model, optimizer: str) -> Training:
-    tx = mpo.compensated(OPTIMIZERS[optimizer](), bits=bits)
+    tx = transformation(optimizer, bits, compact, kernels)
     if model.fused_loss is None:
       raise NotImplementedError(f"{model.name} is not written with fused layers")
     step = mpo.fused_value_and_update(model.fused_loss, tx)
@@ -129,15 +135,14 @@ def fused_layers(bits: int) -> Callable[[Model, str], Training]:
   return build
 
 
-def automatic(bits: int, compact: bool = False) -> Callable[[Model, str], Training]:
+def automatic(bits: int, compact: bool = False, kernels: bool = False) -> Callable[[Model, str], Training]:
   """Our storage with gradients released: `value_and_update` on the same loss function.
 
   In two passes where the optimizer couples the leaves, and in one otherwise.
   """
 
   def build(model: Model, optimizer: str) -> Training:
-    inner = OPTIMIZERS[optimizer]()
-    tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
+    tx = transformation(optimizer, bits, compact, kernels)
     step = mpo.value_and_update(model.loss, tx, two_pass=True)
     return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
 
@@ -158,4 +163,10 @@ MODES = {
   "mpo-16-auto": Mode("optax_mpo, 16 bits, value_and_update", automatic(16), exact=True),
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
   "mpo-compact-auto": Mode("optax_mpo, 8 bits, 8-bit state, value_and_update", automatic(8, compact=True)),
+  "mpo-compact-kernels": Mode("optax_mpo, 8 bits, 8-bit state, kernels", compensated(8, compact=True, kernels=True)),
+  "mpo-16-layer-kernels": Mode("optax_mpo, 16 bits, fused layers, kernels", fused_layers(16, kernels=True), exact=True),
+  "mpo-16-auto-kernels": Mode("optax_mpo, 16 bits, value_and_update, kernels", automatic(16, kernels=True), exact=True),
+  "mpo-compact-auto-kernels": Mode(
+    "optax_mpo, 8 bits, 8-bit state, value_and_update, kernels", automatic(8, compact=True, kernels=True)
+  ),
 }

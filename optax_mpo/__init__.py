@@ -37,6 +37,7 @@ from optax_mpo._quantized import dequantized as dequantized
 from optax_mpo._quantized import quantized_state as quantized_state
 from optax_mpo._release import value_and_update as value_and_update
 from optax_mpo._sharding import state_sharding as state_sharding
+from optax_mpo._with_kernels import with_kernels as with_kernels
 
 __version__ = "0.1.0"
 

@@ -28,7 +28,7 @@ class _Stepped:
 
   def step(self, index: int, step: _site.Step, grads: Any, shared: Sequence[Any]) -> None:
     """Steps them."""
-    self.put(index, *step.run(grads, *self.get(index), shared))
+    self.put(index, *step.apply(grads, *self.get(index), shared))
 
 
 class Whole(_Stepped):
@@ -61,38 +61,26 @@ class Layer(_Stepped):
 
   def __init__(self, released: Sequence[_plan.Released], stacks: Sequence[tuple[list[Any], list[Any]]], index: Any):
     self._released, self.stacks, self._index = released, [tuple(map(list, s)) for s in stacks], index
-    self._ordered = 0
+    self._ordered = 1
 
-  def get(self, index: int, at: Any = None) -> tuple[list[Any], list[Any]]:
-    """Reads the layer; `at` stands for its index, where it is to be read after something."""
-    at, r, (params, states) = self._index if at is None else at, self._released[index], self.stacks[index]
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    at, r, (params, states) = self._index, self._released[index], self.stacks[index]
     return (
       [lax.dynamic_index_in_dim(p, at, a, False) for p, a in zip(params, r.layered.param_axes, strict=True)],
       [lax.dynamic_index_in_dim(s, at, a, False) for s, a in zip(states, r.layered.state_axes, strict=True)],
     )
 
   def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
-    for k, value in enumerate((*params, *states)):
-      self._write(index, k, value, self._index)
-
-  def _write(self, index: int, place: int, value: Any, at: Any) -> Any:
-    """Writes one of the weights and then states of a site, and returns its stack."""
-    layered, (params, states) = self._released[index].layered, self.stacks[index]
-    stacks, axes, k = (
-      (params, layered.param_axes, place) if place < len(params) else (states, layered.state_axes, place - len(params))
-    )
-    stacks[k] = lax.dynamic_update_index_in_dim(stacks[k], value, at, axes[k])
-    return stacks[k]
+    layered, stacks = self._released[index].layered, self.stacks[index]
+    for stack, new, axes in zip(stacks, (params, states), (layered.param_axes, layered.state_axes), strict=True):
+      for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
+        stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
 
   def step(self, index: int, step: _site.Step, grads: Any, shared: Sequence[Any]) -> None:
-    parts, done = self._released[index].layered.parts, grads
-    if not parts:
-      super().step(index, step, grads, shared)
-    for run, places in parts:
-      self._ordered += 1
-      at = _order.after(self._index, _order.first_elements(done), self._ordered)
-      new = run(grads, *self.get(index, at), [*shared[:-1], at])
-      done = [self._write(index, place, value, at) for place, value in zip(places, new, strict=True)]
+    layered, (params, states) = self._released[index].layered, self.stacks[index]
+    new = layered.write(grads, [*params, *states], shared[:-1], self._index, self._ordered)
+    self.stacks[index] = new[: len(params)], new[len(params) :]
+    self._ordered += len(layered.parts)
 
   def held(self, index: int) -> Any:
     return self.stacks[index]

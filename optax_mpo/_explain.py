@@ -74,6 +74,9 @@ def explain(
   - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
   - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
 
+  Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, and `why` says of the
+  other layers of scans why they are left to XLA.
+
   Args:
     loss_fn: as for `value_and_update`.
     tx: likewise.
@@ -116,7 +119,7 @@ def explain(
     groups = _two_pass.TwoPass(update, "explain").groups
   else:
     groups = _release.groups_of(update)
-  sites = traced.sites(groups)
+  sites = traced.sites(groups, update.kernels)
   plan = _plan.make_plan(traced.program, sites, traced.results)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
   for index, site in enumerate(sites):

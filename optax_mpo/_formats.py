@@ -54,6 +54,11 @@ def step(
   return update, low, kept
 
 
+def difference(old: jax.Array, new: jax.Array) -> jax.Array:
+  """The update `f32[*s]` from `old[*s]` to `new[*s]`, as `step` returns it."""
+  return _CODECS[old.dtype].difference(old, new)
+
+
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   """Adds `u: f32[*s]` to `old[*s]`, so that the updates of `step` lead to where they should."""
   return _CODECS[old.dtype].add_difference(old, u)

@@ -6,6 +6,7 @@ put nothing off, is here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from optax_mpo import _handles, _order, _separable, _tree, _types
+from optax_mpo import _handles, _order, _separable, _site, _tree, _types
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
@@ -137,12 +138,13 @@ class Refs:
   Attributes:
     leaves: which leaves of the params.
     groups: the groups in which they are stepped.
+    kernels: whether kernels of our own may step them.
     arguments: the refs of weights and of states, and the values that all groups share. All of this goes through the
       custom_vjp as an argument and no other way, since its backward rule may run in another trace.
   """
 
   def __init__(self, step: _handles.Step, leaves: Sequence[int], groups: Sequence[_separable.Group]):
-    self.leaves, self.groups = leaves, groups
+    self.leaves, self.groups, self.kernels = leaves, groups, step.update.kernels
     self._states = [j for group in groups for j in group.states]
     self._shared = sorted({v for group in groups for v in group.shared})
     self.arguments = (
@@ -195,8 +197,9 @@ class Refs:
       refs, shared = self._of(group, arguments)
       values = [ref[...] for ref in refs]
       gradients = [grads[i] if i in grads else jnp.zeros_like(v) for i, v in zip(group.leaves, values, strict=False)]
+      (site,) = _site.of_groups([group], dict.fromkeys(group.leaves), dict.fromkeys(group.leaves), self.kernels)
       count = len(group.leaves)
-      new = group.step(gradients, values[:count], values[count:], shared)
+      new = site.step.apply(gradients, values[:count], values[count:], shared)
       writes += zip(refs, [*new[0], *new[1]], strict=True)
     new, onward = _order.barrier(([value for _, value in writes], onward))
     for (ref, _), value in zip(writes, new, strict=True):
@@ -218,6 +221,15 @@ class Refs:
         grads[i] if i in grads else _types.zeros(_types.struct(ref, 0))
         for i, ref in zip(group.leaves, refs, strict=False)
       ]
+      kernel = _site.of_group(group, stacked=True) if self.kernels else None
+      if kernel is not None:
+        without = functools.partial(_write_layer_of, group.parts(), layers, count)
+        stacks = [ref[...] for ref in refs]
+        for ref, new in zip(refs, kernel.step(gradients[0], stacks, shared, index, done, without), strict=True):
+          ref[...] = new
+        count += len(group.states) + 1
+        done = _order.first_elements(refs)
+        continue
       small = sum(ref.size for ref in refs) <= _order.SMALL * layers
       for part, outputs in [(group, list(range(len(refs))))] if small else group.parts():
         count += 1
@@ -227,6 +239,27 @@ class Refs:
           _write_layer(refs[k], at, value)
         if not small:
           done = _order.first_elements([refs[k] for k in outputs])
+
+
+def _write_layer_of(
+  parts: Sequence[tuple[_separable.Group, list[int]]],
+  layers: int,
+  count: int,
+  grad: Any,
+  stacks: Sequence[Any],
+  shared: Sequence[Any],
+  index: Any,
+  done: Sequence[Any],
+) -> list[Any]:
+  """Steps one layer of stacks as `Refs.update_layer` does, in parts."""
+  stacks = list(stacks)
+  for k, (part, outputs) in enumerate(parts, start=1):
+    at = _order.after(index, done, count + k)
+    layer = [lax.dynamic_index_in_dim(s, at, 0, False) for s in stacks]
+    for i, value in zip(outputs, part.run_layer([grad, *layer], shared, at, layers), strict=True):
+      stacks[i] = lax.dynamic_update_index_in_dim(stacks[i], value, at, 0)
+    done = _order.first_elements([stacks[i] for i in outputs])
+  return stacks
 
 
 def _layer_of(ref: Any, index: Any) -> jax.Array:

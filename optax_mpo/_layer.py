@@ -323,7 +323,7 @@ def _step_within(
   wanted = [i >= count for i in range(count + len(refs.leaves))]
   program = _jaxpr.flatten_towards(closed, wanted, _plan.FOLLOWED)
   of_leaf = dict(zip(refs.leaves, program.outputs[count:], strict=True))
-  sites = _site.of_groups(refs.groups, of_leaf, dict(zip(refs.leaves, program.inputs, strict=False)))
+  sites = _site.of_groups(refs.groups, of_leaf, dict(zip(refs.leaves, program.inputs, strict=False)), refs.kernels)
   values, states, shared = refs.values(arguments)
   store = _evaluate.Whole(values | dict(zip(refs.leaves, weights, strict=True)), states, refs.groups)
   env = dict(program.constants)

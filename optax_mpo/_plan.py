@@ -193,7 +193,7 @@ class _Planner:
     ]
     if summed:
       return "at once", f"its gradient is summed in a {program.operations[summed[0]].name}"
-    return "at once", ""
+    return "at once, by a kernel" if site.step.kernel else "at once", ""
 
   def _is_constant(self, atom: _jaxpr.Atom) -> bool:
     """Whether a gradient is made of nothing but a literal, as JAX writes the zeros of an unused leaf."""
@@ -365,7 +365,7 @@ class _Planner:
     self.result.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, length)
     self.result.skipped |= {i for _, path, _, _ in accepted for i in path}
     for r in released:
-      r.site.placed = ("in scan", "")
+      r.site.placed = ("in scan, by a kernel" if r.layered.kernel else "in scan", r.layered.no_kernel)
 
   def _released(
     self, index: int, path: list[int], scan: int, ys: dict[int, int], length: int

@@ -52,9 +52,9 @@ class Traced:
     self.program = _jaxpr.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED)
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
-  def sites(self, groups: Sequence[_separable.Group]) -> list[_site.Site]:
-    """Where the weights are stepped: each with its gradient."""
-    return _site.of_groups(groups, self.grads, self.program.inputs)
+  def sites(self, groups: Sequence[_separable.Group], kernels: bool) -> list[_site.Site]:
+    """Where the weights are stepped, each with its gradient; by kernels, where there are any."""
+    return _site.of_groups(groups, self.grads, self.program.inputs, kernels)
 
   def output(self, results: Sequence[Any]) -> Any:
     """Puts the arrays of the loss function's result back into its tree."""
@@ -144,7 +144,7 @@ def value_and_update(
     else:
       groups = groups_of(update)
     shared = [[values[v] for v in group.shared] for group in groups]
-    plan = _plan.make_plan(traced.program, traced.sites(groups), traced.results)
+    plan = _plan.make_plan(traced.program, traced.sites(groups, update.kernels), traced.results)
     env = dict(traced.program.constants) | dict(zip(traced.program.inputs, inputs, strict=True))
     store = _evaluate.Whole(inputs[: len(traced.leaves)], list(old), groups)
     _evaluate.evaluate(plan, env, store, shared)

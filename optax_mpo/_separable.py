@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _compensated, _jaxpr, _stacked, _tree, _types
+from optax_mpo import _compensated, _jaxpr, _kernel, _stacked, _tree, _types
 
 PyTree = Any
 
@@ -158,6 +158,7 @@ class Update:
   Attributes:
     names: a name for every leaf of the params.
     shared: the variables that `run_shared` computes.
+    kernels: whether `with_kernels` is around `tx`, or in it.
   """
 
   def __init__(self, tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str):
@@ -167,7 +168,9 @@ class Update:
     self.names = [name for name, _ in _tree.named_leaves(params)]
     self.state_names = [name for name, _ in _tree.named_leaves(opt_state, "opt_state")]
     check_state(tx, params, opt_state, caller)
-    self._program, out = _jaxpr.trace(self._whole(tx), self._params, self._params, self._state)
+    with _kernel.left_out() as met:
+      self._program, out = _jaxpr.trace(self._whole(tx), self._params, self._params, self._state)
+    self.kernels = bool(met)
     self._check_result(out)
     self._own()
 

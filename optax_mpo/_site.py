@@ -7,13 +7,14 @@ stacks to the gradient, and those of the update. Where the layer axis is in a we
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from optax_mpo import _jaxpr, _order, _stacked, _types
+from optax_mpo import _elements, _jaxpr, _kernel, _order, _stacked, _types
 
 Values = Sequence[Any]
 
@@ -29,6 +30,8 @@ class Step:
     states: likewise.
     shared: likewise.
     layered: makes the step of one layer of a stack, as `layer_step` does.
+    kernels: whether stacks of layers may be stepped by a kernel of `_kernel`.
+    kernel: steps the weight, where `kernels` and there is one that moves less than XLA's.
   """
 
   run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
@@ -37,6 +40,19 @@ class Step:
   states: tuple[Any, ...]
   shared: tuple[Any, ...]
   layered: Callable[..., "Layered"] | None = None
+  kernels: bool = False
+  kernel: _kernel.Kernel | None = None
+
+  def apply(self, grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+    """Steps the leaves: what `run` does, by the kernel if there is one."""
+    if self.kernel is None:
+      return self.run(grads, params, states, shared)
+    new = self.kernel.step(grads[0], [*params, *states], shared, jnp.int32(0), [], self._without_kernel)
+    return new[: len(params)], new[len(params) :]
+
+  def _without_kernel(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:
+    params, states = self.run([grad], stacks[: len(self.params)], stacks[len(self.params) :], shared)
+    return [*params, *states]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +67,8 @@ class Layered:
       `finish(states, shared)` makes the new state of the stack from all of them.
     parts: the same step in parts, each to be written before the next one reads: `part(grads, params, states, shared)`
       makes the new values that stand beside it, by their places among weights and then states. None: in one.
+    kernel: does the same in one pass, where there is one.
+    no_kernel: why there is none, where one is asked for.
   """
 
   step: Step
@@ -58,6 +76,47 @@ class Layered:
   state_axes: tuple[int, ...]
   finish: Callable[[Values, Values], list[Any]] | None = None
   parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
+  kernel: _kernel.Kernel | None = None
+  no_kernel: str = ""
+
+  def write(self, grads: Values, stacks: Values, shared: Values, index: Any, count: int) -> list[Any]:
+    """Steps the layer at `index` of stacks of weights and states, and returns the stacks.
+
+    Args:
+      grads: the gradients of the layer.
+      stacks: of the weights, then of the states.
+      shared: what the step shares with others, without the index.
+      index: i32[], which layer.
+      count: another one for each step of the layer; the next one may use `count + len(parts)`.
+    """
+    if self.kernel is None:
+      return self._write(grads, stacks, shared, index, count)
+    without = functools.partial(self._without_kernel, count=count)
+    return self.kernel.step(grads[0], stacks, shared, index, [], without)
+
+  def _without_kernel(self, grad: Any, stacks: Values, shared: Values, index: Any, _: Values, count: int) -> list[Any]:
+    return self._write([grad], stacks, shared, index, count)
+
+  def _write(self, grads: Values, stacks: Values, shared: Values, index: Any, count: int) -> list[Any]:
+    stacks, axes, first = list(stacks), (*self.param_axes, *self.state_axes), len(self.param_axes)
+
+    def layer(at: Any) -> tuple[list[Any], list[Any]]:
+      values = [lax.dynamic_index_in_dim(s, at, a, False) for s, a in zip(stacks, axes, strict=True)]
+      return values[:first], values[first:]
+
+    def put(places: Iterable[int], values: Values, at: Any) -> list[Any]:
+      for place, value in zip(places, values, strict=True):
+        stacks[place] = lax.dynamic_update_index_in_dim(stacks[place], value, at, axes[place])
+      return [stacks[place] for place in places]
+
+    if not self.parts:
+      params, states = self.step.run(grads, *layer(index), [*shared, index])
+      put(range(len(stacks)), [*params, *states], index)
+    done = grads
+    for k, (run, places) in enumerate(self.parts):
+      at = _order.after(index, _order.first_elements(done), count + k)
+      done = put(places, run(grads, *layer(at), [*shared, at]), at)
+    return stacks
 
 
 @dataclasses.dataclass
@@ -170,12 +229,34 @@ def layer_step(
     count = len(step.params)
     places = {count + j: len(stacks) + count + j for j in range(len(step.states))}
     parts = _stacked.parts(program, inputs, outputs, places, {*known, *program.constants})
+  kernel, no_kernel = None, ""
+  if step.kernels:
+    kernel, no_kernel = _kernel_of(program, program.operations, inputs, known, outputs, [0, *out_axes])
   return Layered(
     layer,
     tuple(param_axes),
     tuple(state_axes),
     parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
+    kernel=kernel,
+    no_kernel=no_kernel,
   )
+
+
+def _kernel_of(
+  program: _jaxpr.Program,
+  operations: Sequence[_jaxpr.Operation],
+  inputs: Sequence[int],
+  given: Sequence[int],
+  outputs: Sequence[_jaxpr.Atom],
+  axes: Sequence[int] | None,
+) -> tuple[_kernel.Kernel | None, str]:
+  """The kernel of an update of one weight, whose inputs have these axes of layers; or None, and why."""
+  if len(inputs) != len(outputs) + 1 or any(axes or ()):
+    return None, "no kernel: its layers are not along the first axis, or its update takes several gradients"
+  try:
+    return _kernel.make(program, operations, inputs, given, outputs, axes is not None), ""
+  except _elements.NotElementwiseError as error:
+    return None, f"no kernel: {error}"
 
 
 def _layers(
@@ -189,7 +270,7 @@ def _layers(
   return env, axes
 
 
-def of_groups(groups: Sequence[Any], grads: Any, weights: Any) -> list[Site]:
+def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = False) -> list[Site]:
   """Sites for groups of a `_separable.Update`, with the atoms of gradients and the variables of weights by leaf."""
   sites = []
   for group in groups:
@@ -201,8 +282,22 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any) -> list[Site]:
       tuple(structs[count : 2 * count]),
       tuple(structs[2 * count : len(group.inputs)]),
       tuple(structs[len(group.inputs) :]),
+      kernels=kernels,
+      kernel=of_group(group, stacked=False) if kernels else None,
     )
     sites.append(
       Site(group.leaves, tuple(grads[i] for i in group.leaves), tuple((weights[i],) for i in group.leaves), step)
     )
   return sites
+
+
+def of_group(group: Any, stacked: bool) -> _kernel.Kernel | None:
+  """The kernel of a group of a `_separable.Update`, if there is one and it moves less than XLA's.
+
+  XLA steps a weight that is no stack of layers with one kernel, unless blocks of its state get new scales.
+  """
+  axes = [0] * len(group.inputs) if stacked else None
+  kernel = None
+  if len(group.leaves) == 1:
+    kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, axes)
+  return kernel if kernel is None or stacked or kernel.elements.block else None

@@ -1,0 +1,112 @@
+"""An Optax transformation whose updates one CUDA GPU computes with kernels of our own.
+
+Why: XLA:GPU reads the state of some updates twice, and writes stacks of layers with a kernel for each array (`_kernel`
+has the reasons). How much is moved is what a step costs.
+
+How: within fused steps, the wrapper is a mark that `_separable` finds, and does nothing. In an ordinary step it
+computes the update as it is, and puts the results of kernels in the place of those that a kernel makes with less
+traffic. XLA drops what is not used then.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from jax.core import Tracer
+
+from optax_mpo import _formats, _kernel, _made, _separable, _site, _tree, _wrapping
+
+PyTree = Any
+
+
+def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """Lets one CUDA GPU step weights with Pallas kernels that read and write every byte once.
+
+  Put it around the whole transformation. State and results are those of `tx`: one can add it and take it away in the
+  middle of a run, and checkpoints are the same. A kernel is used under `jax.jit`, on one GPU, Ampere or later,
+
+  - in fused steps, for stacks of layers (`lax.scan`, `fused_scan`) and for weights with 8-bit state;
+  - in ordinary steps, for weights with 8-bit state;
+
+  where the update works on each element alone, or on each block of 8-bit state, as those of Adam, AdamW, Lion, SGD and
+  most others do. Everything else is left to XLA: other updates (adafactor, lamb), 4-bit storage, stochastic rounding,
+  axes that do not split into tiles of 128 elements, several devices, CPUs. `explain` says which leaves are stepped by a
+  kernel, and of layers in scans why not.
+
+  The kernels compute what XLA does, with the instructions that XLA's own kernels have: tests hold them to XLA's
+  program. No GPU has run them yet, so that they are for those who ask (docs/performance.md).
+
+  Args:
+    tx: an Optax transformation, with `compensated` in it.
+
+  Returns:
+    The transformation.
+
+  Raises:
+    TypeError: where `tx` is no Optax transformation.
+
+  Memory: traffic, in bytes read and written per parameter by AdamW with 16 bits in a scan: 26 in place of 46; with
+    8-bit state 12.3 in place of 18, and of 36 in a scan. What is held is no more.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = mpo.with_kernels(mpo.compensated(optax.adamw(1e-2)))
+    >>> def loss_fn(params, x):
+    ...   x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)
+    ...   return jnp.mean(x**2)
+    >>> params, opt_state = mpo.init(tx, jnp.ones((3, 16, 16)))
+    >>> table = mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((8, 16)))
+    leaf    shape        stepped               gradient held  why
+    params  [3, 16, 16]  in scan, by a kernel  512 B
+    768 parameters; the largest gradient held is 512 B
+  """
+  tx = _wrapping.as_transformation(tx, "with_kernels", "tx")
+
+  def update(
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
+    new_updates, new_state = tx.update(updates, state, params, **extra_args)
+    if params is None or not _kernel.asked():
+      return new_updates, new_state
+    given = [*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]
+    if not any(isinstance(x, Tracer) for x in given):
+      return new_updates, new_state
+
+    def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
+      return tx.update(updates, state, params, **extra_args)
+
+    try:
+      taken = _separable.Update(optax.GradientTransformation(tx.init, plain), params, state, "with_kernels")
+    except ValueError:  # an update that cannot be taken apart, such as one with side effects
+      return new_updates, new_state
+    return _by_kernels(taken, (updates, state, params), new_updates, new_state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _by_kernels(
+  taken: _separable.Update, given: tuple[PyTree, PyTree, PyTree], new_updates: PyTree, new_state: PyTree
+) -> tuple[PyTree, PyTree]:
+  """Puts what kernels make of weights and states in the place of an update, where there are kernels."""
+  grads, state, params = given
+  leaves, treedef = jax.tree.flatten(params)
+  gradients, steps = (
+    _tree.flatten_like(params, t, "with_kernels: the tree of updates", "") for t in (grads, new_updates)
+  )
+  states = jax.tree.leaves(state)
+  new_states, state_treedef = jax.tree.flatten(new_state)
+  values, _ = taken.run_shared()
+  for i, *others in taken.components(range(len(leaves))):
+    if others or not _formats.is_low(leaves[i]) or gradients[i].dtype != leaves[i].dtype:
+      continue
+    group = taken.group([i], "with_kernels")
+    (site,) = _site.of_groups([group], gradients, leaves, kernels=True)
+    if site.step.kernel is None:
+      continue
+    own = [states[j] for j in group.states]
+    (new,), own = site.step.apply([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])
+    steps[i] = _formats.difference(leaves[i], new)
+    _made.remember(steps[i], leaves[i], new)
+    for j, value in zip(group.states, own, strict=True):
+      new_states[j] = value
+  return treedef.unflatten(steps), state_treedef.unflatten(new_states)

@@ -1,0 +1,354 @@
+"""The kernel that steps a weight: where it reads and writes, what it leaves to XLA, and what XLA makes of a step."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import optax_mpo as mpo
+from benchmarks import hlo
+from optax_mpo import _elements, _jaxpr, _kernel, _separable
+
+EXACT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=16)
+EIGHT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=8)
+PLAIN = functools.partial(mpo.compensated, optax.sgd(1e-2), bits=0)
+
+
+def compact(bits=8, **options):
+  return mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), **options), bits=bits)
+
+
+STORAGES = {"16 bits": EXACT, "8 bits": EIGHT, "0 bits": PLAIN, "compact": compact}
+
+
+def made(tx, shape, stacked, dtype=jnp.bfloat16):
+  """The kernel of a weight of this shape, what it takes, and what the update does with that, operation by operation."""
+  params, state = mpo.init(tx, {"w": jax.random.normal(jax.random.key(0), shape)})
+  grad = jax.random.normal(jax.random.key(1), shape).astype(dtype)
+  _, state = jax.jit(tx.update)({"w": grad}, state, params)  # a state that is not all zero
+  update = _separable.Update(tx, params, state, "test")
+  group = update.group([0], "test")
+  shared, _ = update.run_shared()
+  kernel = _kernel.make(group.program, group.operations, group.inputs, group.shared, group.outputs, stacked)
+  leaves = jax.tree.leaves(state)
+  return kernel, group, grad, [params["w"], *(leaves[j] for j in group.states)], [shared[v] for v in group.shared]
+
+
+def exact_jit(fun, static=()):
+  """Without fusion, and so without fused multiply-adds, which XLA:CPU puts where it likes."""
+  options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
+  return jax.jit(fun, static_argnums=static, compiler_options=options)
+
+
+def interpreted(kernel):
+  return functools.partial(kernel.call, interpret=True)
+
+
+def bits(x):
+  return np.asarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def computed(kernel, grad, stacks, shared, index=None):
+  """What the kernel's nodes make of a whole weight, or of one layer."""
+  elements = kernel.elements
+  env = dict(kernel.program.constants) | dict(zip(kernel.given, shared, strict=True))
+  _jaxpr.run(kernel.program, elements.hoisted, env)
+  extra = [(s, env[s.var]) for s in elements.sources[1 + len(stacks) :]]
+  layered = kernel.stacked and index is not None
+  arrays = [grad, *stacks, *(x[index] if layered and s.kind != "scalar" and not s.columns else x for s, x in extra)]
+  block = max(elements.block, 1)
+  shapes = {"element": (grad.size // block, block), "block": (grad.size // block, 1), "scalar": ()}
+  values = []
+  for source, x in zip(elements.sources, arrays, strict=True):
+    if source.columns:  # for one row: repeated over all
+      x = jnp.tile(x.reshape(-1), grad.size // elements.length)
+    values.append(x.reshape(shapes[source.kind]))
+  return [x.reshape(old.shape) for x, old in zip(elements.compute(values, shapes), stacks, strict=True)]
+
+
+@pytest.mark.parametrize(
+  ("storage", "shape"),
+  [
+    ("16 bits", (3, 16, 96)),
+    ("8 bits", (2, 4096)),
+    ("0 bits", (3, 4, 8, 32)),
+    ("compact", (3, 8, 256)),
+    ("compact", (2, 4, 4096)),
+  ],
+)
+def test_it_steps_one_layer_and_leaves_the_others(storage, shape):
+  kernel, _, grad, stacks, shared = made(STORAGES[storage](), shape, stacked=True)
+  index = shape[0] - 2
+  new = exact_jit(interpreted(kernel))(jnp.int32(index), grad[index], stacks, shared)
+  expected = computed(kernel, grad[index], [x[index] for x in stacks], shared, index)
+  for old, found, layer in zip(stacks, new, expected, strict=True):
+    np.testing.assert_array_equal(bits(found), bits(old.at[index].set(layer)))
+    assert (bits(found)[index] != bits(old)[index]).any()
+
+
+@pytest.mark.parametrize(
+  ("storage", "shape"), [("16 bits", (24, 96)), ("compact", (8, 256)), ("compact", (4096,)), ("compact", (3, 5, 128))]
+)
+def test_it_steps_a_weight_that_is_no_stack(storage, shape):
+  kernel, _, grad, stacks, shared = made(STORAGES[storage](), shape, stacked=False)
+  new = exact_jit(interpreted(kernel))(jnp.int32(0), grad, stacks, shared)
+  for found, expected in zip(new, computed(kernel, grad, stacks, shared), strict=True):
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def test_what_it_computes_for_8_bit_state_is_the_update():
+  """But for a division by a number, which XLA makes a product, and (a / b) / c, which it makes a / (b * c)."""
+  kernel, group, grad, stacks, shared = made(compact(), (8, 256), stacked=False)
+  expected = exact_jit(group.step)([grad], stacks[:1], stacks[1:], shared)
+  for found, one in zip(
+    exact_jit(computed, 0)(kernel, grad, stacks, shared), [*expected[0], *expected[1]], strict=True
+  ):
+    np.testing.assert_array_equal(bits(found), bits(one))
+
+
+REFUSED = {
+  "a tile": (EXACT, (3, 5, 7), "35 elements do not make tiles of 128 or more"),
+  "blocks that are not full": (compact, (3, 8, 400), "blocks of several sizes, or ones that are not full"),
+  "4 bits": (functools.partial(compact, bits=4), (3, 8, 256), "stored in 4 bits"),
+  "codes of 4 bits": (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), bits=4)), (3, 8, 256), "4"),
+  "state by rows": (lambda: mpo.compensated(optax.adafactor(1e-3)), (3, 256, 256), "goes into it|not known"),
+  "sums": (lambda: mpo.compensated(optax.lamb(1e-3)), (3, 16, 256), "not known to the kernel"),
+  "random rounding": (lambda: EIGHT(rounding="stochastic"), (3, 16, 256), "`iota`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_left_to_xla(case):
+  make, shape, reason = REFUSED[case]
+  with pytest.raises(_elements.NotElementwiseError, match=reason):
+    made(make(), shape, stacked=True)
+
+
+# --- Steps ------------------------------------------------------------------------------------------------------------
+
+LAYERS, WIDTH, HIDDEN = 3, 128, 384
+
+
+def block(p, x, whole=lambda w: w):
+  return x + jax.nn.relu((x * p["scale"]) @ whole(p["up"])) @ whole(p["down"])
+
+
+def scanned(params, x):
+  x, _ = lax.scan(jax.checkpoint(lambda x, p: (block(p, x), None)), x, params)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def fused_scanned(params, x):
+  x, _ = mpo.fused_scan(lambda p, x, _: (block(p, x), None))(params, x)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def unrolled(params, x):
+  for i in range(LAYERS):
+    x = block(params[i], x)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def fused_unrolled(params, x):
+  layer = mpo.fused_layer(block, remat=True)
+  for i in range(LAYERS):
+    x = layer(params[i], x)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+LOSSES = {
+  "auto scanned": (mpo.value_and_update, scanned),
+  "layer scanned": (mpo.fused_value_and_update, fused_scanned),
+  "auto unrolled": (mpo.value_and_update, unrolled),
+  "layer unrolled": (mpo.fused_value_and_update, fused_unrolled),
+}
+
+
+def layers(stacked, width=WIDTH, hidden=HIDDEN):
+  shapes = {"scale": (width,), "up": (width, hidden), "down": (hidden, width)}
+
+  def one(key):
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    return {n: jax.random.normal(keys[n], s) / np.sqrt(s[0]) for n, s in shapes.items()}
+
+  each = [one(jax.random.key(i)) for i in range(LAYERS)]
+  return jax.tree.map(lambda *w: jnp.stack(w), *each) if stacked else each
+
+
+@pytest.mark.parametrize("storage", ["16 bits", "compact"])
+@pytest.mark.parametrize("case", LOSSES)
+def test_without_a_gpu_steps_are_what_they_are_without_kernels(case, storage):
+  make, loss = LOSSES[case]
+  tx = STORAGES[storage]()
+  x = jax.random.normal(jax.random.key(9), (16, WIDTH)).astype(jnp.bfloat16)
+  results = []
+  for kernels in (False, True):
+    params, state = mpo.init(tx, layers("scanned" in case))
+    step = jax.jit(make(loss, mpo.with_kernels(tx) if kernels else tx), donate_argnums=(0, 1))
+    for _ in range(3):
+      value, params, state = step(params, state, x)
+    results.append(jax.tree.leaves((value, params, state)))
+  for one, other in zip(*results, strict=True):
+    np.testing.assert_array_equal(bits(one), bits(other))
+
+
+def compiled(case, storage, folder):
+  """A step as it is compiled for a GPU: the report, XLA's program, and the PTX of all kernels."""
+  make, loss = LOSSES[case]
+  tx = STORAGES[storage]()
+  shapes = jax.eval_shape(lambda: mpo.init(tx, layers("scanned" in case, 1024, 3072)))
+  x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
+  step = make(loss, mpo.with_kernels(tx))
+  report = mpo.gpu_memory(step, *shapes, x, target="h200", donate_argnums=(0, 1), dump_to=folder)
+  text = max((p.read_text() for p in folder.glob("*gpu_after_optimizations.txt")), key=len)
+  ptx = "\n".join(p.read_text() for p in folder.glob("*.ptx"))
+  return report, text, ptx, shapes
+
+
+@pytest.mark.parametrize("storage", ["16 bits", "compact"])
+@pytest.mark.parametrize("case", ["auto scanned", "layer scanned"])
+def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path):
+  report, text, _, (params, state) = compiled(case, storage, tmp_path)
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+  count = sum(x.size for x in jax.tree.leaves(params))
+  first = len(jax.tree.leaves(params))
+  kernels = hlo.kernels(text, range(first, first + len(jax.tree.leaves(state))))
+  ours = [k for k in kernels if k.name.startswith(("pallas_call", "step_weight"))]
+  assert [k.launches for k in ours] == [LAYERS] * 3
+  moved = sum(k.bytes for k in kernels if k.of_state)
+  assert 1 <= moved / (2 * held + 2 * count) < 1.01
+  # No stack is copied, and no new values are held beside it: only the gradients of a layer.
+  assert report.aliased_bytes >= held - 1024
+  assert report.temporary_bytes < 40e6
+  assert not [k for k in kernels if k.opcode == "copy" and k.bytes > 2e6]
+
+
+@pytest.mark.parametrize("case", ["auto unrolled", "layer unrolled"])
+def test_on_a_gpu_weights_with_8_bit_state_are_stepped_at_the_floor(case, tmp_path):
+  _, text, _, (params, state) = compiled(case, "compact", tmp_path)
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+  count, first = sum(x.size for x in jax.tree.leaves(params)), len(jax.tree.leaves(params))
+  kernels = hlo.kernels(text, range(first, first + len(jax.tree.leaves(state))))
+  assert 1 <= sum(k.bytes for k in kernels if k.of_state) / (2 * held + 2 * count) < 1.02
+
+
+@pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
+def test_on_a_gpu_ordinary_updates_of_8_bit_state_are_at_the_floor(add, tmp_path):
+  tx = mpo.with_kernels(compact())
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((2048, 1024)), "b": jnp.zeros(96)}))
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return add(params, updates), state
+
+  mpo.gpu_memory(step, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path)
+  text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
+  moved = sum(k.bytes for k in hlo.kernels(text, [])) / (2048 * 1024)
+  # Optax's own function adds the difference to the old weights, which have to be kept for it.
+  assert 12.25 <= moved < (12.26 if add is mpo.apply_updates else 25)
+
+
+@pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_ordinary_updates_are_what_they_are_without_kernels(storage, add):
+  tx, grads = STORAGES[storage](), layers(True)
+  results = []
+  for made in (tx, mpo.with_kernels(tx), optax.chain(mpo.with_kernels(tx))):
+    params, state = mpo.init(made, layers(True))
+
+    @jax.jit
+    def step(params, state, made=made):
+      updates, state = made.update(mpo.cast(grads), state, params)
+      return add(params, updates), state
+
+    for _ in range(3):
+      params, state = step(params, state)
+    results.append(jax.tree.leaves((params, state)))
+  for one, other, third in zip(*results, strict=True):
+    np.testing.assert_array_equal(bits(one), bits(other))
+    np.testing.assert_array_equal(bits(one), bits(third))
+
+
+def test_outside_of_jit_and_of_what_can_be_taken_apart_nothing_changes(capsys):
+  def update(updates, state, params=None):
+    jax.debug.print("stepped")
+    return updates, state
+
+  noisy = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  tx = mpo.with_kernels(mpo.compensated(optax.chain(optax.sgd(0.1), noisy)))
+  params, state = mpo.init(tx, {"w": jnp.ones((8, 128))})
+  grads = {"w": jnp.ones((8, 128), jnp.bfloat16)}
+  for run in (tx.update, jax.jit(tx.update)):
+    updates, _ = run(grads, state, params)
+    np.testing.assert_array_equal(updates["w"].astype(jnp.float32), jnp.full((8, 128), -0.1015625))
+  jax.effects_barrier()
+  assert capsys.readouterr().out == "stepped\n" * 2
+  with pytest.raises(TypeError, match="with_kernels: tx has to be an Optax transformation"):
+    mpo.with_kernels(None)
+  with pytest.raises(ValueError, match="compensated: update needs the params"):
+    tx.update(grads, state)
+
+
+def test_explain_says_what_is_stepped_by_a_kernel():
+  tx = mpo.with_kernels(EXACT())
+  params = layers(True) | {"odd": jnp.ones((LAYERS, 7))}
+  params, state = mpo.init(tx, params)
+
+  def loss(params, x):
+    odd = params.pop("odd")
+    y, _ = lax.scan(lambda y, p: (block(p[0], y) + p[1].sum(), None), x, (params, odd))
+    return jnp.mean(y.astype(jnp.float32))
+
+  table = mpo.explain(loss, tx, params, state, jnp.ones((4, WIDTH), jnp.bfloat16))
+  found = {leaf.name: (leaf.stepped, leaf.why) for leaf in table}
+  assert found["params['up']"] == ("in scan, by a kernel", "")
+  assert found["params['odd']"] == ("in scan", "no kernel: 7 elements do not make tiles of 128 or more")
+
+
+FLOATS = re.compile(r"\b((?:div|sqrt|rsqrt|rcp|fma|mul|add|sub)\.[a-z0-9_.]*f32)\b")
+
+
+def test_its_instructions_are_those_of_xla(tmp_path):
+  """Both divide and take roots by the same approximations, and neither joins a product and a sum: so the bits agree."""
+  _, _, ours, _ = compiled("auto scanned", "16 bits", tmp_path / "ours")
+  tx = EXACT()
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((1024, 3072))}))
+
+  def unfused(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return mpo.apply_updates(params, updates), state
+
+  mpo.gpu_memory(unfused, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path / "xla")
+  found = []
+  for text in (ours, "\n".join(p.read_text() for p in (tmp_path / "xla").glob("*.ptx"))):
+    # Of the kernels, the one that takes roots; a thread of it steps as many elements as it takes roots.
+    (entry, *_) = [e for e in re.split(r"\.entry", text) if "sqrt" in e]
+    counts = collections.Counter(FLOATS.findall(entry))
+    elements = sum(n for name, n in counts.items() if name.startswith("sqrt"))
+    found.append({name: n / elements for name, n in counts.items()})
+  assert found[0] == found[1]
+  assert set(found[0]) == {"div.full.f32", "sqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
+
+
+def test_several_devices_are_left_to_xla(tmp_path):
+  tx = EXACT()
+  abstract = jax.sharding.AbstractMesh((8,), ("data",))
+  rows = jax.sharding.NamedSharding(abstract, jax.sharding.PartitionSpec(None, "data"))
+  params, state = jax.eval_shape(lambda: mpo.init(tx, layers(True, 1024, 3072)))
+
+  def laid_out(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim > 1 else None)
+
+  params, state = jax.tree.map(laid_out, (params, state))
+  x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
+  step = mpo.value_and_update(scanned, mpo.with_kernels(tx))
+  mpo.gpu_memory(step, params, state, x, target="h200", devices=8, donate_argnums=(0, 1), dump_to=tmp_path)
+  text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
+  assert "num_partitions=8" in text
+  assert "step_weight/pallas_call" not in text
