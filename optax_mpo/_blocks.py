@@ -86,6 +86,7 @@ def _level(code: jax.Array, top: Any, signed: bool) -> jax.Array:
   if signed:
     return code / (2 * top - code)  # t / (2 - t) with t = code / top
   z = (code + 0.5) / (top + 0.5)
+  # The root is never that small. XLA would make a product with rsqrt of the division, and XLA:CPU is slow at that.
   return z * z / jnp.sqrt(jnp.sqrt(z))
 
 
@@ -116,7 +117,7 @@ def _spread(per_block: jax.Array, length: int) -> jax.Array:
 
 
 def _block_max(x: jax.Array, count: int) -> jax.Array:
-  """The largest entry of each block of `x: f32[*s]`, which has none below zero -> f32[*s[:-1], count]."""
+  """The largest entry of each block of `x: f32[*s]` -> f32[*s[:-1], count]."""
   *lead, length = x.shape
   if count > 1:
     size = block_size_of(length, count)
@@ -145,7 +146,7 @@ def quantize(x: jax.Array, bits: int, signed: bool, block_size: int) -> Quantize
   """
   count = blocks(x.shape[-1], block_size)
   x = jnp.where(jnp.isfinite(x), x, 0)
-  scales = _pack_scales(_block_max(_magnitude(x, signed), count), jnp.uint32(1 << (_SCALE_SHIFT - 1)))
+  scales = _pack_scales(_largest_magnitude(x, signed, count), jnp.uint32(1 << (_SCALE_SHIFT - 1)))
   codes = _encode(x, _unpack_scales(scales), codes_dtype(bits, signed), np.float32(0.5))
   return Quantized(codes, scales)
 
@@ -154,7 +155,7 @@ def quantize(x: jax.Array, bits: int, signed: bool, block_size: int) -> Quantize
 def largest_of(x: jax.Array, old: Quantized) -> jax.Array:
   """Returns the largest magnitude in each block of what `requantize(x, old, ...)` would store, f32[*s[:-1], blocks]."""
   x = jnp.where(jnp.isfinite(x), x, dequantize(old))
-  return _block_max(_magnitude(x, _is_signed(old.values.dtype)), old.scales.shape[-1])
+  return _largest_magnitude(x, _is_signed(old.values.dtype), old.scales.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
@@ -180,6 +181,12 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
 
 def _magnitude(x: jax.Array, signed: bool) -> jax.Array:
   return jnp.abs(x) if signed else jnp.maximum(x, 0)
+
+
+def _largest_magnitude(x: jax.Array, signed: bool, count: int) -> jax.Array:
+  """The largest magnitude in each block, f32[*s] -> f32[*s[:-1], count]."""
+  # Not the largest of max(x, 0): XLA:CPU would make an array of those zeros, as large as x.
+  return _block_max(jnp.abs(x), count) if signed else jnp.maximum(_block_max(x, count), 0)
 
 
 def _pack_scales(largest: jax.Array, dither: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _cast, _checks, _codec, _formats, _made, _rounding, _tree, _wrapping
+from optax_mpo import _cast, _checks, _codec, _formats, _made, _order, _rounding, _tree, _wrapping
 
 PyTree = Any
 
@@ -181,7 +181,8 @@ def _step(
   """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
   if not _formats.is_low(leaf):
     return step, optax.MaskedNode()
-  update, low, kept = _formats.step(leaf, (master + step).astype(jnp.float32), bits, random)
+  new = _order.held((master + step).astype(jnp.float32), leaf)
+  update, low, kept = _formats.step(leaf, new, bits, random)
   _made.remember(update, leaf, low)
   return update, _kept_or_masked(kept)
 

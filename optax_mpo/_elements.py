@@ -129,7 +129,7 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
   "is_finite": _finite,
   "sign": _sign,
 }
-_NOTHING = frozenset("copy copy_p optimization_barrier stop_gradient squeeze reshape expand_dims".split())
+_NOTHING = frozenset("copy copy_p held optimization_barrier stop_gradient squeeze reshape expand_dims".split())
 
 
 def take_apart(
@@ -267,7 +267,7 @@ class _Builder:
     args = [self._atom(a) for a in operation.inputs]
     avals = [self.program.aval(a) for a in operation.inputs]
     if name in _NOTHING:
-      results = args
+      results = args[: len(operation.outputs)]
     elif name == "broadcast_in_dim":
       self._check_broadcast(operation, avals[0].shape, eqn.params["shape"], eqn.params["broadcast_dimensions"])
       results = args

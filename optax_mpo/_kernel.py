@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -227,13 +228,24 @@ _step.def_impl(_pure)
 
 
 def _lower_cuda(context: Any, *operands: Any, **params: Any) -> Any:
-  if getattr(context.module_context.axis_context, "num_devices", None) != 1 or not _is_ampere():
+  one_device = getattr(context.module_context.axis_context, "num_devices", None) == 1
+  if not (one_device and _is_ampere() and _has_triton()):
     return mlir.lower_fun(_pure, multiple_results=True)(context, *operands, **params)
   # Where the card is not there, as for `gpu_memory`, later versions of JAX want to be told of one.
   card = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
   mesh = None if jax.default_backend() == "gpu" else AbstractMesh((), (), abstract_device=card)
-  with use_abstract_mesh(mesh) if mesh else contextlib.nullcontext():
+  with use_abstract_mesh(mesh) if mesh else contextlib.nullcontext(), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     return mlir.lower_fun(_fused, multiple_results=True)(context, *operands, **params)
+
+
+def _has_triton() -> bool:
+  """Whether this JAX has Pallas' Triton backend, which JAX 0.12 says will be removed one day."""
+  try:
+    from jax.experimental.pallas import triton
+  except ImportError:
+    return False
+  return hasattr(triton, "CompilerParams")
 
 
 def _is_ampere() -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 from optax_mpo import _types
 
@@ -66,6 +66,26 @@ def barrier(values: PyTree) -> PyTree:
   return treedef.unflatten(leaves)
 
 
+@jax.custom_jvp
+def held(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns `x: f32[*s]`, as something that XLA:CPU computes once, where it is large and used more than once.
+
+  XLA:CPU puts what is cheap into each loop that uses it. New weights and their bits are two loops, so that both would
+  compute the new master weight, and the old weights would be copied first, since both loops need them and write into
+  their place. A division is not cheap; that this one is by one is known to LLVM alone, which takes it out.
+
+  Args:
+    x: what is returned.
+    like: of a dtype of 16 bits, [*s]; any array that `x` is computed from.
+  """
+  return _held.bind(x, like) if x.size >= SMALL else x
+
+
+@held.defjvp
+def _held_jvp(primals: Any, tangents: Any) -> Any:
+  return held(*primals), tangents[0]
+
+
 def _primitive(name: str, one: Callable[..., Any], several: Callable[..., Any]) -> Primitive:
   """An operation that returns its first operand, as `one` does on one device and `several` on several."""
   primitive = Primitive(name)
@@ -86,4 +106,27 @@ def _after_values(index: Any, *done: Any, count: int) -> Any:
 
 
 _after = _primitive("after", _after_values, lambda index, *_, count: index + ((index + count) >> 30))
+
+
+def _divided_by_one(x: Any, like: Any) -> Any:
+  zero = lax.bitcast_convert_type(like, jnp.uint16).astype(jnp.uint32) >> 16
+  return x / lax.bitcast_convert_type(zero + jnp.uint32(0x3F80_0000), jnp.float32)
+
+
+def _held_batch(values: Any, axes: Any) -> Any:
+  size = next(v.shape[a] for v, a in zip(values, axes, strict=True) if a is not None)
+  moved = (
+    jnp.broadcast_to(v, (size, *v.shape)) if a is None else jnp.moveaxis(v, a, 0)
+    for v, a in zip(values, axes, strict=True)
+  )
+  return _held.bind(*moved), 0
+
+
+_held = Primitive("held")
+_held.def_impl(lambda x, _: x)
+_held.def_abstract_eval(lambda x, _: x)
+mlir.register_lowering(_held, mlir.lower_fun(lambda x, _: x, multiple_results=False))
+mlir.register_lowering(_held, mlir.lower_fun(_divided_by_one, multiple_results=False), platform="cpu")
+batching.primitive_batchers[_held] = _held_batch
+
 _row_major = _primitive("row_major", lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), lambda x: x)

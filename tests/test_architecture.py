@@ -19,7 +19,7 @@ ARROWS = {
   "_rounding": (set(), {"jax"}),
   "_checks": ({"_codec", "_formats", "_tree"}, {"jax", "optax"}),
   "_compensated": (
-    {"_cast", "_checks", "_codec", "_formats", "_made", "_rounding", "_tree", "_wrapping"},
+    {"_cast", "_checks", "_codec", "_formats", "_made", "_order", "_rounding", "_tree", "_wrapping"},
     {"jax", "optax"},
   ),
   "_blocks": (set(), {"jax", "numpy"}),

@@ -12,7 +12,8 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from benchmarks import hlo
+from benchmarks import fsdp, hlo
+from benchmarks.modes import Training
 from optax_mpo import _elements, _jaxpr, _kernel, _separable
 
 EXACT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=16)
@@ -314,6 +315,7 @@ def test_explain_says_what_is_stepped_by_a_kernel():
 FLOATS = re.compile(r"\b((?:div|sqrt|rsqrt|rcp|fma|mul|add|sub)\.[a-z0-9_.]*f32)\b")
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="the XLA of JAX 0.12 does not write its PTX down")
 def test_its_instructions_are_those_of_xla(tmp_path):
   """Both divide and take roots by the same approximations, and neither joins a product and a sum: so the bits agree."""
   _, _, ours, _ = compiled("auto scanned", "16 bits", tmp_path / "ours")
@@ -337,18 +339,11 @@ def test_its_instructions_are_those_of_xla(tmp_path):
 
 
 def test_several_devices_are_left_to_xla(tmp_path):
-  tx = EXACT()
-  abstract = jax.sharding.AbstractMesh((8,), ("data",))
-  rows = jax.sharding.NamedSharding(abstract, jax.sharding.PartitionSpec(None, "data"))
+  tx = mpo.with_kernels(EXACT())
   params, state = jax.eval_shape(lambda: mpo.init(tx, layers(True, 1024, 3072)))
-
-  def laid_out(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim > 1 else None)
-
-  params, state = jax.tree.map(laid_out, (params, state))
-  x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
-  step = mpo.value_and_update(scanned, mpo.with_kernels(tx))
-  mpo.gpu_memory(step, params, state, x, target="h200", devices=8, donate_argnums=(0, 1), dump_to=tmp_path)
+  training = Training(mpo.value_and_update(scanned, tx), params, state)
+  step, *arguments = fsdp.shard(training, jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16), 8)
+  mpo.gpu_memory(step, *arguments, target="h200", devices=8, dump_to=tmp_path)
   text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
   assert "num_partitions=8" in text
   assert "step_weight/pallas_call" not in text
