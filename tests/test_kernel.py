@@ -199,6 +199,22 @@ def test_without_a_gpu_steps_are_what_they_are_without_kernels(case, storage):
     np.testing.assert_array_equal(bits(one), bits(other))
 
 
+def test_two_passes_are_what_they_are_without_kernels():
+  tx = mpo.compensated(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+  x = jax.random.normal(jax.random.key(9), (16, WIDTH)).astype(jnp.bfloat16)
+  results = []
+  for made in (tx, mpo.with_kernels(tx)):
+    params, state = mpo.init(made, layers(True))
+    step = jax.jit(mpo.value_and_update(scanned, made, two_pass=True))
+    for _ in range(3):
+      value, params, state = step(params, state, x)
+    results.append(jax.tree.leaves((value, params, state)))
+  for one, other in zip(*results, strict=True):
+    np.testing.assert_array_equal(bits(one), bits(other))
+  table = mpo.explain(scanned, made, params, state, x, two_pass=True)
+  assert {leaf.stepped for leaf in table} == {"in scan, by a kernel"}
+
+
 def compiled(case, storage, folder):
   """A step as it is compiled for a GPU: the report, XLA's program, and the PTX of all kernels."""
   make, loss = LOSSES[case]
