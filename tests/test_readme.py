@@ -109,6 +109,19 @@ def test_the_table_of_what_an_update_moves_is_that_of_the_committed_json():
     assert cells == [f"{of[1]['floor']:.2f}", *want], label
 
 
+def test_the_table_of_cpu_times_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/step_time.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r["optimizer"] == "adamw"}
+  page = (ROOT / "docs/performance.md").read_text()
+  lines = page.split("<!-- benchmarks/results/step_time.json -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 8
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    of = [found[modes[label], m] for m in ("leaves-8x4m", "mlp", "lm-8m", "lm-8m-unrolled", "lm-24layers")]
+    assert cells == ["" if r["error"] else f"{r['ratio']:.2f}" for r in of], label
+
+
 def test_the_accuracy_table_is_that_of_the_committed_json():
   tasks = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text())["tasks"]
   assert all(len(runs) >= 3 for task in tasks.values() for runs in task["losses"].values())
