@@ -229,6 +229,12 @@ _step.def_impl(_pure)
 
 def _lower_cuda(context: Any, *operands: Any, **params: Any) -> Any:
   one_device = getattr(context.module_context.axis_context, "num_devices", None) == 1
+  if one_device and not _has_triton():
+    warnings.warn(
+      f"with_kernels: JAX {jax.__version__} has no Triton backend for Pallas any more, so that XLA steps all weights, "
+      "with the same results. Take with_kernels away, or install a JAX that has it.",
+      stacklevel=2,
+    )
   if not (one_device and _is_ampere() and _has_triton()):
     return mlir.lower_fun(_pure, multiple_results=True)(context, *operands, **params)
   # Where the card is not there, as for `gpu_memory`, later versions of JAX want to be told of one.

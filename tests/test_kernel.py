@@ -354,6 +354,14 @@ def test_its_instructions_are_those_of_xla(tmp_path):
   assert set(found[0]) == {"div.full.f32", "sqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
 
 
+def test_a_jax_without_triton_steps_as_it_does_without_kernels_and_says_so(monkeypatch, tmp_path):
+  monkeypatch.setattr(_kernel, "_has_triton", lambda: False)
+  with pytest.warns(UserWarning, match="with_kernels: JAX .* has no Triton backend"):
+    _, text, _, _ = compiled("auto scanned", "16 bits", tmp_path)
+  assert "step_weight/pallas_call" not in text
+  assert "dynamic-update-slice" in text
+
+
 def test_several_devices_are_left_to_xla(tmp_path):
   tx = mpo.with_kernels(EXACT())
   params, state = jax.eval_shape(lambda: mpo.init(tx, layers(True, 1024, 3072)))
