@@ -170,6 +170,7 @@ class _Builder:
     self.block = self.length // counts.pop() if counts else 0
     self.nodes: list[Node] = []
     self.known: dict[Node, int] = {}
+    self.joined: set[int] = set()  # nodes that XLA joins with another one
     self.env: dict[int, int] = {}  # the node of a variable
 
   def _is_by_block(self, shape: tuple[int, ...]) -> bool:
@@ -224,6 +225,9 @@ class _Builder:
     for i in range(len(elements.nodes) - 1, -1, -1):
       if i in needed:
         needed.update(elements.nodes[i].args)
+    if needed & self.joined:
+      # The XLA of JAX 0.10 joins them all the same, and that of JAX 0.12 does not.
+      raise NotElementwiseError("XLA would join a product or quotient that is used twice with others, or would not")
     number: dict[int, int] = {}
     sources, nodes = list(elements.sources[:inputs]), []
     for i, node in enumerate(elements.nodes):
@@ -372,6 +376,7 @@ class _Builder:
         continue
       for a, c in (inner.args, inner.args[::-1]):
         if self._number(c) is not None:
+          self.joined.add(one)
           c, d = np.asarray(self._number(c), dtype), np.asarray(self._number(other), dtype)
           return self.simplified(name, (a, self.literal(c * d if name == "mul" else c + d, dtype)), dtype)
     return None
@@ -386,6 +391,7 @@ class _Builder:
     if number:
       inverse = self.literal(np.asarray(1, dtype) / np.asarray(number, dtype), dtype)
       return self.simplified("mul", (args[0], inverse), dtype)
+    self.joined |= {a for a in args if self.nodes[a].name == "div"}
     if above.name == "div" and below.name == "div":
       top = self.simplified("mul", (above.args[0], below.args[1]), dtype)
       return self.simplified("div", (top, self.simplified("mul", (above.args[1], below.args[0]), dtype)), dtype)

@@ -34,7 +34,7 @@ OPTIMIZERS = {
   "yogi": lambda: optax.yogi(1e-3),
   "clipped": lambda: optax.chain(optax.clip(0.5), optax.adamw(1e-3)),
   "scaled": lambda: optax.chain(optax.scale(0.5), optax.scale(3.0), optax.trace(0.9), optax.scale(-1.0)),
-  "divided": lambda: optax.chain(optax.stateless(lambda u, _: {"w": u["w"] / 3}), optax.adamw(1e-3)),
+  "divided": lambda: optax.chain(optax.stateless(lambda u, _: {"w": u["w"] / 3}), optax.sgd(1e-2, momentum=0.9)),
   "8-bit adamw": lambda: mpo.quantized_state(optax.adamw(1e-3), min_size=1),
   "8-bit momentum": lambda: mpo.quantized_state(optax.sgd(1e-2, momentum=0.9), min_size=1),
 }

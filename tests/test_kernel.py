@@ -113,6 +113,10 @@ def test_what_it_computes_for_8_bit_state_is_the_update():
     np.testing.assert_array_equal(bits(found), bits(one))
 
 
+def third():
+  return optax.chain(optax.stateless(lambda u, _: {"w": u["w"] / 3}), optax.adamw(1e-3))
+
+
 REFUSED = {
   "a tile": (EXACT, (3, 5, 7), "35 elements do not make tiles of 128 or more"),
   "blocks that are not full": (compact, (3, 8, 400), "blocks of several sizes, or ones that are not full"),
@@ -120,6 +124,7 @@ REFUSED = {
   "codes of 4 bits": (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), bits=4)), (3, 8, 256), "4"),
   "state by rows": (lambda: mpo.compensated(optax.adafactor(1e-3)), (3, 256, 256), "goes into it|not known"),
   "sums": (lambda: mpo.compensated(optax.lamb(1e-3)), (3, 16, 256), "not known to the kernel"),
+  "a third, used twice": (lambda: mpo.compensated(third()), (3, 16, 256), "XLA would join"),
   "random rounding": (lambda: EIGHT(rounding="stochastic"), (3, 16, 256), "`iota`"),
 }
 
