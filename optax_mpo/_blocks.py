@@ -85,7 +85,7 @@ def _level(code: jax.Array, top: Any, signed: bool) -> jax.Array:
   """The level of a magnitude's code, f32[*s] in [0, top] -> f32[*s] in [0, 1]."""
   if signed:
     return code / (2 * top - code)  # t / (2 - t) with t = code / top
-  z = (2 * code + 1) / (2 * top + 1)  # written so that XLA has no two sums with numbers to join
+  z = (code + 0.5) / (top + 0.5)
   return z * z / jnp.sqrt(jnp.sqrt(z))
 
 

@@ -376,7 +376,8 @@ class _Builder:
         continue
       for a, c in (inner.args, inner.args[::-1]):
         if self._number(c) is not None:
-          self.joined.add(one)
+          if name == "mul" or self.nodes[a].name not in ("floor", "min"):  # a sum of whole numbers is exact either way
+            self.joined.add(one)
           c, d = np.asarray(self._number(c), dtype), np.asarray(self._number(other), dtype)
           return self.simplified(name, (a, self.literal(c * d if name == "mul" else c + d, dtype)), dtype)
     return None
