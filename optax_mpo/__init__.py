@@ -9,11 +9,11 @@ Memory: the peak of any step on a GPU that need not be there.
 import importlib as _importlib
 from typing import Any as _Any
 
+from optax_mpo._apply import apply_updates as apply_updates
 from optax_mpo._blocks import Quantized as Quantized
 from optax_mpo._cast import cast as cast
 from optax_mpo._compensated import CompensatedState as CompensatedState
 from optax_mpo._compensated import RoundingState as RoundingState
-from optax_mpo._compensated import apply_updates as apply_updates
 from optax_mpo._compensated import compensated as compensated
 from optax_mpo._compensated import init as init
 from optax_mpo._compensated import master_params as master_params

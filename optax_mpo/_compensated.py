@@ -21,7 +21,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _cast, _checks, _codec, _formats, _made, _order, _rounding, _tree, _wrapping
+from optax_mpo import (
+  _blocks,
+  _cast,
+  _checks,
+  _codec,
+  _formats,
+  _leafwise,
+  _made,
+  _order,
+  _rounding,
+  _rows,
+  _step_weight,
+  _tree,
+  _types,
+  _wrapping,
+)
 
 PyTree = Any
 
@@ -133,6 +148,18 @@ def compensated(
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
+    def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
+      return update_all(updates, state, params, **extra_args)
+
+    new = plain(updates, state, params)
+    if not _is_slow_on_cpus(state, params):
+      return new
+    taken = optax.GradientTransformation(init, plain)
+    return _leafwise.replaced(taken, (updates, state, params), new, "compensated", kernels=False)
+
+  def update_all(
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
     state = _wrapping.own_state(state, CompensatedState, "compensated")
     if params is None:
       raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
@@ -166,6 +193,15 @@ def compensated(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
+  """Whether there is 8-bit state so large that XLA:CPU had better not step all of it at once, and this is a CPU."""
+  if jax.default_backend() != "cpu" or _step_weight.is_left_out():
+    return False
+  found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _blocks.Quantized))
+  large = any(isinstance(x, _blocks.Quantized) and x.values.size >= 2 * _rows.ELEMENTS for x in found)
+  return large and not any(_types.is_split(x) for x in jax.tree.leaves(params))
+
+
 def _kept_or_masked(kept: jax.Array | None) -> Any:
   return optax.MaskedNode() if kept is None else kept
 
@@ -195,49 +231,6 @@ def _check_rounding(inner_state: Any, stochastic: bool) -> None:
       "state is the same but for the number of steps: wrap it in optax_mpo.RoundingState(step, inner_state) or take it "
       "out of one, with state._replace(inner_state=...)."
     )
-
-
-def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
-  """Adds `updates` to `params`, like `optax.apply_updates`, and exactly for the updates of `compensated`.
-
-  The weights that result are those `compensated` computed, to the last bit, at any ratio of old to new (outside of
-  `jit`, an update that overflows f32 excepted). `optax.apply_updates` adds in f32, which has 24 bits: where one step
-  makes a weight 65536 times smaller it can miss by up to 2^-13 of the old weight, and weights under 2^-100 by as much.
-  The compensation bits never move a weight, whichever function is used: a master weight always rounds to its param.
-
-  Args:
-    params: a tree of arrays; `None` leaves are passed over.
-    updates: a tree of the same structure and shapes.
-
-  Returns:
-    Params of the same structure, shapes and dtypes.
-
-  Raises:
-    ValueError: where structures or shapes differ, with the path of the leaf.
-
-  Example:
-    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> mpo.apply_updates({"w": jnp.ones(2, jnp.bfloat16)}, {"w": jnp.full(2, 0.5)})
-    {'w': Array([1.5, 1.5], dtype=bfloat16)}
-  """
-  steps = _tree.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
-  new = []
-  for (leaf_name, leaf), step in zip(_tree.named_leaves(params), steps, strict=True):
-    made = _made.new_weights(step, leaf)
-    if made is not None:
-      new.append(made)
-      continue
-    if not _tree.is_array(step) or step.shape != jnp.shape(leaf):
-      raise ValueError(
-        f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_checks.described(step)}. "
-        "Pass what tx.update returned."
-      )
-    leaf = jnp.asarray(leaf)
-    if _formats.is_low(leaf) and jnp.issubdtype(step.dtype, jnp.floating):
-      new.append(_formats.add_difference(leaf, jnp.asarray(step).astype(jnp.float32)))
-    else:
-      new.append(jnp.asarray(leaf + step).astype(leaf.dtype))
-  return jax.tree.structure(params).unflatten(new)
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from optax_mpo import _handles, _order, _separable, _site, _tree, _types
+from optax_mpo import _handles, _order, _separable, _site, _step_weight, _tree, _types
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
@@ -225,8 +225,9 @@ class Refs:
       if kernel is not None:
         without = functools.partial(_write_layer_of, group.parts(), layers, count)
         stacks = [ref[...] for ref in refs]
-        for ref, new in zip(refs, kernel.step(gradients[0], stacks, shared, index, done, without), strict=True):
-          ref[...] = new
+        new = _step_weight.step(without, gradients[0], stacks, shared, index, done, kernel=kernel)
+        for ref, value in zip(refs, new, strict=True):
+          ref[...] = value
         count += len(group.states) + 1
         done = _order.first_elements(refs)
         continue

@@ -4,26 +4,22 @@ Why: an update is bound by memory. XLA:GPU writes each stack of layers with a ke
 several updates in place, and reads all of an update twice where blocks of state get their scales: in a scan, 46 bytes
 per parameter where AdamW with 16 bits needs 26 (docs/performance.md).
 
-How: `_elements` takes the update apart, and a Pallas kernel (Triton) runs it on tiles of one layer, in place. An
-operation that is lowered to that kernel for one CUDA GPU, and to the update as it is for anything else: CPUs, several
-devices, cards older than Ampere. XLA's kernels and this one divide and take roots with the same instructions
-(`div.full.f32`, `sqrt.approx.f32`) and round each product and each sum.
+How: `_elements` takes the update apart, and a Pallas kernel (Triton) runs it on tiles of one layer, in place. One CUDA
+GPU, Ampere or later, can run it; `_step_weight` says what anything else does. XLA's kernels and this one divide and
+take roots with the same instructions (`div.full.f32`, `sqrt.approx.f32`) and round each product and each sum.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from optax_mpo import _elements, _jaxpr
@@ -33,8 +29,6 @@ TILE = 1024
 
 _LEAST_TILE = 128
 _INDEX_LIMIT = 2**31  # elements of a stack, up to which 32 bits count them
-
-Pure = Callable[[Any, Sequence[Any], Sequence[Any], Any, Sequence[Any]], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,25 +50,6 @@ class Kernel:
   stacked: bool
   tile: int
   given: tuple[int, ...]
-
-  def step(
-    self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], index: Any, waits: Sequence[Any], pure: Pure
-  ) -> list[Any]:
-    """Steps the weight, or the layer at `index`.
-
-    Args:
-      grad: the gradient, of one layer where the weight is a stack.
-      stacks: the weight and its states.
-      shared: the values of `given`.
-      index: i32[], which layer; 0 where there are none.
-      waits: numbers that are to be there before, where there is no kernel.
-      pure: `pure(grad, stacks, shared, index, waits)` does the same without a kernel. It closes over no traced value.
-
-    Returns:
-      The new stacks.
-    """
-    operands = [index, grad, *stacks, *shared, *waits]
-    return _step.bind(*operands, kernel=self, pure=pure, stacks=len(stacks), waits=len(waits))
 
   def call(
     self, index: Any, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], interpret: bool = False
@@ -179,70 +154,29 @@ def make(
   return Kernel(elements, program, tuple(shape), stacked, tile, tuple(given))
 
 
-# --- Where kernels are asked for --------------------------------------------------------------------------------------
-
-_met: contextvars.ContextVar[list[None] | None] = contextvars.ContextVar("optax_mpo_kernels", default=None)
+# --- Where it can run -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def left_out() -> Iterator[list[None]]:
-  """Within it, what asks for kernels does without them. Yields a list that is not empty once something has asked."""
-  met: list[None] = []
-  token = _met.set(met)
-  try:
-    yield met
-  finally:
-    _met.reset(token)
-
-
-def asked() -> bool:
-  """Asks for kernels; False where they are left out."""
-  met = _met.get()
-  if met is not None:
-    met.append(None)
-  return met is None
-
-
-# --- The operation ----------------------------------------------------------------------------------------------------
-
-
-def _abstract(*avals: Any, kernel: Kernel, pure: Pure, stacks: int, waits: int) -> Any:
-  return list(avals[2 : 2 + stacks])
-
-
-def _pure(*operands: Any, kernel: Kernel, pure: Pure, stacks: int, waits: int) -> Any:
-  index, grad, *rest = operands
-  end = len(rest) - waits
-  return list(pure(grad, rest[:stacks], rest[stacks:end], index, rest[end:]))
-
-
-def _fused(*operands: Any, kernel: Kernel, pure: Pure, stacks: int, waits: int) -> Any:
-  index, grad, *rest = operands
-  return kernel.call(index, grad, rest[:stacks], rest[stacks : len(rest) - waits])
-
-
-_step = Primitive("step_weight")
-_step.multiple_results = True
-_step.def_abstract_eval(_abstract)
-_step.def_impl(_pure)
-
-
-def _lower_cuda(context: Any, *operands: Any, **params: Any) -> Any:
-  one_device = getattr(context.module_context.axis_context, "num_devices", None) == 1
-  if one_device and not _has_triton():
+def is_usable(devices: int | None) -> bool:
+  """Whether a program for so many CUDA GPUs, None inside of a `shard_map`, can have kernels."""
+  if devices == 1 and not _has_triton():
     warnings.warn(
       f"with_kernels: JAX {jax.__version__} has no Triton backend for Pallas any more, so that XLA steps all weights, "
       "with the same results. Take with_kernels away, or install a JAX that has it.",
       stacklevel=2,
     )
-  if not (one_device and _is_ampere() and _has_triton()):
-    return mlir.lower_fun(_pure, multiple_results=True)(context, *operands, **params)
+  return devices == 1 and _is_ampere() and _has_triton()
+
+
+@contextlib.contextmanager
+def lowering() -> Iterator[None]:
+  """Where a kernel is lowered, with a card or without one."""
   # Where the card is not there, as for `gpu_memory`, later versions of JAX want to be told of one.
   card = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
   mesh = None if jax.default_backend() == "gpu" else AbstractMesh((), (), abstract_device=card)
   with use_abstract_mesh(mesh) if mesh else contextlib.nullcontext(), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    return mlir.lower_fun(_fused, multiple_results=True)(context, *operands, **params)
+    yield
 
 
 def _has_triton() -> bool:
@@ -260,7 +194,3 @@ def _is_ampere() -> bool:
     return True
   capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
   return float(capability) >= 8 if capability.replace(".", "", 1).isdigit() else False
-
-
-mlir.register_lowering(_step, mlir.lower_fun(_pure, multiple_results=True))
-mlir.register_lowering(_step, _lower_cuda, platform="cuda")

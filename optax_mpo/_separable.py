@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _compensated, _jaxpr, _kernel, _stacked, _tree, _types
+from optax_mpo import _apply, _jaxpr, _stacked, _step_weight, _tree, _types
 
 PyTree = Any
 
@@ -168,7 +168,7 @@ class Update:
     self.names = [name for name, _ in _tree.named_leaves(params)]
     self.state_names = [name for name, _ in _tree.named_leaves(opt_state, "opt_state")]
     check_state(tx, params, opt_state, caller)
-    with _kernel.left_out() as met:
+    with _step_weight.left_out() as met:
       self._program, out = _jaxpr.trace(self._whole(tx), self._params, self._params, self._state)
     self.kernels = bool(met)
     self._check_result(out)
@@ -180,7 +180,7 @@ class Update:
     def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
       tree = self._treedef.unflatten(params)
       updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
-      return _compensated.apply_updates(tree, updates), new_state
+      return _apply.apply_updates(tree, updates), new_state
 
     return whole
 

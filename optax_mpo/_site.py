@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _elements, _jaxpr, _kernel, _order, _stacked, _types
+from optax_mpo import _elements, _jaxpr, _kernel, _order, _rows, _stacked, _step_weight, _types
 
 Values = Sequence[Any]
 
@@ -32,6 +32,7 @@ class Step:
     layered: makes the step of one layer of a stack, as `layer_step` does.
     kernels: whether stacks of layers may be stepped by a kernel of `_kernel`.
     kernel: steps the weight, where `kernels` and there is one that moves less than XLA's.
+    rows: steps the weight on CPUs, where it does so by a few rows at a time.
   """
 
   run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
@@ -42,15 +43,22 @@ class Step:
   layered: Callable[..., "Layered"] | None = None
   kernels: bool = False
   kernel: _kernel.Kernel | None = None
+  rows: _rows.Rows | None = None
+
+  @property
+  def is_special(self) -> bool:
+    """Whether there is a better way to step the leaves than XLA's, on some machine."""
+    return self.kernel is not None or self.rows is not None
 
   def apply(self, grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
-    """Steps the leaves: what `run` does, by the kernel if there is one."""
-    if self.kernel is None:
+    """Steps the leaves: what `run` does, in the best way for the machine."""
+    if not self.is_special:
       return self.run(grads, params, states, shared)
-    new = self.kernel.step(grads[0], [*params, *states], shared, jnp.int32(0), [], self._without_kernel)
+    stacks, ways = [*params, *states], {"kernel": self.kernel, "rows": self.rows}
+    new = _step_weight.step(self._pure, grads[0], stacks, shared, jnp.int32(0), **ways)
     return new[: len(params)], new[len(params) :]
 
-  def _without_kernel(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:
+  def _pure(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:
     params, states = self.run([grad], stacks[: len(self.params)], stacks[len(self.params) :], shared)
     return [*params, *states]
 
@@ -92,7 +100,7 @@ class Layered:
     if self.kernel is None:
       return self._write(grads, stacks, shared, index, count)
     without = functools.partial(self._without_kernel, count=count)
-    return self.kernel.step(grads[0], stacks, shared, index, [], without)
+    return _step_weight.step(without, grads[0], stacks, shared, index, kernel=self.kernel)
 
   def _without_kernel(self, grad: Any, stacks: Values, shared: Values, index: Any, _: Values, count: int) -> list[Any]:
     return self._write([grad], stacks, shared, index, count)
@@ -284,6 +292,7 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
       tuple(structs[len(group.inputs) :]),
       kernels=kernels,
       kernel=of_group(group, stacked=False) if kernels else None,
+      rows=_rows.of_group(group),
     )
     sites.append(
       Site(group.leaves, tuple(grads[i] for i in group.leaves), tuple((weights[i],) for i in group.leaves), step)

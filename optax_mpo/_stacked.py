@@ -43,14 +43,20 @@ class NotSeparableError(Exception):
 
 
 class _Layer:
-  """One layer of a stack: which, and of how many."""
+  """One layer of a stack, or some in a row: which is the first, of how many, and how many."""
 
-  def __init__(self, index: Any, length: int):
-    self.index, self.length = index, length
+  def __init__(self, index: Any, length: int, size: int):
+    self.index, self.length, self.size = index, length, size
 
   def cut(self, value: Any, axis: int) -> Any:
     """Cuts an array that does not depend on the layer down to this one."""
-    return lax.dynamic_slice_in_dim(value, self.index, 1, axis)
+    if value.shape[axis] == 1:  # one for all of them, if there are several
+      return value
+    return lax.dynamic_slice_in_dim(value, self.index, self.size, axis)
+
+  def shape(self, shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """The shape of an array of all layers, for this one."""
+    return (*shape[:axis], self.size, *shape[axis + 1 :])
 
 
 def run(
@@ -60,21 +66,23 @@ def run(
   axes: dict[int, Axis],
   index: Any,
   length: int,
+  size: int = 1,
 ) -> None:
-  """Runs operations for one layer.
+  """Runs operations for one layer, or for some in a row.
 
   Args:
     operations: what to run, in order.
     program: where they are from.
-    env: the values of variables, read and written; with layer axes of size 1.
+    env: the values of variables, read and written; with layer axes of `size`.
     axes: the layer axis of each variable in `env`, read and written; a missing one has none.
     index: i32[], which layer.
     length: the number of layers.
+    size: how many are run.
 
   Raises:
     NotSeparableError: where an operation mixes layers.
   """
-  layer = _Layer(index, length)
+  layer = _Layer(index, length, size)
 
   def value(atom: Any) -> Any:
     return env[atom] if isinstance(atom, int) else atom.val
@@ -226,11 +234,7 @@ def _broadcast_in_dim(
   axis = params["broadcast_dimensions"][axes[0]]
   if params["shape"][axis] != layer.length:
     raise _mixes(operation)
-  return _jaxpr.run_operation(operation, values, shape=_one(params["shape"], axis), sharding=None), [axis]
-
-
-def _one(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-  return (*shape[:axis], 1, *shape[axis + 1 :])
+  return _jaxpr.run_operation(operation, values, shape=layer.shape(params["shape"], axis), sharding=None), [axis]
 
 
 def _reshape(
@@ -240,7 +244,7 @@ def _reshape(
   before = math.prod(old[:axis])
   for i, size in enumerate(new):
     if size == layer.length and math.prod(new[:i]) == before and operation.eqn.params.get("dimensions") is None:
-      return _jaxpr.run_operation(operation, values, new_sizes=_one(new, i), sharding=None), [i]
+      return _jaxpr.run_operation(operation, values, new_sizes=layer.shape(new, i), sharding=None), [i]
   raise _mixes(operation)
 
 
@@ -277,7 +281,7 @@ def _slice(
   whole = params["start_indices"][axis] == 0 and params["limit_indices"][axis] == layer.length
   if not whole or (params["strides"] or {axis: 1})[axis] != 1:
     raise _mixes(operation)
-  return _jaxpr.run_operation(operation, values, limit_indices=_one(params["limit_indices"], axis)), axes
+  return _jaxpr.run_operation(operation, values, limit_indices=layer.shape(params["limit_indices"], axis)), axes
 
 
 def _pad(
@@ -353,13 +357,13 @@ def _cond(
     def apply(index: Any, *operands: Any) -> list[Any]:
       env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
       inner: dict[int, Axis] = dict(zip(program.inputs, axes[1:], strict=True))
-      run(program.operations, program, env, inner, index, layer.length)
+      run(program.operations, program, env, inner, index, layer.length, layer.size)
       results = [_jaxpr.value(a, env) for a in program.outputs]
       result_axes = [inner.get(a) if isinstance(a, int) else None for a in program.outputs]
       if out is None:
         found.append(result_axes)
         return results
-      here = _Layer(index, layer.length)
+      here = _Layer(index, layer.length, layer.size)
       return [
         here.cut(r, a) if a is not None and had is None else r
         for r, a, had in zip(results, out, result_axes, strict=True)

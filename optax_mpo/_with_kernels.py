@@ -3,18 +3,15 @@
 Why: XLA:GPU reads the state of some updates twice, and writes stacks of layers with a kernel for each array (`_kernel`
 has the reasons). How much is moved is what a step costs.
 
-How: within fused steps, the wrapper is a mark that `_separable` finds, and does nothing. In an ordinary step it
-computes the update as it is, and puts the results of kernels in the place of those that a kernel makes with less
-traffic. XLA drops what is not used then.
+How: within fused steps, the wrapper is a mark that `_separable` finds, and does nothing. In an ordinary step
+`_leafwise` puts the results of kernels in the place of those that a kernel makes with less traffic.
 """
 
 from typing import Any
 
-import jax
 import optax
-from jax.core import Tracer
 
-from optax_mpo import _formats, _kernel, _made, _separable, _site, _tree, _wrapping
+from optax_mpo import _leafwise, _step_weight, _wrapping
 
 PyTree = Any
 
@@ -65,48 +62,14 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
-    new_updates, new_state = tx.update(updates, state, params, **extra_args)
-    if params is None or not _kernel.asked():
-      return new_updates, new_state
-    given = [*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]
-    if not any(isinstance(x, Tracer) for x in given):
-      return new_updates, new_state
-
     def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
       return tx.update(updates, state, params, **extra_args)
 
-    try:
-      taken = _separable.Update(optax.GradientTransformation(tx.init, plain), params, state, "with_kernels")
-    except ValueError:  # an update that cannot be taken apart, such as one with side effects
-      return new_updates, new_state
-    return _by_kernels(taken, (updates, state, params), new_updates, new_state)
+    if params is None or not _step_weight.asked():
+      return plain(updates, state, params)
+    with _step_weight.left_out():
+      new = plain(updates, state, params)
+    taken = optax.GradientTransformation(tx.init, plain)
+    return _leafwise.replaced(taken, (updates, state, params), new, "with_kernels", kernels=True)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def _by_kernels(
-  taken: _separable.Update, given: tuple[PyTree, PyTree, PyTree], new_updates: PyTree, new_state: PyTree
-) -> tuple[PyTree, PyTree]:
-  """Puts what kernels make of weights and states in the place of an update, where there are kernels."""
-  grads, state, params = given
-  leaves, treedef = jax.tree.flatten(params)
-  gradients, steps = (
-    _tree.flatten_like(params, t, "with_kernels: the tree of updates", "") for t in (grads, new_updates)
-  )
-  states = jax.tree.leaves(state)
-  new_states, state_treedef = jax.tree.flatten(new_state)
-  values, _ = taken.run_shared()
-  for i, *others in taken.components(range(len(leaves))):
-    if others or not _formats.is_low(leaves[i]) or gradients[i].dtype != leaves[i].dtype:
-      continue
-    group = taken.group([i], "with_kernels")
-    (site,) = _site.of_groups([group], gradients, leaves, kernels=True)
-    if site.step.kernel is None:
-      continue
-    own = [states[j] for j in group.states]
-    (new,), own = site.step.apply([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])
-    steps[i] = _formats.difference(leaves[i], new)
-    _made.remember(steps[i], leaves[i], new)
-    for j, value in zip(group.states, own, strict=True):
-      new_states[j] = value
-  return treedef.unflatten(steps), state_treedef.unflatten(new_states)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from optax_mpo import _compensated, _fused, _release
+from optax_mpo import _apply, _compensated, _fused, _release
 
 PyTree = Any
 Fused = Literal["auto", "layer", "off"]
@@ -34,7 +34,7 @@ def _make_step(loss_fn: Callable[..., Any], tx: Any, fused: Fused, two_pass: boo
   def step(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
     value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
     updates, opt_state = tx.update(grads, opt_state, params)
-    return value, _compensated.apply_updates(params, updates), opt_state
+    return value, _apply.apply_updates(params, updates), opt_state
 
   return step
 

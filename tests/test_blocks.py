@@ -145,7 +145,8 @@ def test_numbers_are_rounded_in_proportion(top):
   for shift in (-0.006, 0.006):
     level = levels(lower) + (way + shift).clip(0, 1) * (levels(lower + 1) - levels(lower))
     position = 2 * top * level / (1 + level) if signed else (top + 0.5) * level ** (1 / 1.75) - 0.5
-    past = _blocks._is_past(f32(position - lower), f32(way), f32(lower), f32(top), signed)
+    part, at = jnp.asarray(position - lower, f32), jnp.asarray(lower, f32)
+    past = _blocks._is_past(part, f32(way), at, f32(top), signed)
     assert np.all(past == (shift > 0))
 
 
