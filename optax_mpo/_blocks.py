@@ -91,7 +91,7 @@ def _level(code: jax.Array, top: Any, signed: bool) -> jax.Array:
 
 
 def _position(level: jax.Array, top: Any, signed: bool) -> jax.Array:
-  """The inverse of `_level`, for every number in [0, 1]: to 1e-3, and to half of that for all but small ones."""
+  """The inverse of `_level` to 1e-3, for every number in [0, 1] and a little above it."""
   if signed:
     return top * (2 * level / (1 + level))
   return (top + 0.5) * _power(level) - 0.5
@@ -126,12 +126,8 @@ def _pattern(x: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(x + np.float32(_WHOLE), jnp.int32)
 
 
-def _lesser(x: jax.Array, y: Any) -> jax.Array:
-  """The lesser of two numbers that are no NaN: for those XLA:CPU's minimum takes more than one instruction."""
-  return jnp.where(x < y, x, y)
-
-
 def _greater(x: jax.Array, y: Any) -> jax.Array:
+  """The greater of two numbers that are no NaN: for those XLA:CPU's maximum takes more than one instruction."""
   return jnp.where(x > y, x, y)
 
 
@@ -255,8 +251,8 @@ def _encode(x: jax.Array, scale: jax.Array, dtype: jnp.dtype, dither: Any, old: 
   signed, top = _is_signed(dtype), _top(x < 0, dtype)
   # Twice by the root, since the reciprocal of the largest scales is subnormal, and XLA:CPU would flush it.
   root = _spread(jnp.where(scale > 0, lax.rsqrt(scale), 0), x.shape[-1])
-  position = _position(_lesser(_magnitude(x, signed) * root * root, np.float32(1)), top, signed)
-  lower = _lesser(_greater(jnp.floor(position), np.float32(0)), top - 1)
+  position = _position(_magnitude(x, signed) * root * root, top, signed)
+  lower = jnp.floor(position) if signed else _greater(jnp.floor(position), np.float32(0))  # of the largest: its code
   if old is not None:
     before = old.astype(jnp.float32)
     before = jnp.where(x < 0, -before, before) if signed else before

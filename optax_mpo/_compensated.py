@@ -198,7 +198,7 @@ def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
   if jax.default_backend() != "cpu" or _step_weight.is_left_out():
     return False
   found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _blocks.Quantized))
-  large = any(isinstance(x, _blocks.Quantized) and x.values.size >= 2 * _rows.ELEMENTS for x in found)
+  large = any(isinstance(x, _blocks.Quantized) and x.values.size >= _rows.ELEMENTS for x in found)
   return large and not any(_types.is_split(x) for x in jax.tree.leaves(params))
 
 

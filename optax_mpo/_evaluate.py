@@ -155,7 +155,7 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
 
 
 def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-  return _order.barrier(values) if values[1] else values
+  return _order.tie(values) if values[1] else values
 
 
 def _run_scan(

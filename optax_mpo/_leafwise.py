@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from jax import lax
 
 from optax_mpo import _formats, _made, _separable, _site, _step_weight, _tree
 
@@ -53,12 +54,26 @@ def replaced(
     if not site.step.is_special:
       continue
     own, values = [states[j] for j in group.states], shared()
-    (weight,), own = site.step.apply([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])
-    steps[i] = _formats.difference(leaves[i], weight)
-    _made.remember(steps[i], leaves[i], weight)
+    arguments = ([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])
+    (weight,), own = site.step.apply(*lax.stop_gradient(arguments))
+    plain = _made.new_weights(steps[i], leaves[i])
+    steps[i] = _instead(steps[i], _formats.difference(lax.stop_gradient(leaves[i]), weight))
+    if plain is not None:
+      _made.remember(steps[i], leaves[i], _instead(plain, weight))
     for j, value in zip(group.states, own, strict=True):
-      new_states[j] = value
+      new_states[j] = _instead(new_states[j], value)
   return treedef.unflatten(steps), state_treedef.unflatten(new_states)
+
+
+@jax.custom_jvp
+def _instead(plain: jax.Array, better: jax.Array) -> jax.Array:
+  """Returns `better` with the derivatives of `plain`, which is the same number."""
+  return better
+
+
+@_instead.defjvp
+def _instead_jvp(primals: Any, tangents: Any) -> Any:
+  return primals[1], tangents[0]
 
 
 def _once(fun: Callable[[], Any]) -> Callable[[], Any]:

@@ -19,8 +19,10 @@ from jax.core import Tracer
 
 from optax_mpo import _jaxpr, _stacked
 
-ELEMENTS = 2**18
-"""Elements that are stepped at a time, or somewhat less: 1 MB for each array of f32."""
+ELEMENTS = 2**19
+"""Elements that are stepped at a time, or somewhat less: 2 MB for each array of f32."""
+
+_SHARED = 2**14  # elements of what may be computed anew for every few rows
 
 
 class NotByRowsError(Exception):
@@ -82,12 +84,18 @@ class Rows:
       _stacked.run(group.operations, group.program, env, axes, start, length, self.count)
     except _stacked.NotSeparableError as error:
       raise NotByRowsError(str(error)) from error
+    alike: set[int] = set()  # large arrays of one number, which XLA never makes
+
+    def size(atom: _jaxpr.Atom) -> int:
+      return math.prod(group.program.aval(atom).shape)
+
     for operation in group.operations:
-      if operation.name == "broadcast_in_dim":  # is never made
-        continue
-      for var in operation.outputs:
-        if axes.get(var) is None and var >= 0 and math.prod(group.program.aval(var).shape) > ELEMENTS // 16:
-          raise NotByRowsError(f"{_jaxpr.where(operation)} makes a large array that all rows share")
+      shared = [v for v in operation.outputs if v >= 0 and axes.get(v) is None and size(v) > _SHARED]
+      numbers = all(size(a) == 1 or (isinstance(a, int) and a in alike) for a in operation.inputs)
+      if shared and numbers and operation.name != "iota":
+        alike.update(shared)
+      elif shared and operation.name != "broadcast_in_dim":
+        raise NotByRowsError(f"{_jaxpr.where(operation)} makes a large array that all rows share")
     results = []
     for atom in group.outputs:
       if not isinstance(atom, int) or axes.get(atom) != self.axis:
@@ -104,13 +112,13 @@ def of_group(group: Any) -> Rows | None:
   weight = avals[1]
   in_blocks = any(a.dtype == jnp.uint16 and a.shape != weight.shape for a in avals[2:])
   packed = any(a.dtype.name in ("int4", "uint4") for a in avals)  # XLA:CPU does not write those in place
-  if not in_blocks or packed or weight.ndim < 2 or weight.size < 2 * ELEMENTS or avals[0].dtype != weight.dtype:
+  if not in_blocks or packed or weight.ndim < 2 or weight.size < ELEMENTS or avals[0].dtype != weight.dtype:
     return None
   if any(a.ndim != weight.ndim or a.shape[:-1] != weight.shape[:-1] for a in avals):
     return None
   axis = max(range(weight.ndim - 1), key=lambda a: weight.shape[a])
   length = weight.shape[axis]
-  most = ELEMENTS * length // weight.size
+  most = min(ELEMENTS * length // weight.size, length // 2)
   count = next((c for c in range(most, 0, -1) if length % c == 0), 0)
   return Rows(group, axis, count) if count * 8 > most else None
 

@@ -47,17 +47,11 @@ def step(
     rows: does it on a CPU.
 
   Returns:
-    The new stacks.
+    The new stacks. They have no derivatives.
   """
   operands = [index, grad, *stacks, *shared, *waits]
   params = {"pure": pure, "kernel": kernel, "rows": rows, "stacks": len(stacks), "waits": len(waits)}
-  return _differentiable(params)(*operands)
-
-
-def _differentiable(params: dict[str, Any]) -> Callable[..., list[Any]]:
-  call = jax.custom_jvp(lambda *operands: _step.bind(*operands, **params))
-  call.defjvp(lambda primals, tangents: jax.jvp(functools.partial(_pure, **params), primals, tangents))
-  return call
+  return _step.bind(*operands, **params)
 
 
 # --- Where it is asked for --------------------------------------------------------------------------------------------
