@@ -57,9 +57,10 @@ def replaced(
     arguments = ([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])
     (weight,), own = site.step.apply(*lax.stop_gradient(arguments))
     plain = _made.new_weights(steps[i], leaves[i])
-    steps[i] = _instead(steps[i], _formats.difference(lax.stop_gradient(leaves[i]), weight))
+    weight = weight if plain is None else _instead(plain, weight)
+    steps[i] = _instead(steps[i], _formats.difference(leaves[i], weight))
     if plain is not None:
-      _made.remember(steps[i], leaves[i], _instead(plain, weight))
+      _made.remember(steps[i], leaves[i], weight)
     for j, value in zip(group.states, own, strict=True):
       new_states[j] = _instead(new_states[j], value)
   return treedef.unflatten(steps), state_treedef.unflatten(new_states)
