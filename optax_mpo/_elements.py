@@ -208,7 +208,8 @@ class _Builder:
     known = {v for v in given if v in read}  # beforehand
     for operation in operations:
       reads = {a for a in operation.inputs if isinstance(a, int)}
-      if reads <= known and all(self._is_small(v) for v in operation.outputs if v >= 0):
+      spread = operation.name == "broadcast_in_dim" and math.prod(self.program.aval(operation.inputs[0]).shape) == 1
+      if not spread and reads <= known and all(self._is_small(v) for v in operation.outputs if v >= 0):
         hoisted.append(operation)
         known |= {v for v in operation.outputs if v >= 0}
         continue

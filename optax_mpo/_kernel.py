@@ -51,66 +51,125 @@ class Kernel:
   tile: int
   given: tuple[int, ...]
 
-  def call(
-    self, index: Any, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], interpret: bool = False
-  ) -> list[Any]:
-    """Runs the kernel: on a CUDA GPU, or anywhere with `interpret`."""
-    from jax.experimental import pallas as pl  # here, since it takes a while to import and most never need it
-    from jax.experimental.pallas import triton
+  @property
+  def layers(self) -> int:
+    """How many layers the weight has; 1 if it is no stack."""
+    return self.shape[0] if self.stacked else 1
 
-    elements, block, tile = self.elements, self.elements.block, self.tile
-    layers = self.shape[0] if self.stacked else 1
-    size = math.prod(self.shape) // layers
+  @property
+  def tiles(self) -> int:
+    """How many programs step one layer."""
+    return math.prod(self.shape) // self.layers // self.tile
+
+  @property
+  def arrays(self) -> int:
+    """How many arrays the kernel reads and writes."""
+    return len(self.elements.sources) + len(self.elements.outputs)
+
+  def flat(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
+    """What the kernel reads, in the shapes that it does so in: layers, then elements in one axis or blocks of them."""
+    env = dict(self.program.constants) | dict(zip(self.given, shared, strict=True))
+    _jaxpr.run(self.program, self.elements.hoisted, env)
+    sources, block = self.elements.sources, self.elements.block
+    extra = [env[s.var] for s in sources[1 + len(stacks) :]]
+
+    def flat(k: int, x: Any) -> Any:
+      if sources[k].kind == "scalar":
+        return x.reshape(1)
+      lead = (self.layers,) if self._has_layers(k) else ()
+      return x.reshape(*lead, -1, block) if sources[k].kind == "element" and block else x.reshape(*lead, -1)
+
+    return [flat(k, x) for k, x in enumerate([grad, *stacks, *extra])]
+
+  def _has_layers(self, k: int) -> bool:
+    return k > 0 and not self.elements.sources[k].columns
+
+  def step_tile(self, layer: Any, tile: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Steps a tile of a layer, within the kernel, which has refs of what `flat` returns and of what is new."""
+    from jax.experimental import pallas as pl  # here, since it takes a while to import and most never need it
+
+    elements, block, size = self.elements, self.elements.block, self.tile
+    start = tile * size
     kinds: dict[_elements.Kind, tuple[int, ...]] = {
-      "element": (tile // block, block) if block else (tile,),
-      "block": (tile // max(block, 1), 1),
+      "element": (size // block, block) if block else (size,),
+      "block": (size // max(block, 1), 1),
       "scalar": (),
     }
-    sources, count = elements.sources, 1 + len(stacks)
-    env = dict(self.program.constants) | dict(zip(self.given, shared, strict=True))
-    _jaxpr.run(self.program, elements.hoisted, env)
-    extra = [env[s.var] for s in sources[count:]]
 
-    def flat(x: Any, source: _elements.Source, lead: tuple[int, ...]) -> Any:
-      if source.kind == "scalar":
-        return x.reshape(1)
-      return x.reshape(*lead, -1, block) if source.kind == "element" and block else x.reshape(*lead, -1)
+    def where(k: int) -> tuple[Any, ...]:
+      """The tile's place in an array."""
+      source = elements.sources[k]
+      first = lax.rem(start, jnp.int32(elements.length)) if source.columns else start
+      here = pl.ds(first // block, size // block) if block else pl.ds(first, size)
+      whole = [slice(None)] if block and source.kind == "element" else []
+      return (*([layer] if self._has_layers(k) else []), here, *whole)
 
-    def lead(k: int) -> tuple[int, ...]:
-      return () if k == 0 or sources[k].columns else (layers,)
+    values = []
+    for k, ref in enumerate(inputs):
+      if elements.sources[k].kind == "scalar":
+        values.append(ref[0])
+      elif elements.sources[k].kind == "block":
+        values.append(ref[where(k)].reshape(kinds["block"]))
+      else:
+        values.append(ref[where(k)])
+    for k, value in enumerate(elements.compute(values, kinds), start=1):
+      outputs[k - 1][where(k)] = value.reshape(-1) if elements.sources[k].kind == "block" else value
 
-    def body(*refs: Any) -> None:
-      index_ref, *inputs = refs[: 1 + len(sources)]
-      layer, start = index_ref[0], pl.program_id(0) * tile
 
-      def where(k: int) -> tuple[Any, ...]:
-        """The tile's place in an array."""
-        first = lax.rem(start, jnp.int32(elements.length)) if sources[k].columns else start
-        here = pl.ds(first // block, tile // block) if block else pl.ds(first, tile)
-        return (*([layer] if lead(k) else []), here, *([slice(None)] if block and sources[k].kind == "element" else []))
+Given = tuple[Any, Sequence[Any], Sequence[Any]]  # a gradient, the weight and its states, and what is known beside them
 
-      values = []
-      for k, ref in enumerate(inputs):
-        if sources[k].kind == "scalar":
-          values.append(ref[0])
-        elif sources[k].kind == "block":
-          values.append(ref[where(k)].reshape(kinds["block"]))
-        else:
-          values.append(ref[where(k)])
-      for k, value in enumerate(elements.compute(values, kinds), start=1):
-        refs[len(sources) + k][where(k)] = value.reshape(-1) if sources[k].kind == "block" else value
 
-    arrays = [flat(x, s, lead(k)) for k, (x, s) in enumerate(zip([grad, *stacks, *extra], sources, strict=True))]
-    new = pl.pallas_call(
-      body,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[1:count]],
-      grid=(size // tile,),
-      input_output_aliases={1 + k: k - 1 for k in range(1, count)},
-      compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-      interpret=interpret,
-      name="step_weight",
-    )(index.reshape(1), *arrays)
-    return [x.reshape(old.shape) for x, old in zip(new, stacks, strict=True)]
+def call(kernels: Sequence[Kernel], given: Sequence[Given], index: Any, interpret: bool = False) -> list[list[Any]]:
+  """Steps weights, or the layers of stacks at an index, in one launch: on a CUDA GPU, or anywhere with `interpret`.
+
+  Args:
+    kernels: of the weights.
+    given: of each what it is given.
+    index: i32[], which layer; 0 where there are none.
+    interpret: whether to run it in Pallas' interpreter.
+
+  Returns:
+    For each the new weight and states.
+  """
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import triton
+
+  inputs = [kernel.flat(*g) for kernel, g in zip(kernels, given, strict=True)]
+  news = [arrays[1 : 1 + len(g[1])] for arrays, g in zip(inputs, given, strict=True)]
+  read, written, aliases, stop = [], [], {}, [0]
+  first_in, first_out = 1, 0
+  for kernel, arrays, new in zip(kernels, inputs, news, strict=True):
+    read.append(slice(first_in, first_in + len(arrays)))
+    written.append(slice(first_out, first_out + len(new)))
+    aliases |= {first_in + 1 + k: first_out + k for k in range(len(new))}
+    first_in, first_out = first_in + len(arrays), first_out + len(new)
+    stop.append(stop[-1] + kernel.tiles)
+
+  def body(*refs: Any) -> None:
+    layer, program, outputs = refs[0][0], pl.program_id(0), refs[first_in:]
+
+    def step(k: int) -> None:
+      kernels[k].step_tile(layer, program - stop[k], refs[read[k]], outputs[written[k]])
+
+    if len(kernels) == 1:
+      return step(0)
+    for k in range(len(kernels)):
+      pl.when((program >= stop[k]) & (program < stop[k + 1]))(lambda k=k: step(k))
+    return None
+
+  new = pl.pallas_call(
+    body,
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for arrays in news for x in arrays],
+    grid=(stop[-1],),
+    input_output_aliases=aliases,
+    compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+    interpret=interpret,
+    name="step_weight" if len(kernels) == 1 else "step_weights",
+  )(index.reshape(1), *(x for arrays in inputs for x in arrays))
+  return [
+    [x.reshape(old.shape) for x, old in zip(new[part], g[1], strict=True)]
+    for part, g in zip(written, given, strict=True)
+  ]
 
 
 def make(

@@ -4,7 +4,6 @@ How: the update is computed as it is, and taken apart by leaves as fused steps d
 `_step_weight` is put in the place of what the update computed, and XLA drops what is not used then.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ PyTree = Any
 
 def replaced(
   tx: optax.GradientTransformation,
-  given: tuple[PyTree, PyTree, PyTree],
+  inputs: tuple[PyTree, PyTree, PyTree],
   new: tuple[PyTree, PyTree],
   caller: str,
   *,
@@ -29,12 +28,12 @@ def replaced(
   Args:
     tx: an update of which leaves may be taken out; its side effects are not kept, so that where there are any `new` is
       returned as it is.
-    given: what its update was given.
+    inputs: what its update was given.
     new: what it made of it.
     caller: who asks.
     kernels: whether a GPU may step weights by kernels of ours.
   """
-  updates, state, params = given
+  updates, state, params = inputs
   if not _step_weight.is_traced([*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]):
     return new
   try:
@@ -45,25 +44,49 @@ def replaced(
   gradients, steps = (_tree.flatten_like(params, t, f"{caller}: the tree of updates", "") for t in (updates, new[0]))
   states = jax.tree.leaves(state)
   new_states, state_treedef = jax.tree.flatten(new[1])
-  shared: Callable[[], dict[int, Any]] = _once(lambda: taken.run_shared()[0])
-  for i, *others in taken.components(range(len(leaves))):
-    if others or not _formats.is_low(leaves[i]) or gradients[i].dtype != leaves[i].dtype:
-      continue
-    group = taken.group([i], caller)
-    (site,) = _site.of_groups([group], gradients, leaves, kernels)
-    if not site.step.is_special:
-      continue
-    own, values = [states[j] for j in group.states], shared()
-    arguments = ([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])
-    (weight,), own = site.step.apply(*lax.stop_gradient(arguments))
+  groups = [
+    taken.group([i], caller)
+    for i, *others in taken.components(range(len(leaves)))
+    if not others and _formats.is_low(leaves[i]) and gradients[i].dtype == leaves[i].dtype
+  ]
+  sites = _site.of_groups(groups, gradients, leaves, kernels)
+  small = {k: kernel for k, g in enumerate(groups) if kernels and (kernel := _site.small_kernel(g)) is not None}
+  chosen = [k for k, site in enumerate(sites) if site.step.is_special or (k in small and len(small) > 1)]
+  if not chosen:
+    return new
+  values, _ = taken.run_shared()
+
+  def given(k: int) -> tuple[Any, list[Any], list[Any]]:
+    group, (i,) = groups[k], groups[k].leaves
+    stacks = [leaves[i], *(states[j] for j in group.states)]
+    return lax.stop_gradient((gradients[i], stacks, [values[v] for v in group.shared]))
+
+  together = [k for k in chosen if k in small and len(small) > 1]
+  stepped = dict(
+    zip(
+      together,
+      _step_weight.step_together(
+        [sites[k].step.pure for k in together], [small[k] for k in together], [given(k) for k in together]
+      ),
+      strict=True,
+    )
+  )
+  for k in chosen:
+    (i,) = groups[k].leaves
+    weight, *own = stepped[k] if k in stepped else _alone(sites[k].step, *given(k))
     plain = _made.new_weights(steps[i], leaves[i])
     weight = weight if plain is None else _instead(plain, weight)
     steps[i] = _instead(steps[i], _formats.difference(leaves[i], weight))
     if plain is not None:
       _made.remember(steps[i], leaves[i], weight)
-    for j, value in zip(group.states, own, strict=True):
+    for j, value in zip(groups[k].states, own, strict=True):
       new_states[j] = _instead(new_states[j], value)
   return treedef.unflatten(steps), state_treedef.unflatten(new_states)
+
+
+def _alone(step: _site.Step, grad: Any, stacks: list[Any], shared: list[Any]) -> list[Any]:
+  params, states = step.apply([grad], stacks[:1], stacks[1:], shared)
+  return [*params, *states]
 
 
 @jax.custom_jvp
@@ -75,14 +98,3 @@ def _instead(plain: jax.Array, better: jax.Array) -> jax.Array:
 @_instead.defjvp
 def _instead_jvp(primals: Any, tangents: Any) -> Any:
   return primals[1], tangents[0]
-
-
-def _once(fun: Callable[[], Any]) -> Callable[[], Any]:
-  found: list[Any] = []
-
-  def call() -> Any:
-    if not found:
-      found.append(fun())
-    return found[0]
-
-  return call

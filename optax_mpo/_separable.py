@@ -246,10 +246,13 @@ class Update:
     return inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
 
   def _is_given(self, var: int) -> bool:
-    maker = self._program.makers.get(var)
-    if maker is None or math.prod(self._program.aval(var).shape) <= _SMALL:
+    maker, size = self._program.makers.get(var), math.prod(self._program.aval(var).shape)
+    if maker is None:
       return True
-    return self._program.operations[maker].name not in _CHEAP
+    operation = self._program.operations[maker]
+    if operation.name == "broadcast_in_dim" and size > math.prod(self._program.aval(operation.inputs[0]).shape) == 1:
+      return False  # a number, which is handed over as such
+    return size <= _SMALL or operation.name not in _CHEAP
 
   def _root(self, node: int) -> int:
     while self._parent[node] != node:

@@ -55,10 +55,11 @@ class Step:
     if not self.is_special:
       return self.run(grads, params, states, shared)
     stacks, ways = [*params, *states], {"kernel": self.kernel, "rows": self.rows}
-    new = _step_weight.step(self._pure, grads[0], stacks, shared, jnp.int32(0), **ways)
+    new = _step_weight.step(self.pure, grads[0], stacks, shared, jnp.int32(0), **ways)
     return new[: len(params)], new[len(params) :]
 
-  def _pure(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:
+  def pure(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:
+    """Steps the leaf that there is as XLA does, for `_step_weight`."""
     params, states = self.run([grad], stacks[: len(self.params)], stacks[len(self.params) :], shared)
     return [*params, *states]
 
@@ -298,6 +299,14 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
       Site(group.leaves, tuple(grads[i] for i in group.leaves), tuple((weights[i],) for i in group.leaves), step)
     )
   return sites
+
+
+def small_kernel(group: Any) -> _kernel.Kernel | None:
+  """The kernel of a group with one small weight and no 8-bit state, if there is one: most of its cost is the launch."""
+  if len(group.leaves) != 1 or group.program.aval(group.inputs[1]).size > _order.SMALL:
+    return None
+  kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, None)
+  return kernel if kernel is not None and not kernel.elements.block else None
 
 
 def of_group(group: Any, stacked: bool) -> _kernel.Kernel | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -21,6 +22,8 @@ from jax.interpreters import batching, mlir
 from optax_mpo import _kernel, _rows
 
 Pure = Callable[[Any, Sequence[Any], Sequence[Any], Any, Sequence[Any]], Sequence[Any]]
+
+_MOST_ARRAYS = 400  # of one launch: 8 bytes each of the 4096 that every driver takes, and some for Triton
 
 
 def step(
@@ -52,6 +55,47 @@ def step(
   operands = [index, grad, *stacks, *shared, *waits]
   params = {"pure": pure, "kernel": kernel, "rows": rows, "stacks": len(stacks), "waits": len(waits)}
   return _step.bind(*operands, **params)
+
+
+def step_together(
+  pures: Sequence[Pure], kernels: Sequence[_kernel.Kernel], given: Sequence[_kernel.Given]
+) -> list[list[Any]]:
+  """Steps small weights, on a GPU in as few launches as their number of arrays allows.
+
+  Args:
+    pures: how each of them is stepped anywhere, as for `step`.
+    kernels: of each.
+    given: of each the gradient; the weight and its states; the values that the step shares with others.
+
+  Returns:
+    For each the new weight and states. They have no derivatives.
+  """
+  results: list[list[Any]] = []
+  for part in _launches(kernels):
+    operands = [x for k in part for x in (given[k][0], *given[k][1], *given[k][2])]
+    new = _together.bind(
+      *operands,
+      pures=tuple(pures[k] for k in part),
+      kernels=tuple(kernels[k] for k in part),
+      counts=tuple((len(given[k][1]), len(given[k][2])) for k in part),
+    )
+    for k in part:
+      results.append(new[: len(given[k][1])])
+      new = new[len(given[k][1]) :]
+  return results
+
+
+def _launches(kernels: Sequence[_kernel.Kernel]) -> list[list[int]]:
+  """Sorts kernels into launches, each of arrays whose addresses fit into what a kernel is given."""
+  parts: list[list[int]] = []
+  arrays = _MOST_ARRAYS
+  for k, kernel in enumerate(kernels):
+    arrays += kernel.arrays
+    if arrays > _MOST_ARRAYS:
+      parts.append([])
+      arrays = kernel.arrays
+    parts[-1].append(k)
+  return parts
 
 
 # --- Where it is asked for --------------------------------------------------------------------------------------------
@@ -98,7 +142,8 @@ def _pure(*operands: Any, pure: Pure, stacks: int, waits: int, **_: Any) -> list
 
 def _by_kernel(*operands: Any, kernel: _kernel.Kernel, stacks: int, waits: int, **_: Any) -> list[Any]:
   index, grad, *rest = operands
-  return kernel.call(index, grad, rest[:stacks], rest[stacks : len(rest) - waits])
+  (new,) = _kernel.call([kernel], [(grad, rest[:stacks], rest[stacks : len(rest) - waits])], index)
+  return new
 
 
 def _by_rows(*operands: Any, rows: _rows.Rows, stacks: int, waits: int, **params: Any) -> list[Any]:
@@ -107,6 +152,28 @@ def _by_rows(*operands: Any, rows: _rows.Rows, stacks: int, waits: int, **params
     return rows.step(grad, rest[:stacks], rest[stacks : len(rest) - waits])
   except _rows.NotByRowsError:
     return _pure(*operands, stacks=stacks, waits=waits, **params)
+
+
+def _each(operands: Sequence[Any], counts: Sequence[tuple[int, int]]) -> list[_kernel.Given]:
+  """What each of several weights is given."""
+  given, rest = [], list(operands)
+  for stacks, shared in counts:
+    given.append((rest[0], rest[1 : 1 + stacks], rest[1 + stacks : 1 + stacks + shared]))
+    rest = rest[1 + stacks + shared :]
+  return given
+
+
+def _abstract_together(*avals: Any, counts: Sequence[tuple[int, int]], **_: Any) -> list[Any]:
+  return [x for _, stacks, _ in _each(avals, counts) for x in stacks]
+
+
+def _pure_together(*operands: Any, pures: Sequence[Pure], counts: Any, **_: Any) -> list[Any]:
+  given = _each(operands, counts)
+  return [x for pure, g in zip(pures, given, strict=True) for x in pure(*g, jnp.int32(0), [])]
+
+
+def _by_kernel_together(*operands: Any, kernels: Sequence[_kernel.Kernel], counts: Any, **_: Any) -> list[Any]:
+  return [x for new in _kernel.call(kernels, _each(operands, counts), jnp.int32(0)) for x in new]
 
 
 def _devices(context: Any) -> int | None:
@@ -130,8 +197,19 @@ def _lower_cpu(context: Any, *operands: Any, **params: Any) -> Any:
   return mlir.lower_fun(_by_rows, multiple_results=True)(context, *operands, **params)
 
 
-def _batch(operands: Any, axes: Any, **params: Any) -> Any:
-  results = jax.vmap(functools.partial(_pure, **params), in_axes=axes)(*operands)
+def _lower_together(context: Any, *operands: Any, **params: Any) -> Any:
+  return mlir.lower_fun(_pure_together, multiple_results=True)(context, *operands, **params)
+
+
+def _lower_together_cuda(context: Any, *operands: Any, **params: Any) -> Any:
+  if not _kernel.is_usable(_devices(context)):
+    return _lower_together(context, *operands, **params)
+  with _kernel.lowering():
+    return mlir.lower_fun(_by_kernel_together, multiple_results=True)(context, *operands, **params)
+
+
+def _batch(pure: Callable[..., list[Any]], operands: Any, axes: Any, **params: Any) -> Any:
+  results = jax.vmap(functools.partial(pure, **params), in_axes=axes)(*operands)
   return results, [0] * len(results)
 
 
@@ -139,10 +217,18 @@ _step = Primitive("step_weight")
 _step.multiple_results = True
 _step.def_abstract_eval(_abstract)
 _step.def_impl(_pure)
-batching.primitive_batchers[_step] = _batch
+batching.primitive_batchers[_step] = functools.partial(_batch, _pure)
 mlir.register_lowering(_step, _lower)
 mlir.register_lowering(_step, _lower_cuda, platform="cuda")
 mlir.register_lowering(_step, _lower_cpu, platform="cpu")
+
+_together = Primitive("step_weights")
+_together.multiple_results = True
+_together.def_abstract_eval(_abstract_together)
+_together.def_impl(_pure_together)
+batching.primitive_batchers[_together] = functools.partial(_batch, _pure_together)
+mlir.register_lowering(_together, _lower_together)
+mlir.register_lowering(_together, _lower_together_cuda, platform="cuda")
 
 
 def is_traced(values: Sequence[Any]) -> bool:

@@ -14,7 +14,7 @@ from jax import lax
 import optax_mpo as mpo
 from benchmarks import fsdp, hlo
 from benchmarks.modes import Training
-from optax_mpo import _elements, _jaxpr, _kernel, _separable
+from optax_mpo import _elements, _jaxpr, _kernel, _separable, _step_weight
 
 EXACT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=16)
 EIGHT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=8)
@@ -41,14 +41,14 @@ def made(tx, shape, stacked, dtype=jnp.bfloat16):
   return kernel, group, grad, [params["w"], *(leaves[j] for j in group.states)], [shared[v] for v in group.shared]
 
 
-def exact_jit(fun, static=()):
+def exact_jit(fun, static=(), without="fusion"):
   """Without fusion, and so without fused multiply-adds, which XLA:CPU puts where it likes."""
-  options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
+  options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": without}
   return jax.jit(fun, static_argnums=static, compiler_options=options)
 
 
 def interpreted(kernel):
-  return functools.partial(kernel.call, interpret=True)
+  return lambda index, *given: _kernel.call([kernel], [given], index, interpret=True)[0]
 
 
 def bits(x):
@@ -101,6 +101,48 @@ def test_it_steps_a_weight_that_is_no_stack(storage, shape):
   new = exact_jit(interpreted(kernel))(jnp.int32(0), grad, stacks, shared)
   for found, expected in zip(new, computed(kernel, grad, stacks, shared), strict=True):
     np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def test_several_small_weights_are_stepped_in_one_launch():
+  shapes = [(24, 96), (128,), (5, 8, 128), (1024,), (640,)]
+  names = ["16 bits", "8 bits", "16 bits", "0 bits", "16 bits"]
+  made_of = [made(STORAGES[name](), shape, stacked=False) for name, shape in zip(names, shapes, strict=True)]
+  kernels, given = [m[0] for m in made_of], [m[2:] for m in made_of]
+  calls = jax.make_jaxpr(lambda given: _kernel.call(kernels, given, jnp.int32(0)))(given)
+  assert str(calls).count("pallas_call") == 1
+  together = functools.partial(_kernel.call, kernels, index=jnp.int32(0), interpret=True)
+  new = exact_jit(together, without="fusion,algsimp")(given)  # XLA:CPU would rewrite divisions within branches
+  for kernel, one, found in zip(kernels, given, new, strict=True):
+    for x, expected in zip(found, computed(kernel, *one), strict=True):
+      np.testing.assert_array_equal(bits(x), bits(expected))
+
+
+def test_launches_hold_no_more_arrays_than_a_kernel_is_given():
+  kernel, *_ = made(STORAGES["16 bits"](), (256,), stacked=False)
+  assert 9 <= kernel.arrays < 20
+  parts = _step_weight._launches([kernel] * 100)
+  assert [k for part in parts for k in part] == list(range(100))
+  assert max(len(part) for part in parts) * kernel.arrays <= 400 < (len(parts[0]) + 1) * kernel.arrays
+  assert _step_weight._launches([]) == []
+
+
+def test_on_a_gpu_small_weights_are_batched(tmp_path):
+  """63 vectors in two launches, in place, each byte read and written once; what has no tiles is left to XLA."""
+  tx = mpo.with_kernels(EXACT())
+  sizes = [512] * 60 + [256, 1024, 128, 1000, 96]
+  params, state = jax.eval_shape(lambda: mpo.init(tx, [jnp.zeros(n) for n in sizes]))
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return mpo.apply_updates(params, updates), state
+
+  report = mpo.gpu_memory(step, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path)
+  text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
+  kernels = hlo.kernels(text, [])
+  assert len([k for k in kernels if k.name.startswith(("pallas_call", "step_weights"))]) == 2
+  assert sum(k.launches for k in kernels) <= 6  # 1000 and 96 by themselves, and two for the number of the step
+  assert 1 <= sum(k.bytes for k in kernels) / (26 * sum(sizes)) < 1.01
+  assert report.aliased_bytes >= 12 * sum(sizes)
 
 
 def test_what_it_computes_for_8_bit_state_is_the_update():
