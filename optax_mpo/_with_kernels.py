@@ -23,7 +23,7 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
   middle of a run, and checkpoints are the same. A kernel is used under `jax.jit`, on one GPU, Ampere or later,
 
   - in fused steps, for stacks of layers (`lax.scan`, `fused_scan`) and for weights with 8-bit state;
-  - in ordinary steps, for weights with 8-bit state;
+  - in ordinary steps, for weights with 8-bit state, and for small weights, some forty of them in one launch;
 
   where the update works on each element alone, or on each block of 8-bit state, as those of Adam, AdamW, Lion, SGD and
   most others do. Everything else is left to XLA: other updates (adafactor, lamb), 4-bit storage, stochastic rounding,

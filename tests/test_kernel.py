@@ -378,7 +378,10 @@ def test_explain_says_what_is_stepped_by_a_kernel():
 FLOATS = re.compile(r"\b((?:div|sqrt|rsqrt|rcp|fma|mul|add|sub)\.[a-z0-9_.]*f32)\b")
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="the XLA of JAX 0.12 does not write its PTX down")
+PTX = pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="the XLA of JAX 0.12 does not write its PTX down")
+
+
+@PTX
 def test_its_instructions_are_those_of_xla(tmp_path):
   """Both divide and take roots by the same approximations, and neither joins a product and a sum: so the bits agree."""
   _, _, ours, _ = compiled("auto scanned", "16 bits", tmp_path / "ours")
@@ -399,6 +402,26 @@ def test_its_instructions_are_those_of_xla(tmp_path):
     found.append({name: n / elements for name, n in counts.items()})
   assert found[0] == found[1]
   assert set(found[0]) == {"div.full.f32", "sqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
+
+
+@PTX
+def test_with_8_bit_state_too_its_instructions_are_those_of_xla(tmp_path):
+  """No exponential, logarithm or fused multiply-add, of which the two would have different ones."""
+  params, state = jax.eval_shape(lambda: mpo.init(compact(), {"w": jnp.zeros((1024, 3072))}))
+  found = []
+  for name, tx in (("ours", mpo.with_kernels(compact())), ("xla", compact())):
+
+    def unfused(params, state, grads, tx=tx):
+      updates, state = tx.update(grads, state, params)
+      return mpo.apply_updates(params, updates), state
+
+    mpo.gpu_memory(unfused, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path / name)
+    text = "\n".join(p.read_text() for p in (tmp_path / name).glob("*.ptx"))
+    entries = [e for e in re.split(r"\.entry", text) if "sqrt" in e]
+    found.append({name for entry in entries for name in FLOATS.findall(entry)})
+    assert not re.search(r"\b(ex2|lg2)\.", "".join(entries))
+  assert found[0] == found[1]
+  assert found[0] == {"div.full.f32", "sqrt.approx.f32", "rsqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
 
 
 def test_a_jax_without_triton_steps_as_it_does_without_kernels_and_says_so(monkeypatch, tmp_path):
