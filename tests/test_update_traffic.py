@@ -99,4 +99,4 @@ def test_so_it_is_inside_the_backward_pass(mode):
 @pytest.mark.once
 def test_quantised_state_takes_two_passes():
   """The largest of a block is known only when all of it is computed. With two passes 16.4 bytes are the least."""
-  assert moved(leaves(2, 2048, 2048), "mpo-compact")[0] < 1.485
+  assert moved(leaves(2, 2048, 2048), "mpo-compact")[0] < 1.495
