@@ -131,7 +131,9 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
     # The backward pass goes on with `ties`. One barrier makes the step wait for them, and with them for the last use of
     # the old weights, so that they can be overwritten; the other makes what follows wait for the step.
     ties = plan.ties.get(i, ())
-    grads, held = _barrier(([[read(a) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties]))
+    by_rows = any(plan.sites[index].step.rows is not None for index in due)
+    before = ([[read(a) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties])
+    grads, held = _order.tie(before) if by_rows and ties else _barrier(before)
     for index, grad in zip(due, grads, strict=True):
       store.step(index, plan.sites[index].step, grad, shared[index])
     changed, held = _barrier(([store.held(index) for index in due], held))
@@ -155,7 +157,7 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
 
 
 def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-  return _order.tie(values) if values[1] else values
+  return _order.barrier(values) if values[1] else values
 
 
 def _run_scan(

@@ -176,59 +176,49 @@ def _by_kernel_together(*operands: Any, kernels: Sequence[_kernel.Kernel], count
   return [x for new in _kernel.call(kernels, _each(operands, counts), jnp.int32(0)) for x in new]
 
 
-def _devices(context: Any) -> int | None:
-  return getattr(context.module_context.axis_context, "num_devices", None)  # None inside of shard_map
+def _operation(
+  name: str,
+  abstract: Callable[..., list[Any]],
+  pure: Callable[..., list[Any]],
+  by_kernel: Callable[..., list[Any]],
+  by_rows: Callable[..., list[Any]] | None = None,
+) -> Primitive:
+  """An operation that is `pure` wherever it is not better done by a kernel, on a GPU, or by rows, on a CPU."""
+
+  def devices(context: Any) -> int | None:
+    return getattr(context.module_context.axis_context, "num_devices", None)  # None inside of shard_map
+
+  def lower(context: Any, *operands: Any, **params: Any) -> Any:
+    return mlir.lower_fun(pure, multiple_results=True)(context, *operands, **params)
+
+  def lower_cuda(context: Any, *operands: Any, **params: Any) -> Any:
+    if params.get("kernel", by_kernel) is None or not _kernel.is_usable(devices(context)):
+      return lower(context, *operands, **params)
+    with _kernel.lowering():
+      return mlir.lower_fun(by_kernel, multiple_results=True)(context, *operands, **params)
+
+  def lower_cpu(context: Any, *operands: Any, **params: Any) -> Any:
+    if by_rows is None or params["rows"] is None or devices(context) != 1:
+      return lower(context, *operands, **params)
+    return mlir.lower_fun(by_rows, multiple_results=True)(context, *operands, **params)
+
+  def batch(operands: Any, axes: Any, **params: Any) -> Any:
+    results = jax.vmap(functools.partial(pure, **params), in_axes=axes)(*operands)
+    return results, [0] * len(results)
+
+  primitive = Primitive(name)
+  primitive.multiple_results = True
+  primitive.def_abstract_eval(abstract)
+  primitive.def_impl(pure)
+  batching.primitive_batchers[primitive] = batch
+  mlir.register_lowering(primitive, lower)
+  mlir.register_lowering(primitive, lower_cuda, platform="cuda")
+  mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+  return primitive
 
 
-def _lower(context: Any, *operands: Any, **params: Any) -> Any:
-  return mlir.lower_fun(_pure, multiple_results=True)(context, *operands, **params)
-
-
-def _lower_cuda(context: Any, *operands: Any, **params: Any) -> Any:
-  if params["kernel"] is None or not _kernel.is_usable(_devices(context)):
-    return _lower(context, *operands, **params)
-  with _kernel.lowering():
-    return mlir.lower_fun(_by_kernel, multiple_results=True)(context, *operands, **params)
-
-
-def _lower_cpu(context: Any, *operands: Any, **params: Any) -> Any:
-  if params["rows"] is None or _devices(context) != 1:
-    return _lower(context, *operands, **params)
-  return mlir.lower_fun(_by_rows, multiple_results=True)(context, *operands, **params)
-
-
-def _lower_together(context: Any, *operands: Any, **params: Any) -> Any:
-  return mlir.lower_fun(_pure_together, multiple_results=True)(context, *operands, **params)
-
-
-def _lower_together_cuda(context: Any, *operands: Any, **params: Any) -> Any:
-  if not _kernel.is_usable(_devices(context)):
-    return _lower_together(context, *operands, **params)
-  with _kernel.lowering():
-    return mlir.lower_fun(_by_kernel_together, multiple_results=True)(context, *operands, **params)
-
-
-def _batch(pure: Callable[..., list[Any]], operands: Any, axes: Any, **params: Any) -> Any:
-  results = jax.vmap(functools.partial(pure, **params), in_axes=axes)(*operands)
-  return results, [0] * len(results)
-
-
-_step = Primitive("step_weight")
-_step.multiple_results = True
-_step.def_abstract_eval(_abstract)
-_step.def_impl(_pure)
-batching.primitive_batchers[_step] = functools.partial(_batch, _pure)
-mlir.register_lowering(_step, _lower)
-mlir.register_lowering(_step, _lower_cuda, platform="cuda")
-mlir.register_lowering(_step, _lower_cpu, platform="cpu")
-
-_together = Primitive("step_weights")
-_together.multiple_results = True
-_together.def_abstract_eval(_abstract_together)
-_together.def_impl(_pure_together)
-batching.primitive_batchers[_together] = functools.partial(_batch, _pure_together)
-mlir.register_lowering(_together, _lower_together)
-mlir.register_lowering(_together, _lower_together_cuda, platform="cuda")
+_step = _operation("step_weight", _abstract, _pure, _by_kernel, _by_rows)
+_together = _operation("step_weights", _abstract_together, _pure_together, _by_kernel_together)
 
 
 def is_traced(values: Sequence[Any]) -> bool:

@@ -209,7 +209,7 @@ def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
   tx = mpo.compensated(optax.adamw(1e-3))
   params, opt_state = mpo.init(tx, {"a": weights(1), "b": weights(2)})
   jaxpr = str(jax.make_jaxpr(mpo.fused_value_and_update(loss_fn, tx))(params, opt_state, jnp.ones((4, 512))))
-  assert jaxpr.count("optimization_barrier") + jaxpr.count("= tie") > 2 * 3, "only around the backward pass"
+  assert jaxpr.count("optimization_barrier") > 2 * 3, "only around the backward pass"
   data = [(jax.random.normal(jax.random.key(i), (4, 512)),) for i in range(10)]
   assert_equal_steps(loss_fn, tx, params, opt_state, data, scanned=True)
 
