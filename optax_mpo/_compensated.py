@@ -166,7 +166,7 @@ def compensated(
     kept, grads = _checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
-    grads = [jnp.asarray(g).astype(jnp.float32) for g in grads]
+    grads = [_order.laid_out(jnp.asarray(g)).astype(jnp.float32) for g in grads]
 
     before = state.inner_state
     _check_rounding(before, stochastic)

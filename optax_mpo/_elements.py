@@ -129,7 +129,7 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
   "is_finite": _finite,
   "sign": _sign,
 }
-_NOTHING = frozenset("copy copy_p held optimization_barrier stop_gradient squeeze reshape expand_dims".split())
+_NOTHING = frozenset("copy copy_p held laid_out optimization_barrier stop_gradient squeeze reshape expand_dims".split())
 
 
 def take_apart(

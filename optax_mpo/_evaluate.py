@@ -131,9 +131,10 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
     # The backward pass goes on with `ties`. One barrier makes the step wait for them, and with them for the last use of
     # the old weights, so that they can be overwritten; the other makes what follows wait for the step.
     ties = plan.ties.get(i, ())
-    by_rows = any(plan.sites[index].step.rows is not None for index in due)
     before = ([[read(a) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties])
-    grads, held = _order.tie(before) if by_rows and ties else _barrier(before)
+    # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
+    tied = _barrier if isinstance(store, Parts) else _order.tie
+    grads, held = tied(before) if ties else before
     for index, grad in zip(due, grads, strict=True):
       store.step(index, plan.sites[index].step, grad, shared[index])
     changed, held = _barrier(([store.held(index) for index in due], held))

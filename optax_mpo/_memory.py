@@ -74,7 +74,8 @@ def gpu_memory(
     params_argnum: which argument holds the parameters, for the bytes per parameter.
     compiler_options: XLA's, as in `jax.jit`. The environment's XLA_FLAGS count too.
     dump_to: a folder to leave XLA's dump in, for a closer look: the optimized program is the file that ends in
-      `gpu_after_optimizations.txt`. It is made where it is not there, and has to be empty.
+      `gpu_after_optimizations.txt`, and the instructions of its kernels are in those that end in `.ptx`. It is made
+      where it is not there, and has to be empty.
 
   Returns:
     A `MemoryReport`, with sizes for one device.
@@ -115,6 +116,7 @@ def gpu_memory(
       "topology": f"1x{devices // 8}x8" if devices % 8 == 0 else f"1x1x{devices}",  # hosts of 8 cards
       "donated": donated,
       "options": options,
+      "kernels": dump_to is not None,
       "config": {name: getattr(jax.config, name) for name in _COMPILE_CONFIG if hasattr(jax.config, name)},
     }
     sizes = _memory_compile.run(pathlib.Path(folder), request, exported.serialize(), card)

@@ -81,6 +81,8 @@ def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
     "xla_dump_to": str(folder / "dump"),
     "xla_dump_hlo_as_text": True,
   }
+  if request["kernels"]:  # since JAX 0.12 XLA writes them down where it is asked to
+    options["xla_dump_emitter_re"] = "ptx"
   program, without_triton = compiled(step.lower(*args), options)
   stats: Any = program.memory_analysis()
   return {"without_triton": without_triton, **{size: getattr(stats, f"{size}_size_in_bytes") for size in SIZES}}

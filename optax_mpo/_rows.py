@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from optax_mpo import _jaxpr, _stacked
+from optax_mpo import _jaxpr, _order, _stacked
 
 ELEMENTS = 2**19
 """Elements that are stepped at a time, or somewhat less: 2 MB for each array of f32."""
@@ -51,7 +51,7 @@ class Rows:
     """
     length = stacks[0].shape[self.axis]
     dtypes = [x.dtype for x in stacks]
-    grad = _carried(grad)
+    grad = _order.laid_out(grad)
 
     def body(i: Any, stacks: list[Any]) -> list[Any]:
       start = i * self.count
@@ -61,7 +61,7 @@ class Rows:
 
       def new(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
         values = [_as(cut(x), dtype) for x, dtype in zip(stacks, dtypes, strict=True)]
-        return [_carried(x) for x in self._piece(_as(cut(grad), dtypes[0]), values, shared, start, length)]
+        return [_carried(x) for x in self._piece(cut(grad), values, shared, start, length)]
 
       def old(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
         return [cut(x) for x in stacks]
@@ -90,11 +90,11 @@ class Rows:
       return math.prod(group.program.aval(atom).shape)
 
     for operation in group.operations:
-      shared = [v for v in operation.outputs if v >= 0 and axes.get(v) is None and size(v) > _SHARED]
+      large = [v for v in operation.outputs if v >= 0 and axes.get(v) is None and size(v) > _SHARED]
       numbers = all(size(a) == 1 or (isinstance(a, int) and a in alike) for a in operation.inputs)
-      if shared and numbers and operation.name != "iota":
-        alike.update(shared)
-      elif shared and operation.name != "broadcast_in_dim":
+      if large and numbers and operation.name != "iota":
+        alike.update(large)
+      elif large and operation.name != "broadcast_in_dim":
         raise NotByRowsError(f"{_jaxpr.where(operation)} makes a large array that all rows share")
     results = []
     for atom in group.outputs:

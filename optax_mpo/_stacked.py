@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from optax_mpo import _jaxpr
+from optax_mpo import _jaxpr, _order
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
@@ -203,6 +203,13 @@ def _constraint(
   return values, axes  # how the stack should be laid out over devices says nothing about one layer
 
 
+def _laid_out(
+  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+) -> tuple[list[Any], list[Axis]]:
+  # A layer's gradient comes by itself. Rows are cut out of one that lies in order already.
+  return values if layer.size > 1 else [_order.laid_out(*values)], axes
+
+
 def _reduction(
   operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
@@ -382,6 +389,7 @@ def _cond(
 _RULES: dict[str, _Rule] = {
   "optimization_barrier": _per_operand,
   "sharding_constraint": _constraint,
+  "laid_out": _laid_out,
   "bitcast_convert_type": _bitcast_convert_type,
   "broadcast_in_dim": _broadcast_in_dim,
   "reshape": _reshape,

@@ -169,6 +169,23 @@ class TwoPass:
     shared = tuple(sorted(v for v in read & self._update.given if v not in self._program.constants))
     return Part(leaf, tuple(outputs), tuple(sorted(read & own)), shared, tuple(operations))
 
+  def parts_of(self, gradients: Sequence[Any], known: dict[int, Any]) -> dict[int, Any]:
+    """Makes the parts of all leaves, where all gradients are at hand.
+
+    Args:
+      gradients: by leaf.
+      known: as for `links`.
+
+    Returns:
+      The values of the parts, by variable.
+    """
+    made: dict[int, Any] = {}
+    for part in self.parts:
+      env = dict(self._program.constants) | known | {self._grads[part.leaf]: gradients[part.leaf]}
+      _jaxpr.run(self._program, part.operations, env)
+      made |= {v: env[v] for v in part.outputs}
+    return made
+
   def links(
     self, parts: dict[int, Any], known: dict[int, Any]
   ) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:

@@ -378,10 +378,6 @@ def test_explain_says_what_is_stepped_by_a_kernel():
 FLOATS = re.compile(r"\b((?:div|sqrt|rsqrt|rcp|fma|mul|add|sub)\.[a-z0-9_.]*f32)\b")
 
 
-PTX = pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="the XLA of JAX 0.12 does not write its PTX down")
-
-
-@PTX
 def test_its_instructions_are_those_of_xla(tmp_path):
   """Both divide and take roots by the same approximations, and neither joins a product and a sum: so the bits agree."""
   _, _, ours, _ = compiled("auto scanned", "16 bits", tmp_path / "ours")
@@ -404,7 +400,6 @@ def test_its_instructions_are_those_of_xla(tmp_path):
   assert set(found[0]) == {"div.full.f32", "sqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
 
 
-@PTX
 def test_with_8_bit_state_too_its_instructions_are_those_of_xla(tmp_path):
   """No exponential, logarithm or fused multiply-add, of which the two would have different ones."""
   params, state = jax.eval_shape(lambda: mpo.init(compact(), {"w": jnp.zeros((1024, 3072))}))

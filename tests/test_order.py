@@ -47,3 +47,24 @@ def test_xla_cpu_computes_new_weights_once_and_copies_no_old_ones():
   large = rf"\[{SHAPE[0]},{SHAPE[1]}\]\S*"
   assert not re.findall(rf"= \w+{large} copy\(", text)
   assert len(re.findall(rf"= f32{large} sqrt\(", text)) == 1  # of the second moment
+
+
+def test_a_released_step_is_differentiated_and_mapped():
+  params, x = {"v": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}, jnp.ones((3, 4))
+  tx = optax.sgd(0.5)
+
+  def loss(params, x):
+    return jnp.sum(jnp.tanh(x @ params["v"]) @ params["w"])
+
+  def released(params, x):
+    return mpo.value_and_update(loss, tx)(params, tx.init(params), x)[1]["v"]
+
+  def ordinary(params, x):
+    updates, _ = tx.update(jax.grad(loss)(params, x), tx.init(params), params)
+    return optax.apply_updates(params, updates)["v"]
+
+  want, got = (jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(params, x))))(x) for f in (ordinary, released))
+  np.testing.assert_allclose(got, want, rtol=1e-6)  # a derivative, whose sums XLA orders as it likes
+  stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+  want, got = (jax.jit(jax.vmap(f, (0, None)))(stacked, x) for f in (ordinary, released))
+  np.testing.assert_allclose(got, want, rtol=1e-6)  # likewise: products of batches
