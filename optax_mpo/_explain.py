@@ -74,8 +74,8 @@ def explain(
   - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
   - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
 
-  Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, and `why` says of the
-  other layers of scans why they are left to XLA.
+  Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, `together` of small
+  leaves that share one, and `why` says of the other layers of scans why they are left to XLA.
 
   Args:
     loss_fn: as for `value_and_update`.
@@ -115,10 +115,7 @@ def explain(
   """
   traced = _release.Traced(loss_fn, has_aux, params, args, kwargs)
   update = _separable.Update(tx, params, opt_state, "explain")
-  if two_pass and _release.coupled(update):
-    groups = _two_pass.TwoPass(update, "explain").groups
-  else:
-    groups = _release.groups_of(update)
+  groups = _two_pass.TwoPass(update, "explain").groups if two_pass and update.is_coupled else _release.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = _plan.make_plan(traced.program, sites, traced.results)
   rows: list[Leaf | None] = [None] * len(traced.leaves)

@@ -192,17 +192,18 @@ class Refs:
       grads: the gradients by leaf; missing ones are zero.
       onward: what the backward pass goes on with.
     """
-    writes = []
+    refs, taken = [], []
     for group in self.groups:
-      refs, shared = self._of(group, arguments)
-      values = [ref[...] for ref in refs]
+      own, shared = self._of(group, arguments)
+      values, count = [ref[...] for ref in own], len(group.leaves)
       gradients = [grads[i] if i in grads else jnp.zeros_like(v) for i, v in zip(group.leaves, values, strict=False)]
-      (site,) = _site.of_groups([group], dict.fromkeys(group.leaves), dict.fromkeys(group.leaves), self.kernels)
-      count = len(group.leaves)
-      new = site.step.apply(gradients, values[:count], values[count:], shared)
-      writes += zip(refs, [*new[0], *new[1]], strict=True)
-    new, onward = _order.barrier(([value for _, value in writes], onward))
-    for (ref, _), value in zip(writes, new, strict=True):
+      refs += own
+      taken.append((gradients, values[:count], values[count:], shared))
+    none = dict.fromkeys(self.leaves)
+    steps = [site.step for site in _site.of_groups(self.groups, none, none, self.kernels)]
+    values = [x for params, states in _site.apply_all(steps, taken) for x in (*params, *states)]
+    new, onward = _order.barrier((values, onward))
+    for ref, value in zip(refs, new, strict=True):
       ref[...] = value
     return onward
 

@@ -56,25 +56,15 @@ def replaced(
     if _formats.is_low(leaves[group.leaves[0]]) and gradients[group.leaves[0]].dtype == leaves[group.leaves[0]].dtype
   ]
   sites = _site.of_groups(groups, gradients, leaves, kernels)
-  small = {k: kernel for k, g in enumerate(groups) if kernels and (kernel := _site.small_kernel(g)) is not None}
-  together = list(small) if len(small) > 1 else []
-  given = {}
-  for k in sorted({*together, *(k for k, site in enumerate(sites) if site.step.is_special)}):
-    group, (i,) = groups[k], groups[k].leaves
-    stacks = [leaves[i], *(states[j] for j in group.states)]
-    given[k] = lax.stop_gradient((gradients[i], stacks, [values[v] for v in group.shared]))
-  stepped = dict(
-    zip(
-      together,
-      _step_weight.step_together(
-        [sites[k].step.pure for k in together], [small[k] for k in together], [given[k] for k in together]
-      ),
-      strict=True,
-    )
-  )
-  for k in given:
+  several = sum(site.step.small is not None for site in sites) > 1
+  chosen = [k for k, site in enumerate(sites) if site.step.is_special or (several and site.step.small is not None)]
+  taken_by = []
+  for group in (groups[k] for k in chosen):
+    (i,) = group.leaves
+    own = [states[j] for j in group.states]
+    taken_by.append(lax.stop_gradient(([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])))
+  for k, ((weight,), own) in zip(chosen, _site.apply_all([sites[k].step for k in chosen], taken_by), strict=True):
     (i,) = groups[k].leaves
-    weight, *own = stepped[k] if k in stepped else _alone(sites[k].step, *given[k])
     plain = _made.new_weights(steps[i], leaves[i])
     weight = weight if plain is None else _instead(plain, weight)
     steps[i] = _instead(steps[i], _formats.difference(leaves[i], weight))
@@ -94,19 +84,13 @@ def _groups(
     ValueError: where leaves are coupled through more than a few numbers.
   """
   values, _ = taken.run_shared()
-  components = list(taken.components(range(len(leaves))))
-  if all(len(component) == 1 for component in components):
-    return [taken.group(component, caller) for component in components], values
+  if not taken.is_coupled:
+    return [taken.group([i], caller) for i in range(len(leaves))], values
   passes = _two_pass.TwoPass(taken, caller)
   _, weights, state_vars = taken.inputs
   known = values | dict(zip([*weights, *state_vars], [*leaves, *states], strict=True))
   links, _, _ = passes.links(passes.parts_of(gradients, known), known)
   return passes.groups, links
-
-
-def _alone(step: _site.Step, grad: Any, stacks: list[Any], shared: list[Any]) -> list[Any]:
-  params, states = step.apply([grad], stacks[:1], stacks[1:], shared)
-  return [*params, *states]
 
 
 @jax.custom_jvp

@@ -27,6 +27,7 @@ _VIEWS = frozenset(
   """transpose reshape squeeze expand_dims convert_element_type sharding_constraint copy copy_p stop_gradient slice
   optimization_barrier""".split()
 )
+_HELD = 2**14  # elements of a gradient that may be kept for the end of the program
 
 
 @dataclasses.dataclass
@@ -148,10 +149,14 @@ class _Planner:
     result.last_use.update(dict.fromkeys(self.results, end))
     released = {r.index for scan in result.scans.values() for r in scan.released}
     complete: list[tuple[int, int]] = []
+    small = {k for k, site in enumerate(self.sites) if k not in released and self._can_wait(site)}
     for index, site in enumerate(self.sites):
       if index in released:
         continue
-      complete.append((self._due(site), index))
+      together = index in small and len(small) > 1
+      complete.append((end - 1 if together else self._due(site), index))
+      if together and not site.placed[0]:
+        site.placed = ("together", "with other small leaves, by one kernel at the end")
       if not site.placed[0]:
         site.placed = self._placed(site)
     for due, indices in self._gathered(sorted(complete), at_least):
@@ -174,6 +179,10 @@ class _Planner:
         waiting, size = [], 0
     if waiting:
       yield len(self.program.operations) - 1, waiting
+
+  def _can_wait(self, site: Site) -> bool:
+    """Whether a weight is better stepped together with others, and its gradient small enough to be kept for that."""
+    return site.step.small is not None and sum(self.program.aval(a).size for a in site.grads) <= _HELD
 
   def _made(self, atom: _jaxpr.Atom) -> int:
     return self.program.makers.get(atom, -1) if isinstance(atom, int) else -1

@@ -63,11 +63,6 @@ class Traced:
     return treedef.unflatten([next(values) if x is None else x for x in static])
 
 
-def coupled(update: _separable.Update) -> bool:
-  """Whether the update of some leaf depends on the gradients of others."""
-  return any(len(leaves) > 1 for leaves in update.components(range(len(update.names))))
-
-
 def groups_of(update: _separable.Update) -> list[_separable.Group]:
   """The updates of single leaves, or an error where there are none."""
   groups = []
@@ -136,7 +131,7 @@ def value_and_update(
     values, new_states = update.run_shared()
     new_weights: dict[int, Any] = {}
     inputs = [*traced.leaves, *traced.lifted]
-    if two_pass and coupled(update):
+    if two_pass and update.is_coupled:
       groups, values, new_weights, states = _first_pass(traced, update, old, values)
       new_states |= states
       # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.

@@ -284,6 +284,11 @@ class Update:
     return [tuple(group) for group in by_root.values()]
 
   @property
+  def is_coupled(self) -> bool:
+    """Whether the update of some leaf depends on the gradients of others."""
+    return any(len(leaves) > 1 for leaves in self.components(range(len(self.names))))
+
+  @property
   def program(self) -> _jaxpr.Program:
     """The whole update: gradients, weights, state -> new weights, new state."""
     return self._program

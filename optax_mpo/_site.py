@@ -32,6 +32,7 @@ class Step:
     layered: makes the step of one layer of a stack, as `layer_step` does.
     kernels: whether stacks of layers may be stepped by a kernel of `_kernel`.
     kernel: steps the weight, where `kernels` and there is one that moves less than XLA's.
+    small: steps it together with others, where `kernels` and it is so small that its launch is most of its cost.
     rows: steps the weight on CPUs, where it does so by a few rows at a time.
   """
 
@@ -43,6 +44,7 @@ class Step:
   layered: Callable[..., "Layered"] | None = None
   kernels: bool = False
   kernel: _kernel.Kernel | None = None
+  small: _kernel.Kernel | None = None
   rows: _rows.Rows | None = None
 
   @property
@@ -62,6 +64,20 @@ class Step:
     """Steps the leaf that there is as XLA does, for `_step_weight`."""
     params, states = self.run([grad], stacks[: len(self.params)], stacks[len(self.params) :], shared)
     return [*params, *states]
+
+
+Taken = tuple[Values, Values, Values, Values]  # the gradients, weights, states and shared values of a step
+
+
+def apply_all(steps: Sequence[Step], taken: Sequence[Taken]) -> list[tuple[list[Any], list[Any]]]:
+  """Does several steps, each as `Step.apply` does it, but for small weights: those together."""
+  small = [(k, step.small) for k, step in enumerate(steps) if step.small is not None]
+  if len(small) < 2:
+    return [step.apply(*t) for step, t in zip(steps, taken, strict=True)]
+  given = [(grad, [*params, *states], shared) for (grad,), params, states, shared in (taken[k] for k, _ in small)]
+  stepped = _step_weight.step_together([steps[k].pure for k, _ in small], [kernel for _, kernel in small], given)
+  new = {k: (result[:1], result[1:]) for (k, _), result in zip(small, stepped, strict=True)}
+  return [new[k] if k in new else step.apply(*taken[k]) for k, step in enumerate(steps)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +309,7 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
       tuple(structs[len(group.inputs) :]),
       kernels=kernels,
       kernel=of_group(group, stacked=False) if kernels else None,
+      small=_small_kernel(group) if kernels else None,
       rows=_rows.of_group(group),
     )
     sites.append(
@@ -301,8 +318,8 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
   return sites
 
 
-def small_kernel(group: Any) -> _kernel.Kernel | None:
-  """The kernel of a group with one small weight and no 8-bit state, if there is one: most of its cost is the launch."""
+def _small_kernel(group: Any) -> _kernel.Kernel | None:
+  """The kernel of a group with one small weight and no 8-bit state, if there is one."""
   if len(group.leaves) != 1 or group.program.aval(group.inputs[1]).size > _order.SMALL:
     return None
   kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, None)

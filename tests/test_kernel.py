@@ -375,6 +375,25 @@ def test_explain_says_what_is_stepped_by_a_kernel():
   assert found["params['odd']"] == ("in scan", "no kernel: 7 elements do not make tiles of 128 or more")
 
 
+def test_small_leaves_of_a_fused_step_are_stepped_together():
+  params, state = mpo.init(tx := mpo.with_kernels(EXACT()), layers(False))
+  table = mpo.explain(unrolled, tx, params, state, jnp.ones((4, WIDTH), jnp.bfloat16))
+  stepped = {leaf.name: leaf.stepped for leaf in table}
+  assert [stepped[f"params[{i}]['{name}']"] for i in range(LAYERS) for name in ("scale", "up")] == (
+    ["together", "at once"] * LAYERS
+  )
+
+
+@pytest.mark.parametrize(("case", "launches"), [("auto unrolled", 1), ("layer unrolled", 0)])
+def test_on_a_gpu_small_leaves_of_a_fused_step_take_one_launch(case, launches, tmp_path):
+  """Of each layer there is but one, which a layer of its own steps when it is done."""
+  _, text, _, (params, _) = compiled(case, "16 bits", tmp_path)
+  small = [k for k in hlo.kernels(text, []) if k.name.startswith(("pallas_call", "step_weights"))]
+  assert [k.launches for k in small] == [1] * launches
+  if launches:
+    assert 1 <= small[0].bytes / (26 * sum(p["scale"].size for p in params)) < 1.01
+
+
 FLOATS = re.compile(r"\b((?:div|sqrt|rsqrt|rcp|fma|mul|add|sub)\.[a-z0-9_.]*f32)\b")
 
 
