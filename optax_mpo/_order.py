@@ -111,25 +111,23 @@ def _held_jvp(primals: Any, tangents: Any) -> Any:
   return held(*primals), tangents[0]
 
 
-def _primitive(
-  name: str, one: Callable[..., Any], several: Callable[..., Any], platform: str | None = None
-) -> Primitive:
-  """An operation that returns its first operand, as `one` does on one device, of the platform if there is one given.
-
-  On several devices it does what `several` does.
-  """
+def _primitive(name: str, one: Callable[..., Any], several: Callable[..., Any]) -> Primitive:
+  """An operation that returns its first operand, as `one` does on one device and `several` on several."""
   primitive = Primitive(name)
   primitive.def_impl(lambda x, *_, **__: x)
   primitive.def_abstract_eval(lambda x, *_, **__: x)
 
   def lower(context: Any, *operands: Any, **params: Any) -> Any:
-    devices = getattr(context.module_context.axis_context, "num_devices", None) or 1  # None inside of shard_map
-    return mlir.lower_fun(one if devices == 1 else several, multiple_results=False)(context, *operands, **params)
+    chosen = one if _is_for_one(context) else several
+    return mlir.lower_fun(chosen, multiple_results=False)(context, *operands, **params)
 
-  mlir.register_lowering(primitive, lower, platform=platform)
-  if platform is not None:
-    mlir.register_lowering(primitive, mlir.lower_fun(several, multiple_results=False))
+  mlir.register_lowering(primitive, lower)
   return primitive
+
+
+def _is_for_one(context: Any) -> bool:
+  """Whether a program is for one device."""
+  return (getattr(context.module_context.axis_context, "num_devices", None) or 1) == 1  # None inside of shard_map
 
 
 def _after_values(index: Any, *done: Any, count: int) -> Any:
@@ -172,10 +170,18 @@ mlir.register_lowering(_held, mlir.lower_fun(_divided_by_one, multiple_results=F
 batching.primitive_batchers[_held] = _held_batch
 
 
-def _as_in_order(x: Any) -> Any:
+def _in_order(x: Any) -> Any:
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-_row_major = _primitive("row_major", _as_in_order, lambda x: x)
-_laid_out = _primitive("laid_out", _as_in_order, lambda x: x, platform="cpu")
+def _lower_laid_out(context: Any, x: Any) -> Any:
+  # What is exported to be kept must not have this constraint, of which JAX does not promise that XLA will know it.
+  is_kept = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
+  chosen = _in_order if _is_for_one(context) and not is_kept else lambda x: x
+  return mlir.lower_fun(chosen, multiple_results=False)(context, x)
+
+
+_row_major = _primitive("row_major", _in_order, lambda x: x)
+_laid_out = _primitive("laid_out", lambda x: x, lambda x: x)
+mlir.register_lowering(_laid_out, _lower_laid_out, platform="cpu")
 batching.primitive_batchers[_laid_out] = lambda values, axes: (_laid_out.bind(*values), axes[0])

@@ -22,8 +22,10 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
   Put it around the whole transformation. State and results are those of `tx`: one can add it and take it away in the
   middle of a run, and checkpoints are the same. A kernel is used under `jax.jit`, on one GPU, Ampere or later,
 
-  - in fused steps, for stacks of layers (`lax.scan`, `fused_scan`) and for weights with 8-bit state;
-  - in ordinary steps, for weights with 8-bit state, and for small weights, some forty of them in one launch;
+  - for weights with 8-bit state;
+  - in fused steps, for stacks of layers (`lax.scan`, `fused_scan`);
+  - for small weights, some forty of them in one launch; of a fused step those of up to 2^14 elements outside of scans,
+    at its end or at that of a fused layer;
 
   where the update works on each element alone, or on each block of 8-bit state, as those of Adam, AdamW, Lion, SGD and
   most others do. Everything else is left to XLA: other updates (adafactor, lamb), 4-bit storage, stochastic rounding,

@@ -96,3 +96,9 @@ def test_derivatives_and_batches_pass_through():
   np.testing.assert_array_equal(jax.jit(jax.vmap(_order.laid_out, 0, 0))(x), x)
   np.testing.assert_array_equal(jax.jit(jax.vmap(_order.laid_out, 2, 2))(x), x)
   np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(_order.laid_out(x) ** 2)))(x), 2 * x)
+
+
+def test_a_step_can_be_exported_and_kept():
+  x = jnp.ones((512, 512))
+  kept = jax.export.export(jax.jit(_order.laid_out), platforms=["cpu"])(x).serialize()
+  np.testing.assert_array_equal(jax.export.deserialize(kept).call(x), x)
