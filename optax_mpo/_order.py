@@ -75,20 +75,14 @@ def tie(values: PyTree) -> PyTree:
   return treedef.unflatten(_tie.bind(*leaves))
 
 
-@jax.custom_jvp
 def laid_out(x: jax.Array) -> jax.Array:
-  """Returns a gradient `x`, on a CPU with its axes in order in memory, if it is large.
+  """Returns a gradient `x`, with its axes in order in memory, on a CPU where it is large and comes out transposed.
 
-  A weight's gradient often comes out of a product transposed. XLA:CPU would have each loop that reads it, such as those
-  of two moments, turn it round in passing, a number from each cache line: three times the time of one that reads in
-  order. Where it is written, turning it round costs once.
+  Derivatives of products do. XLA:CPU would have each loop that reads such a gradient, as those of two moments do, turn
+  it round in passing, a number from each cache line: three times the time of one that reads in order. Where it is
+  written, turning it round costs once. Any other gradient is left alone, as XLA may compute it within those loops.
   """
   return _laid_out.bind(x) if x.ndim > 1 and x.size >= SMALL else x
-
-
-@laid_out.defjvp
-def _laid_out_jvp(primals: Any, tangents: Any) -> Any:
-  return laid_out(*primals), tangents[0]
 
 
 @jax.custom_jvp
@@ -174,14 +168,32 @@ def _in_order(x: Any) -> Any:
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def _laid_out_in_order(x: Any) -> Any:
+  if x.dtype.itemsize != 2:
+    return _in_order(x)
+  # As integers: XLA:CPU would make f32 numbers of bf16 ones, for a constraint that it does not know.
+  return lax.bitcast_convert_type(_in_order(lax.bitcast_convert_type(x, jnp.uint16)), x.dtype)
+
+
 def _lower_laid_out(context: Any, x: Any) -> Any:
   # What is exported to be kept must not have this constraint, of which JAX does not promise that XLA will know it.
   is_kept = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
-  chosen = _in_order if _is_for_one(context) and not is_kept else lambda x: x
-  return mlir.lower_fun(chosen, multiple_results=False)(context, x)
+  here = _is_for_one(context) and not is_kept and _comes_transposed(x)
+  return mlir.lower_fun(_laid_out_in_order if here else lambda x: x, multiple_results=False)(context, x)
+
+
+def _comes_transposed(x: Any) -> bool:
+  """Whether a value of a program that is being lowered comes out of a transposition."""
+  while True:
+    operation = getattr(x.owner, "operation", x.owner)  # a block without a name, for an argument of a function
+    name = getattr(operation, "name", "")
+    if name not in ("stablehlo.reshape", "stablehlo.broadcast_in_dim"):
+      return name == "stablehlo.transpose"
+    x = operation.operands[0]
 
 
 _row_major = _primitive("row_major", _in_order, lambda x: x)
 _laid_out = _primitive("laid_out", lambda x: x, lambda x: x)
-mlir.register_lowering(_laid_out, _lower_laid_out, platform="cpu")
+mlir.register_lowering(_laid_out, _lower_laid_out, platform="cpu", cacheable=False)  # it depends on what x is
+ad.primitive_jvps[_laid_out] = lambda values, tangents: (_laid_out.bind(*values), tangents[0])
 batching.primitive_batchers[_laid_out] = lambda values, axes: (_laid_out.bind(*values), axes[0])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from optax_mpo import _jaxpr, _order, _stacked
+from optax_mpo import _jaxpr, _stacked
 
 ELEMENTS = 2**19
 """Elements that are stepped at a time, or somewhat less: 2 MB for each array of f32."""
@@ -51,7 +51,6 @@ class Rows:
     """
     length = stacks[0].shape[self.axis]
     dtypes = [x.dtype for x in stacks]
-    grad = _order.laid_out(grad)
 
     def body(i: Any, stacks: list[Any]) -> list[Any]:
       start = i * self.count

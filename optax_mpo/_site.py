@@ -57,7 +57,7 @@ class Step:
     if not self.is_special:
       return self.run(grads, params, states, shared)
     stacks, ways = [*params, *states], {"kernel": self.kernel, "rows": self.rows}
-    new = _step_weight.step(self.pure, grads[0], stacks, shared, jnp.int32(0), **ways)
+    new = _step_weight.step(self.pure, _order.laid_out(grads[0]), stacks, shared, jnp.int32(0), **ways)
     return new[: len(params)], new[len(params) :]
 
   def pure(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:

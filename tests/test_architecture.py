@@ -40,7 +40,7 @@ ARROWS = {
   "_stacked": ({"_jaxpr", "_order"}, {"jax"}),
   "_elements": ({"_jaxpr"}, {"jax", "numpy"}),
   "_kernel": ({"_elements", "_jaxpr"}, {"jax"}),
-  "_rows": ({"_jaxpr", "_order", "_stacked"}, {"jax"}),
+  "_rows": ({"_jaxpr", "_stacked"}, {"jax"}),
   "_step_weight": ({"_kernel", "_rows"}, {"jax"}),
   "_leafwise": (
     {"_formats", "_made", "_separable", "_site", "_step_weight", "_tree", "_two_pass"},

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import optax_mpo as mpo
-from optax_mpo import _order, _rows
+from optax_mpo import _rows
 
 # Without these XLA computes every operation by itself and as it is, so that the same operations have the same results.
 # (algsimp makes of a division by a scalar a product with its inverse where the scalar comes into the loop, and of two
@@ -63,13 +63,6 @@ def loss(params, grads):
   )
 
 
-@pytest.fixture
-def exact(monkeypatch):
-  """Options of XLA. Without algsimp it does not know what to do with a constraint on how an array lies in memory."""
-  monkeypatch.setattr(_order, "laid_out", lambda x: x)
-  return EXACT
-
-
 def compiled(tx, *args, options=None):
   jitted = jax.jit(functools.partial(step, tx), donate_argnums=(0, 1), compiler_options=options)
   return jitted.lower(*args).compile()
@@ -92,16 +85,16 @@ def assert_same(a, b) -> None:
   [("adamw", (1024, 1024)), ("adamw", (3, 512, 1000)), ("adamw", (40, 130, 160)), ("adamw", (1000, 1056))]
   + [(name, (2, 512, 1024)) for name in OPTIMIZERS if name != "adamw"],
 )
-def test_rows_are_stepped_as_the_whole_is(name, shape, exact, monkeypatch):
+def test_rows_are_stepped_as_the_whole_is(name, shape, monkeypatch):
   tx = compact(OPTIMIZERS[name]())
   params, state, grads = begin(tx, *shape)
-  by_rows = compiled(tx, params, state, grads, options=exact)
+  by_rows = compiled(tx, params, state, grads, options=EXACT)
   assert " while(" in text(by_rows)
   released = mpo.value_and_update(loss, tx, two_pass=name == "clipped")
-  fused = jax.jit(released, compiler_options=exact).lower(params, state, grads).compile()
+  fused = jax.jit(released, compiler_options=EXACT).lower(params, state, grads).compile()
   assert " while(" in text(fused)
   at_once(monkeypatch)
-  whole = compiled(tx, params, state, grads, options=exact)
+  whole = compiled(tx, params, state, grads, options=EXACT)
   assert " while(" not in text(whole)
   want = got = released = (params, state)
   for _ in range(3):
@@ -113,13 +106,13 @@ def test_rows_are_stepped_as_the_whole_is(name, shape, exact, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [16, 8, 0])
-def test_all_forms_of_weights_are(bits, dtype, exact, monkeypatch):
+def test_all_forms_of_weights_are(bits, dtype, monkeypatch):
   tx = compact(optax.adamw(1e-2), bits=bits)
   args = begin(tx, 1024, 512, dtype=dtype)
-  by_rows = compiled(tx, *args, options=exact)
+  by_rows = compiled(tx, *args, options=EXACT)
   assert " while(" in text(by_rows)
   at_once(monkeypatch)
-  assert_same(by_rows(*jax.tree.map(jnp.copy, args)), compiled(tx, *args, options=exact)(*args))
+  assert_same(by_rows(*jax.tree.map(jnp.copy, args)), compiled(tx, *args, options=EXACT)(*args))
 
 
 def test_no_array_of_the_weight_is_made(monkeypatch):
@@ -157,13 +150,13 @@ def test_a_norm_outside_of_compensated_leaves_rows_apart():
   assert " while(" in text(compiled(tx, *begin(tx, 1024, 1024)))
 
 
-def test_other_transformations_of_a_step(exact, monkeypatch):
+def test_other_transformations_of_a_step(monkeypatch):
   """Outside of jit, under vmap and under jvp the update is computed as it is."""
   tx = compact(optax.adamw(1e-2))
   args = begin(tx, 1024, 512)
   two = jax.tree.map(lambda x: jnp.stack([x, x]), args)
-  params, _ = jax.jit(jax.vmap(functools.partial(step, tx)), compiler_options=exact)(*two)
-  want, _ = jax.jit(functools.partial(step, tx), compiler_options=exact)(*args)
+  params, _ = jax.jit(jax.vmap(functools.partial(step, tx)), compiler_options=EXACT)(*two)
+  want, _ = jax.jit(functools.partial(step, tx), compiler_options=EXACT)(*args)
   assert_same(jax.tree.map(lambda x: x[1], params), want)
 
   def scaled(size, params, state, grads):
