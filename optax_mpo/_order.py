@@ -168,18 +168,11 @@ def _in_order(x: Any) -> Any:
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _laid_out_in_order(x: Any) -> Any:
-  if x.dtype.itemsize != 2:
-    return _in_order(x)
-  # As integers: XLA:CPU would make f32 numbers of bf16 ones, for a constraint that it does not know.
-  return lax.bitcast_convert_type(_in_order(lax.bitcast_convert_type(x, jnp.uint16)), x.dtype)
-
-
 def _lower_laid_out(context: Any, x: Any) -> Any:
   # What is exported to be kept must not have this constraint, of which JAX does not promise that XLA will know it.
   is_kept = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
   here = _is_for_one(context) and not is_kept and _comes_transposed(x)
-  return mlir.lower_fun(_laid_out_in_order if here else lambda x: x, multiple_results=False)(context, x)
+  return mlir.lower_fun(_in_order if here else lambda x: x, multiple_results=False)(context, x)
 
 
 def _comes_transposed(x: Any) -> bool:
