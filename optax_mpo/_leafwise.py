@@ -5,7 +5,7 @@ where leaves are coupled through a few numbers, such as the norm that clipping n
 `_step_weight` is put in the place of what the update computed, and XLA drops what is not used then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,10 +46,7 @@ def replaced(
   gradients, steps = (_tree.flatten_like(params, t, f"{caller}: the tree of updates", "") for t in (updates, new[0]))
   states = jax.tree.leaves(state)
   new_states, state_treedef = jax.tree.flatten(new[1])
-  try:
-    found, values = _groups(taken, gradients, leaves, states, caller)
-  except ValueError:  # leaves coupled through more than a few numbers
-    return new
+  found, values_of = _groups(taken, caller)
   groups = [
     group
     for group in found
@@ -58,6 +55,9 @@ def replaced(
   sites = _site.of_groups(groups, gradients, leaves, kernels)
   several = sum(site.step.small is not None for site in sites) > 1
   chosen = [k for k, site in enumerate(sites) if site.step.is_special or (several and site.step.small is not None)]
+  if not chosen:
+    return new
+  values = values_of(gradients, leaves, states)
   taken_by = []
   for group in (groups[k] for k in chosen):
     (i,) = group.leaves
@@ -76,21 +76,27 @@ def replaced(
 
 
 def _groups(
-  taken: _separable.Update, gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any], caller: str
-) -> tuple[list[_separable.Group], dict[int, Any]]:
-  """Returns the updates of single leaves, and the values of what they share.
+  taken: _separable.Update, caller: str
+) -> tuple[list[_separable.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], dict[int, Any]]]:
+  """Returns the updates of single leaves, and what makes the values that they share of gradients, weights and states.
 
-  Raises:
-    ValueError: where leaves are coupled through more than a few numbers.
+  Leaves that are coupled through more than a few numbers are left out.
   """
-  values, _ = taken.run_shared()
-  if not taken.is_coupled:
-    return [taken.group([i], caller) for i in range(len(leaves))], values
-  passes = _two_pass.TwoPass(taken, caller)
-  _, weights, state_vars = taken.inputs
-  known = values | dict(zip([*weights, *state_vars], [*leaves, *states], strict=True))
-  links, _, _ = passes.links(passes.parts_of(gradients, known), known)
-  return passes.groups, links
+  if taken.is_coupled:
+    try:
+      passes = _two_pass.TwoPass(taken, caller)
+    except ValueError:
+      pass
+    else:
+      _, weights, state_vars = taken.inputs
+
+      def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
+        known = taken.run_shared()[0] | dict(zip([*weights, *state_vars], [*leaves, *states], strict=True))
+        return passes.links(passes.parts_of(gradients, known), known)[0]
+
+      return passes.groups, linked
+  alone = [leaves for leaves in taken.components(range(len(taken.names))) if len(leaves) == 1]
+  return [taken.group(leaves, caller) for leaves in alone], lambda *_: taken.run_shared()[0]
 
 
 @jax.custom_jvp
