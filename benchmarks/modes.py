@@ -163,10 +163,14 @@ MODES = {
   "mpo-16-auto": Mode("optax_mpo, 16 bits, value_and_update", automatic(16), exact=True),
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
   "mpo-compact-auto": Mode("optax_mpo, 8 bits, 8-bit state, value_and_update", automatic(8, compact=True)),
+  "mpo-compact-layer": Mode("optax_mpo, 8 bits, 8-bit state, fused layers", fused_layers(8, compact=True)),
   "mpo-16-kernels": Mode("optax_mpo, 16 bits, kernels", compensated(16, kernels=True), exact=True),
   "mpo-compact-kernels": Mode("optax_mpo, 8 bits, 8-bit state, kernels", compensated(8, compact=True, kernels=True)),
   "mpo-16-layer-kernels": Mode("optax_mpo, 16 bits, fused layers, kernels", fused_layers(16, kernels=True), exact=True),
   "mpo-16-auto-kernels": Mode("optax_mpo, 16 bits, value_and_update, kernels", automatic(16, kernels=True), exact=True),
+  "mpo-compact-layer-kernels": Mode(
+    "optax_mpo, 8 bits, 8-bit state, fused layers, kernels", fused_layers(8, compact=True, kernels=True)
+  ),
   "mpo-compact-auto-kernels": Mode(
     "optax_mpo, 8 bits, 8-bit state, value_and_update, kernels", automatic(8, compact=True, kernels=True)
   ),

@@ -48,11 +48,12 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-8.8b": lambda: language_model("8.8b"),
 }
 DEFAULT_MODES = (
-  "optax-f32 optax-bf16 flash-24 mpo-16 mpo-8 mpo-16-layer mpo-16-auto mpo-compact mpo-compact-auto".split()
-  + "mpo-16-kernels mpo-compact-kernels mpo-16-layer-kernels mpo-16-auto-kernels mpo-compact-auto-kernels".split()
+  "optax-f32 optax-bf16 flash-24 mpo-16 mpo-8 mpo-16-layer mpo-16-auto".split()
+  + "mpo-compact mpo-compact-layer mpo-compact-auto".split()
+  + "mpo-16-kernels mpo-16-layer-kernels mpo-16-auto-kernels".split()
+  + "mpo-compact-kernels mpo-compact-layer-kernels mpo-compact-auto-kernels".split()
 )
 ALONE = ("leaves", "small-leaves")
-FUSED = ("mpo-16-layer", "mpo-8-layer", "mpo-16-layer-kernels")
 GRADIENT = 2  # bytes per parameter: bf16
 
 
@@ -169,13 +170,13 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 def modes_of(name: str, asked: Sequence[str] | None) -> list[str]:
   """The modes in which a model is measured."""
-  return [mode for mode in asked or DEFAULT_MODES if not (name in ALONE and mode in FUSED)]
+  return [mode for mode in asked or DEFAULT_MODES if not (name in ALONE and "-layer" in mode)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description="Bytes that an optimizer's step moves, as XLA:GPU compiles it.")
   parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="default: all")
-  parser.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", help="default: fourteen of them")
+  parser.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", help="default: sixteen of them")
   parser.add_argument("--target", default="h200", help="the card to compile for (default: h200)")
   parser.add_argument("--kernels", action="store_true", help="list the kernels of each update, and write no results")
   parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")

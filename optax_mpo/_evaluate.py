@@ -146,14 +146,12 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
 
   step_due(-1)
   for i, operation in enumerate(plan.program.operations):
-    if i in plan.skipped:
-      continue
     if i in plan.scans:
       _jaxpr.run(plan.program, [plan.program.operations[k] for k in plan.scans[i].early], env)
       _run_scan(plan.scans[i], plan.program, env, store, shared)
-    else:
+    elif i not in plan.skipped:
       _jaxpr.run(plan.program, [operation], env)
-    step_due(i)
+    step_due(i)  # after the last operation also if that one is skipped
     for atom in (*operation.inputs, *operation.outputs):
       if isinstance(atom, int) and plan.last_use.get(atom, -1) <= i:
         env.pop(atom, None)  # outside of jit this frees the array

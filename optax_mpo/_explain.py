@@ -21,7 +21,7 @@ class Leaf(NamedTuple):
   Attributes:
     name: such as `params['head']['w']`.
     shape: of the leaf.
-    stepped: `in scan`, `at once`, `at the end` or `with a zero gradient`.
+    stepped: `in scan`, `after the scan`, `at once`, `at the end` or `with a zero gradient`.
     why: the reason, where it is not the best there is.
     gradient_bytes: the bytes of gradient that are held for it at a time.
     parameters: its number of elements.
@@ -70,6 +70,8 @@ def explain(
   """Prints and returns how `value_and_update(loss_fn, tx)` steps each leaf of `params`.
 
   - `in scan`: in the backward pass of a `lax.scan` over layers, one layer at a time.
+  - `after the scan`: so small a part of the layers, such as a bias or a norm, that its gradients are kept for one
+    update of all layers, which takes one launch in place of several in each layer.
   - `at once`: as soon as its gradient is complete and the weight has been read for the last time.
   - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
   - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.

@@ -184,39 +184,61 @@ class Refs:
       ref[...] = value
     return onward
 
-  def update(self, arguments: Any, grads: dict[int, Any], onward: PyTree) -> PyTree:
-    """Steps all groups, and returns `onward`, which XLA cannot have before that is done.
+  def small_stacks(self, layers: int) -> list[_separable.Group]:
+    """The groups that are stepped after a scan over their layers, and not in it."""
+    sizes = [sum(ref.size for ref in self._of(group, self.arguments)[0][: len(group.leaves)]) for group in self.groups]
+    return [self.groups[k] for k in sorted(_site.small_stacks(sizes, layers))]
+
+  def update(
+    self,
+    arguments: Any,
+    grads: dict[int, Any],
+    onward: PyTree,
+    groups: Sequence[_separable.Group] | None = None,
+  ) -> PyTree:
+    """Steps groups, and returns `onward`, which XLA cannot have before that is done.
 
     Args:
       arguments: what came of `self.arguments` in this trace.
       grads: the gradients by leaf; missing ones are zero.
       onward: what the backward pass goes on with.
+      groups: which ones; None: all.
     """
     refs, taken = [], []
-    for group in self.groups:
+    groups = self.groups if groups is None else groups
+    for group in groups:
       own, shared = self._of(group, arguments)
       values, count = [ref[...] for ref in own], len(group.leaves)
       gradients = [grads[i] if i in grads else jnp.zeros_like(v) for i, v in zip(group.leaves, values, strict=False)]
       refs += own
       taken.append((gradients, values[:count], values[count:], shared))
     none = dict.fromkeys(self.leaves)
-    steps = [site.step for site in _site.of_groups(self.groups, none, none, self.kernels)]
+    steps = [site.step for site in _site.of_groups(groups, none, none, self.kernels)]
     values = [x for params, states in _site.apply_all(steps, taken) for x in (*params, *states)]
     new, onward = _order.barrier((values, onward))
     for ref, value in zip(refs, new, strict=True):
       ref[...] = value
     return onward
 
-  def update_layer(self, arguments: Any, grads: dict[int, Any], onward: Sequence[Any], index: Any, layers: int) -> None:
+  def update_layer(
+    self,
+    arguments: Any,
+    grads: dict[int, Any],
+    onward: Sequence[Any],
+    index: Any,
+    layers: int,
+    without: Sequence[_separable.Group] = (),
+  ) -> None:
     """Steps one layer of stacks: writes its slices into their refs, one part of the update after the other.
 
     XLA would make all new values of the layer before it writes the first, and together they are six times as large as
     the gradients. So each part is read and written at an index that depends on what the part before has written, and
     the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both).
+    The groups `without` are left alone.
     """
     count = 0
     done = _order.first_elements([*onward, *grads.values()])
-    for group in self.groups:
+    for group in (g for g in self.groups if g not in without):
       refs, shared = self._of(group, arguments)
       gradients = [
         grads[i] if i in grads else _types.zeros(_types.struct(ref, 0))
@@ -224,9 +246,9 @@ class Refs:
       ]
       kernel = _site.of_group(group, stacked=True) if self.kernels else None
       if kernel is not None:
-        without = functools.partial(_write_layer_of, group.parts(), layers, count)
+        in_parts = functools.partial(_write_layer_of, group.parts(), layers, count)
         stacks = [ref[...] for ref in refs]
-        new = _step_weight.step(without, gradients[0], stacks, shared, index, done, kernel=kernel)
+        new = _step_weight.step(in_parts, gradients[0], stacks, shared, index, done, kernel=kernel)
         for ref, value in zip(refs, new, strict=True):
           ref[...] = value
         count += len(group.states) + 1

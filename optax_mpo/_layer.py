@@ -400,6 +400,9 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
       for ct, a in zip(cotangents[1], avals[count:], strict=True)
     ]
     sums = [_types.zeros(c) for c, flag in zip(constants, active_constants, strict=True) if flag]
+    # The gradients of small weights are stacked after all, for one update of all layers.
+    small = refs.small_stacks(layers)
+    later = [i for group in small for i in group.leaves]
 
     def body(state: Any, ix: Any) -> Any:
       (ct_carry, sums), (index, (kept, ct_ys)) = state, ix
@@ -410,10 +413,13 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
         weights, constants, _order.in_order(kept), _fused_call.all_cotangents(real, avals)
       )
       sums = [a + b for a, b in zip(sums, more, strict=True)]
-      refs.update_layer(arguments, _fused_call.by_leaf(refs.leaves, trained, grads), onward, index, layers)
-      return (onward[: len(ct_carry)], sums), onward[len(ct_carry) :]
+      of_leaf = _fused_call.by_leaf(refs.leaves, trained, grads)
+      refs.update_layer(arguments, of_leaf, onward, index, layers, small)
+      return (onward[: len(ct_carry)], sums), (onward[len(ct_carry) :], {i: of_leaf[i] for i in later if i in of_leaf})
 
-    (ct_carry, sums), ct_xs = scan(body, (ct_carry, sums), (kept, ct_ys), backward=True)
+    (ct_carry, sums), (ct_xs, stacked) = scan(body, (ct_carry, sums), (kept, ct_ys), backward=True)
+    if small:
+      ct_carry = refs.update(arguments, stacked, ct_carry, small)
     in_carry = _fused_call.spread(ct_carry, [_fused_call.is_float(c) for c in carried])
     return (
       jnp.zeros(()),

@@ -27,7 +27,7 @@ _VIEWS = frozenset(
   """transpose reshape squeeze expand_dims convert_element_type sharding_constraint copy copy_p stop_gradient slice
   optimization_barrier""".split()
 )
-_HELD = 2**14  # elements of a gradient that may be kept for the end of the program
+_AFTER = ("after the scan", "small, so that it is stepped whole")
 
 
 @dataclasses.dataclass
@@ -155,7 +155,7 @@ class _Planner:
         continue
       together = index in small and len(small) > 1
       complete.append((end - 1 if together else self._due(site), index))
-      if together and not site.placed[0]:
+      if together and site.placed in (("", ""), _AFTER):
         site.placed = ("together", "with other small leaves, by one kernel at the end")
       if not site.placed[0]:
         site.placed = self._placed(site)
@@ -182,7 +182,12 @@ class _Planner:
 
   def _can_wait(self, site: Site) -> bool:
     """Whether a weight is better stepped together with others, and its gradient small enough to be kept for that."""
-    return site.step.small is not None and sum(self.program.aval(a).size for a in site.grads) <= _HELD
+    if site.step.small is None:
+      return False
+    return site.placed == _AFTER or self._gradient_size(site) <= _site.HELD
+
+  def _gradient_size(self, site: Site) -> int:
+    return sum(math.prod(self.program.aval(a).shape) for a in site.grads)
 
   def _made(self, atom: _jaxpr.Atom) -> int:
     return self.program.makers.get(atom, -1) if isinstance(atom, int) else -1
@@ -336,9 +341,12 @@ class _Planner:
     length = operation.eqn.params["length"]
     ys = {v: j for j, v in enumerate(operation.outputs[carry:]) if v >= 0}
     accepted: list[tuple[int, list[int], Released, list[int]]] = []
+    small = _site.small_stacks([self._gradient_size(self.sites[index]) for index, _ in candidates], length)
+    for k in small:
+      self.sites[candidates[k][0]].placed = _AFTER
     # A stacked gradient that anything else reads has to be stacked all the same. Which paths are left is not known
     # before all sites have been looked at, so that this is repeated until nothing is refused.
-    for index, path in candidates:
+    for index, path in (c for k, c in enumerate(candidates) if k not in small):
       site = self.sites[index]
       try:
         released, used = self._released(index, path, scan, ys, length)

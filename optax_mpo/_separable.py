@@ -28,7 +28,7 @@ _CHEAP = _stacked.ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpo
 _SMALL = 1024  # elements
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Group:
   """Leaves that are stepped together, and their slice of the update.
 

@@ -18,6 +18,11 @@ from optax_mpo import _elements, _jaxpr, _kernel, _order, _rows, _stacked, _step
 
 Values = Sequence[Any]
 
+HELD = 2**14
+"""Elements of a gradient that may be kept for a better moment, in a scan that of a layer."""
+
+_SHARE = 256  # of the elements that a scan steps, one in so many may belong to small stacks
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -161,6 +166,25 @@ class Site:
   params: tuple[tuple[int, ...], ...]
   step: Step
   placed: tuple[str, str] = ("", "")
+
+
+def small_stacks(sizes: Sequence[int], length: int) -> set[int]:
+  """Which stacks of layers are stepped after a scan, whole, since within it each layer would take launches of its own.
+
+  Args:
+    sizes: the elements of each stack.
+    length: the number of layers.
+
+  Returns:
+    The places of small ones, such as biases and norms: all of their gradients together are next to nothing.
+  """
+  left, found = sum(sizes) // _SHARE, set()
+  for k in sorted(range(len(sizes)), key=lambda k: sizes[k]):
+    left -= sizes[k]
+    if left < 0 or sizes[k] > HELD * length:
+      break
+    found.add(k)
+  return found
 
 
 def layer_step(

@@ -284,7 +284,7 @@ def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path)
   first = len(jax.tree.leaves(params))
   kernels = hlo.kernels(text, range(first, first + len(jax.tree.leaves(state))))
   ours = [k for k in kernels if k.name.startswith(("pallas_call", "step_weight"))]
-  assert [k.launches for k in ours] == [LAYERS] * 3
+  assert [k.launches for k in ours] == [LAYERS] * 2  # the scale is small, and stepped after the scan
   moved = sum(k.bytes for k in kernels if k.of_state)
   assert 1 <= moved / (2 * held + 2 * count) < 1.01
   # No stack is copied, and no new values are held beside it: only the gradients of a layer.
@@ -361,7 +361,7 @@ def test_outside_of_jit_and_of_what_can_be_taken_apart_nothing_changes(capsys):
 
 def test_explain_says_what_is_stepped_by_a_kernel():
   tx = mpo.with_kernels(EXACT())
-  params = layers(True) | {"odd": jnp.ones((LAYERS, 7))}
+  params = layers(True) | {"odd": jnp.ones((LAYERS, 1023))}
   params, state = mpo.init(tx, params)
 
   def loss(params, x):
@@ -372,7 +372,7 @@ def test_explain_says_what_is_stepped_by_a_kernel():
   table = mpo.explain(loss, tx, params, state, jnp.ones((4, WIDTH), jnp.bfloat16))
   found = {leaf.name: (leaf.stepped, leaf.why) for leaf in table}
   assert found["params['up']"] == ("in scan, by a kernel", "")
-  assert found["params['odd']"] == ("in scan", "no kernel: 7 elements do not make tiles of 128 or more")
+  assert found["params['odd']"] == ("in scan", "no kernel: 1023 elements do not make tiles of 128 or more")
 
 
 def test_small_leaves_of_a_fused_step_are_stepped_together():
