@@ -56,11 +56,13 @@ class Source:
     var: the variable.
     kind: what it has one entry of.
     columns: whether it has entries for one row of the weight alone, all rows alike.
+    counted: whether those are their own places in the row, 0, 1, 2 and so on: no array has to be read for them.
   """
 
   var: int
   kind: Kind
   columns: bool
+  counted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +210,15 @@ class _Builder:
     known = {v for v in given if v in read}  # beforehand
     for operation in operations:
       reads = {a for a in operation.inputs if isinstance(a, int)}
-      spread = operation.name == "broadcast_in_dim" and math.prod(self.program.aval(operation.inputs[0]).shape) == 1
-      if not spread and reads <= known and all(self._is_small(v) for v in operation.outputs if v >= 0):
+      if operation.name == "iota":
+        self._add_counted(sources, operation)
+        hoisted.append(operation)
+        continue
+      if (
+        not self._is_inside(operation)
+        and reads <= known
+        and all(self._is_small(v) for v in operation.outputs if v >= 0)
+      ):
         hoisted.append(operation)
         known |= {v for v in operation.outputs if v >= 0}
         continue
@@ -241,6 +250,23 @@ class _Builder:
       nodes.append(dataclasses.replace(node, args=tuple(number[a] for a in node.args)))
     outputs = tuple(number[i] for i in elements.outputs)
     return dataclasses.replace(elements, nodes=tuple(nodes), outputs=outputs, sources=tuple(sources))
+
+  def _is_inside(self, operation: _jaxpr.Operation) -> bool:
+    """Whether an operation is left to the kernel though it could be run beforehand, for which XLA takes a launch."""
+    if operation.name == "broadcast_in_dim":
+      return math.prod(self.program.aval(operation.inputs[0]).shape) == 1
+    whole = all(jnp.issubdtype(self.program.aval(v).dtype, jnp.integer) for v in operation.outputs if v >= 0)
+    return whole and operation.name in _COMPUTE
+
+  def _add_counted(self, sources: list[Source], operation: _jaxpr.Operation) -> None:
+    """Adds the places in a row, or those of its blocks."""
+    (var,) = operation.outputs
+    shape, dimension = self.program.aval(var).shape, operation.eqn.params["dimension"]
+    kind = self.kind(shape)
+    if kind is None or shape[dimension] != math.prod(shape) or kind[0] == "scalar" or not self._is_small(var):
+      raise NotElementwiseError(f"{_jaxpr.where(operation)} counts something else than columns")
+    sources.append(Source(var, kind[0], True, True))
+    self.env[var] = self.make("input", (), self.program.aval(var).dtype, len(sources) - 1, kind[0])
 
   def _is_small(self, var: int) -> bool:
     """Whether a variable is a scalar, or has numbers for one row."""
@@ -377,11 +403,15 @@ class _Builder:
         continue
       for a, c in (inner.args, inner.args[::-1]):
         if self._number(c) is not None:
-          if name == "mul" or self.nodes[a].name not in ("floor", "min"):  # a sum of whole numbers is exact either way
+          # A sum of whole numbers is exact either way, and so is a product with a power of two.
+          if not (self.nodes[a].name in ("floor", "min") if name == "add" else self._is_power_of_two(c)):
             self.joined.add(one)
           c, d = np.asarray(self._number(c), dtype), np.asarray(self._number(other), dtype)
           return self.simplified(name, (a, self.literal(c * d if name == "mul" else c + d, dtype)), dtype)
     return None
+
+  def _is_power_of_two(self, i: int) -> bool:
+    return math.frexp(abs(self._number(i)))[0] == 0.5
 
   def _simplified_div(self, args: tuple[int, ...], dtype: Any) -> int | None:
     above, below = (self.nodes[a] for a in args)

@@ -64,19 +64,19 @@ class Kernel:
   @property
   def arrays(self) -> int:
     """How many arrays the kernel reads and writes."""
-    return len(self.elements.sources) + len(self.elements.outputs)
+    return sum(not s.counted for s in self.elements.sources) + len(self.elements.outputs)
 
   def flat(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
     """What the kernel reads, in the shapes that it does so in: layers, then elements in one axis or blocks of them."""
     env = dict(self.program.constants) | dict(zip(self.given, shared, strict=True))
     _jaxpr.run(self.program, self.elements.hoisted, env)
-    sources, block = self.elements.sources, self.elements.block
+    sources, block = [s for s in self.elements.sources if not s.counted], self.elements.block
     extra = [env[s.var] for s in sources[1 + len(stacks) :]]
 
     def flat(k: int, x: Any) -> Any:
       if sources[k].kind == "scalar":
         return x.reshape(1)
-      lead = (self.layers,) if self._has_layers(k) else ()
+      lead = (self.layers,) if k > 0 and not sources[k].columns else ()
       return x.reshape(*lead, -1, block) if sources[k].kind == "element" and block else x.reshape(*lead, -1)
 
     return [flat(k, x) for k, x in enumerate([grad, *stacks, *extra])]
@@ -104,16 +104,30 @@ class Kernel:
       whole = [slice(None)] if block and source.kind == "element" else []
       return (*([layer] if self._has_layers(k) else []), here, *whole)
 
-    values = []
-    for k, ref in enumerate(inputs):
-      if elements.sources[k].kind == "scalar":
-        values.append(ref[0])
-      elif elements.sources[k].kind == "block":
-        values.append(ref[where(k)].reshape(kinds["block"]))
+    values, refs = [], iter(inputs)
+    for k, source in enumerate(elements.sources):
+      if source.counted:
+        first = lax.rem(start, jnp.int32(elements.length))
+        first = first // block if source.kind == "block" else first
+        values.append(_count(first, kinds[source.kind]).astype(self.program.aval(source.var).dtype))
+      elif source.kind == "scalar":
+        values.append(next(refs)[0])
+      elif source.kind == "block":
+        values.append(next(refs)[where(k)].reshape(kinds["block"]))
       else:
-        values.append(ref[where(k)])
+        values.append(next(refs)[where(k)])
     for k, value in enumerate(elements.compute(values, kinds), start=1):
       outputs[k - 1][where(k)] = value.reshape(-1) if elements.sources[k].kind == "block" else value
+
+
+def _count(first: Any, shape: tuple[int, ...]) -> Any:
+  """Whole numbers from `first` on, in a tile: i32[*shape]."""
+  place = sum(
+    lax.broadcasted_iota(jnp.int32, shape, axis) * math.prod(shape[axis + 1 :])
+    for axis in range(len(shape))
+    if shape[axis] > 1
+  )
+  return jnp.broadcast_to(first + place, shape)
 
 
 Given = tuple[Any, Sequence[Any], Sequence[Any]]  # a gradient, the weight and its states, and what is known beside them

@@ -39,7 +39,7 @@ def replaced(
   if not _step_weight.is_traced([*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]):
     return new
   try:
-    taken = _separable.Update(tx, params, state, caller)
+    taken = _separable.Update(tx, params, state, caller, kernels)
   except ValueError:  # an update that cannot be taken apart, such as one with side effects
     return new
   leaves, treedef = jax.tree.flatten(params)

@@ -161,7 +161,14 @@ class Update:
     kernels: whether `with_kernels` is around `tx`, or in it.
   """
 
-  def __init__(self, tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str):
+  def __init__(
+    self,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+    caller: str,
+    kernels: bool = False,
+  ):
     self._caller = caller
     self._params, self._treedef = jax.tree.flatten(params)
     self._state, self._state_treedef = jax.tree.flatten(opt_state)
@@ -170,7 +177,7 @@ class Update:
     check_state(tx, params, opt_state, caller)
     with _step_weight.left_out() as met:
       self._program, out = _jaxpr.trace(self._whole(tx), self._params, self._params, self._state)
-    self.kernels = bool(met)
+    self.kernels = kernels or bool(met)
     self._check_result(out)
     self._own()
 
@@ -252,6 +259,8 @@ class Update:
     operation = self._program.operations[maker]
     if operation.name == "broadcast_in_dim" and size > math.prod(self._program.aval(operation.inputs[0]).shape) == 1:
       return False  # a number, which is handed over as such
+    if self.kernels and (size > 1 or jnp.issubdtype(self._program.aval(var).dtype, jnp.integer)):
+      return operation.name not in _CHEAP  # a kernel makes it in passing, where XLA takes a launch for each leaf
     return size <= _SMALL or operation.name not in _CHEAP
 
   def _root(self, node: int) -> int:

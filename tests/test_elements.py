@@ -80,7 +80,7 @@ def programs(tmp_path_factory):
 def test_a_kernel_computes_what_xla_gpu_does(name, programs):
   cases, results = programs
   tx, params, state, grads = cases[name]
-  update = _separable.Update(tx, params, state, "test")
+  update = _separable.Update(tx, params, state, "test", kernels=True)
   shared, _ = update.run_shared()
   group = update.group([0], "test")
   given = [*group.shared, *group.constants]

@@ -33,7 +33,7 @@ def made(tx, shape, stacked, dtype=jnp.bfloat16):
   params, state = mpo.init(tx, {"w": jax.random.normal(jax.random.key(0), shape)})
   grad = jax.random.normal(jax.random.key(1), shape).astype(dtype)
   _, state = jax.jit(tx.update)({"w": grad}, state, params)  # a state that is not all zero
-  update = _separable.Update(tx, params, state, "test")
+  update = _separable.Update(tx, params, state, "test", kernels=True)
   group = update.group([0], "test")
   shared, _ = update.run_shared()
   kernel = _kernel.make(group.program, group.operations, group.inputs, group.shared, group.outputs, stacked)
@@ -61,6 +61,7 @@ def computed(kernel, grad, stacks, shared, index=None):
   env = dict(kernel.program.constants) | dict(zip(kernel.given, shared, strict=True))
   _jaxpr.run(kernel.program, elements.hoisted, env)
   extra = [(s, env[s.var]) for s in elements.sources[1 + len(stacks) :]]
+  assert sum(s.counted for s, _ in extra) == (4 if elements.block else 0)  # columns and blocks, to dither two moments
   layered = kernel.stacked and index is not None
   arrays = [grad, *stacks, *(x[index] if layered and s.kind != "scalar" and not s.columns else x for s, x in extra)]
   block = max(elements.block, 1)
@@ -285,6 +286,8 @@ def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path)
   kernels = hlo.kernels(text, range(first, first + len(jax.tree.leaves(state))))
   ours = [k for k in kernels if k.name.startswith(("pallas_call", "step_weight"))]
   assert [k.launches for k in ours] == [LAYERS] * 2  # the scale is small, and stepped after the scan
+  # Beside them, the scale's and what depends on the number of the step: nothing for each leaf or layer.
+  assert sum(k.launches for k in kernels if k.of_state) <= 2 * LAYERS + 6
   moved = sum(k.bytes for k in kernels if k.of_state)
   assert 1 <= moved / (2 * held + 2 * count) < 1.01
   # No stack is copied, and no new values are held beside it: only the gradients of a layer.
