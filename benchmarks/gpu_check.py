@@ -3,15 +3,17 @@
     benchmarks/run_gpu.sh                                             # all of it, in ten minutes on one card
     python benchmarks/gpu_check.py --models lm-350m --modes mpo-16-auto
 
-Needs jax for CUDA, optax and flax, and no network. Each model and mode runs in a process of its own, since a process
-cannot reset the peak that `memory_stats` counts: first the mode alone, for its peak, then in turn with Optax and f32
-masters, for the ratio of times. `leaves-*` are the optimizer alone, with the bandwidth that it reaches as a share of
-that of a copy, measured in the same process. Prints a table and writes gpu_check.json to --output-dir.
+Needs jax for CUDA, optax and flax, and no network; flashoptim-jax is measured too, where it is installed. Each model
+and mode runs in a process of its own, since a process cannot reset the peak that `memory_stats` counts: first the mode
+alone, for its peak, then in turn with Optax and f32 masters, for the ratio of times. `leaves-*` are the optimizer
+alone, with the bandwidth that it reaches as a share of that of a copy, measured in the same process. Prints a table and
+writes gpu_check.json to --output-dir.
 
 On a CPU it runs as well, with small models: that tries the script, and nothing else.
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -49,7 +51,9 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 ON_GPU = ("leaves-8x16m", "lm-1.3b", "lm-1.3b-8x1024")
 ON_CPU = ("leaves-8x64k", "lm-tiny")
-DEFAULT_MODES = ("mpo-16", "mpo-16-auto", "mpo-16-auto-kernels", "mpo-16-layer-kernels", "mpo-compact-auto-kernels")
+DEFAULT_MODES = ["mpo-16", "mpo-16-auto", "mpo-16-auto-kernels", "mpo-16-layer-kernels", "mpo-compact-auto-kernels"]
+if importlib.util.find_spec("flashoptim_jax"):  # the rival of 8-bit state, where somebody has brought it
+  DEFAULT_MODES.append("flash-24")
 
 
 class Steps:
@@ -189,7 +193,7 @@ def make_table(rows: Sequence[dict[str, Any]]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description="Peak memory, times and exactness on a GPU.")
   parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="default: those for this device")
-  parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES), metavar="MODE")
+  parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, metavar="MODE")
   parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
   parser.add_argument("--one", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)  # in a process of its own
   args = parser.parse_args(argv)

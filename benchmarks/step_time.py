@@ -1,7 +1,7 @@
 """Time of training steps, ours and what users would pick instead, interleaved in one run.
 
     pip install -e '.[benchmarks]'
-    python benchmarks/step_time.py                                          # a quarter of an hour on 2 CPU cores
+    python benchmarks/step_time.py                                          # half an hour on 2 CPU cores
     python benchmarks/step_time.py --models lm-8m --modes mpo-16 mpo-16-auto --rounds 20
     python benchmarks/step_time.py --list
 
@@ -9,9 +9,10 @@ Each model is compiled in every mode, then all modes make two steps in turn, in 
 round, so that whatever else the machine does meets all of them. The second one counts: it finds caches and the
 allocator as a step of its own left them, as in training. A row has the median and quartiles of the seconds, the median
 over rounds of the ratio to the first mode of the model (Optax with f32 masters), the seconds until a step is sent to
-the device, and those to trace and to compile. `leaves-*` are the optimizer alone: the gradients are given. `adamw-clip`
-clips by global norm, which value_and_update does in two passes. Prints a table per model and optimizer and writes
-step_time.json and step_time.png to --output-dir.
+the device and how many arrays go with it, and the seconds to trace and to compile. `leaves-*` are the optimizer alone:
+the gradients are given. `*-short` are the models of those sizes on 128 tokens, for CPUs. `adamw-clip` clips by global
+norm, which value_and_update does in two passes. Prints a table per model and optimizer and writes step_time.json and
+step_time.png to --output-dir.
 """
 
 import argparse
@@ -93,12 +94,19 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-8m-unrolled": functools.partial(small_lm, scan=False),
   "lm-24layers": functools.partial(small_lm, layers=24, width=128, hidden=352),
   "lm-24layers-unrolled": functools.partial(small_lm, layers=24, width=128, hidden=352, scan=False),
+  "lm-125m-short": lambda: language_model("125m", context=128),
+  "lm-350m-short": lambda: language_model("350m", context=128),
   "lm-125m": lambda: language_model("125m"),
   "lm-350m": lambda: language_model("350m"),
   "lm-350m-unrolled": lambda: language_model("350m", scan=False),
   "lm-1.3b": lambda: language_model("1.3b"),
 }
 ON_CPU = tuple(name for name in MODELS if name not in ("lm-125m", "lm-350m", "lm-350m-unrolled", "lm-1.3b"))
+# Of these, whose steps take seconds on two CPU cores, and whose weights gigabytes, fewer modes are measured.
+LARGE = {
+  "lm-125m-short": ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto"),
+  "lm-350m-short": ("optax-f32", "mpo-16-auto", "mpo-compact-auto"),
+}
 BASELINE = "optax-f32"
 COUPLED_MODES = ("optax-f32", "mpo-16", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
 
@@ -112,6 +120,7 @@ class Row:
   mode: str
   optimizer: str
   rounds: int = 0
+  arrays: int = 0
   median: float = 0.0
   lower_quartile: float = 0.0
   upper_quartile: float = 0.0
@@ -135,6 +144,7 @@ class Runner:
     rng = np.random.default_rng(0)
     self._params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.02, s.dtype), training.params)
     self._state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), training.opt_state)
+    self.arrays = len(jax.tree.leaves((training.params, training.opt_state)))
     self._batch = jax.tree.map(lambda s: jnp.asarray(rng.integers(0, 9, s.shape), s.dtype), model.batch)
 
   def run(self) -> tuple[float, float]:
@@ -172,6 +182,7 @@ def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) 
     rows[mode] = dataclasses.replace(
       rows[mode],
       rounds=rounds,
+      arrays=runners[mode].arrays,
       median=float(median),
       lower_quartile=float(low),
       upper_quartile=float(high),
@@ -191,15 +202,16 @@ def _is_for_cpu(mode: str) -> bool:
 def make_table(rows: Sequence[Row]) -> Table:
   first = rows[0]
   title = f"{first.model} ({first.parameters / 1e6:,.1f}M parameters), {first.optimizer}"
-  table = Table("", "ms per step", "quartiles", "ratio", "sent after ms", "trace s", "compile s", title=title)
+  table = Table("", "ms per step", "quartiles", "ratio", "sent after ms", "arrays", "trace s", "compile s", title=title)
   for row in rows:
-    cells = ["", "", "", "", "", row.error]
+    cells = ["", "", "", "", "", "", row.error]
     if not row.error:
       cells = [
         f"{row.median * 1e3:.3g}",
         f"{row.lower_quartile * 1e3:.3g} to {row.upper_quartile * 1e3:.3g}",
         f"{row.ratio:.3f}",
         f"{row.dispatch * 1e3:.2f}",
+        f"{row.arrays}",
         f"{row.trace:.1f}",
         f"{row.compile:.1f}",
       ]
@@ -237,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "adamw-clip"], metavar="OPTIMIZER"
   )
-  parser.add_argument("--rounds", type=int, default=30, help="steps of each mode (default: 30)")
+  parser.add_argument("--rounds", type=int, default=12, help="steps of each mode (default: 12)")
   parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
   parser.add_argument("--list", action="store_true", help="list the models and modes, and stop")
   args = parser.parse_args(argv)
@@ -252,8 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   device = jax.devices()[0]
   rows: list[Row] = []
   for model in args.models or (ON_CPU if device.platform == "cpu" else MODELS):
-    for optimizer in args.optimizers:
-      chosen = list(args.modes or (m for m in MODES if device.platform != "cpu" or _is_for_cpu(m)))
+    for optimizer in args.optimizers[: 1 if model in LARGE else None]:
+      usual = (m for m in LARGE.get(model, MODES) if device.platform != "cpu" or _is_for_cpu(m))
+      chosen = list(args.modes or usual)
       if optimizer == "adamw-clip":
         chosen = [mode for mode in chosen if mode in COUPLED_MODES]
       modes = [BASELINE, *(mode for mode in chosen if mode != BASELINE)]
