@@ -2,7 +2,10 @@
 
 import collections
 import functools
+import importlib.util
 import re
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -439,6 +442,25 @@ def test_with_8_bit_state_too_its_instructions_are_those_of_xla(tmp_path):
     assert not re.search(r"\b(ex2|lg2)\.", "".join(entries))
   assert found[0] == found[1]
   assert found[0] == {"div.full.f32", "sqrt.approx.f32", "rsqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
+
+
+@pytest.mark.parametrize("storage", ["16 bits", "compact"])
+def test_it_spills_no_registers(storage, tmp_path):
+  compiled("auto scanned", storage, tmp_path)
+  nvidia = importlib.util.find_spec("nvidia")
+  assert nvidia is not None
+  (ptxas, *_) = [p for folder in nvidia.submodule_search_locations or () for p in Path(folder).rglob("bin/ptxas")]
+  found = []
+  for ptx in tmp_path.glob("*.ptx"):
+    command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "none"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found += re.findall(
+      r"'step_weight\w*' for.*?(\d+) bytes spill stores, (\d+) bytes.*?Used (\d+) registers", text, re.S
+    )
+  assert found
+  for stores, loads, registers in found:
+    assert (stores, loads) == ("0", "0")
+    assert int(registers) <= 128, "16 warps and more on each multiprocessor"
 
 
 def test_a_jax_without_triton_steps_as_it_does_without_kernels_and_says_so(monkeypatch, tmp_path):

@@ -96,8 +96,7 @@ def run(step, params, state, steps=3):
   return value, params, state
 
 
-@pytest.mark.parametrize("case", STEPS)
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(("case", "bits"), [*((case, 16) for case in STEPS), ("auto", 4), ("layers", 4)])
 def test_they_are_stepped_as_ever(case, bits):
   unfused, make = STEPS[case]
   tx = mpo.compensated(momentum(), bits=bits)
@@ -111,8 +110,9 @@ def test_they_are_stepped_as_ever(case, bits):
 def test_with_kernels_too():
   """On a CPU these are left out, but not what they are put together for."""
   tx = mpo.compensated(momentum())
-  for case, (unfused, make) in STEPS.items():
-    start = mpo.init(tx, params(nested="nested" in case))
+  for case in ("auto", "auto shared", "layers"):
+    unfused, make = STEPS[case]
+    start = mpo.init(tx, params())
     got = run(exact_jit(make(mpo.with_kernels(tx))), *start, steps=1)
     chex.assert_trees_all_equal(got, run(exact_jit(ordinary(unfused, tx)), *start, steps=1), custom_message=case)
 
