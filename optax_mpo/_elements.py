@@ -403,7 +403,7 @@ class _Builder:
         continue
       for a, c in (inner.args, inner.args[::-1]):
         if self._number(c) is not None:
-          # A sum of whole numbers is exact either way, and so is a product with a power of two.
+          # A sum of whole numbers is exact either way, and so is a product with a power of two, of normal numbers.
           if not (self.nodes[a].name in ("floor", "min") if name == "add" else self._is_power_of_two(c)):
             self.joined.add(one)
           c, d = np.asarray(self._number(c), dtype), np.asarray(self._number(other), dtype)
