@@ -160,12 +160,12 @@ def _spread(per_block: jax.Array, length: int) -> jax.Array:
 
 
 def _block_max(x: jax.Array, count: int) -> jax.Array:
-  """The largest entry of each block of `x: f32[*s]` -> f32[*s[:-1], count]."""
+  """The largest entry of each block of `x: i32[*s]`, no negative ones -> i32[*s[:-1], count]."""
   *lead, length = x.shape
   if count > 1:
     size = block_size_of(length, count)
     if count * size != length:
-      x = lax.pad(x, np.float32(0), [(0, 0, 0)] * len(lead) + [(0, count * size - length, 0)])
+      x = lax.pad(x, np.int32(0), [(0, 0, 0)] * len(lead) + [(0, count * size - length, 0)])
     x = x.reshape(*lead, count, size)
     return jnp.max(x, axis=-1)
   return jnp.max(x, axis=-1, keepdims=True)
@@ -198,7 +198,7 @@ def quantize(x: jax.Array, bits: int, signed: bool, block_size: int) -> Quantize
 def largest_of(x: jax.Array, old: Quantized) -> jax.Array:
   """Returns the largest magnitude in each block of what `requantize(x, old, ...)` would store, f32[*s[:-1], blocks].
 
-  It is infinite where an element of the block is not finite.
+  It is no finite number where an element of the block is none.
   """
   return _largest_magnitude(x, _is_signed(old.values.dtype), old.scales.shape[-1])
 
@@ -231,10 +231,15 @@ def _magnitude(x: jax.Array, signed: bool) -> jax.Array:
 
 
 def _largest_magnitude(x: jax.Array, signed: bool, count: int) -> jax.Array:
-  """The largest magnitude in each block, f32[*s] -> f32[*s[:-1], count]; infinite if an element is not finite."""
-  # Not the largest of max(x, 0): XLA:CPU would make an array of those zeros, as large as x.
-  largest = _block_max(jnp.where(jnp.isfinite(x), jnp.abs(x) if signed else x, np.float32(np.inf)), count)
-  return largest if signed else jnp.maximum(largest, 0)
+  """The largest magnitude in each block, f32[*s] -> f32[*s[:-1], count]; no finite number if an element is none.
+
+  As whole numbers, which patterns of magnitudes are sorted like, those that are not finite above all others: XLA:CPU
+  reduces them where they are made, and floating ones in a library, from an array that it has to write for that.
+  """
+  pattern = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFF_FFFF
+  if not signed:
+    pattern = jnp.where((x < 0) & jnp.isfinite(x), 0, pattern)
+  return lax.bitcast_convert_type(_block_max(pattern, count), jnp.float32)
 
 
 def _pack_scales(largest: jax.Array, dither: jax.Array) -> jax.Array:

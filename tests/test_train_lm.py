@@ -99,11 +99,7 @@ SCANNED = ["--scan", "--remat", "--layers", "3"]
     pytest.param(SCANNED, "global", id="scanned-global", marks=pytest.mark.slow),
   ],
 )
-def test_fused_runs_have_the_same_losses_bit_for_bit(tmp_path, capsys, monkeypatch, flags, clip):
-  if flags:
-    # In another loop a fused multiply-add may take the other product (docs/fused_layers.md); here there is none.
-    options = {**train_lm.COMPILER_OPTIONS, "xla_backend_optimization_level": 0}
-    monkeypatch.setattr(train_lm, "COMPILER_OPTIONS", options)
+def test_fused_runs_have_the_same_losses_bit_for_bit(tmp_path, capsys, flags, clip):
   runs = {}
   for fused in lm_config.FUSED:
     if (fused, clip) != ("layer", "global"):
