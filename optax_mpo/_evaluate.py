@@ -26,8 +26,10 @@ class _Stepped:
     """Replaces them."""
     raise NotImplementedError
 
-  def step(self, indices: Sequence[int], steps: Sequence[_site.Step], grads: Any, shared: Sequence[Any]) -> None:
-    """Steps sites, each with its gradients and with what it shares."""
+  def step(
+    self, indices: Sequence[int], steps: Sequence[_site.Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
+  ) -> None:
+    """Steps sites, each with its gradients and with what it shares, when the values `onward` are there."""
     taken = [(g, *self.get(index), s) for index, g, s in zip(indices, grads, shared, strict=True)]
     for index, new in zip(indices, _site.apply_all(steps, taken), strict=True):
       self.put(index, *new)
@@ -78,10 +80,13 @@ class Layer(_Stepped):
       for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
         stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
 
-  def step(self, indices: Sequence[int], steps: Sequence[_site.Step], grads: Any, shared: Sequence[Any]) -> None:
+  def step(
+    self, indices: Sequence[int], steps: Sequence[_site.Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
+  ) -> None:
+    at = _order.after_use(self._index, onward)
     for index, grad, known in zip(indices, grads, shared, strict=True):
       layered, (params, states) = self._released[index].layered, self.stacks[index]
-      new = layered.write(grad, [*params, *states], known[:-1], self._index, self._ordered)
+      new = layered.write(grad, [*params, *states], known[:-1], at, self._ordered)
       self.stacks[index] = new[: len(params)], new[len(params) :]
       self._ordered += len(layered.parts)
 
@@ -138,7 +143,7 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
     # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
     tied = _barrier if isinstance(store, Parts) else _order.tie
     grads, held = tied(before) if ties else before
-    store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due])
+    store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due], held)
     changed, held = _barrier(([store.held(index) for index in due], held))
     for index, new in zip(due, changed, strict=True):
       store.hold(index, new)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from optax_mpo import _handles, _order, _separable, _site, _step_weight, _tree, _types
+from optax_mpo import _handles, _order, _rows, _separable, _site, _step_weight, _tree, _types
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
@@ -245,24 +245,38 @@ class Refs:
         for i, ref in zip(group.leaves, refs, strict=False)
       ]
       kernel = _site.of_group(group, stacked=True) if self.kernels else None
-      if kernel is not None:
+      rows = _rows_of(group, gradients[0], refs, shared, layers)
+      if kernel is not None or rows is not None:
         in_parts = functools.partial(_write_layer_of, group.parts(), layers, count)
         stacks = [ref[...] for ref in refs]
-        new = _step_weight.step(in_parts, gradients[0], stacks, shared, index, done, kernel=kernel)
+        new = _step_weight.step(in_parts, gradients[0], stacks, shared, index, done, kernel=kernel, rows=rows)
         for ref, value in zip(refs, new, strict=True):
           ref[...] = value
         count += len(group.states) + 1
         done = _order.first_elements(refs)
         continue
-      small = sum(ref.size for ref in refs) <= _order.SMALL * layers
-      for part, outputs in [(group, list(range(len(refs))))] if small else group.parts():
+      for part, outputs in group.parts():
         count += 1
         at = _order.after(index, done, count)
         new = part.run_layer([*gradients, *(_layer_of(ref, at) for ref in refs)], shared, at, layers)
         for k, value in zip(outputs, new, strict=True):
           _write_layer(refs[k], at, value)
-        if not small:
-          done = _order.first_elements([refs[k] for k in outputs])
+        done = _order.first_elements([refs[k] for k in outputs])
+
+
+def _rows_of(
+  group: _separable.Group, grad: Any, refs: Sequence[Any], shared: Sequence[Any], layers: int
+) -> _rows.Rows | None:
+  """The update of one layer of stacks by rows, if they are of one weight with 8-bit state."""
+  if len(group.leaves) != 1:
+    return None
+
+  def run(*values: Any) -> list[Any]:
+    inputs, (*known, index) = values[: len(refs) + 1], values[len(refs) + 1 :]
+    return group.run_layer(inputs, known, index, layers)
+
+  avals = [_types.struct(grad), *(_types.struct(ref, 0) for ref in refs)]
+  return _rows.of_layer(run, avals, [*(_types.struct(x) for x in shared), jax.ShapeDtypeStruct((), jnp.int32)])
 
 
 def _write_layer_of(

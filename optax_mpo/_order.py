@@ -8,6 +8,7 @@ How: operations that are lowered in one way for one device, and in another for s
 are given may be spread: there they must not make the devices wait for each other.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ from optax_mpo import _types
 PyTree = Any
 
 SMALL = 2**16
-"""Elements of weights and state in a layer, with which there is no memory to save by an order."""
+"""Elements of a weight, of which the caches hold all that its step needs."""
+
+_HELD = 2**10  # elements of a weight, of which it costs more to hold something than to compute it anew
 
 
 def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
@@ -38,6 +41,15 @@ def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
     count: another one for each call with the same index.
   """
   return _after.bind(index, *done, count=count)
+
+
+def after_use(index: jax.Array, values: Sequence[Any]) -> jax.Array:
+  """Returns `index`, i32[], on one CPU as a value that XLA knows only when the arrays `values` are there.
+
+  XLA:CPU takes barriers out before it decides what comes first. Where it might write into a stack before the last of
+  those who read it, it would copy the stack: all layers, for each of them.
+  """
+  return _after_use.bind(index, *first_elements(values))
 
 
 def first_elements(arrays: Sequence[Any]) -> list[jax.Array]:
@@ -87,17 +99,18 @@ def laid_out(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def held(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns `x: f32[*s]`, as something that XLA:CPU computes once, where it is large and used more than once.
+  """Returns `x: f32[*s]`, as something that XLA:CPU computes once, where it is used more than once.
 
   XLA:CPU puts what is cheap into each loop that uses it. New weights and their bits are two loops, so that both would
   compute the new master weight, and the old weights would be copied first, since both loops need them and write into
-  their place. A division is not cheap; that this one is by one is known to LLVM alone, which takes it out.
+  their place: of a layer in a scan the whole stack. A division is not cheap; that this one is by one is known to LLVM
+  alone, which takes it out.
 
   Args:
     x: what is returned.
     like: of a dtype of 16 bits, [*s]; any array that `x` is computed from.
   """
-  return _held.bind(x, like) if x.size >= SMALL else x
+  return _held.bind(x, like) if x.size >= _HELD else x
 
 
 @held.defjvp
@@ -105,17 +118,21 @@ def _held_jvp(primals: Any, tangents: Any) -> Any:
   return held(*primals), tangents[0]
 
 
-def _primitive(name: str, one: Callable[..., Any], several: Callable[..., Any]) -> Primitive:
-  """An operation that returns its first operand, as `one` does on one device and `several` on several."""
+def _primitive(
+  name: str, one: Callable[..., Any], several: Callable[..., Any], on_cpu: Callable[..., Any] | None = None
+) -> Primitive:
+  """An operation that returns its first operand, as `one` or `on_cpu` does on one device and `several` on several."""
   primitive = Primitive(name)
   primitive.def_impl(lambda x, *_, **__: x)
   primitive.def_abstract_eval(lambda x, *_, **__: x)
 
-  def lower(context: Any, *operands: Any, **params: Any) -> Any:
+  def lower(context: Any, *operands: Any, one: Callable[..., Any], **params: Any) -> Any:
     chosen = one if _is_for_one(context) else several
     return mlir.lower_fun(chosen, multiple_results=False)(context, *operands, **params)
 
-  mlir.register_lowering(primitive, lower)
+  mlir.register_lowering(primitive, functools.partial(lower, one=one))
+  if on_cpu is not None:
+    mlir.register_lowering(primitive, functools.partial(lower, one=on_cpu), platform="cpu")
   return primitive
 
 
@@ -129,6 +146,11 @@ def _after_values(index: Any, *done: Any, count: int) -> Any:
   return index + never * sum((lax.convert_element_type(x, jnp.int32) for x in done), jnp.int32(0))
 
 
+def _index(index: Any, *_: Any) -> Any:
+  return index
+
+
+_after_use = _primitive("after_use", _index, _index, lambda index, *values: _after_values(index, *values, count=0))
 _after = _primitive("after", _after_values, lambda index, *_, count: index + ((index + count) >> 30))
 
 

@@ -6,7 +6,6 @@ stacks to the gradient, and those of the update. Where the layer axis is in a we
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -99,6 +98,7 @@ class Layered:
       makes the new values that stand beside it, by their places among weights and then states. None: in one.
     kernel: does the same in one pass, where there is one.
     no_kernel: why there is none, where one is asked for.
+    rows: does the same on CPUs a few rows at a time, where there is 8-bit state.
   """
 
   step: Step
@@ -108,6 +108,7 @@ class Layered:
   parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
   kernel: _kernel.Kernel | None = None
   no_kernel: str = ""
+  rows: _rows.Rows | None = None
 
   def write(self, grads: Values, stacks: Values, shared: Values, index: Any, count: int) -> list[Any]:
     """Steps the layer at `index` of stacks of weights and states, and returns the stacks.
@@ -119,12 +120,12 @@ class Layered:
       index: i32[], which layer.
       count: another one for each step of the layer; the next one may use `count + len(parts)`.
     """
-    if self.kernel is None:
+    if self.kernel is None and self.rows is None:
       return self._write(grads, stacks, shared, index, count)
-    without = functools.partial(self._without_kernel, count=count)
-    return _step_weight.step(without, grads[0], stacks, shared, index, kernel=self.kernel)
+    pure = functools.partial(self._pure, count=count)
+    return _step_weight.step(pure, grads[0], stacks, shared, index, kernel=self.kernel, rows=self.rows)
 
-  def _without_kernel(self, grad: Any, stacks: Values, shared: Values, index: Any, _: Values, count: int) -> list[Any]:
+  def _pure(self, grad: Any, stacks: Values, shared: Values, index: Any, _: Values, count: int) -> list[Any]:
     return self._write([grad], stacks, shared, index, count)
 
   def _write(self, grads: Values, stacks: Values, shared: Values, index: Any, count: int) -> list[Any]:
@@ -273,11 +274,9 @@ def layer_step(
     (*step.shared, *given, number),
   )
   jax.eval_shape(run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
-  parts = []
-  if sum(math.prod(x.shape) for x in (*layer.params, *layer.states)) > _order.SMALL:
-    count = len(step.params)
-    places = {count + j: len(stacks) + count + j for j in range(len(step.states))}
-    parts = _stacked.parts(program, inputs, outputs, places, {*known, *program.constants})
+  count = len(step.params)
+  places = {count + j: len(stacks) + count + j for j in range(len(step.states))}
+  parts = _stacked.parts(program, inputs, outputs, places, {*known, *program.constants})
   kernel, no_kernel = None, ""
   if step.kernels:
     kernel, no_kernel = _kernel_of(program, program.operations, inputs, known, outputs, [0, *out_axes])
@@ -288,7 +287,21 @@ def layer_step(
     parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
     kernel=kernel,
     no_kernel=no_kernel,
+    rows=_rows_of(layer, (*param_axes, *state_axes)),
   )
+
+
+def _rows_of(layer: Step, axes: Sequence[int]) -> _rows.Rows | None:
+  """The update of one layer by rows, if its leaf is one and its layers are along the first axis."""
+  if len(layer.params) != 1 or len(layer.grads) != 1 or any(axes):
+    return None
+
+  def run(grad: Any, param: Any, *rest: Any) -> list[Any]:
+    states, shared = rest[: len(layer.states)], rest[len(layer.states) :]
+    params, states = layer.run([grad], [param], states, shared)
+    return [*params, *states]
+
+  return _rows.of_layer(run, [*layer.grads, *layer.params, *layer.states], layer.shared)
 
 
 def _kernel_of(
@@ -344,7 +357,7 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
 
 def _small_kernel(group: Any) -> _kernel.Kernel | None:
   """The kernel of a group with one small weight and no 8-bit state, if there is one."""
-  if len(group.leaves) != 1 or group.program.aval(group.inputs[1]).size > _order.SMALL:
+  if len(group.leaves) != 1 or group.program.aval(group.inputs[1]).size > 2**10:
     return None
   kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, None)
   return kernel if kernel is not None and not kernel.elements.block else None

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from optax_mpo import _kernel, _rows
+from optax_mpo import _kernel, _order, _rows
 
 Pure = Callable[[Any, Sequence[Any], Sequence[Any], Any, Sequence[Any]], Sequence[Any]]
 
@@ -45,7 +45,7 @@ def step(
     stacks: the weight and its states.
     shared: the values that the step shares with others.
     index: i32[], which layer; 0 where there are none.
-    waits: numbers that are to be there before, for `pure`.
+    waits: numbers that are to be there before, for `pure` and `rows`.
     kernel: does it on a GPU.
     rows: does it on a CPU.
 
@@ -147,9 +147,11 @@ def _by_kernel(*operands: Any, kernel: _kernel.Kernel, stacks: int, waits: int, 
 
 
 def _by_rows(*operands: Any, rows: _rows.Rows, stacks: int, waits: int, **params: Any) -> list[Any]:
-  _, grad, *rest = operands
+  index, grad, *rest = operands
   try:
-    return rows.step(grad, rest[:stacks], rest[stacks : len(rest) - waits])
+    end = len(rest) - waits
+    at = _order.after(index, rest[end:], count=0) if waits else index
+    return rows.step(grad, rest[:stacks], rest[stacks:end], at)
   except _rows.NotByRowsError:
     return _pure(*operands, stacks=stacks, waits=waits, **params)
 

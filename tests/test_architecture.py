@@ -41,7 +41,7 @@ ARROWS = {
   "_elements": ({"_jaxpr"}, {"jax", "numpy"}),
   "_kernel": ({"_elements", "_jaxpr"}, {"jax"}),
   "_rows": ({"_jaxpr", "_stacked"}, {"jax"}),
-  "_step_weight": ({"_kernel", "_rows"}, {"jax"}),
+  "_step_weight": ({"_kernel", "_order", "_rows"}, {"jax"}),
   "_leafwise": (
     {"_formats", "_made", "_separable", "_site", "_step_weight", "_tree", "_two_pass"},
     {"jax", "optax"},
@@ -51,7 +51,10 @@ ARROWS = {
   "_handles": ({"_separable", "_tree"}, {"jax"}),
   "_pullback": ({"_jaxpr"}, {"jax"}),
   "_modules": (set(), set()),  # Flax is looked up, not imported
-  "_fused_call": ({"_handles", "_order", "_separable", "_site", "_step_weight", "_tree", "_types"}, {"jax", "numpy"}),
+  "_fused_call": (
+    {"_handles", "_order", "_rows", "_separable", "_site", "_step_weight", "_tree", "_types"},
+    {"jax", "numpy"},
+  ),
   "_site": ({"_elements", "_jaxpr", "_kernel", "_order", "_rows", "_stacked", "_step_weight", "_types"}, {"jax"}),
   "_plan": ({"_jaxpr", "_site", "_stacked", "_types"}, {"jax"}),
   "_evaluate": ({"_jaxpr", "_order", "_plan", "_site"}, {"jax"}),

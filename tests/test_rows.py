@@ -145,6 +145,60 @@ def test_everything_else_is_stepped_at_once(make, shape):
   assert " while(" not in text(compiled(make(), *args))
 
 
+def scanned_loss(params, x):
+  y, _ = jax.lax.scan(lambda y, w: (jnp.tanh(y @ w) @ w.T, None), x, params["w"])
+  return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+
+def scanned_fused_loss(params, x):
+  y, _ = mpo.fused_scan(lambda w, y, _: (jnp.tanh(y @ w) @ w.T, None))(params["w"], x)
+  return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("shape", [(3, 1024, 640), (3, 40, 96)], ids=["in two pieces", "in one"])
+@pytest.mark.parametrize(("route", "name"), [("auto", "adamw"), ("layers", "lion")])
+def test_layers_of_a_scan_are_stepped_as_the_whole_is(route, name, shape, monkeypatch):
+  tx = compact(OPTIMIZERS[name]())
+  w = np.random.default_rng(0).normal(size=shape).astype(np.float32) * 0.02
+  args = mpo.init(tx, {"w": jnp.asarray(w)})
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(4, shape[1])), jnp.bfloat16)
+  done = []
+  by_rows = _rows.Rows.step
+
+  def noted(self, grad, *rest):
+    results = by_rows(self, grad, *rest)
+    done.append((self.stacked, grad.shape[self.axis] // self.count))
+    return results
+
+  monkeypatch.setattr(_rows.Rows, "step", noted)
+
+  def run():
+    if route == "auto":
+      step = mpo.value_and_update(scanned_loss, tx)
+    else:
+      step = mpo.fused_value_and_update(scanned_fused_loss, tx)
+    # Only algsimp takes out the constraints on layouts that fused layers have; and lion divides by no scalar.
+    options = EXACT if route == "auto" else EXACT | {"xla_disable_hlo_passes": "fusion"}
+    step, new = jax.jit(step, compiler_options=options), args
+    for _ in range(3):
+      _, *new = step(*new, x)
+    return new
+
+  got = run()
+  assert done == [(True, 2 if shape[1] == 1024 else 1)]
+  monkeypatch.setattr(_rows, "of_layer", lambda *_: None)
+  assert_same(got, run())
+  assert len(done) == 1
+  assert bool((got[0]["w"] != args[0]["w"]).any())
+
+
+def test_all_cores_step_rows():
+  tx = compact(optax.adamw(1e-2))
+  program = text(compiled(tx, *begin(tx, 1024, 1024)))
+  assert "outer_dimension_partitions" in program
+  assert "xla_cpu_small_call" not in program  # XLA of JAX 0.12 runs those on one core
+
+
 def test_a_norm_outside_of_compensated_leaves_rows_apart():
   tx = optax.chain(optax.clip_by_global_norm(1.0), compact(optax.adam(1e-2)))
   assert " while(" in text(compiled(tx, *begin(tx, 1024, 1024)))

@@ -1,0 +1,33 @@
+"""Stacks of layers that are stepped within a scan are written in place on CPUs: no loop copies one of them whole."""
+
+import re
+
+import jax
+import pytest
+
+from benchmarks.models import language_model
+from benchmarks.modes import MODES
+
+LAYERS = 5  # no other axis is that long
+NAME = re.compile(r"\n(?=(?:ENTRY )?%[\w.-]+ \()")
+COPY = re.compile(rf"= (\w+\[{LAYERS},[\d,]+\])\S* copy\(")
+
+
+def copies_in_loops(program) -> list[str]:
+  text = program.as_text() or ""
+  bodies = set(re.findall(r"body=%([\w.-]+)", text))
+  assert bodies, "there is no loop"
+  computations = {c.split()[0].removeprefix("%"): c for c in NAME.split(text)}
+  return [shape for name in bodies for shape in COPY.findall(computations[name])]
+
+
+@pytest.mark.parametrize("mode", ["mpo-16-auto", "mpo-16-layer", "mpo-compact-auto", "mpo-compact-layer"])
+@pytest.mark.parametrize("width", [64, 192])
+def test_no_stack_is_copied_for_each_layer(mode, width):
+  sizes = {"layers": LAYERS, "width": width, "heads": 4, "hidden": 2 * width + 32, "vocab": 256}
+  model = language_model("125m", batch=2, context=16, **sizes)
+  training = MODES[mode].build(model, "adamw")
+  options = {"xla_backend_optimization_level": 0}  # LLVM's, which comes after all copies and takes most of the time
+  step = jax.jit(training.step, donate_argnums=(0, 1), compiler_options=options)
+  program = step.lower(training.params, training.opt_state, model.batch).compile()
+  assert copies_in_loops(program) == []
