@@ -108,8 +108,10 @@ def test_fused_runs_have_the_same_losses_bit_for_bit(tmp_path, capsys, flags, cl
       assert table_rows(capsys.readouterr().out)["mpo16"][-1] == f"{gradients:.2f}"
       assert gradients == 2 if fused == "off" else gradients < (0.7 if fused == "auto" else 1.5)
   for fused, run in runs.items():
-    if (clip, fused) == ("global", "auto") and flags:
-      # The norm of a stack is summed layer by layer, so that its last bit may differ.
+    if (clip, fused) == ("global", "auto"):
+      # The norm of a stack is summed layer by layer; and XLA of JAX 0.12 sums up other leaves, too, in an order that
+      # depends on the program. So its last bit may differ: of unrolled layers not before the sixth step.
+      assert flags or run["losses"][:5] == runs["off"]["losses"][:5]
       np.testing.assert_allclose(run["losses"], runs["off"]["losses"], rtol=1e-2)
     else:
       assert run["losses"] == runs["off"]["losses"], fused
