@@ -357,7 +357,7 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
 
 def _small_kernel(group: Any) -> _kernel.Kernel | None:
   """The kernel of a group with one small weight and no 8-bit state, if there is one."""
-  if len(group.leaves) != 1 or group.program.aval(group.inputs[1]).size > 2**10:
+  if len(group.leaves) != 1 or group.program.aval(group.inputs[1]).size > _order.SMALL:
     return None
   kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, None)
   return kernel if kernel is not None and not kernel.elements.block else None
