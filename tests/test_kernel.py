@@ -133,7 +133,7 @@ def test_launches_hold_no_more_arrays_than_a_kernel_is_given():
 def test_on_a_gpu_small_weights_are_batched(tmp_path):
   """63 vectors in two launches, in place, each byte read and written once; what has no tiles is left to XLA."""
   tx = mpo.with_kernels(EXACT())
-  sizes = [512] * 60 + [256, 1024, 128, 1000, 96]
+  sizes = [512] * 60 + [256, 2**16, 128, 1000, 96]
   params, state = jax.eval_shape(lambda: mpo.init(tx, [jnp.zeros(n) for n in sizes]))
 
   def step(params, state, grads):
