@@ -9,11 +9,12 @@ Each model is compiled in every mode, then all modes make two steps in turn, in 
 round, so that whatever else the machine does meets all of them. The second one counts: it finds caches and the
 allocator as a step of its own left them, as in training. A row has the median and quartiles of the seconds, the median
 over rounds of the ratio to the first mode of the model (Optax with f32 masters), the seconds until a step is sent to
-the device and how many arrays go with it, and the seconds to trace and to compile. `leaves-*` are the optimizer alone:
-the gradients are given. `lm-125m-short` sees 128 tokens, where other language models see 512 and more, so that much of
-its step is the optimizer. `adamw-clip` clips by global norm, which value_and_update does in two passes. Prints a table
-per model and optimizer and writes step_time.json and step_time.png to --output-dir; what is there of other models, from
-the same device and versions, is kept.
+the device (on a CPU some of it is computed by then), how many arrays go with it, the seconds to send a program that
+computes nothing with those arrays, which is the host's part, and the seconds to trace and to compile. `leaves-*` are
+the optimizer alone: the gradients are given. `lm-125m-short` sees 128 tokens, where other language models see 512 and
+more, so that much of its step is the optimizer. `adamw-clip` clips by global norm, which value_and_update does in two
+passes. Prints a table per model and optimizer and writes step_time.json and step_time.png to --output-dir; what is
+there of other models, from the same device and versions, is kept.
 """
 
 import argparse
@@ -42,7 +43,10 @@ if __name__ == "__main__":  # run as a script: the root of the repository is not
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import Model, f32, language_model
-from benchmarks.modes import MODES, OPTIMIZERS
+from benchmarks.modes import MODES as COMPARED
+from benchmarks.modes import OPTIMIZERS, WITH_COPY
+
+MODES = COMPARED | WITH_COPY
 
 PyTree = Any
 
@@ -126,6 +130,7 @@ class Row:
   upper_quartile: float = 0.0
   ratio: float = 0.0
   dispatch: float = 0.0
+  host: float = 0.0
   trace: float = 0.0
   compile: float = 0.0
   error: str = ""
@@ -147,6 +152,7 @@ class Runner:
     self._state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), training.opt_state)
     self.arrays = len(jax.tree.leaves((training.params, training.opt_state)))
     self._batch = jax.tree.map(lambda s: jnp.asarray(rng.integers(0, 9, s.shape), s.dtype), model.batch)
+    self._nothing = jax.jit(lambda *args: (jnp.zeros(()), *args[:2]), donate_argnums=(0, 1))
 
   def run(self) -> tuple[float, float]:
     """Makes one step and returns the seconds until it is sent and until it is done."""
@@ -155,6 +161,14 @@ class Runner:
     sent = time.perf_counter() - started
     jax.block_until_ready(self._params)
     return sent, time.perf_counter() - started
+
+  def send_nothing(self) -> float:
+    """Returns the seconds until a step that computes nothing is sent, with the arrays of one that does."""
+    started = time.perf_counter()
+    _, self._params, self._state = self._nothing(self._params, self._state, self._batch)
+    sent = time.perf_counter() - started
+    jax.block_until_ready(self._params)
+    return sent
 
 
 def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) -> list[Row]:
@@ -167,17 +181,20 @@ def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) 
       runners[mode] = Runner(model, mode, optimizer)
       for _ in range(2):  # not measured: the first calls allocate
         runners[mode].run()
+        runners[mode].send_nothing()
     except Exception as error:  # a rival that does not run is a row, not the end of the benchmark
       rows[mode] = dataclasses.replace(rows[mode], error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
       runners.pop(mode, None)
   names = list(runners)
   seconds: dict[str, list[float]] = {mode: [] for mode in names}
   sent: dict[str, list[float]] = {mode: [] for mode in names}
+  host: dict[str, list[float]] = {mode: [] for mode in names}
   for i in range(rounds):
     for mode in np.random.default_rng(i).permutation(names):
       runners[mode].run()  # not measured: in training the step before is one of the same program
       for kept, taken in zip((sent[mode], seconds[mode]), runners[mode].run(), strict=True):
         kept.append(taken)
+      host[mode].append(runners[mode].send_nothing())
   for mode, times in seconds.items():
     low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
     rows[mode] = dataclasses.replace(
@@ -189,6 +206,7 @@ def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) 
       upper_quartile=float(high),
       ratio=float(np.median(np.array(times) / np.array(seconds[names[0]]))),
       dispatch=float(np.median(sent[mode])),
+      host=float(np.median(host[mode])),
       trace=runners[mode].trace,
       compile=runners[mode].compile,
     )
@@ -203,9 +221,11 @@ def _is_for_cpu(mode: str) -> bool:
 def make_table(rows: Sequence[Row]) -> Table:
   first = rows[0]
   title = f"{first.model} ({first.parameters / 1e6:,.1f}M parameters), {first.optimizer}"
-  table = Table("", "ms per step", "quartiles", "ratio", "sent after ms", "arrays", "trace s", "compile s", title=title)
+  table = Table(
+    "", "ms per step", "quartiles", "ratio", "sent after ms", "arrays", "host ms", "trace s", "compile s", title=title
+  )
   for row in rows:
-    cells = ["", "", "", "", "", "", row.error]
+    cells = ["", "", "", "", "", "", "", row.error]
     if not row.error:
       cells = [
         f"{row.median * 1e3:.3g}",
@@ -213,6 +233,7 @@ def make_table(rows: Sequence[Row]) -> Table:
         f"{row.ratio:.3f}",
         f"{row.dispatch * 1e3:.2f}",
         f"{row.arrays}",
+        f"{row.host * 1e3:.2f}",
         f"{row.trace:.1f}",
         f"{row.compile:.1f}",
       ]

@@ -10,8 +10,9 @@ leaves stay sharded and stacks of layers stay stacks.
 * **Scales** are f32 patterns rounded to 16 bits: no sign, 8 bits of exponent, 8 of mantissa. That is bf16 with the sign
   bit, which a magnitude does not need, spent on precision. The range is that of f32.
 * **Levels.** Signed: t / (2 - |t|) for t = code / 127 or, below zero, code / 128; zero is zero. Non-negative:
-  ((code + 1/2) / 255.5)^1.75; there is no zero in a block that is not all zero, since a second moment that rounds to
-  zero under a first moment that does not would blow up the update.
+  2 t^2 / (1 + t) for t = (code + 1/2) / 255.5; there is no zero in a block that is not all zero, since a second moment
+  that rounds to zero under a first moment that does not would blow up the update. One takes a division to undo, the
+  other a square root.
 * **Nothing sticks.** A moment that decays by 0.1% a step moves by less than half a level, and a 16-bit scale by less
   than half of its last place: rounding to nearest would undo every such step. So scales, and values that move by less
   than one level, are rounded up or down in proportion (that is, without bias), by a low-discrepancy sequence in the
@@ -24,13 +25,14 @@ arXiv:2110.02861; levels by companding for each kind of state those of FlashOpti
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from optax_mpo import _order
 
 BITS = (4, 8)
 """The widths of codes there are."""
@@ -76,46 +78,13 @@ def block_size_of(length: int, count: int) -> int:
   return size
 
 
-def _top(negative: jax.Array | bool, dtype: jnp.dtype) -> Any:
+def _top(negative: Any, dtype: jnp.dtype) -> Any:
   """The magnitude of the last code, whose level is 1; there is one more below zero than above."""
   info = jnp.iinfo(dtype)
   return jnp.where(negative, np.float32(-int(info.min)), np.float32(info.max)) if info.min else np.float32(info.max)
 
 
-def _level(code: jax.Array, top: Any, signed: bool) -> jax.Array:
-  """The level of a magnitude's code, f32[*s] in [0, top] -> f32[*s] in [0, 1]."""
-  if signed:
-    return code / (2 * top - code)  # t / (2 - t) with t = code / top
-  z = (code + 0.5) / (top + 0.5)
-  return z * z / jnp.sqrt(jnp.sqrt(z))
-
-
-def _position(level: jax.Array, top: Any, signed: bool) -> jax.Array:
-  """The inverse of `_level` to 1e-3, for every number in [0, 1] and a little above it."""
-  if signed:
-    return top * (2 * level / (1 + level))
-  return (top + 0.5) * _power(level) - 0.5
-
-
-# 1 + x -> log2 for x in [0, 1), and x -> 2^x for x in [-1/2, 1/2], by interpolation at Chebyshev's points, from x^0 on:
-# to 4e-7 and 8e-08.
-_LOG2 = (3.68561410e-07, 1.44264755, -0.720316064, 0.472086916, -0.321960285, 0.188752738, -0.0756513747, 0.0144403525)
-_EXP2 = (1.00000008, 0.693147188, 0.240221075, 0.0555035711, 0.00967603192, 0.00133908634)
 _WHOLE = 1.5 * 2**23  # a number to whose pattern that of a small one is added, rounded to a whole one
-
-
-def _power(x: jax.Array) -> jax.Array:
-  """`x^(1 / 1.75)` for f32[*s] in [0, 1], to 4e-6 of it, and next to nothing for zero.
-
-  Of sums and products alone, which are the same on every GPU, and take a third of the time of exp and log on CPUs.
-  """
-  pattern = lax.bitcast_convert_type(x, jnp.int32)
-  exponent = (lax.shift_right_logical(pattern, 23) - 127).astype(jnp.float32)
-  fraction = lax.bitcast_convert_type((pattern & 0x007F_FFFF) | 0x3F80_0000, jnp.float32) - 1
-  log2 = (exponent + _polynomial(_LOG2, fraction)) * np.float32(1 / 1.75)
-  whole = _pattern(log2) - 0x4B40_0000
-  power = lax.bitcast_convert_type(_polynomial(_EXP2, log2 - whole.astype(jnp.float32)), jnp.int32)
-  return lax.bitcast_convert_type(power + (whole << 23), jnp.float32)
 
 
 def _pattern(x: jax.Array) -> jax.Array:
@@ -129,16 +98,6 @@ def _pattern(x: jax.Array) -> jax.Array:
 def _greater(x: jax.Array, y: Any) -> jax.Array:
   """The greater of two numbers that are no NaN: for those XLA:CPU's maximum takes more than one instruction."""
   return jnp.where(x > y, x, y)
-
-
-def _polynomial(coefficients: Sequence[float], x: jax.Array) -> jax.Array:
-  """A polynomial, from its constant on, in as few steps that wait for each other as there are."""
-  terms: list[Any] = [np.float32(c) for c in coefficients]
-  while len(terms) > 1:
-    pairs = zip(terms[::2], terms[1::2], strict=False)
-    terms = [a + b * x for a, b in pairs] + (terms[-1:] if len(terms) % 2 else [])
-    x = x * x
-  return terms[0]
 
 
 def _is_signed(dtype: jnp.dtype) -> bool:
@@ -176,9 +135,13 @@ def _block_max(x: jax.Array, count: int) -> jax.Array:
 def dequantize(stored: Quantized) -> jax.Array:
   """Returns the numbers that `stored` stands for, f32[*s]."""
   codes, dtype = stored.values.astype(jnp.float32), stored.values.dtype
-  level = _level(jnp.abs(codes), _top(codes < 0, dtype), _is_signed(dtype))
-  value = level * _spread(_unpack_scales(stored.scales), codes.shape[-1])
-  return jnp.where(codes < 0, -value, value) if _is_signed(dtype) else value
+  top = _top(codes < 0, dtype)
+  if _is_signed(dtype):
+    level = codes / (2 * top - jnp.abs(codes))
+  else:
+    size, u = top + np.float32(0.5), codes + np.float32(0.5)
+    level = u * u * (2 / size) / (codes + (size + np.float32(0.5)))
+  return level * _spread(_unpack_scales(stored.scales), codes.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
@@ -190,7 +153,7 @@ def quantize(x: jax.Array, bits: int, signed: bool, block_size: int) -> Quantize
   count = blocks(x.shape[-1], block_size)
   x = jnp.where(jnp.isfinite(x), x, 0)
   scales = _pack_scales(_largest_magnitude(x, signed, count), jnp.uint32(1 << (_SCALE_SHIFT - 1)))
-  codes = _encode(x, _unpack_scales(scales), codes_dtype(bits, signed), np.float32(0.5))
+  codes = _encode(x, _unpack_scales(scales), codes_dtype(bits, signed))
   return Quantized(codes, scales)
 
 
@@ -221,13 +184,10 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
   scales = _pack_scales(largest, _dither(step, salt, old.scales.shape[-1]) >> (32 - _SCALE_SHIFT))
 
   # Divided by the exact maximum, not the stored one: so the codes of a block that only decays stay what they are.
-  dither = (_dither(step, salt + 1, length) >> 24).astype(jnp.float32)
-  codes = _encode(x, largest, dtype, (np.float32(255.5) - dither) * np.float32(1 / 256), old.values)
+  dither = _dither(step, salt + 1, length) >> 24
+  ways = _ways((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256), dtype)
+  codes = _encode(x, largest, dtype, _order.held(ways, dither.astype(jnp.uint16)), old.values)
   return Quantized(jnp.where(_spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
-
-
-def _magnitude(x: jax.Array, signed: bool) -> jax.Array:
-  return jnp.abs(x) if signed else _greater(x, np.float32(0))
 
 
 def _largest_magnitude(x: jax.Array, signed: bool, count: int) -> jax.Array:
@@ -247,36 +207,71 @@ def _pack_scales(largest: jax.Array, dither: jax.Array) -> jax.Array:
   return jnp.minimum((pattern + dither) >> _SCALE_SHIFT, _LARGEST_SCALE).astype(jnp.uint16)
 
 
-def _encode(x: jax.Array, scale: jax.Array, dtype: jnp.dtype, dither: Any, old: jax.Array | None = None) -> jax.Array:
-  """Returns the codes of `x`; with `old` codes, those that move by less than one are rounded by `dither` in (0, 1).
+def _encode(
+  x: jax.Array, scale: jax.Array, dtype: jnp.dtype, ways: Any = None, old: jax.Array | None = None
+) -> jax.Array:
+  """Returns the codes of `x`: to nearest, but those that move by less than one from `old` are rounded up by `ways`.
 
-  A number that has come a part of the way from one level to the next, in units of what they stand for, is rounded up
-  where that part is `dither` or more: to nearest with 1/2.
+  Args:
+    x: the numbers, f32[*s].
+    scale: the largest magnitudes of their blocks.
+    dtype: of the codes.
+    ways: `_ways` of how far a number has to have come from one level to the next, in (0, 1), to be rounded up.
+    old: the codes before.
   """
   signed, top = _is_signed(dtype), _top(x < 0, dtype)
+  position = (_signed_position if signed else _nonnegative_position)(x, scale, top)
+  lower = jnp.floor(position)
+  if not signed:
+    lower = _greater(lower, np.float32(0))
+  way = _ways(np.float32(0.5), dtype)
+  if old is not None:
+    way = jnp.where(jnp.abs(lower + np.float32(0.5) - old.astype(jnp.float32)) < 1, ways, way)
+  is_past = (_is_past_signed if signed else _is_past_nonnegative)(position - lower, way, lower, top)
+  return _pattern(lower + is_past.astype(jnp.float32)).astype(dtype)
+
+
+def _signed_position(x: jax.Array, scale: jax.Array, top: Any) -> jax.Array:
+  """Where `x: f32[*s]` lies between the levels of signed codes, f32[*s] from -top to top."""
+  # The halves of numbers close to the largest there are do not overflow; next to none at all is no division by zero.
+  half = _spread(jnp.maximum(scale * np.float32(0.5), np.finfo(np.float32).tiny), x.shape[-1])
+  return x / (half + jnp.abs(x) * np.float32(0.5)) * top
+
+
+def _nonnegative_position(x: jax.Array, scale: jax.Array, top: Any) -> jax.Array:
+  """Where `x: f32[*s]` lies between the levels of codes without a sign, f32[*s] from -1/2 to top."""
   # Twice by the root, since the reciprocal of the largest scales is subnormal, and XLA:CPU would flush it.
   root = _spread(jnp.where(scale > 0, lax.rsqrt(scale), 0), x.shape[-1])
-  position = _position(_magnitude(x, signed) * root * root, top, signed)
-  lower = jnp.floor(position) if signed else _greater(jnp.floor(position), np.float32(0))  # of the largest: its code
-  if old is not None:
-    before = old.astype(jnp.float32)
-    before = jnp.where(x < 0, -before, before) if signed else before
-    dither = jnp.where(jnp.abs(lower + np.float32(0.5) - before) < 1, dither, np.float32(0.5))
-  code = lower + _is_past(position - lower, dither, lower, top, signed).astype(jnp.float32)
-  return _pattern(jnp.where(x < 0, -code, code) if signed else code).astype(dtype)
+  level = _greater(x, np.float32(0)) * root * root
+  return (level + jnp.sqrt(level * (level + 8))) * ((top + np.float32(0.5)) / 4) - np.float32(0.5)
 
 
-def _is_past(part: jax.Array, dither: Any, lower: jax.Array, top: Any, signed: bool) -> jax.Array:
-  """Whether `level(lower + part)` has come `dither` of the way from `level(lower)` to `level(lower + 1)`.
+def _is_past_signed(part: jax.Array, way: Any, lower: jax.Array, top: Any) -> jax.Array:
+  """Whether `level(lower + part)` has come `way` from `level(lower)` to `level(lower + 1)`, but without a level.
 
-  Without a level: where it has, `part = dither + c * dither * (1 - dither)`, in which c is the levels' curvature. For
-  signed codes that is `1 / (2 top - 1 - lower + dither)`. For the others it is 0.375 / (lower + 0.56 + 0.84 dither),
-  nearly: to 0.005 of a step for the first one, to 0.001 for the others, and as exactly as one likes at its ends.
+  On the right is how much levels curve: away from zero on both sides of it.
   """
-  if signed:
-    return part * (2 * top - 1 - lower + dither) >= dither * (2 * top - lower)
-  curved = lower + np.float32(0.56) + np.float32(0.84) * dither
-  return (part - dither) * curved >= np.float32(0.375) * dither * (1 - dither)
+  curve = part * (1 - way)
+  return (part - way) * (2 * top - jnp.abs(lower)) >= jnp.where(lower < 0, -curve, curve)
+
+
+def _is_past_nonnegative(part: jax.Array, way: Any, lower: jax.Array, top: np.float32) -> jax.Array:
+  """The same for codes without a sign and one of `_ways`."""
+  size = top + np.float32(0.5)
+  t = lower * (1 / size)  # but for 1/2 / size
+  slope = t + (1 + np.float32(0.5) / size)
+  rest = (lower + np.float32(0.5)) * (t + (2 + np.float32(0.5) / size))
+  return part * (rest + part * slope) >= way * (rest + slope)
+
+
+def _ways(way: Any, dtype: jnp.dtype) -> Any:
+  """Corrects f32[*s] for what `_is_past_nonnegative` leaves out, that t grows within a step: to 0.06 / top of one.
+
+  Where t grows, a way is shorter by `way * (1 - way) / (1 + t)` of the growth of t. It is done here, by columns, with
+  one number in place of 1 / (1 + t), which lies between 1/2 and 1.
+  """
+  top = _top(False, dtype)
+  return way if _is_signed(dtype) else way - np.float32(0.72) / (top + np.float32(0.5)) * (way * (1 - way))
 
 
 # The two-dimensional Weyl sequence of the plastic number: step times one constant, column times the other, modulo 1.

@@ -24,7 +24,7 @@ ARROWS = {
     | {"_step_weight", "_tree", "_types", "_wrapping"},
     {"jax", "optax"},
   ),
-  "_blocks": (set(), {"jax", "numpy"}),
+  "_blocks": ({"_order"}, {"jax", "numpy"}),
   "_state_kinds": (set(), {"jax"}),
   "_quantized": ({"_blocks", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_convert": ({"_blocks", "_compensated", "_formats", "_quantized", "_tree"}, {"jax", "optax"}),
