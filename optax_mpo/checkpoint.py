@@ -29,7 +29,7 @@ from optax_mpo import _tree
 
 PyTree = Any
 
-_FORMAT = 1
+_FORMAT = 2  # in 1 the codes of second moments stood for other levels
 _STORED_AS = {"uint4": "uint8", "int4": "int8", "bool": "uint8"}
 
 
@@ -156,11 +156,13 @@ class Checkpointer:
   def _read(self, step: int, like: PyTree) -> PyTree:
     names, leaves = _flatten(like)
     about = self._read_part(step, about=ocp.args.JsonRestore())
-    if about.get("format") != _FORMAT:
+    if about.get("format") not in (1, _FORMAT):
       raise ValueError(
         f"Checkpointer.restore: step {step} in {self.directory} has the format {about.get('format')!r}, and this "
         f"version of optax_mpo reads {_FORMAT}."
       )
+    if about["format"] == 1:
+      _check_levels(f"step {step} in {self.directory}", about["leaves"])
     _check_like(f"step {step} in {self.directory}", about["leaves"], names, leaves)
     structs = {_key(i): _struct(name, leaf) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))}
     arrays = self._read_part(step, arrays=ocp.args.StandardRestore(structs))
@@ -180,6 +182,17 @@ class Checkpointer:
 
 class _DamagedError(Exception):
   """A checkpoint that is not whole, and why."""
+
+
+def _check_levels(where: str, saved: Sequence[dict[str, Any]]) -> None:
+  """Raises where leaves of the format 1 are codes that stand for other numbers now."""
+  for leaf in saved:
+    if leaf["name"].endswith(".values") and leaf["dtype"] in ("uint8", "uint4"):
+      raise ValueError(
+        f"Checkpointer.restore: {leaf['name']} of {where} has 8-bit codes from before optax_mpo changed the levels of "
+        "second moments. Restore it with the commit that saved it, and save it in f32 (optax_mpo.convert), or start "
+        "from its weights with a new state."
+      )
 
 
 def _key(index: int) -> str:

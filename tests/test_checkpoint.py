@@ -129,6 +129,22 @@ def test_another_version_is_named(tmp_path):
     checkpoints.restore({"w": jnp.zeros(3)})
 
 
+def test_codes_of_other_levels_are_named(tmp_path):
+  tx = mpo.quantized_state(optax.adam(1e-3), min_size=1)
+  tree = {"exact": jnp.arange(8.0), "state": tx.init(jnp.zeros((2, 8)))}
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, {"exact": tree["exact"]})
+    checkpoints.save(2, tree)
+  for step in (1, 2):
+    file = tmp_path / f"{step}/about/metadata"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+  with Checkpointer(tmp_path) as checkpoints:
+    _, restored = checkpoints.restore({"exact": tree["exact"]}, 1)  # has no such codes
+    np.testing.assert_array_equal(restored["exact"], tree["exact"])
+    with pytest.raises(ValueError, match=r"\.nu\.values of step 2 .* has 8-bit codes from before"):
+      checkpoints.restore(tree)
+
+
 def flip(file):
   data = bytearray(file.read_bytes())
   data[len(data) // 2] ^= 0xFF
