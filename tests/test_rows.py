@@ -1,7 +1,9 @@
 """Weights with 8-bit state are stepped by rows on CPUs: the same bits, in place, and only where that is possible."""
 
+import collections
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -124,6 +126,16 @@ def test_no_array_of_the_weight_is_made(monkeypatch):
   assert memory.temp_size_in_bytes < 20 * _rows.ELEMENTS + 4 * size  # and gradient and weight as integers
   at_once(monkeypatch)
   assert compiled(tx, *args).memory_analysis().temp_size_in_bytes > 8 * size
+
+
+def test_nothing_is_computed_twice():
+  """Divisions and roots are what takes longest: one for each level, code and weight; and dithers are for columns."""
+  tx = compact(optax.adamw(1e-2))
+  program = text(compiled(tx, *begin(tx, 1024, 1024)))
+  found = collections.Counter(re.findall(r"= f32\[512,1024\]\S* (divide|sqrt|rsqrt)\(", program))
+  # Levels of two moments, codes of the first, Adam's quotient, and the one by one that holds new master weights.
+  assert found == {"divide": 5, "sqrt": 2}
+  assert len(re.findall(r"= f32\[1024\]\S* divide\(", program)) == 2  # what holds two moments' dithers
 
 
 @pytest.mark.parametrize(
