@@ -186,7 +186,8 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
   # Divided by the exact maximum, not the stored one: so the codes of a block that only decays stay what they are.
   dither = _dither(step, salt + 1, length) >> 24
   ways = _ways((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256), dtype)
-  codes = _encode(x, largest, dtype, _order.held(ways, dither.astype(jnp.uint16)), old.values)
+  ways = _order.held(ways, dither.astype(jnp.uint16))  # once for each column, and not for each element
+  codes = _encode(x, largest, dtype, ways, old.values)
   return Quantized(jnp.where(_spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
 
 
@@ -270,8 +271,9 @@ def _ways(way: Any, dtype: jnp.dtype) -> Any:
   Where t grows, a way is shorter by `way * (1 - way) / (1 + t)` of the growth of t. It is done here, by columns, with
   one number in place of 1 / (1 + t), which lies between 1/2 and 1.
   """
-  top = _top(False, dtype)
-  return way if _is_signed(dtype) else way - np.float32(0.72) / (top + np.float32(0.5)) * (way * (1 - way))
+  if _is_signed(dtype):
+    return way
+  return way - np.float32(0.72) / (_top(False, dtype) + np.float32(0.5)) * (way * (1 - way))
 
 
 # The two-dimensional Weyl sequence of the plastic number: step times one constant, column times the other, modulo 1.

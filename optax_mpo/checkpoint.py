@@ -159,7 +159,7 @@ class Checkpointer:
     if about.get("format") not in (1, _FORMAT):
       raise ValueError(
         f"Checkpointer.restore: step {step} in {self.directory} has the format {about.get('format')!r}, and this "
-        f"version of optax_mpo reads {_FORMAT}."
+        f"version of optax_mpo reads 1 and {_FORMAT}."
       )
     if about["format"] == 1:
       _check_levels(f"step {step} in {self.directory}", about["leaves"])
@@ -189,7 +189,7 @@ def _check_levels(where: str, saved: Sequence[dict[str, Any]]) -> None:
   for leaf in saved:
     if leaf["name"].endswith(".values") and leaf["dtype"] in ("uint8", "uint4"):
       raise ValueError(
-        f"Checkpointer.restore: {leaf['name']} of {where} has 8-bit codes from before optax_mpo changed the levels of "
+        f"Checkpointer.restore: {leaf['name']} of {where} has codes from before optax_mpo changed the levels of "
         "second moments. Restore it with the commit that saved it, and save it in f32 (optax_mpo.convert), or start "
         "from its weights with a new state."
       )
