@@ -139,11 +139,15 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
     # The backward pass goes on with `ties`. One barrier makes the step wait for them, and with them for the last use of
     # the old weights, so that they can be overwritten; the other makes what follows wait for the step.
     ties = plan.ties.get(i, ())
-    before = ([[read(a) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties])
-    # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
-    tied = _barrier if isinstance(store, Parts) else _order.tie
-    grads, held = tied(before) if ties else before
-    store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due], held)
+    grads = {a: read(a) for index in due for a in plan.sites[index].grads if _plan.constant(plan.program, a) is None}
+    held = [env[v] for v in ties]
+    if ties:
+      # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
+      grads, held = (_barrier if isinstance(store, Parts) else _order.tie)((grads, held))
+    taken = [
+      [grads[a] if isinstance(a, int) and a in grads else read(a) for a in plan.sites[index].grads] for index in due
+    ]
+    store.step(due, [plan.sites[index].step for index in due], taken, [shared[index] for index in due], held)
     changed, held = _barrier(([store.held(index) for index in due], held))
     for index, new in zip(due, changed, strict=True):
       store.hold(index, new)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo import _plan, _release, _separable, _two_pass
+from optax_mpo import _jaxpr, _plan, _release, _separable, _two_pass
 
 PyTree = Any
 
@@ -21,7 +21,7 @@ class Leaf(NamedTuple):
   Attributes:
     name: such as `params['head']['w']`.
     shape: of the leaf.
-    stepped: `in scan`, `after the scan`, `at once`, `at the end` or `with a zero gradient`.
+    stepped: `in scan`, `after the scan`, `at once`, `at the end`, `with a zero gradient` or `without a gradient`.
     why: the reason, where it is not the best there is.
     gradient_bytes: the bytes of gradient that are held for it at a time.
     parameters: its number of elements.
@@ -75,6 +75,7 @@ def explain(
   - `at once`: as soon as its gradient is complete and the weight has been read for the last time.
   - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
   - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
+  - `without a gradient`: its update reads none, as that of frozen weights, so that none is computed.
 
   Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, `together` of small
   leaves that share one, and `why` says of the other layers of scans why they are left to XLA.
@@ -115,8 +116,9 @@ def explain(
   References:
     See `value_and_update`.
   """
-  traced = _release.Traced(loss_fn, has_aux, params, args, kwargs)
+  _jaxpr.check_forms("explain")
   update = _separable.Update(tx, params, opt_state, "explain")
+  traced = _release.Traced(loss_fn, has_aux, update, params, args, kwargs)
   groups = _two_pass.TwoPass(update, "explain").groups if two_pass and update.is_coupled else _release.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = _plan.make_plan(traced.program, sites, traced.results)

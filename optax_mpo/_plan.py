@@ -27,6 +27,7 @@ _VIEWS = frozenset(
   """transpose reshape squeeze expand_dims convert_element_type sharding_constraint copy copy_p stop_gradient slice
   optimization_barrier""".split()
 )
+FROZEN = ("without a gradient", "its update does not read one")
 _AFTER = ("after the scan", "small, so that it is stepped whole")
 
 
@@ -116,9 +117,18 @@ def gradient_bytes(plan: Plan, index: int) -> int:
       if r.index == index:
         return gradient_bytes(scan.plan, k)
   site = plan.sites[index]
-  if site.placed[0] == "with a zero gradient":
-    return 0
-  return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(plan.program.aval, site.grads))
+  atoms = [a for a in site.grads if constant(plan.program, a) is None]
+  return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(plan.program.aval, atoms))
+
+
+def constant(program: _jaxpr.Program, atom: _jaxpr.Atom) -> Any:
+  """The number that every element of a gradient is, as the zeros of a leaf that nothing depends on; or None."""
+  while isinstance(atom, int):
+    made = program.makers.get(atom)
+    if made is None or program.operations[made].name not in ("broadcast_in_dim", "convert_element_type"):
+      return None
+    atom = program.operations[made].inputs[0]
+  return atom.val
 
 
 class _Planner:
@@ -200,7 +210,7 @@ class _Planner:
   def _placed(self, site: Site) -> tuple[str, str]:
     """How a site outside of scans is stepped, and why."""
     program = self.program
-    if all(self._is_constant(atom) for atom in site.grads):
+    if all(constant(program, atom) == 0 for atom in site.grads):
       return "with a zero gradient", "the loss does not depend on it"
     summed = [
       i for atom in site.grads if (i := self._made(atom)) >= 0 and program.operations[i].name in ("scan", "while")
@@ -208,15 +218,6 @@ class _Planner:
     if summed:
       return "at once", f"its gradient is summed in a {program.operations[summed[0]].name}"
     return "at once, by a kernel" if site.step.kernel else "at once", ""
-
-  def _is_constant(self, atom: _jaxpr.Atom) -> bool:
-    """Whether a gradient is made of nothing but a literal, as JAX writes the zeros of an unused leaf."""
-    while isinstance(atom, int):
-      made = self._made(atom)
-      if made < 0 or self.program.operations[made].name not in ("broadcast_in_dim", "convert_element_type"):
-        return False
-      atom = self.program.operations[made].inputs[0]
-    return True
 
   def _last_read(self, var: int) -> int:
     """The last operation that reads a variable, be it through a view of it."""

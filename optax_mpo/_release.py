@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_mpo import _evaluate, _jaxpr, _order, _plan, _separable, _site, _tree, _two_pass, _wrapping
@@ -23,11 +24,23 @@ _CALLER = "value_and_update"
 
 
 class Traced:
-  """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes."""
+  """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes.
 
-  def __init__(self, loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, args: Any, kwargs: Any):
-    _jaxpr.check_forms(_CALLER)
+  The loss is differentiated with respect to the leaves whose gradients the update reads. The others, such as frozen
+  weights, have a gradient of zeros, which nothing reads.
+  """
+
+  def __init__(
+    self,
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    update: _separable.Update,
+    params: PyTree,
+    args: Any,
+    kwargs: Any,
+  ):
     self.leaves, treedef = jax.tree.flatten(params)
+    self._trained = [update.needs_gradient(i) for i in range(len(self.leaves))]
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
     self.lifted = [x for x in rest if _tree.is_array(x)]
     self._out: Any = None
@@ -35,10 +48,16 @@ class Traced:
     def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
       values = iter(lifted)
       args, kwargs = rest_treedef.unflatten([next(values) if _tree.is_array(x) else x for x in rest])
-      out, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(treedef.unflatten(leaves), *args, **kwargs)
+
+      def loss_of(trained: dict[int, Any]) -> Any:
+        return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
+
+      trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
+      out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained)
+      grads = [found[i] if i in found else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
       results, out_treedef = jax.tree.flatten(out)
       self._out = [None if _tree.is_array(x) else x for x in results], out_treedef
-      return [x for x in results if _tree.is_array(x)], jax.tree.leaves(grads)
+      return [x for x in results if _tree.is_array(x)], grads
 
     closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
     for (name, _), leaf in zip(_tree.named_leaves(params), self.leaves, strict=True):
@@ -54,7 +73,11 @@ class Traced:
 
   def sites(self, groups: Sequence[_separable.Group], kernels: bool) -> list[_site.Site]:
     """Where the weights are stepped, each with its gradient; by kernels, where there are any."""
-    return _site.of_groups(groups, self.grads, self.program.inputs, kernels)
+    sites = _site.of_groups(groups, self.grads, self.program.inputs, kernels)
+    for site in sites:
+      if not any(self._trained[i] for i in site.leaves):
+        site.placed = _plan.FROZEN
+    return sites
 
   def output(self, results: Sequence[Any]) -> Any:
     """Puts the arrays of the loss function's result back into its tree."""
@@ -125,8 +148,9 @@ def value_and_update(
   tx = _wrapping.as_transformation(tx, _CALLER, "tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
-    traced = Traced(loss_fn, has_aux, params, args, kwargs)
+    _jaxpr.check_forms(_CALLER)
     update = _separable.Update(tx, params, opt_state, _CALLER)
+    traced = Traced(loss_fn, has_aux, update, params, args, kwargs)
     old, state_treedef = jax.tree.flatten(opt_state)
     values, new_states = update.run_shared()
     new_weights: dict[int, Any] = {}
