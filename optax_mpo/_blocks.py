@@ -12,7 +12,8 @@ leaves stay sharded and stacks of layers stay stacks.
 * **Levels.** Signed: t / (2 - |t|) for t = code / 127 or, below zero, code / 128; zero is zero. Non-negative:
   2 t^2 / (1 + t) for t = (code + 1/2) / 255.5; there is no zero in a block that is not all zero, since a second moment
   that rounds to zero under a first moment that does not would blow up the update. One takes a division to undo, the
-  other a square root.
+  other a square root. *Wide*, for signed numbers of which small ones must not become zero: the 8-bit floats of
+  `float8_e4m3fn`, in 256ths of the largest, down to 7.6e-6 of it.
 * **Nothing sticks.** A moment that decays by 0.1% a step moves by less than half a level, and a 16-bit scale by less
   than half of its last place: rounding to nearest would undo every such step. So scales, and values that move by less
   than one level, are rounded up or down in proportion (that is, without bias), by a low-discrepancy sequence in the
@@ -25,7 +26,7 @@ arXiv:2110.02861; levels by companding for each kind of state those of FlashOpti
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,10 @@ from optax_mpo import _order
 BITS = (4, 8)
 """The widths of codes there are."""
 
+Kind = Literal["signed", "nonnegative", "wide"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The kinds of numbers there are codes for."""
+
 _SCALE_SHIFT = 15  # of an f32 pattern without its sign, the upper 16 bits are kept
 _LARGEST_SCALE = 0xFEFF  # the largest finite one
 
@@ -44,11 +49,11 @@ _LARGEST_SCALE = 0xFEFF  # the largest finite one
 class Quantized(NamedTuple):
   """An array in blocks along its last axis; see `dequantize`.
 
-  It says all that there is to know about itself: codes are signed integers for signed numbers and unsigned ones for
-  non-negative numbers, and the block size, a power of two, follows from the two shapes.
+  It says all that there is to know about itself: codes are signed integers for signed numbers, unsigned ones for
+  non-negative numbers and floats for wide ones; the block size, a power of two, follows from the two shapes.
 
   Attributes:
-    values: codes, `int8[*s]`, `uint8[*s]`, `int4[*s]` or `uint4[*s]`, of the shape of the array.
+    values: codes, `int8[*s]`, `uint8[*s]`, `int4[*s]`, `uint4[*s]` or `float8_e4m3fn[*s]`, of the shape of the array.
     scales: `uint16[*s[:-1], blocks]`, upper halves of the f32 patterns of the blocks' largest magnitudes.
   """
 
@@ -56,9 +61,16 @@ class Quantized(NamedTuple):
   scales: jax.Array
 
 
-def codes_dtype(bits: int, signed: bool) -> jnp.dtype:
-  """Returns the dtype of the codes: int8 or int4 for signed numbers, uint8 or uint4 for non-negative ones."""
-  return jnp.dtype(f"{'int' if signed else 'uint'}{bits}")
+def codes_dtype(bits: int, kind: Kind) -> jnp.dtype:
+  """Returns the dtype of the codes. Wide ones have 8 bits, whatever `bits` is."""
+  return jnp.dtype({"signed": f"int{bits}", "nonnegative": f"uint{bits}", "wide": jnp.float8_e4m3fn}[kind])
+
+
+def kind_of(dtype: jnp.dtype) -> Kind:
+  """Returns the kind of numbers that codes of a dtype stand for."""
+  if jnp.issubdtype(dtype, jnp.floating):
+    return "wide"
+  return "signed" if jnp.issubdtype(dtype, jnp.signedinteger) else "nonnegative"
 
 
 def blocks(length: int, block_size: int) -> int:
@@ -100,10 +112,6 @@ def _greater(x: jax.Array, y: Any) -> jax.Array:
   return jnp.where(x > y, x, y)
 
 
-def _is_signed(dtype: jnp.dtype) -> bool:
-  return jnp.issubdtype(dtype, jnp.signedinteger)
-
-
 def _unpack_scales(scales: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(scales.astype(jnp.uint32) << _SCALE_SHIFT, jnp.float32)
 
@@ -135,25 +143,29 @@ def _block_max(x: jax.Array, count: int) -> jax.Array:
 def dequantize(stored: Quantized) -> jax.Array:
   """Returns the numbers that `stored` stands for, f32[*s]."""
   codes, dtype = stored.values.astype(jnp.float32), stored.values.dtype
-  top = _top(codes < 0, dtype)
-  if _is_signed(dtype):
-    level = codes / (2 * top - jnp.abs(codes))
+  kind = kind_of(dtype)
+  if kind == "wide":
+    level = codes * np.float32(1 / _WIDE_TOP)
+  elif kind == "signed":
+    level = codes / (2 * _top(codes < 0, dtype) - jnp.abs(codes))
   else:
+    top = _top(False, dtype)
     size, u = top + np.float32(0.5), codes + np.float32(0.5)
     level = u * u * (2 / size) / (codes + (size + np.float32(0.5)))
   return level * _spread(_unpack_scales(stored.scales), codes.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
-def quantize(x: jax.Array, bits: int, signed: bool, block_size: int) -> Quantized:
-  """Rounds `x: f32[*s]`, of one axis or more, to the nearest that can be stored.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def quantize(x: jax.Array, dtype: jnp.dtype, block_size: int) -> Quantized:
+  """Rounds `x: f32[*s]`, of one axis or more, to the nearest that codes of `dtype` can store.
 
-  Negative entries become zero where not `signed`, and entries that are not finite as well.
+  Entries that are not finite become zero, and negative ones where the codes have no sign.
   """
   count = blocks(x.shape[-1], block_size)
   x = jnp.where(jnp.isfinite(x), x, 0)
-  scales = _pack_scales(_largest_magnitude(x, signed, count), jnp.uint32(1 << (_SCALE_SHIFT - 1)))
-  codes = _encode(x, _unpack_scales(scales), codes_dtype(bits, signed))
+  scales = _pack_scales(_largest_magnitude(x, dtype, count), jnp.uint32(1 << (_SCALE_SHIFT - 1)))
+  scale = _unpack_scales(scales)
+  codes = _encode_wide(x, scale) if kind_of(dtype) == "wide" else _encode(x, scale, dtype)
   return Quantized(codes, scales)
 
 
@@ -163,7 +175,7 @@ def largest_of(x: jax.Array, old: Quantized) -> jax.Array:
 
   It is no finite number where an element of the block is none.
   """
-  return _largest_magnitude(x, _is_signed(old.values.dtype), old.scales.shape[-1])
+  return _largest_magnitude(x, old.values.dtype, old.scales.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
@@ -184,21 +196,25 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
   scales = _pack_scales(largest, _dither(step, salt, old.scales.shape[-1]) >> (32 - _SCALE_SHIFT))
 
   # Divided by the exact maximum, not the stored one: so the codes of a block that only decays stay what they are.
-  dither = _dither(step, salt + 1, length) >> 24
-  ways = _ways((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256), dtype)
-  ways = _order.held(ways, dither.astype(jnp.uint16))  # once for each column, and not for each element
-  codes = _encode(x, largest, dtype, ways, old.values)
+  dither = _dither(step, salt + 1, length)
+  if kind_of(dtype) == "wide":
+    codes = _encode_wide(x, largest, dither, old.values)
+  else:
+    dither >>= 24
+    ways = _ways((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256), dtype)
+    ways = _order.held(ways, dither.astype(jnp.uint16))  # once for each column, and not for each element
+    codes = _encode(x, largest, dtype, ways, old.values)
   return Quantized(jnp.where(_spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
 
 
-def _largest_magnitude(x: jax.Array, signed: bool, count: int) -> jax.Array:
+def _largest_magnitude(x: jax.Array, dtype: jnp.dtype, count: int) -> jax.Array:
   """The largest magnitude in each block, f32[*s] -> f32[*s[:-1], count]; no finite number if an element is none.
 
   As whole numbers, which patterns of magnitudes are sorted like, those that are not finite above all others: XLA:CPU
   reduces them where they are made, and floating ones in a library, from an array that it has to write for that.
   """
   pattern = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFF_FFFF
-  if not signed:
+  if kind_of(dtype) == "nonnegative":
     pattern = jnp.where((x < 0) & jnp.isfinite(x), 0, pattern)
   return lax.bitcast_convert_type(_block_max(pattern, count), jnp.float32)
 
@@ -220,7 +236,7 @@ def _encode(
     ways: `_ways` of how far a number has to have come from one level to the next, in (0, 1), to be rounded up.
     old: the codes before.
   """
-  signed, top = _is_signed(dtype), _top(x < 0, dtype)
+  signed, top = kind_of(dtype) == "signed", _top(x < 0, dtype)
   position = (_signed_position if signed else _nonnegative_position)(x, scale, top)
   lower = jnp.floor(position)
   if not signed:
@@ -230,6 +246,46 @@ def _encode(
     way = jnp.where(jnp.abs(lower + np.float32(0.5) - old.astype(jnp.float32)) < 1, ways, way)
   is_past = (_is_past_signed if signed else _is_past_nonnegative)(position - lower, way, lower, top)
   return _pattern(lower + is_past.astype(jnp.float32)).astype(dtype)
+
+
+_WIDE_TOP = 256  # the code of the largest: a power of two, so that what lies on a level stays there
+_WIDE_DROPPED = 20  # bits of an f32 pattern that a float8_e4m3fn has not
+_WIDE_FIXED = 2.0**-6  # codes below this lie 2^-9 apart
+
+
+def _encode_wide(
+  x: jax.Array, scale: jax.Array, dither: jax.Array | None = None, old: jax.Array | None = None
+) -> jax.Array:
+  """Returns wide codes of `x: f32[*s]`: to nearest, but those that move by less than one from `old` in proportion.
+
+  What is not zero does not become zero. The upper bits of the pattern of a magnitude number its codes.
+
+  Args:
+    x: the numbers.
+    scale: the largest magnitudes of their blocks, f32[*s[:-1], blocks].
+    dither: u32[columns].
+    old: the codes before.
+  """
+
+  def pattern(magnitude: jax.Array) -> jax.Array:
+    fixed = (magnitude + np.float32(_WIDE_FIXED)) * np.float32(0.5)
+    return lax.bitcast_convert_type(jnp.where(magnitude < np.float32(_WIDE_FIXED), fixed, magnitude), jnp.int32)
+
+  below = x < 0
+  whole = _spread(jnp.maximum(scale, np.finfo(np.float32).tiny), x.shape[-1])
+  place = pattern(jnp.minimum(jnp.abs(x) / whole, np.float32(1)) * np.float32(_WIDE_TOP))
+  added: Any = np.int32(1 << (_WIDE_DROPPED - 1))
+  if old is not None and dither is not None:
+    before = old.astype(jnp.float32)
+    before = jnp.where((before < 0) == below, jnp.abs(before), 0)
+    moved = (place >> _WIDE_DROPPED) - (pattern(before) >> _WIDE_DROPPED)
+    proportional = (dither >> np.uint32(32 - _WIDE_DROPPED)).astype(jnp.int32)
+    added = jnp.where((moved == 0) | (moved == -1), jnp.broadcast_to(proportional, x.shape), added)
+  place = (place + added) >> _WIDE_DROPPED << _WIDE_DROPPED
+  code = lax.bitcast_convert_type(place, jnp.float32)
+  code = jnp.where(code < np.float32(_WIDE_FIXED), code * np.float32(2) - np.float32(_WIDE_FIXED), code)
+  code = jnp.where(x == 0, 0, jnp.maximum(code, np.float32(2.0**-9)))
+  return jnp.where(below, -code, code).astype(jnp.float8_e4m3fn)
 
 
 def _signed_position(x: jax.Array, scale: jax.Array, top: Any) -> jax.Array:
@@ -271,7 +327,7 @@ def _ways(way: Any, dtype: jnp.dtype) -> Any:
   Where t grows, a way is shorter by `way * (1 - way) / (1 + t)` of the growth of t. It is done here, by columns, with
   one number in place of 1 / (1 + t), which lies between 1/2 and 1.
   """
-  if _is_signed(dtype):
+  if kind_of(dtype) == "signed":
     return way
   return way - np.float32(0.72) / (_top(False, dtype) + np.float32(0.5)) * (way * (1 - way))
 

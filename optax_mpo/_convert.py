@@ -152,8 +152,7 @@ def _stored(name: str, value: Any, form: Any) -> Any:
   if not _is_quantized(form):
     return jnp.asarray(value).astype(form.dtype) if _tree.is_array(form) else value
   size = _blocks.block_size_of(form.values.shape[-1], form.scales.shape[-1])
-  bits, signed = jnp.iinfo(form.values.dtype).bits, jnp.issubdtype(form.values.dtype, jnp.signedinteger)
-  return _blocks.quantize(jnp.asarray(value).astype(jnp.float32), bits, bool(signed), size)
+  return _blocks.quantize(jnp.asarray(value).astype(jnp.float32), form.values.dtype, size)
 
 
 def _form(x: Any) -> tuple[Any, Any]:

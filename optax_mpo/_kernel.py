@@ -210,8 +210,10 @@ def make(
   shape = program.aval(inputs[1]).shape if len(inputs) > 1 else ()
   if any(isinstance(c, Tracer) for c in program.constants.values()):
     raise _elements.NotElementwiseError("it closes over a traced value")
-  if any(program.aval(v).dtype.name in ("int4", "uint4") for v in inputs):
-    raise _elements.NotElementwiseError("it is stored in 4 bits")
+  for var in inputs:
+    name = program.aval(var).dtype.name
+    if name in ("int4", "uint4") or name.startswith("float8"):  # of the latter not all cards have instructions
+      raise _elements.NotElementwiseError(f"it is stored as {name}")
   elements = _elements.take_apart(program, operations, inputs, [*given, *program.constants], outputs, shape)
   for var, out in zip(inputs[1:], outputs, strict=True):
     aval = program.aval(out)

@@ -39,6 +39,7 @@ class Traced:
     args: Any,
     kwargs: Any,
   ):
+    _jaxpr.check_forms(_CALLER)
     self.leaves, treedef = jax.tree.flatten(params)
     self._trained = [update.needs_gradient(i) for i in range(len(self.leaves))]
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
@@ -148,7 +149,6 @@ def value_and_update(
   tx = _wrapping.as_transformation(tx, _CALLER, "tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
-    _jaxpr.check_forms(_CALLER)
     update = _separable.Update(tx, params, opt_state, _CALLER)
     traced = Traced(loss_fn, has_aux, update, params, args, kwargs)
     old, state_treedef = jax.tree.flatten(opt_state)

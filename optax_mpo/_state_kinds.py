@@ -3,29 +3,33 @@
 Why: 8 bits go further where it is known that a number has no sign, and some states hold weights in disguise (the
 averaged point of schedule_free, the start of dual averaging): stored in 8 bits they would ruin the training.
 
-How: by the names of Optax's own states and their fields. What is not in the table is inherited from the state around
-it and signed in the end, which is right for everything.
+How: by the names of Optax's own states and their fields. A field of Optax's that is not in the table is signed. State
+that is not Optax's is told by what the transformation does with it (`_state_flow`).
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-Kind = Literal["signed", "nonnegative"]
+from optax_mpo import _blocks
+
 PyTree = Any
+Kind = _blocks.Kind | bool  # False: to be kept as it is
 
 _NONNEGATIVE = """
-  ScaleByRssState.sum_of_squares ScaleByRmsState.nu ScaleByRmsWithCountState.nu ScaleByRStdDevState.nu
-  ScaleByRStdDevWithCountState.nu ScaleByAdamState.nu ScaleByAmsgradState.nu ScaleByAmsgradState.nu_max
+  ScaleByRssState.sum_of_squares ScaleByRmsState.nu ScaleByRmsWithCountState.nu ScaleByAdamState.nu
+  ScaleByAmsgradState.nu ScaleByAmsgradState.nu_max
   ScaleByAdaDeltaState.e_g ScaleByAdaDeltaState.e_x ScaleByAdanState.n ScaleByBeliefState.nu ScaleBySM3State.nu
   FactoredState.v_row FactoredState.v_col FactoredState.v ScaleByAdemamixState.nu ScaleBySimplifiedAdEMAMixState.n
   ProdigyState.exp_avg_sq DAdaptAdamWState.exp_avg_sq MomoAdamState.exp_avg_sq MadgradState.grad_sum_sq
   PerElementMeanAndSumSqDiffGradsState.sum_sq_diff_grads PerElementMeanAndVarianceEMAState.variance_grads_ema
 """.split()
 
-# Weights, what weights are computed from without a learning rate between, and what is multiplied rather than averaged.
+# Weights, what weights are computed from without a learning rate between, what is multiplied rather than averaged, and
+# the two of which a variance is the small difference (the first moment squared, and the second).
 _KEPT = """
+  ScaleByRStdDevState.mu ScaleByRStdDevState.nu ScaleByRStdDevWithCountState.mu ScaleByRStdDevWithCountState.nu
   ScheduleFreeState.z MechanicState.x0 ProdigyState.params0 MadgradState.x0 MadgradState.s DoGState.init_params
   DoWGState.init_params ScaleByDistanceOverGradientsState.init_params SAMState.cache SnapshotState.measurement
   COCOBState.init_particles COCOBState.cumulative_gradients COCOBState.scale COCOBState.subgradients COCOBState.reward
@@ -34,19 +38,23 @@ _KEPT = """
   ScaleByBacktrackingLinesearchState.grad ScaleByZoomLinesearchState.grad LookaheadParams.fast LookaheadParams.slow
 """.split()
 
-KNOWN: dict[str, Kind | Literal[False]] = {**{n: "nonnegative" for n in _NONNEGATIVE}, **{n: False for n in _KEPT}}
+KNOWN: dict[str, Kind] = {**{n: "nonnegative" for n in _NONNEGATIVE}, **{n: False for n in _KEPT}}
 """`State.field` of Optax's states to the kind of what they hold; False for what is to be kept as it is."""
 
 
-def leaves(state: PyTree) -> Iterator[tuple[tuple[Any, ...], Any, Kind | Literal[False]]]:
-  """Yields the leaves of a state in order, each with its key path and its kind."""
-  yield from _leaves(state, (), "signed")
+def leaves(state: PyTree) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
+  """Yields the leaves of a state in order, each with its key path and its kind; None where no name tells."""
+  yield from _leaves(state, (), None)
 
 
-def _leaves(node: PyTree, path: tuple[Any, ...], kind: Any) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
+def _leaves(
+  node: PyTree, path: tuple[Any, ...], kind: Kind | None
+) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
   if _is_state(node):
     for field in node._fields:
-      inner = KNOWN.get(f"{type(node).__name__}.{field}", kind) if _is_optax(type(node)) else kind
+      inner = kind
+      if _is_optax(type(node)) and not field.endswith(("state", "states")):  # those hold what others have made
+        inner = KNOWN.get(f"{type(node).__name__}.{field}", "signed" if kind is None else kind)
       yield from _leaves(getattr(node, field), (*path, jax.tree_util.GetAttrKey(field)), inner)
     return
   for rest, found in jax.tree_util.tree_leaves_with_path(node, is_leaf=_is_state):

@@ -19,7 +19,7 @@ def numbers(kind: str, shape: tuple[int, ...] = (64, 96), seed: int = 0) -> jax.
 
 
 def stored(x, kind: str, bits: int = 8, block_size: int = 32) -> _blocks.Quantized:
-  return _blocks.quantize(x, bits, kind == "signed", block_size)
+  return _blocks.quantize(x, _blocks.codes_dtype(bits, kind), block_size)
 
 
 def assert_same(a: _blocks.Quantized, b: _blocks.Quantized) -> None:

@@ -137,16 +137,13 @@ def test_what_is_stored_and_as_what(tx, expected):
   assert {name.removeprefix(".inner_state"): q.values.dtype.name for name, q in stored(state).items()} == expected
 
 
-def test_states_of_users_are_signed_and_where_overrides():
-  class State(tuple):
-    pass
-
+def test_states_of_users_that_hold_weights_are_kept_and_where_overrides():
   inner = optax.GradientTransformation(
     lambda params: {"second": params, "first": params, "count": jnp.zeros([], jnp.int32)},
     lambda updates, state, params=None: (updates, state),
   )
   params = {"w": jnp.ones((2, 40))}
-  assert {q.values.dtype.name for q in stored(SMALL(inner).init(params)).values()} == {"int8"}
+  assert not stored(SMALL(inner).init(params))
   asked = []
 
   def where(path, leaf):
@@ -321,7 +318,9 @@ def test_refused_inner_transformations_and_states():
 
 
 def test_refused_choices():
-  with pytest.raises(ValueError, match=r"where returned True for the state's .trace\['w'\]. Return 'signed' or"):
+  with pytest.raises(
+    ValueError, match=r"where returned True for the state's .trace\['w'\]. Return 'signed', 'nonnegative' or"
+  ):
     mpo.quantized_state(optax.trace(0.9), where=lambda path, leaf: True).init(PARAMS)  # pyright: ignore
   with pytest.raises(ValueError, match=r"where asks to store the state's .*count, which is int32\[\]"):
     mpo.quantized_state(optax.scale_by_adam(), where=lambda path, leaf: "signed").init(PARAMS)
@@ -335,8 +334,8 @@ def test_states_that_change_their_form_are_refused():
   with pytest.raises(ValueError, match="the new state of the wrapped transformation has not the structure"):
     tx.update(PARAMS, tx.init(PARAMS), PARAMS)
   inner = optax.GradientTransformation(
-    lambda params: {"m": params}, lambda updates, state, params=None: (updates, {"m": {"w": state["m"]["w"][:1]}})
+    optax.tree.zeros_like, lambda updates, state, params=None: (updates, {"w": state["w"][:1]})
   )
   tx = SMALL(inner)
-  with pytest.raises(ValueError, match=r"changes state.inner_state\['m'\]\['w'\] from \(2, 64\) to \(1, 64\)"):
+  with pytest.raises(ValueError, match=r"changes state.inner_state\['w'\] from \(2, 64\) to \(1, 64\)"):
     tx.update(PARAMS, tx.init(PARAMS), PARAMS)
