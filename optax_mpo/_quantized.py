@@ -48,9 +48,10 @@ def quantized_state(
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the large state of `inner` (moments, momentum, accumulators) in 8 bits between the steps.
 
-  Stored by blocks are the floating-point leaves of `inner`'s state, however deep, that belong to a param: with the
-  param's path in their own, as `mu['w']`, its shape, at least `min_size` elements and a last axis of 8 or more. What is
-  stored for a leaf depends on that leaf alone. All else (counts, keys, integer state, factored moments, states that
+  Stored by blocks are the floating-point leaves of `inner`'s state, however deep, that belong to a param and have its
+  shape, at least `min_size` elements and a last axis of 8 or more. The param is the one whose path is part of the
+  leaf's, as in `mu['w']`; where there is none, the one whose gradient the leaf is made of. What is stored for a leaf
+  does not depend on other leaves. All else (counts, keys, integer state, factored moments, states that
   hold weights) stays as it is. `inner` computes in f32 as ever, and sees its own state.
 
   How a leaf is stored depends on what it is. Optax's states are known by name. What a transformation of your own does
@@ -111,7 +112,12 @@ def quantized_state(
   def store(params: PyTree, state: PyTree) -> PyTree:
     shapes = {path: jnp.shape(p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
     found = list(_state_kinds.leaves(state))
-    large = [_is_large(leaf, min_size) and _is_owned(path, leaf.shape, shapes) for path, leaf, _ in found]
+    owned = [_is_large(leaf, min_size) and _is_owned(path, leaf.shape, shapes) for path, leaf, _ in found]
+    if None in owned:
+      whose, of = _state_flow.owners(inner, params, state), list(shapes.values())
+      by_flow = [k is not None and of[k] == jnp.shape(leaf) for k, (_, leaf, _) in zip(whose, found, strict=True)]
+      owned = [other if flag is None else flag for flag, other in zip(owned, by_flow, strict=True)]
+    large = [bool(flag) for flag in owned]
     kinds: list[Any] = [kind for _, _, kind in found]
     if any(flag and kind is None for flag, kind in zip(large, kinds, strict=True)):
       seen = _state_flow.kinds(inner, params, state, large)
@@ -215,10 +221,16 @@ def _is_large(leaf: Any, min_size: int) -> bool:
   return _is_storable(leaf) and math.prod(leaf.shape) >= min_size and leaf.shape[-1] >= _SHORTEST
 
 
-def _is_owned(path: tuple[Any, ...], shape: tuple[int, ...], shapes: dict[tuple[Any, ...], tuple[int, ...]]) -> bool:
-  """Whether there is a param whose path is a part of `path`, as in `mu['w']`, and which has this shape."""
-  parts = (path[i:j] for i in range(len(path) + 1) for j in range(i, len(path) + 1))
-  return any(shapes.get(part) == shape for part in parts)
+def _is_owned(
+  path: tuple[Any, ...], shape: tuple[int, ...], shapes: dict[tuple[Any, ...], tuple[int, ...]]
+) -> bool | None:
+  """Whether a leaf of the state has the shape of the param whose path is a part of its own, as in `mu['w']`.
+
+  None where no param's path is, as in a list of moments.
+  """
+  parts = [path[i:j] for i in range(len(path) + 1) for j in range(i, len(path) + 1)]
+  found = [shapes[part] for part in parts if part in shapes]
+  return shape in found if found else None
 
 
 def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size: int) -> Any:

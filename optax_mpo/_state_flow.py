@@ -395,6 +395,21 @@ def _closed(flow: _Flow, new: Sequence[tuple[int, _Value]]) -> tuple[int, int, i
       return before
 
 
+def owners(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> list[int | None]:
+  """Returns for each leaf of `inner`'s state the leaf of the params whose gradient it is made of.
+
+  None where it is made of none or of several, or where the update does not trace.
+  """
+  params, state = jax.tree.map(_struct, (params, state))
+  leaves, count = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
+  program = _update(inner, params, state)
+  if program is None:
+    return [None] * count
+  bits = [1 << i for i in range(leaves)] + [0] * (len(program.inputs) - leaves)
+  new = _jaxpr.output_bits(program, _jaxpr.dependencies(program, bits))[len(program.outputs) - count :]
+  return [b.bit_length() - 1 if b and not b & (b - 1) else None for b in new]
+
+
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 

@@ -155,6 +155,39 @@ def test_states_of_users_that_hold_weights_are_kept_and_where_overrides():
   assert asked == [("['count']", ()), ("['first']['w']", (2, 40)), ("['second']['w']", (2, 40))]
 
 
+@pytest.mark.parametrize("other", ["b", "a", "z"])  # before and after it in the tree
+def test_what_is_stored_for_a_leaf_does_not_depend_on_others(other):
+  def kinds(tx, params):
+    return {k: type(v) for k, v in named(SMALL(tx).init(params)).items() if other not in k}
+
+  def named(state):
+    found = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, mpo.Quantized))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
+
+  params = {"w": jnp.ones((128, 64))}
+  for tx in (optax.adafactor(1e-3, min_dim_size_to_factor=8), optax.sm3(1e-3), optax.adamw(1e-3)):
+    for shape in ((128,), (64,), (1, 64), (128, 64)):
+      assert kinds(tx, params) == kinds(tx, {**params, other: jnp.ones(shape)})
+
+
+def test_moments_in_a_list_belong_to_the_params_they_are_made_of():
+  def init(params):
+    leaves = jax.tree.leaves(params)
+    return [jnp.zeros(p.shape) for p in leaves] + [jnp.zeros(p.shape[:1]) for p in leaves]
+
+  def update(grads, state, params=None):
+    leaves, treedef = jax.tree.flatten(grads)
+    n = len(leaves)
+    first = [0.9 * m + g for m, g in zip(state[:n], leaves, strict=True)]
+    rows = [0.9 * r + jnp.sum(g, tuple(range(1, g.ndim))) for r, g in zip(state[n:], leaves, strict=True)]
+    return treedef.unflatten([-0.1 * m for m in first]), first + rows
+
+  tx = optax.GradientTransformation(init, update)
+  with_bias = stored(SMALL(tx).init({"w": jnp.zeros((64, 32)), "b": jnp.zeros(64)}))
+  assert set(with_bias) == {".inner_state[0]", ".inner_state[1]", ".inner_state[2]"}  # b, w, and b's own row sums
+  assert set(stored(SMALL(tx).init({"w": jnp.zeros((64, 32))}))) == {".inner_state[0]"}
+
+
 # --- Composition ------------------------------------------------------------------------------------------------------
 
 
