@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _blocks, _compensated, _formats, _quantized, _tree
+from optax_mpo import _blocks, _buffers, _compensated, _formats, _quantized, _tree
 
 PyTree = Any
 
@@ -49,6 +49,7 @@ def convert(
 
   Returns:
     `(params, opt_state)`, as `init(tx, ...)` makes them, or with f32 params where nothing in `tx` is compensated.
+    They can be donated: they share no buffer with each other or with the arguments.
 
   Raises:
     ValueError: where the states are not of the same Optax transformation, with the leaf or the container that differs;
@@ -83,7 +84,8 @@ def convert(
   values = _tree.flatten_like(blank, old, "convert: opt_state", hint, "tx's state")
   names = [name for name, _ in _named(new)]
   counted = {type(state): state.step for state in reversed(_nodes(opt_state, _COUNTED))}
-  return new_params, _fill(new_state, iter(zip(names, values, strict=True)), counted)
+  filled = _fill(new_state, iter(zip(names, values, strict=True)), counted)
+  return _buffers.own((new_params, filled), (params, opt_state))
 
 
 def _is_quantized(x: Any) -> bool:
