@@ -11,6 +11,7 @@ nothing to do: each result has a buffer of its own.
 from typing import Any, TypeVar
 
 import jax
+from jax.core import Tracer
 
 Tree = TypeVar("Tree")
 
@@ -34,6 +35,6 @@ def own(tree: Tree, others: Any) -> Tree:
 
 def _addresses(leaf: Any) -> list[tuple[int, int]]:
   """The device and the address of each buffer of an array; none for what is no array that exists."""
-  if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or leaf.is_deleted():
+  if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_deleted():
     return []
   return [(shard.device.id, shard.data.unsafe_buffer_pointer()) for shard in leaf.addressable_shards]

@@ -30,6 +30,7 @@ from optax_mpo import (
   _formats,
   _leafwise,
   _made,
+  _modules,
   _order,
   _rounding,
   _rows,
@@ -360,6 +361,7 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     >>> mpo.master_params(params, opt_state)
     {'w': Array([0.33333334], dtype=float32)}
   """
+  given, params, opt_state = params, _modules.pure(params), _modules.pure(opt_state)
   found = [
     s
     for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, CompensatedState))
@@ -385,4 +387,4 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
       )
     low = _tree.is_array(leaf) and _formats.is_low(leaf)
     masters.append(_formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
-  return _buffers.own(jax.tree.structure(params).unflatten(masters), params)
+  return _buffers.own(_modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _blocks, _buffers, _compensated, _formats, _quantized, _tree
+from optax_mpo import _blocks, _buffers, _compensated, _formats, _modules, _quantized, _tree
 
 PyTree = Any
 
@@ -69,6 +69,8 @@ def convert(
     >>> mpo.convert(adamw, params, small)[0]["w"].dtype.name
     'float32'
   """
+  given = params, opt_state
+  params, opt_state = _modules.pure(params), _modules.pure(opt_state)
   masters = _masters(params, opt_state)
   state_form = jax.eval_shape(tx.init, params)
   if _nodes(state_form, _compensated.CompensatedState):
@@ -85,7 +87,8 @@ def convert(
   names = [name for name, _ in _named(new)]
   counted = {type(state): state.step for state in reversed(_nodes(opt_state, _COUNTED))}
   filled = _fill(new_state, iter(zip(names, values, strict=True)), counted)
-  return _buffers.own((new_params, filled), (params, opt_state))
+  new = _modules.in_form_of(given[0], new_params), _modules.in_variables_of(given[1], filled)
+  return _buffers.own(new, given)
 
 
 def _is_quantized(x: Any) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _buffers, _wrapping
+from optax_mpo import _buffers, _modules, _wrapping
 
 PyTree = Any
 
@@ -139,6 +139,7 @@ def loss_scale(opt_state: optax.OptState) -> jax.Array:
     >>> float(mpo.loss_scale(mpo.loss_scaled(optax.sgd(0.1), 1024.0).init(jnp.ones(2))))
     1024.0
   """
+  opt_state = _modules.pure(opt_state)
   leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScaleState))
   found = [x.scale for x in leaves if isinstance(x, LossScaleState)]
   if len(found) != 1:

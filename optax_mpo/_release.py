@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_mpo import _evaluate, _jaxpr, _order, _plan, _separable, _site, _tree, _two_pass, _wrapping
+from optax_mpo import _evaluate, _jaxpr, _modules, _order, _plan, _separable, _site, _tree, _two_pass, _wrapping
 
 PyTree = Any
 
@@ -126,7 +126,7 @@ def value_and_update(
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     traced = Traced(loss_fn, has_aux, params, args, kwargs)
-    update = _separable.Update(tx, params, opt_state, _CALLER)
+    update = _separable.Update(tx, _modules.pure(params), _modules.pure(opt_state), _CALLER)
     old, state_treedef = jax.tree.flatten(opt_state)
     values, new_states = update.run_shared()
     new_weights: dict[int, Any] = {}

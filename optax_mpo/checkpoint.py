@@ -53,7 +53,8 @@ class Checkpointer:
   Raises:
     ValueError: where `keep` is less than 1.
 
-  Memory: as much on disk as the arrays take, or less (Orbax compresses); 4-bit integers are stored in 8 and random keys as their data.
+  Memory: as much on disk as the arrays take, or less (Orbax compresses); integers of 2 and 4 bits are stored in 8, and
+    random keys as their data.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo, tempfile

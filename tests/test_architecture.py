@@ -21,20 +21,23 @@ ARROWS = {
   "_checks": ({"_codec", "_formats", "_tree"}, {"jax", "optax"}),
   "_apply": ({"_checks", "_formats", "_made", "_tree"}, {"jax", "optax"}),
   "_compensated": (
-    {"_blocks", "_buffers", "_cast", "_checks", "_codec", "_formats", "_leafwise", "_made", "_order", "_rounding"}
-    | {"_rows", "_step_weight", "_tree", "_types", "_wrapping"},
+    {"_blocks", "_buffers", "_cast", "_checks", "_codec", "_formats", "_leafwise", "_made", "_modules", "_order"}
+    | {"_rounding", "_rows", "_step_weight", "_tree", "_types", "_wrapping"},
     {"jax", "optax"},
   ),
   "_blocks": ({"_order"}, {"jax", "numpy"}),
   "_state_kinds": (set(), {"jax"}),
   "_quantized": ({"_blocks", "_buffers", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
-  "_convert": ({"_blocks", "_buffers", "_compensated", "_formats", "_quantized", "_tree"}, {"jax", "optax"}),
+  "_convert": (
+    {"_blocks", "_buffers", "_compensated", "_formats", "_modules", "_quantized", "_tree"},
+    {"jax", "optax"},
+  ),
   "flax": ({"_apply", "_buffers", "_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
   "checkpoint": ({"_tree"}, {"jax", "numpy", "orbax"}),
-  "export": ({"_compensated", "_tree"}, {"jax", "numpy", "optax", "safetensors"}),
-  "_sharding": ({"_blocks", "_tree"}, {"jax"}),
-  "_loss_scale": ({"_buffers", "_wrapping"}, {"jax", "optax"}),
-  "_numerics": ({"_codec", "_compensated", "_formats", "_tree"}, {"jax", "optax"}),
+  "export": ({"_compensated", "_modules", "_tree"}, {"jax", "numpy", "optax", "safetensors"}),
+  "_sharding": ({"_blocks", "_modules", "_tree"}, {"jax"}),
+  "_loss_scale": ({"_buffers", "_modules", "_wrapping"}, {"jax", "optax"}),
+  "_numerics": ({"_codec", "_compensated", "_formats", "_modules", "_tree"}, {"jax", "optax"}),
   "_types": (set(), {"jax"}),
   "_order": ({"_types"}, {"jax"}),
   "_jaxpr": ({"_order"}, {"jax"}),
@@ -51,7 +54,7 @@ ARROWS = {
   "_separable": ({"_apply", "_jaxpr", "_stacked", "_step_weight", "_tree", "_types"}, {"jax", "optax"}),
   "_handles": ({"_separable", "_tree"}, {"jax"}),
   "_pullback": ({"_jaxpr"}, {"jax"}),
-  "_modules": (set(), set()),  # Flax is looked up, not imported
+  "_modules": (set(), {"jax"}),  # Flax is looked up, not imported
   "_fused_call": (
     {"_handles", "_order", "_rows", "_separable", "_site", "_step_weight", "_tree", "_types"},
     {"jax", "numpy"},
@@ -65,13 +68,13 @@ ARROWS = {
     | {"_site", "_types"},
     {"jax"},
   ),
-  "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
+  "_fused": ({"_fused_call", "_handles", "_modules", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree", "_types"}, {"jax"}),
   "_release": (
-    {"_evaluate", "_jaxpr", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
+    {"_evaluate", "_jaxpr", "_modules", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
     {"jax", "optax"},
   ),
-  "_explain": ({"_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
+  "_explain": ({"_modules", "_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),
