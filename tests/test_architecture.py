@@ -80,7 +80,11 @@ ARROWS = {
   "_memory_dump": ({"_memory_report"}, set()),
   "_memory_worker": (set(), {"jax", "numpy"}),  # a process of its own
   "_memory_compile": ({"_gpu_targets"}, {"jax"}),
-  "_memory": ({"_gpu_targets", "_memory_compile", "_memory_dump", "_memory_report", "_tree"}, {"jax"}),
+  "_parameters": ({"_modules", "_tree"}, {"jax"}),
+  "_memory": (
+    {"_gpu_targets", "_memory_compile", "_memory_dump", "_memory_report", "_modules", "_parameters", "_tree"},
+    {"jax"},
+  ),
 }
 
 
