@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _formats, _tree
+from optax_mpo import _buffers, _formats, _tree
 
 PyTree = Any
 
@@ -30,13 +30,14 @@ def cast(
       (`jax.tree_util.keystr(path)` makes a string of one). None: all of them.
 
   Returns:
-    A tree of the same structure and shapes.
+    A tree of the same structure and shapes. Outside of jit, leaves that stay as they are are copied, so that the result
+    can be donated.
 
   Raises:
     ValueError: for another dtype.
     TypeError: for a float64 leaf that is to go low.
 
-  Memory: 2 bytes per parameter for what goes low.
+  Memory: 2 bytes per parameter for what goes low, and the copies.
 
   Example:
     >>> import jax.numpy as jnp, optax_mpo as mpo
@@ -46,7 +47,7 @@ def cast(
     ('bfloat16', 'float32')
   """
   new = [_formats.split(jnp.asarray(leaf), dtype, 0)[0] if low else leaf for leaf, low in chosen(params, dtype, where)]
-  return jax.tree.structure(params).unflatten(new)
+  return _buffers.own(jax.tree.structure(params).unflatten(new), params)
 
 
 def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None) -> list[tuple[Any, bool]]:

@@ -23,12 +23,14 @@ import optax
 
 from optax_mpo import (
   _blocks,
+  _buffers,
   _cast,
   _checks,
   _codec,
   _formats,
   _leafwise,
   _made,
+  _modules,
   _order,
   _rounding,
   _rows,
@@ -294,7 +296,8 @@ def init(
     where: `where(path, leaf) -> bool` says which f32 leaves go low, as in `cast`. None: all of them.
 
   Returns:
-    `(params, opt_state)`, where `opt_state` is of the structure that `tx.init` makes.
+    `(params, opt_state)`, where `opt_state` is of the structure that `tx.init` makes. They can be donated: they share
+    no buffer with each other or with `params`.
 
   Raises:
     ValueError: where a leaf goes low that no `compensated` in `tx` trains (its bits would be lost), or two do.
@@ -332,7 +335,7 @@ def init(
       "compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
     )
   low = [seeds[id(leaf)].low if id(leaf) in seeds else leaf for leaf in mixed]
-  return treedef.unflatten(low), opt_state
+  return _buffers.own((treedef.unflatten(low), opt_state), params)
 
 
 def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
@@ -344,7 +347,7 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
   Returns:
     A tree like `params` in which bf16 leaves are f32[*s], joined with their bits where there are any. Other leaves
-    are as they were.
+    are as they were; outside of jit they are copies, so that the result or `params` can be donated.
 
   Raises:
     ValueError: where `opt_state` has no `CompensatedState`, one for other params, or two with bits for one leaf.
@@ -358,6 +361,7 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     >>> mpo.master_params(params, opt_state)
     {'w': Array([0.33333334], dtype=float32)}
   """
+  given, params, opt_state = params, _modules.pure(params), _modules.pure(opt_state)
   found = [
     s
     for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, CompensatedState))
@@ -383,4 +387,4 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
       )
     low = _tree.is_array(leaf) and _formats.is_low(leaf)
     masters.append(_formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
-  return jax.tree.structure(params).unflatten(masters)
+  return _buffers.own(_modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _blocks, _compensated, _formats, _quantized, _tree
+from optax_mpo import _blocks, _buffers, _compensated, _formats, _modules, _quantized, _tree
 
 PyTree = Any
 
@@ -49,6 +49,7 @@ def convert(
 
   Returns:
     `(params, opt_state)`, as `init(tx, ...)` makes them, or with f32 params where nothing in `tx` is compensated.
+    They can be donated: they share no buffer with each other or with the arguments.
 
   Raises:
     ValueError: where the states are not of the same Optax transformation, with the leaf or the container that differs;
@@ -68,6 +69,8 @@ def convert(
     >>> mpo.convert(adamw, params, small)[0]["w"].dtype.name
     'float32'
   """
+  given = params, opt_state
+  params, opt_state = _modules.pure(params), _modules.pure(opt_state)
   masters = _masters(params, opt_state)
   state_form = jax.eval_shape(tx.init, params)
   if _nodes(state_form, _compensated.CompensatedState):
@@ -83,7 +86,9 @@ def convert(
   values = _tree.flatten_like(blank, old, "convert: opt_state", hint, "tx's state")
   names = [name for name, _ in _named(new)]
   counted = {type(state): state.step for state in reversed(_nodes(opt_state, _COUNTED))}
-  return new_params, _fill(new_state, iter(zip(names, values, strict=True)), counted)
+  filled = _fill(new_state, iter(zip(names, values, strict=True)), counted)
+  new = _modules.in_form_of(given[0], new_params), _modules.in_variables_of(given[1], filled)
+  return _buffers.own(new, given)
 
 
 def _is_quantized(x: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo import _plan, _release, _separable, _two_pass
+from optax_mpo import _modules, _plan, _release, _separable, _two_pass
 
 PyTree = Any
 
@@ -116,7 +116,7 @@ def explain(
   References:
     See `value_and_update`.
   """
-  update = _separable.Update(tx, params, opt_state, "explain")
+  update = _separable.Update(tx, _modules.pure(params), _modules.pure(opt_state), "explain")
   traced = _release.Traced(loss_fn, has_aux, update, params, args, kwargs)
   groups = _two_pass.TwoPass(update, "explain").groups if two_pass and update.is_coupled else _release.groups_of(update)
   sites = traced.sites(groups, update.kernels)

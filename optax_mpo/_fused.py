@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _fused_call, _handles, _separable, _tree, _wrapping
+from optax_mpo import _fused_call, _handles, _modules, _separable, _tree, _wrapping
 
 PyTree = Any
 
@@ -71,7 +71,7 @@ def fused_value_and_update(
       if not _tree.is_array(leaf):
         raise TypeError(f"fused_value_and_update: {name} is a {type(leaf).__name__}, not an array.")
     params, opt_state, args, kwargs = _guarded((params, opt_state, args, kwargs))
-    update = _separable.Update(tx, params, opt_state, "fused_value_and_update")
+    update = _separable.Update(tx, _modules.pure(params), _modules.pure(opt_state), "fused_value_and_update")
     shared, shared_states = update.run_shared()
     leaves, treedef = jax.tree.flatten(params)
     states, state_treedef = jax.tree.flatten(opt_state)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _wrapping
+from optax_mpo import _buffers, _modules, _wrapping
 
 PyTree = Any
 
@@ -95,8 +95,8 @@ def loss_scaled(
   inner = _wrapping.as_transformation(inner, "loss_scaled")
 
   def init(params: PyTree) -> LossScaleState:
-    zero = jnp.zeros([], jnp.int32)
-    return LossScaleState(jnp.asarray(scale, jnp.float32), zero, zero, inner.init(params))
+    good_steps, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+    return LossScaleState(jnp.asarray(scale, jnp.float32), good_steps, skipped, inner.init(params))
 
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
@@ -139,6 +139,7 @@ def loss_scale(opt_state: optax.OptState) -> jax.Array:
     >>> float(mpo.loss_scale(mpo.loss_scaled(optax.sgd(0.1), 1024.0).init(jnp.ones(2))))
     1024.0
   """
+  opt_state = _modules.pure(opt_state)
   leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScaleState))
   found = [x.scale for x in leaves if isinstance(x, LossScaleState)]
   if len(found) != 1:
@@ -146,4 +147,4 @@ def loss_scale(opt_state: optax.OptState) -> jax.Array:
       f"loss_scale: there are {len(found)} LossScaleStates in opt_state, and there has to be one. Wrap the whole "
       "transformation in loss_scaled, once."
     )
-  return found[0]
+  return _buffers.own(found[0], found)

@@ -30,7 +30,7 @@ import jax
 from jax import export
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from optax_mpo import _gpu_targets, _memory_compile, _memory_dump, _tree
+from optax_mpo import _gpu_targets, _memory_compile, _memory_dump, _modules, _parameters, _tree
 from optax_mpo._memory_report import MemoryReport
 
 # Settings of JAX that change how a lowered function is compiled; all others are in what was lowered.
@@ -51,6 +51,7 @@ def gpu_memory(
   target: str = "h100",
   devices: int = 1,
   params_argnum: int | None = None,
+  params: Any = None,
   compiler_options: Mapping[str, Any] | None = None,
   dump_to: str | pathlib.Path | None = None,
 ) -> MemoryReport:
@@ -61,8 +62,8 @@ def gpu_memory(
   prints an error about the plugin the first time it is used, unless JAX_PLATFORMS=cpu is set. It does no harm here.)
 
   Args:
-    fn: a function, or one that is jitted already. A jitted one keeps its own donated and static arguments, and its
-      shardings.
+    fn: a function, or one that is jitted already, by `jax.jit` or `nnx.jit`. A jitted one keeps its own donated and
+      static arguments, and its shardings.
     *args: what `fn` is called with: trees of arrays or of `jax.ShapeDtypeStruct`. Only shapes, dtypes and shardings
       are read.
     donate_argnums: as in `jax.jit`. For plain functions.
@@ -71,7 +72,11 @@ def gpu_memory(
     devices: how many of them `fn` is spread over. Arguments say how by a `NamedSharding`, over a
       `jax.sharding.AbstractMesh` or over a mesh of any devices, such as CPU ones, with that many places; the target's
       devices stand in for them in order. Arguments without a sharding are replicated.
-    params_argnum: which argument holds the parameters, for the bytes per parameter.
+    params_argnum: which argument holds the parameters, for the bytes per parameter. In an NNX module or state they are
+      its `nnx.Param`s; in a train state (Flax's, this library's or any object with `params`) and in Linen's variables
+      what is under that name; in other trees all arrays but Optax's states, random keys and counters.
+    params: in its place, what the parameters are, where those rules do not tell: a tree, or a function of `*args` that
+      returns one, such as `lambda run, batch: run["weights"]`. All arrays in it are counted.
     compiler_options: XLA's, as in `jax.jit`. The environment's XLA_FLAGS count too.
     dump_to: a folder to leave XLA's dump in, for a closer look: the optimized program is the file that ends in
       `gpu_after_optimizations.txt`, and the instructions of its kernels are in those that end in `.ptx`. It is made
@@ -107,7 +112,7 @@ def gpu_memory(
     _check_empty(pathlib.Path(dump_to))
   jitted = _jitted(fn, donate_argnums)
   structs = _structs(fn, args, devices, static=jitted is fn)
-  count = _parameter_count(structs, params_argnum)
+  count = _parameter_count(args, params_argnum, params)
   exported, donated, names, captured = _lower(fn, jitted, structs, devices)
 
   with tempfile.TemporaryDirectory(prefix="optax_mpo_") as folder:
@@ -219,8 +224,20 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
     weak = bool(getattr(leaf, "weak_type", False))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak)
 
+  shared = {id(variable): None for variable in _modules.variables(args)}  # NNX's, which stay one where they are one
+
+  def structs_of(root: str, path: Any, node: Any) -> Any:
+    if id(node) not in shared:
+      return struct(root, path, node)
+    if shared[id(node)] is None:
+      inside = jax.tree_util.tree_map_with_path(lambda more, leaf: struct(root, (*path, *more), leaf), node)
+      shared[id(node)] = inside
+    return shared[id(node)]
+
   return tuple(
-    jax.tree_util.tree_map_with_path(lambda path, leaf, root=root: struct(root, path, leaf), arg)
+    jax.tree_util.tree_map_with_path(
+      lambda path, node, root=root: structs_of(root, path, node), arg, is_leaf=lambda x: id(x) in shared
+    )
     for root, arg in zip(_roots(fn, len(args)), args, strict=True)
   )
 
@@ -229,15 +246,45 @@ def _raise_other_devices(what: str, found: int, devices: int) -> None:
   raise ValueError(f"gpu_memory: {what} devices, but devices={devices}. Pass devices={found}, or lay it out anew.")
 
 
-def _parameter_count(structs: tuple[Any, ...], params_argnum: int | None) -> int | None:
+def _parameter_count(args: tuple[Any, ...], params_argnum: int | None, params: Any) -> int | None:
+  if params is not None:
+    if params_argnum is not None:
+      raise ValueError("gpu_memory: params and params_argnum both say what the parameters are. Pass one of them.")
+    is_function = callable(params) and not any(_tree.is_array(x) for x in jax.tree.leaves(params))
+    count = _parameters.size(params(*args) if is_function else params)
+    if not count:
+      raise ValueError("gpu_memory: what params names has no arrays in it.")
+    return count
   if params_argnum is None:
     return None
-  if not -len(structs) <= params_argnum < len(structs):
-    raise ValueError(f"gpu_memory: params_argnum is {params_argnum}, but fn gets {len(structs)} arguments.")
-  leaves = [leaf for leaf in jax.tree.leaves(structs[params_argnum]) if _tree.is_array(leaf)]
-  if not leaves:
-    raise ValueError(f"gpu_memory: argument {params_argnum}, which params_argnum names, has no arrays in it.")
-  return sum(leaf.size for leaf in leaves)
+  if not -len(args) <= params_argnum < len(args):
+    raise ValueError(f"gpu_memory: params_argnum is {params_argnum}, but fn gets {len(args)} arguments.")
+  count = _parameters.size(_parameters.of(args[params_argnum]))
+  if not count:
+    raise ValueError(
+      f"gpu_memory: argument {params_argnum}, which params_argnum names, has no arrays in it that are known for "
+      "parameters. Name them: params=..., a tree or a function of the arguments that returns one."
+    )
+  return count
+
+
+class _Traced:
+  """A traced function in the place of a jitted one, for `jax.export`: what NNX traces is lowered otherwise."""
+
+  def __init__(self, traced: Any):
+    self._traced: jax.stages.Traced = getattr(traced, "traced", traced)  # NNX wraps it
+
+  def trace(self, *_: Any, **__: Any) -> jax.stages.Traced:
+    return self._traced
+
+  def lower(self, *_: Any, **kwargs: Any) -> jax.stages.Lowered:
+    return self._traced.lower(**kwargs)
+
+  def eval_shape(self, *_: Any, **__: Any) -> Any:
+    return self._traced.out_info
+
+  def __call__(self, *_: Any, **__: Any) -> Any:
+    raise TypeError("gpu_memory: a traced function is lowered, not called.")
 
 
 def _lower(
@@ -250,7 +297,8 @@ def _lower(
     and the bytes of the arrays it captured.
   """
   try:
-    traced = jitted.trace(*structs)
+    lowerable = _Traced(jitted.trace(*structs))
+    traced = lowerable.trace()
   except Exception as error:
     _check_backend(error)
     raise ValueError(
@@ -261,7 +309,7 @@ def _lower(
     _check_no_options(jitted, structs)
   try:
     exported = export.export(
-      jitted, platforms=("cuda",), disabled_checks=[export.DisabledSafetyCheck.custom_call("ALL")]
+      lowerable, platforms=("cuda",), disabled_checks=[export.DisabledSafetyCheck.custom_call("ALL")]
     )(*structs)
   except Exception as error:
     _check_backend(error)

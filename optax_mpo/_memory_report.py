@@ -80,6 +80,11 @@ class MemoryReport:
     return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
 
   @property
+  def parameters(self) -> int | None:
+    """The same as `parameter_count`, under the name that `explain` has for it."""
+    return self.parameter_count
+
+  @property
   def fits(self) -> bool:
     """Whether the total is at most the card's memory.
 

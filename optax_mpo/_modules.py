@@ -1,8 +1,13 @@
-"""Flax modules in the place of functions. Flax is not imported: who has a module has it loaded."""
+"""What is Flax's: modules in the place of functions, and states whose leaves are in variables.
+
+Flax is not imported: who has a module or a state has it loaded.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
 
 PyTree = Any
 
@@ -43,3 +48,28 @@ def _nnx_function(module: Any, nnx: Any) -> Callable[..., Any]:
     return out, nnx.split(copy, nnx.Param, ...)[2]
 
   return apply_with_state if rest else apply
+
+
+def variables(tree: PyTree) -> list[Any]:
+  """The variables of NNX in a tree, such as an `nnx.State`, a module or an optimizer; each once."""
+  nnx = sys.modules.get("flax.nnx")
+  if nnx is None:
+    return []
+  found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return list({id(x): x for x in found if isinstance(x, nnx.Variable)}.values())
+
+
+def pure(tree: PyTree) -> PyTree:
+  """Returns a tree without the variables of NNX around its leaves, so that two of them have one structure."""
+  return sys.modules["flax.nnx"].as_pure(tree) if variables(tree) else tree
+
+
+def in_form_of(original: PyTree, tree: PyTree) -> PyTree:
+  """Returns the leaves of `tree`, which is made of `pure(original)`, in the variables of `original`."""
+  return jax.tree.structure(original).unflatten(jax.tree.leaves(tree)) if variables(original) else tree
+
+
+def in_variables_of(original: PyTree, tree: PyTree) -> PyTree:
+  """Returns `tree` with each leaf in a variable of the kind that `original` has, if it has any."""
+  found = variables(original)
+  return jax.tree.map(type(found[0]), tree) if found else tree

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _codec, _compensated, _formats, _tree
+from optax_mpo import _codec, _compensated, _formats, _modules, _tree
 
 PyTree = Any
 
@@ -47,6 +47,7 @@ def lost_updates(
   """
   if bits not in _codec.BITS or isinstance(bits, bool):
     raise ValueError(f"lost_updates: bits has to be one of {_codec.BITS}, but it is {bits!r}.")
+  given, params, updates = params, _modules.pure(params), _modules.pure(updates)
   steps = _tree.flatten_like(params, updates, "lost_updates: the tree of updates", "Pass updates for these params.")
   masters = jax.tree.leaves(params if opt_state is None else _compensated.master_params(params, opt_state))
   shares = []
@@ -58,7 +59,7 @@ def lost_updates(
         "Pass updates for these params."
       )
     shares.append(_share(leaf, master, jnp.asarray(step).astype(jnp.float32), bits))
-  return jax.tree.structure(params).unflatten(shares)
+  return _modules.in_form_of(given, jax.tree.structure(params).unflatten(shares))
 
 
 def _share(leaf: Any, master: Any, step: jax.Array, bits: int) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo import _blocks, _state_flow, _state_kinds, _tree, _wrapping
+from optax_mpo import _blocks, _buffers, _state_flow, _state_kinds, _tree, _wrapping
 
 PyTree = Any
 Where = Callable[[tuple[Any, ...], Any], Literal["signed", "nonnegative", "wide", False] | None]
@@ -194,7 +194,8 @@ def dequantized(opt_state: PyTree) -> PyTree:
     >>> mpo.dequantized(state).inner_state[0].trace.round(1)
     Array([0., 1., 2., 3., 4., 5., 6., 7.], dtype=float32)
   """
-  return jax.tree.map(lambda x: _blocks.dequantize(x) if _is_quantized(x) else x, opt_state, is_leaf=_is_quantized)
+  wide = jax.tree.map(lambda x: _blocks.dequantize(x) if _is_quantized(x) else x, opt_state, is_leaf=_is_quantized)
+  return _buffers.own(wide, opt_state)
 
 
 def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:

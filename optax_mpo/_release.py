@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _evaluate, _jaxpr, _order, _plan, _separable, _site, _tree, _two_pass, _wrapping
+from optax_mpo import _evaluate, _jaxpr, _modules, _order, _plan, _separable, _site, _tree, _two_pass, _wrapping
 
 PyTree = Any
 
@@ -149,7 +149,7 @@ def value_and_update(
   tx = _wrapping.as_transformation(tx, _CALLER, "tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
-    update = _separable.Update(tx, params, opt_state, _CALLER)
+    update = _separable.Update(tx, _modules.pure(params), _modules.pure(opt_state), _CALLER)
     traced = Traced(loss_fn, has_aux, update, params, args, kwargs)
     old, state_treedef = jax.tree.flatten(opt_state)
     values, new_states = update.run_shared()

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_mpo import _blocks, _tree
+from optax_mpo import _blocks, _modules, _tree
 
 PyTree = Any
 
@@ -55,6 +55,7 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
     Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter Models
     <https://arxiv.org/abs/1910.02054>`_, 2020
   """
+  given, params, opt_state = opt_state, _modules.pure(params), _modules.pure(opt_state)
   known = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
@@ -81,7 +82,8 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
       return _blocks.Quantized(*shardings)
     return sharding if sharding is not None and getattr(leaf, "shape", None) == shape else replicated
 
-  return jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=lambda x: isinstance(x, _blocks.Quantized))
+  shardings = jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=lambda x: isinstance(x, _blocks.Quantized))
+  return _modules.in_form_of(given, shardings)
 
 
 def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:

@@ -4,11 +4,15 @@ from typing import Any, TypeVar
 
 import optax
 
+from optax_mpo import _buffers
+
 State = TypeVar("State")
 
 
 def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.GradientTransformationExtraArgs:
   """Returns `tx`, the argument `name` of `caller`, as a transformation that may be given extra arguments.
+
+  The arrays that its `init` makes have buffers of their own, so that params and state can be donated together.
 
   Raises:
     TypeError: where it is none.
@@ -18,7 +22,8 @@ def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.Gradie
     tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}.")
-  return optax.with_extra_args_support(tx)
+  made = optax.with_extra_args_support(tx)
+  return optax.GradientTransformationExtraArgs(lambda params: _buffers.own(made.init(params), params), made.update)
 
 
 def own_state(state: Any, kind: type[State], caller: str) -> State:

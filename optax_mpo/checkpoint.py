@@ -2,7 +2,8 @@
 
 Why: a run that stops, for whatever reason, is to go on to the last bit. Orbax writes arrays of any sharding, keeps the
 last few and makes a checkpoint appear whole or not at all. What it does not do is to tell a leaf of another model by
-name, or to notice that a byte has changed since; and its storage has no 4-bit integers.
+name, or to notice that a byte has changed since; and its storage has no 4-bit integers, no empty arrays and no random
+keys of the new kind.
 
 How: the tree is stored as a list of its leaves, beside a list of their names, shapes, dtypes and checksums. A checksum
 is a sum of hashes of the elements and their places, so that it does not depend on how an array is sharded. Where
@@ -30,7 +31,16 @@ from optax_mpo import _tree
 PyTree = Any
 
 _FORMAT = 2  # in 1 the codes of second moments stood for other levels
-_STORED_AS = {"uint4": "uint8", "int4": "int8", "bool": "uint8"}
+_STORED_AS = {"bool": "uint8", "int2": "int8", "int4": "int8", "uint2": "uint8", "uint4": "uint8"}
+_STORED_AS |= {"float4_e2m1fn": "uint8", "float8_e4m3": "uint8"}  # their bits
+_STORED_AS |= {
+  name: name
+  for name in (
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "complex64", "complex128"),
+    *("float16", "bfloat16", "float32", "float64", "float8_e3m4", "float8_e4m3fn", "float8_e4m3fnuz"),
+    *("float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+  )
+}
 
 
 class Checkpointer:
@@ -43,7 +53,8 @@ class Checkpointer:
   Raises:
     ValueError: where `keep` is less than 1.
 
-  Memory: as much on disk as the arrays take, or less (Orbax compresses); 4-bit integers are stored in 8.
+  Memory: as much on disk as the arrays take, or less (Orbax compresses); integers of 2 and 4 bits are stored in 8, and
+    random keys as their data.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo, tempfile
@@ -89,27 +100,30 @@ class Checkpointer:
     Args:
       step: a number greater than those before.
       tree: arrays, on any devices: params, optimizer state, random keys, whatever the run needs to go on. With several
-        processes all of them save together, and what is not sharded over them has to be the same in each.
+        processes all of them save together, and what is not sharded over them has to be the same in each. NumPy arrays
+        and Python numbers are saved in full, also where JAX would cut them to 32 bits.
 
     Raises:
+      TypeError: for a leaf that is neither an array nor a number, with its name.
       ValueError: where there is a checkpoint of this step or of a later one.
     """
     latest = self._manager.latest_step()
     if latest is not None and step <= latest:
       raise ValueError(f"Checkpointer.save: step {step} is not after {latest}, the last in {self.directory}.")
-    names, leaves = _flatten(tree)
+    names, leaves = _flatten(tree, "save")
     stored = [_on_all(_to_stored(leaf)) for leaf in leaves]
     about = {
       "format": _FORMAT,
       "leaves": [
-        {"name": name, "shape": list(x.shape), "dtype": _dtype_name(x), "checksum": checksum}
+        {"name": name, "shape": list(x.shape), "dtype": str(x.dtype), "words": _in_words(x), "checksum": checksum}
         for name, x, checksum in zip(names, leaves, _checksums(stored), strict=True)
       ],
     }
-    arrays = {_key(i): x for i, x in enumerate(stored)}
-    self._manager.save(
-      step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
-    )
+    parts: dict[str, Any] = {"about": ocp.args.JsonSave(about)}
+    arrays = {_key(i): x for i, x in enumerate(stored) if x.size}  # Orbax has neither empty arrays nor empty trees
+    if arrays:
+      parts["arrays"] = ocp.args.StandardSave(arrays)
+    self._manager.save(step, args=ocp.args.Composite(**parts))
     self._manager.wait_until_finished()
 
   def restore(self, like: PyTree, step: int | None = None) -> tuple[int, PyTree]:
@@ -120,7 +134,8 @@ class Checkpointer:
 
     Args:
       like: a tree of arrays or of `jax.ShapeDtypeStruct`, of the form of what was saved. Where its leaves have a
-        sharding, the restored ones get it; this may be another mesh than that of the run that saved.
+        sharding, the restored ones get it; this may be another mesh than that of the run that saved. Where they are
+        NumPy arrays or Python numbers, so are the restored ones.
       step: to restore this one and no other.
 
     Returns:
@@ -154,7 +169,7 @@ class Checkpointer:
       self._manager.reload()
 
   def _read(self, step: int, like: PyTree) -> PyTree:
-    names, leaves = _flatten(like)
+    names, leaves = _flatten(like, "restore")
     about = self._read_part(step, about=ocp.args.JsonRestore())
     if about.get("format") not in (1, _FORMAT):
       raise ValueError(
@@ -164,13 +179,18 @@ class Checkpointer:
     if about["format"] == 1:
       _check_levels(f"step {step} in {self.directory}", about["leaves"])
     _check_like(f"step {step} in {self.directory}", about["leaves"], names, leaves)
-    structs = {_key(i): _struct(name, leaf) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))}
-    arrays = self._read_part(step, arrays=ocp.args.StandardRestore(structs))
-    stored = [arrays[_key(i)] for i in range(len(leaves))]
+    structs = [_struct(*each) for each in zip(names, leaves, about["leaves"], strict=True)]
+    there = {_key(i): struct for i, struct in enumerate(structs) if struct.size}
+    arrays = self._read_part(step, arrays=ocp.args.StandardRestore(there)) if there else {}
+    stored = [
+      arrays[_key(i)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding) for i, x in enumerate(structs)
+    ]
     for found, saved in zip(_checksums(stored), about["leaves"], strict=True):
       if found != saved["checksum"]:
         raise _DamagedError(f"is damaged ({saved['name']} has not the checksum that it was saved with)")
-    return jax.tree.structure(like).unflatten([_from_stored(x, leaf) for x, leaf in zip(stored, leaves, strict=True)])
+    restored = [_from_stored(*each) for each in zip(stored, leaves, about["leaves"], strict=True)]
+    given, treedef = jax.tree.flatten(like)
+    return treedef.unflatten([_of_the_kind(x, leaf) for x, leaf in zip(restored, given, strict=True)])
 
   def _read_part(self, step: int, **part: Any) -> Any:
     (name,) = part
@@ -203,29 +223,77 @@ def _is_key(leaf: Any) -> bool:
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _dtype_name(leaf: Any) -> str:
-  return str(leaf.dtype)
+def _key_impl(key: Any) -> Any:
+  """The implementation of an array of random keys, of which `key` may be the shape and dtype alone."""
+  found = []
+  jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)
+  return found[0]
 
 
-def _flatten(tree: PyTree) -> tuple[list[str], list[Any]]:
-  named = _tree.named_leaves(tree, "tree")
-  leaves = [x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x) for _, x in named]
-  return [name for name, _ in named], leaves
+def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[Any]]:
+  """The names of the leaves, and the leaves: JAX arrays, ShapeDtypeStructs, and NumPy arrays for all else."""
+  names, leaves = [], []
+  for name, leaf in _tree.named_leaves(tree, "tree"):
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+      leaf = np.asarray(leaf)
+      leaf = leaf.astype(leaf.dtype.newbyteorder("="), copy=False)
+    if not _is_key(leaf) and str(leaf.dtype) not in _STORED_AS:
+      raise TypeError(
+        f"Checkpointer.{caller}: {name} is of the dtype {leaf.dtype}, which cannot be saved. Convert it to a JAX array "
+        "of numbers, or take it out of the tree and keep it by other means."
+      )
+    names.append(name)
+    leaves.append(leaf)
+  return names, leaves
+
+
+def _in_words(leaf: Any) -> bool:
+  """Whether a NumPy array has more bits than JAX would keep, and is stored as words of 32."""
+  return isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
 
 
 def _to_stored(leaf: Any) -> jax.Array:
   if _is_key(leaf):
     return jax.random.key_data(leaf)
-  leaf = jnp.asarray(leaf)
-  return leaf.astype(_STORED_AS.get(str(leaf.dtype), leaf.dtype))
+  if _in_words(leaf):
+    return jnp.asarray(np.ascontiguousarray(leaf[..., None]).view(np.uint32))
+  leaf, dtype = jnp.asarray(leaf), _STORED_AS[str(leaf.dtype)]
+  if jnp.issubdtype(leaf.dtype, jnp.floating) and dtype == "uint8":
+    leaf = lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
+  return leaf.astype(dtype)
 
 
-def _from_stored(stored: jax.Array, like: Any) -> jax.Array:
+def _from_stored(stored: Any, like: Any, saved: dict[str, Any]) -> Any:
+  """The leaf that is stored, in the dtype of `like`."""
+  if saved.get("words"):
+    found = np.asarray(stored).view(saved["dtype"])[..., 0]
+    if isinstance(like, np.ndarray):
+      return found
+    cut = found.astype(like.dtype)
+    if jnp.issubdtype(cut.dtype, jnp.integer) and not np.array_equal(cut, found):
+      raise ValueError(
+        f"Checkpointer.restore: {saved['name']} was saved as {found.dtype} and has numbers beyond {cut.dtype}. Pass a "
+        "NumPy array of its shape in `like`, or set jax_enable_x64."
+      )
+    return jnp.asarray(cut)
   if not stored.is_fully_addressable and _is_local(getattr(like, "sharding", None)):
-    stored = jax.device_put(np.asarray(stored), getattr(like, "sharding", None) if not _is_key(like) else None)
+    stored = jax.device_put(np.asarray(stored), getattr(like, "sharding", None))
   if _is_key(like):
-    return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(like))
-  return stored.astype(like.dtype)
+    return jax.random.wrap_key_data(stored, impl=_key_impl(like))
+  dtype = jnp.dtype(saved["dtype"])
+  if jnp.issubdtype(dtype, jnp.floating) and stored.dtype == jnp.uint8:
+    return lax.bitcast_convert_type(stored.astype(f"uint{jnp.finfo(dtype).bits}"), dtype)
+  return np.asarray(stored).astype(like.dtype) if isinstance(like, np.ndarray) else stored.astype(like.dtype)
+
+
+def _of_the_kind(restored: Any, like: Any) -> Any:
+  """A leaf as a JAX array, a NumPy array or scalar, or a Python number, whichever `like` is."""
+  if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+    return restored
+  restored = np.asarray(restored)
+  if isinstance(like, bool | int | float | complex) and not isinstance(like, np.generic):
+    return type(like)(restored[()])
+  return restored if isinstance(like, np.ndarray) else restored[()]
 
 
 def _is_local(sharding: Any) -> bool:
@@ -243,20 +311,23 @@ def _on_all(x: jax.Array) -> jax.Array:
   return jax.make_array_from_process_local_data(_all_devices(), np.asarray(x), x.shape)
 
 
-def _struct(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-  """The shape, dtype and sharding to restore a leaf in."""
+def _struct(name: str, leaf: Any, saved: dict[str, Any]) -> jax.ShapeDtypeStruct:
+  """The shape, dtype and sharding to read a leaf in, as it is stored."""
   one = SingleDeviceSharding(jax.devices()[0]) if jax.process_count() == 1 else _all_devices()
   sharding = getattr(leaf, "sharding", None) or one
   if jax.process_count() > 1 and _is_local(sharding):
     sharding = one
-  if _is_key(leaf):
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=one)
   try:
     sharding.shard_shape(leaf.shape)
   except ValueError as error:
     raise ValueError(f"Checkpointer.restore: {name} cannot have the sharding that it is to get: {error}") from error
-  return jax.ShapeDtypeStruct(leaf.shape, _STORED_AS.get(str(leaf.dtype), leaf.dtype), sharding=sharding)
+  if saved.get("words"):
+    words = np.dtype(saved["dtype"]).itemsize // 4
+    return jax.ShapeDtypeStruct((*leaf.shape, words), jnp.uint32, sharding=one)
+  if _is_key(leaf):  # of the same sharding, since it has further axes at the end
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+  return jax.ShapeDtypeStruct(leaf.shape, _STORED_AS[saved["dtype"]], sharding=sharding)
 
 
 def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -268,8 +339,8 @@ def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str]
   for name, leaf in zip(names, leaves, strict=True):
     if name not in known:
       raise ValueError(f"Checkpointer.restore: {what} has no {name}. {advice}")
-    have = f"{known[name]['dtype']}{known[name]['shape']}"
-    want = f"{_dtype_name(leaf)}{list(leaf.shape)}"
+    have = f"{_canonical(known[name]['dtype'])}{known[name]['shape']}"
+    want = f"{_canonical(str(leaf.dtype))}{list(leaf.shape)}"
     if have != want:
       raise ValueError(f"Checkpointer.restore: in {what}, {name} is {have}, and it is to be {want}. {advice}")
   extra = [name for name in known if name not in set(names)]
@@ -279,11 +350,18 @@ def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str]
     raise ValueError(f"Checkpointer.restore: {what} has its leaves in another order. {advice}")
 
 
+def _canonical(dtype: str) -> str:
+  """The name of the dtype that JAX has for numbers of a dtype, with or without 64 bits."""
+  return dtype if dtype.startswith("key<") else str(jax.dtypes.canonicalize_dtype(dtype))
+
+
 @jax.jit
 def _hashes(arrays: list[jax.Array]) -> list[jax.Array]:
   """For each array the sum of a hash of every element and its place, modulo 2^32."""
 
   def hash_of(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+      x = jnp.stack([x.real, x.imag], axis=-1)
     pattern = lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
     place, stride = jnp.zeros(pattern.shape, jnp.uint32), 1
     for axis in reversed(range(pattern.ndim)):

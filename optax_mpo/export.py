@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from optax_mpo import _compensated, _tree
+from optax_mpo import _compensated, _modules, _tree
 
 PyTree = Any
 
@@ -58,7 +58,7 @@ def save_safetensors(
     `safetensors <https://huggingface.co/docs/safetensors>`_
   """
   tensors: dict[str, np.ndarray] = {}
-  for key, leaf in _named(_compensated.master_params(params, opt_state), "save_safetensors").items():
+  for key, leaf in _named(_compensated.master_params(_modules.pure(params), opt_state), "save_safetensors").items():
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
       raise ValueError(
         f"save_safetensors: {key} lies on devices of other processes. Save a checkpoint with Checkpointer and export "
@@ -97,7 +97,7 @@ def load_safetensors(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
   Memory: one weight at a time on the host, and all of them on the devices.
   """
-  want = _named(like, "load_safetensors")
+  want = _named(_modules.pure(like), "load_safetensors")
   try:
     with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
       names = set(file.keys())

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from optax_mpo import _apply, _compensated, _fused, _release
+from optax_mpo import _apply, _buffers, _compensated, _fused, _release
 
 PyTree = Any
 Fused = Literal["auto", "layer", "off"]
@@ -123,14 +123,14 @@ class TrainState(struct.PyTreeNode):
       **kwargs: fields of a subclass.
 
     Returns:
-      The state.
+      The state. It can be donated: it shares no buffer with the arguments.
 
     Raises:
       ValueError: for another `fused`; and what `optax_mpo.init` raises.
     """
     _check_fused(fused, "TrainState.create")
     low, opt_state = _compensated.init(tx, params, dtype=dtype, where=where)
-    return cls(
+    made = cls(
       step=jnp.zeros([], jnp.int32),
       params=low,
       opt_state=opt_state,
@@ -143,6 +143,7 @@ class TrainState(struct.PyTreeNode):
       ema_decay=ema_decay,
       **kwargs,
     )
+    return _buffers.own(made, (params, variables, kwargs))
 
   def masters(self) -> PyTree:
     """Returns the f32 master weights, for evaluation or export."""

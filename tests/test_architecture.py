@@ -11,30 +11,34 @@ PACKAGE = pathlib.Path(optax_mpo.__file__).parent
 ARROWS = {
   "_tree": (set(), {"jax"}),
   "_codec": (set(), {"jax", "numpy"}),
-  "_wrapping": (set(), {"optax"}),
+  "_buffers": (set(), {"jax"}),
+  "_wrapping": ({"_buffers"}, {"optax"}),
   "_made": (set(), {"jax"}),
   "_fp16": ({"_codec"}, {"jax"}),
   "_formats": ({"_codec", "_fp16"}, {"jax"}),
-  "_cast": ({"_formats", "_tree"}, {"jax"}),
+  "_cast": ({"_buffers", "_formats", "_tree"}, {"jax"}),
   "_rounding": (set(), {"jax"}),
   "_checks": ({"_codec", "_formats", "_tree"}, {"jax", "optax"}),
   "_apply": ({"_checks", "_formats", "_made", "_tree"}, {"jax", "optax"}),
   "_compensated": (
-    {"_blocks", "_cast", "_checks", "_codec", "_formats", "_leafwise", "_made", "_order", "_rounding", "_rows"}
-    | {"_step_weight", "_tree", "_types", "_wrapping"},
+    {"_blocks", "_buffers", "_cast", "_checks", "_codec", "_formats", "_leafwise", "_made", "_modules", "_order"}
+    | {"_rounding", "_rows", "_step_weight", "_tree", "_types", "_wrapping"},
     {"jax", "optax"},
   ),
   "_blocks": ({"_order"}, {"jax", "numpy"}),
   "_state_kinds": ({"_blocks"}, {"jax"}),
   "_state_flow": ({"_jaxpr"}, {"jax", "numpy", "optax"}),
-  "_quantized": ({"_blocks", "_state_flow", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
-  "_convert": ({"_blocks", "_compensated", "_formats", "_quantized", "_tree"}, {"jax", "optax"}),
-  "flax": ({"_apply", "_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
+  "_quantized": ({"_blocks", "_buffers", "_state_flow", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
+  "_convert": (
+    {"_blocks", "_buffers", "_compensated", "_formats", "_modules", "_quantized", "_tree"},
+    {"jax", "optax"},
+  ),
+  "flax": ({"_apply", "_buffers", "_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
   "checkpoint": ({"_tree"}, {"jax", "numpy", "orbax"}),
-  "export": ({"_compensated", "_tree"}, {"jax", "numpy", "optax", "safetensors"}),
-  "_sharding": ({"_blocks", "_tree"}, {"jax"}),
-  "_loss_scale": ({"_wrapping"}, {"jax", "optax"}),
-  "_numerics": ({"_codec", "_compensated", "_formats", "_tree"}, {"jax", "optax"}),
+  "export": ({"_compensated", "_modules", "_tree"}, {"jax", "numpy", "optax", "safetensors"}),
+  "_sharding": ({"_blocks", "_modules", "_tree"}, {"jax"}),
+  "_loss_scale": ({"_buffers", "_modules", "_wrapping"}, {"jax", "optax"}),
+  "_numerics": ({"_codec", "_compensated", "_formats", "_modules", "_tree"}, {"jax", "optax"}),
   "_types": (set(), {"jax"}),
   "_order": ({"_types"}, {"jax"}),
   "_jaxpr": ({"_order"}, {"jax"}),
@@ -51,7 +55,7 @@ ARROWS = {
   "_separable": ({"_apply", "_jaxpr", "_stacked", "_step_weight", "_tree", "_types"}, {"jax", "optax"}),
   "_handles": ({"_separable", "_tree"}, {"jax"}),
   "_pullback": ({"_jaxpr"}, {"jax"}),
-  "_modules": (set(), set()),  # Flax is looked up, not imported
+  "_modules": (set(), {"jax"}),  # Flax is looked up, not imported
   "_fused_call": (
     {"_handles", "_order", "_rows", "_separable", "_site", "_step_weight", "_tree", "_types"},
     {"jax", "numpy"},
@@ -65,19 +69,23 @@ ARROWS = {
     | {"_site", "_types"},
     {"jax"},
   ),
-  "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
+  "_fused": ({"_fused_call", "_handles", "_modules", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree", "_types"}, {"jax"}),
   "_release": (
-    {"_evaluate", "_jaxpr", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
+    {"_evaluate", "_jaxpr", "_modules", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
     {"jax", "optax"},
   ),
-  "_explain": ({"_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
+  "_explain": ({"_modules", "_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),
   "_memory_worker": (set(), {"jax", "numpy"}),  # a process of its own
   "_memory_compile": ({"_gpu_targets"}, {"jax"}),
-  "_memory": ({"_gpu_targets", "_memory_compile", "_memory_dump", "_memory_report", "_tree"}, {"jax"}),
+  "_parameters": ({"_modules", "_tree"}, {"jax"}),
+  "_memory": (
+    {"_gpu_targets", "_memory_compile", "_memory_dump", "_memory_report", "_modules", "_parameters", "_tree"},
+    {"jax"},
+  ),
 }
 
 
