@@ -21,7 +21,7 @@ class Leaf(NamedTuple):
   Attributes:
     name: such as `params['head']['w']`.
     shape: of the leaf.
-    stepped: `in scan`, `after the scan`, `at once`, `at the end` or `with a zero gradient`.
+    stepped: `in scan`, `after the scan`, `at once`, `at the end`, `between the passes` or `with a zero gradient`.
     why: the reason, where it is not the best there is.
     gradient_bytes: the bytes of gradient that are held for it at a time.
     parameters: its number of elements.
@@ -74,6 +74,7 @@ def explain(
     update of all layers, which takes one launch in place of several in each layer.
   - `at once`: as soon as its gradient is complete and the weight has been read for the last time.
   - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
+  - `between the passes`: with `two_pass`, a leaf so small that its gradient is kept from the first pass.
   - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
 
   Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, `together` of small
@@ -117,7 +118,8 @@ def explain(
   """
   traced = _release.Traced(loss_fn, has_aux, params, args, kwargs)
   update = _separable.Update(tx, params, opt_state, "explain")
-  groups = _two_pass.TwoPass(update, "explain").groups if two_pass and update.is_coupled else _release.groups_of(update)
+  passes = _two_pass.TwoPass(update, "explain") if two_pass and update.is_coupled else None
+  groups = passes.groups if passes else _release.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = _plan.make_plan(traced.program, sites, traced.results)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
@@ -126,6 +128,17 @@ def explain(
       shape = tuple(jax.numpy.shape(traced.leaves[i]))
       held = _plan.gradient_bytes(plan, index)
       rows[i] = Leaf(update.names[i], shape, *site.placed, held, math.prod(shape))
+  for i in passes.middle if passes else ():
+    shape, grad = tuple(jax.numpy.shape(traced.leaves[i])), traced.program.aval(traced.grads[i])
+    size = math.prod(shape)
+    rows[i] = Leaf(
+      update.names[i],
+      shape,
+      "between the passes",
+      "small, so that its gradient is kept from the first",
+      size * grad.dtype.itemsize,
+      size,
+    )
   explanation = Explanation(row for row in rows if row is not None)
   print(explanation)
   return explanation

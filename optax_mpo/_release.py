@@ -166,11 +166,10 @@ def _first_pass(
       "callbacks and prints out, or use an update that does not couple the leaves."
     )
   passes = _two_pass.TwoPass(update, _CALLER)
-  grads, weights, state_vars = update.inputs
-  known = values | dict(zip([*weights, *state_vars], [*traced.leaves, *states], strict=True))
+  grads, known = update.inputs[0], passes.known(values, traced.leaves, states)
   sites = [
     _site.Site(
-      (part.leaf,), (traced.grads[part.leaf],), (), _two_pass.part_step(part, update.program, grads[part.leaf])
+      (part.leaf,), (traced.grads[part.leaf],), (), _two_pass.part_step(part, passes.program, grads[part.leaf])
     )
     for part in passes.parts
   ]

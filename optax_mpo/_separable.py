@@ -360,9 +360,14 @@ class Update:
     outputs: Sequence[_jaxpr.Atom],
     operations: Sequence[_jaxpr.Operation],
     handed: Sequence[int],
+    program: _jaxpr.Program | None = None,
   ) -> Group:
-    """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs."""
-    constants = self._program.constants
+    """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs.
+
+    `program` is the program that the slice is of, where it is another form of this one.
+    """
+    program = program or self._program
+    constants = program.constants
     return Group(
       leaves=tuple(leaves),
       states=tuple(states),
@@ -370,7 +375,7 @@ class Update:
       constants={v: constants[v] for v in handed if v in constants},
       operations=tuple(operations),
       outputs=tuple(outputs),
-      program=self._program,
+      program=program,
       inputs=tuple(inputs),
       names=(*(self.names[i] for i in leaves), *(self.state_names[j] for j in states)),
     )

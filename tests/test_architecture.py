@@ -65,7 +65,8 @@ ARROWS = {
     {"jax"},
   ),
   "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
-  "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree", "_types"}, {"jax"}),
+  "_branches": ({"_jaxpr", "_types"}, {"jax", "numpy"}),
+  "_two_pass": ({"_branches", "_jaxpr", "_separable", "_site", "_stacked", "_tree", "_types"}, {"jax"}),
   "_release": (
     {"_evaluate", "_jaxpr", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
     {"jax", "optax"},
