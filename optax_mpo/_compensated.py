@@ -311,10 +311,11 @@ def init(
     >>> bool((mpo.master_params(params, opt_state)["w"] == jnp.full(2, 0.1)).all())
     True
   """
+  tx = _wrapping.as_transformation(tx, "init", "tx", "tx, params")
   seeds: dict[int, _Seed] = {}
   mixed = []
   names = [leaf_name for leaf_name, _ in _tree.named_leaves(params)]
-  for leaf_name, (leaf, low) in zip(names, _cast.chosen(params, dtype, where), strict=True):
+  for leaf_name, (leaf, low) in zip(names, _cast.chosen(params, dtype, where, "init"), strict=True):
     if low:
       master = jnp.asarray(leaf)
       leaf = _formats.split(master, dtype, 0)[0]
@@ -358,11 +359,11 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     >>> mpo.master_params(params, opt_state)
     {'w': Array([0.33333334], dtype=float32)}
   """
-  found = [
-    s
-    for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, CompensatedState))
-    if isinstance(s, CompensatedState)
-  ]
+  found = _states_in(opt_state)
+  if not found and _states_in(params):
+    raise TypeError(
+      "master_params: params is an optimizer state, and opt_state none. Call master_params(params, opt_state)."
+    )
   if not found:
     raise ValueError(
       "master_params: there is no CompensatedState in opt_state. Wrap the transformation in compensated."
@@ -376,6 +377,12 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     kept = [c[i] for c in per_state if _checks.bits_or_none(c[i]) is not None]
     if len(kept) > 1:
       raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
+    if kept and not _tree.is_array(kept[0]):
+      raise ValueError(
+        f"master_params: a transformation around compensated splits {leaf_name} into "
+        f"{len(jax.tree.leaves(kept[0]))} low-precision leaves, and only it can put their bits together. Split the "
+        "params themselves, or keep this leaf in float32 with the argument where of optax_mpo.init."
+      )
     if kept and (not _formats.is_low(leaf) or kept[0].shape != leaf.shape):
       raise ValueError(
         f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
@@ -384,3 +391,8 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     low = _tree.is_array(leaf) and _formats.is_low(leaf)
     masters.append(_formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
   return jax.tree.structure(params).unflatten(masters)
+
+
+def _states_in(tree: PyTree) -> list[CompensatedState]:
+  found = jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, CompensatedState))
+  return [s for s in found if isinstance(s, CompensatedState)]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _blocks, _compensated, _formats, _quantized, _tree
+from optax_mpo import _blocks, _compensated, _formats, _quantized, _tree, _wrapping
 
 PyTree = Any
 
@@ -68,6 +68,7 @@ def convert(
     >>> mpo.convert(adamw, params, small)[0]["w"].dtype.name
     'float32'
   """
+  tx = _wrapping.as_transformation(tx, "convert", "tx", "tx, params, opt_state")
   masters = _masters(params, opt_state)
   state_form = jax.eval_shape(tx.init, params)
   if _nodes(state_form, _compensated.CompensatedState):

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo import _plan, _release, _separable, _two_pass
+from optax_mpo import _plan, _release, _separable, _two_pass, _wrapping
 
 PyTree = Any
+
+_USAGE = "loss_fn, tx, params, opt_state, *args"
 
 
 class Leaf(NamedTuple):
@@ -116,6 +118,8 @@ def explain(
   References:
     See `value_and_update`.
   """
+  _wrapping.check_loss(loss_fn, "explain", _USAGE)
+  tx = _wrapping.as_transformation(tx, "explain", "tx", _USAGE)
   traced = _release.Traced(loss_fn, has_aux, params, args, kwargs)
   update = _separable.Update(tx, params, opt_state, "explain")
   passes = _two_pass.TwoPass(update, "explain") if two_pass and update.is_coupled else None

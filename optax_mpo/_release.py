@@ -70,6 +70,10 @@ def groups_of(update: _separable.Update) -> list[_separable.Group]:
     try:
       groups.append(update.group(leaves[:1], _CALLER))
     except ValueError as error:
+      try:
+        _two_pass.TwoPass(update, _CALLER)
+      except ValueError:
+        raise error from None
       raise ValueError(f"{error} Or pass two_pass=True, which runs the backward pass twice.") from None
   return groups
 
@@ -121,8 +125,8 @@ def value_and_update(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
     <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO)
   """
-
-  tx = _wrapping.as_transformation(tx, _CALLER, "tx")
+  _wrapping.check_loss(loss_fn, _CALLER, "loss_fn, tx")
+  tx = _wrapping.as_transformation(tx, _CALLER, "tx", "loss_fn, tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     traced = Traced(loss_fn, has_aux, params, args, kwargs)

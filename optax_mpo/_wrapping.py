@@ -7,8 +7,10 @@ import optax
 State = TypeVar("State")
 
 
-def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.GradientTransformationExtraArgs:
-  """Returns `tx`, the argument `name` of `caller`, as a transformation that may be given extra arguments.
+def as_transformation(
+  tx: Any, caller: str, name: str = "inner", usage: str = "inner"
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `tx`, the argument `name` of `caller(usage)`, as a transformation that may be given extra arguments.
 
   Raises:
     TypeError: where it is none.
@@ -17,8 +19,18 @@ def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.Gradie
     steps: Any = tx
     tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)
   if not isinstance(tx, optax.GradientTransformation):
-    raise TypeError(f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}.")
+    raise TypeError(
+      f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}. Call {caller}({usage})."
+    )
   return optax.with_extra_args_support(tx)
+
+
+def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
+  """Raises TypeError where `loss_fn`, an argument of `caller(usage)`, cannot be called."""
+  if not callable(loss_fn):
+    raise TypeError(
+      f"{caller}: loss_fn has to be a function, but it is a {type(loss_fn).__name__}. Call {caller}({usage})."
+    )
 
 
 def own_state(state: Any, kind: type[State], caller: str) -> State:

@@ -27,7 +27,7 @@ ARROWS = {
   "_blocks": ({"_order"}, {"jax", "numpy"}),
   "_state_kinds": (set(), {"jax"}),
   "_quantized": ({"_blocks", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
-  "_convert": ({"_blocks", "_compensated", "_formats", "_quantized", "_tree"}, {"jax", "optax"}),
+  "_convert": ({"_blocks", "_compensated", "_formats", "_quantized", "_tree", "_wrapping"}, {"jax", "optax"}),
   "flax": ({"_apply", "_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
   "checkpoint": ({"_tree"}, {"jax", "numpy", "orbax"}),
   "export": ({"_compensated", "_tree"}, {"jax", "numpy", "optax", "safetensors"}),
@@ -71,7 +71,7 @@ ARROWS = {
     {"_evaluate", "_jaxpr", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
     {"jax", "optax"},
   ),
-  "_explain": ({"_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
+  "_explain": ({"_plan", "_release", "_separable", "_two_pass", "_wrapping"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),
