@@ -30,6 +30,7 @@ from optax_mpo import (
   _leafwise,
   _made,
   _order,
+  _probes,
   _rounding,
   _rows,
   _step_weight,
@@ -132,6 +133,7 @@ def compensated(
     raise ValueError(f"compensated: seed has to be a Python int, but it is {seed!r}.")
   inner = _wrapping.as_transformation(inner, "compensated")
   stochastic = rounding == "stochastic"
+  tried: list[bool] = []  # that lost decay has been looked for
 
   def init(params: PyTree) -> CompensatedState:
     named, treedef = _tree.named_leaves(params), jax.tree.structure(params)
@@ -140,6 +142,11 @@ def compensated(
     masters, kept = (
       zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
     )
+    if _probes.is_trying():
+      return CompensatedState(treedef.unflatten(kept), optax.EmptyState())
+    if not (stochastic or bits == 16 or tried):
+      tried.append(True)
+      _probes.warn_of_lost_decay(inner, params, bits)
     inner_state = inner.init(treedef.unflatten(masters))
     if stochastic:
       inner_state = RoundingState(jnp.zeros([], jnp.int32), inner_state)
@@ -163,6 +170,8 @@ def compensated(
     state = _wrapping.own_state(state, CompensatedState, "compensated")
     if params is None:
       raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
+    if _probes.is_trying():
+      return jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.float32), params), state
     kept, grads = _checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
@@ -312,6 +321,13 @@ def init(
     True
   """
   tx = _wrapping.as_transformation(tx, "init", "tx", "tx, params")
+  new, opt_state = seeded(tx, params, dtype, where)
+  _probes.warn_of_changes(tx, new)
+  return new, opt_state
+
+
+def seeded(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, optax.OptState]:
+  """What `init` returns, without its warning."""
   seeds: dict[int, _Seed] = {}
   mixed = []
   names = [leaf_name for leaf_name, _ in _tree.named_leaves(params)]

@@ -74,7 +74,7 @@ def convert(
   if _nodes(state_form, _compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)
-    new_params, new_state = _compensated.init(tx, masters, dtype=dtype, where=where)
+    new_params, new_state = _compensated.seeded(tx, masters, dtype, where)
   else:
     new_params = jax.tree.map(lambda m: m.astype(jnp.float32) if _formats.is_low(m) else m, masters)
     new_state = tx.init(new_params)

@@ -20,10 +20,11 @@ ARROWS = {
   "_checks": ({"_codec", "_formats", "_tree"}, {"jax", "optax"}),
   "_apply": ({"_checks", "_formats", "_made", "_tree"}, {"jax", "optax"}),
   "_compensated": (
-    {"_blocks", "_cast", "_checks", "_codec", "_formats", "_leafwise", "_made", "_order", "_rounding", "_rows"}
-    | {"_step_weight", "_tree", "_types", "_wrapping"},
+    {"_blocks", "_cast", "_checks", "_codec", "_formats", "_leafwise", "_made", "_order", "_probes", "_rounding"}
+    | {"_rows", "_step_weight", "_tree", "_types", "_wrapping"},
     {"jax", "optax"},
   ),
+  "_probes": ({"_formats", "_jaxpr", "_tree"}, {"jax", "optax"}),
   "_blocks": ({"_order"}, {"jax", "numpy"}),
   "_state_kinds": (set(), {"jax"}),
   "_quantized": ({"_blocks", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
