@@ -45,6 +45,11 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
     if made is not None:
       new.append(made)
       continue
+    if _made.new_weights(leaf, step) is not None:
+      raise TypeError(
+        f"apply_updates: {leaf_name} is an update of compensated, and its update is the param. "
+        "Call apply_updates(params, updates)."
+      )
     if not _tree.is_array(step) or step.shape != jnp.shape(leaf):
       raise ValueError(
         f"apply_updates: {leaf_name} has shape {jnp.shape(leaf)}, but its update is {_checks.described(step)}. "

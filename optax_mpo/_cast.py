@@ -35,7 +35,7 @@ def cast(
 
   Raises:
     ValueError: for another dtype.
-    TypeError: for a float64 leaf that is to go low.
+    TypeError: for a float64 leaf that is to go low, and where `dtype` is none.
 
   Memory: 2 bytes per parameter for what goes low, and the copies.
 
@@ -46,12 +46,22 @@ def cast(
     >>> low["w"].dtype.name, low["scale"].dtype.name
     ('bfloat16', 'float32')
   """
-  new = [_formats.split(jnp.asarray(leaf), dtype, 0)[0] if low else leaf for leaf, low in chosen(params, dtype, where)]
+  new = [
+    _formats.split(jnp.asarray(leaf), dtype, 0)[0] if low else leaf
+    for leaf, low in chosen(params, dtype, where, "cast")
+  ]
   return _buffers.own(jax.tree.structure(params).unflatten(new), params)
 
 
-def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None) -> list[tuple[Any, bool]]:
+def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None, caller: str) -> list[tuple[Any, bool]]:
   """Returns the leaves, each with whether it is to go low."""
+  try:
+    jnp.dtype(dtype)
+  except (TypeError, ValueError):  # NumPy tries to read a structure out of a dict
+    raise TypeError(
+      f"{caller}: dtype has to be bfloat16 or float16, but it is a {type(dtype).__name__}. Call "
+      f"{'cast(params, dtype)' if caller == 'cast' else 'init(tx, params, dtype=dtype)'}."
+    ) from None
   if not _formats.is_format(dtype):
     formats = " or ".join(_formats.NAMES)
     raise ValueError(f"dtype has to be {formats}, but it is {jnp.dtype(dtype)}: there is no codec for other formats.")

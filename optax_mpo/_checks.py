@@ -59,4 +59,5 @@ def raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None
 
 
 def bits_or_none(kept: Any) -> jax.Array | None:
-  return None if isinstance(kept, optax.MaskedNode) else kept
+  """What the compensation holds for a leaf. A wrapper that splits it may leave a tree there, without bits at most."""
+  return kept if jax.tree.leaves(kept) else None

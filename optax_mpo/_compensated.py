@@ -32,6 +32,7 @@ from optax_mpo import (
   _made,
   _modules,
   _order,
+  _probes,
   _rounding,
   _rows,
   _step_weight,
@@ -134,6 +135,7 @@ def compensated(
     raise ValueError(f"compensated: seed has to be a Python int, but it is {seed!r}.")
   inner = _wrapping.as_transformation(inner, "compensated")
   stochastic = rounding == "stochastic"
+  tried: list[bool] = []  # that lost decay has been looked for
 
   def init(params: PyTree) -> CompensatedState:
     named, treedef = _tree.named_leaves(params), jax.tree.structure(params)
@@ -142,6 +144,11 @@ def compensated(
     masters, kept = (
       zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
     )
+    if _probes.is_trying():
+      return CompensatedState(treedef.unflatten(kept), optax.EmptyState())
+    if not (stochastic or bits == 16 or tried):
+      tried.append(True)
+      _probes.warn_of_lost_decay(inner, params, bits)
     inner_state = inner.init(treedef.unflatten(masters))
     if stochastic:
       inner_state = RoundingState(jnp.zeros([], jnp.int32), inner_state)
@@ -165,6 +172,8 @@ def compensated(
     state = _wrapping.own_state(state, CompensatedState, "compensated")
     if params is None:
       raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
+    if _probes.is_trying():
+      return jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.float32), params), state
     kept, grads = _checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
@@ -314,10 +323,18 @@ def init(
     >>> bool((mpo.master_params(params, opt_state)["w"] == jnp.full(2, 0.1)).all())
     True
   """
+  tx = _wrapping.as_transformation(tx, "init", "tx", "tx, params")
+  new, opt_state = seeded(tx, params, dtype, where)
+  _probes.warn_of_changes(tx, new)
+  return new, opt_state
+
+
+def seeded(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, optax.OptState]:
+  """What `init` returns, without its warning."""
   seeds: dict[int, _Seed] = {}
   mixed = []
   names = [leaf_name for leaf_name, _ in _tree.named_leaves(params)]
-  for leaf_name, (leaf, low) in zip(names, _cast.chosen(params, dtype, where), strict=True):
+  for leaf_name, (leaf, low) in zip(names, _cast.chosen(params, dtype, where, "init"), strict=True):
     if low:
       master = jnp.asarray(leaf)
       leaf = _formats.split(master, dtype, 0)[0]
@@ -362,11 +379,11 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     {'w': Array([0.33333334], dtype=float32)}
   """
   given, params, opt_state = params, _modules.pure(params), _modules.pure(opt_state)
-  found = [
-    s
-    for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, CompensatedState))
-    if isinstance(s, CompensatedState)
-  ]
+  found = _states_in(opt_state)
+  if not found and _states_in(params):
+    raise TypeError(
+      "master_params: params is an optimizer state, and opt_state none. Call master_params(params, opt_state)."
+    )
   if not found:
     raise ValueError(
       "master_params: there is no CompensatedState in opt_state. Wrap the transformation in compensated."
@@ -380,6 +397,12 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     kept = [c[i] for c in per_state if _checks.bits_or_none(c[i]) is not None]
     if len(kept) > 1:
       raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
+    if kept and not _tree.is_array(kept[0]):
+      raise ValueError(
+        f"master_params: a transformation around compensated splits {leaf_name} into "
+        f"{len(jax.tree.leaves(kept[0]))} low-precision leaves, and only it can put their bits together. Split the "
+        "params themselves, or keep this leaf in float32 with the argument where of optax_mpo.init."
+      )
     if kept and (not _formats.is_low(leaf) or kept[0].shape != leaf.shape):
       raise ValueError(
         f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
@@ -388,3 +411,8 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     low = _tree.is_array(leaf) and _formats.is_low(leaf)
     masters.append(_formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
   return _buffers.own(_modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)
+
+
+def _states_in(tree: PyTree) -> list[CompensatedState]:
+  found = jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, CompensatedState))
+  return [s for s in found if isinstance(s, CompensatedState)]

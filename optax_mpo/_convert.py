@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _blocks, _buffers, _compensated, _formats, _modules, _quantized, _tree
+from optax_mpo import _blocks, _buffers, _compensated, _formats, _modules, _quantized, _tree, _wrapping
 
 PyTree = Any
 
@@ -69,6 +69,7 @@ def convert(
     >>> mpo.convert(adamw, params, small)[0]["w"].dtype.name
     'float32'
   """
+  tx = _wrapping.as_transformation(tx, "convert", "tx", "tx, params, opt_state")
   given = params, opt_state
   params, opt_state = _modules.pure(params), _modules.pure(opt_state)
   masters = _masters(params, opt_state)
@@ -76,7 +77,7 @@ def convert(
   if _nodes(state_form, _compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)
-    new_params, new_state = _compensated.init(tx, masters, dtype=dtype, where=where)
+    new_params, new_state = _compensated.seeded(tx, masters, dtype, where)
   else:
     new_params = jax.tree.map(lambda m: m.astype(jnp.float32) if _formats.is_low(m) else m, masters)
     new_state = tx.init(new_params)

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo import _modules, _plan, _release, _separable, _two_pass
+from optax_mpo import _modules, _plan, _release, _separable, _two_pass, _wrapping
 
 PyTree = Any
+
+_USAGE = "loss_fn, tx, params, opt_state, *args"
 
 
 class Leaf(NamedTuple):
@@ -21,7 +23,8 @@ class Leaf(NamedTuple):
   Attributes:
     name: such as `params['head']['w']`.
     shape: of the leaf.
-    stepped: `in scan`, `after the scan`, `at once`, `at the end`, `with a zero gradient` or `without a gradient`.
+    stepped: `in scan`, `after the scan`, `at once`, `at the end`, `between the passes`, `with a zero gradient` or
+      `without a gradient`.
     why: the reason, where it is not the best there is.
     gradient_bytes: the bytes of gradient that are held for it at a time.
     parameters: its number of elements.
@@ -74,6 +77,7 @@ def explain(
     update of all layers, which takes one launch in place of several in each layer.
   - `at once`: as soon as its gradient is complete and the weight has been read for the last time.
   - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
+  - `between the passes`: with `two_pass`, a leaf so small that its gradient is kept from the first pass.
   - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
   - `without a gradient`: its update reads none, as that of frozen weights, so that none is computed.
 
@@ -116,9 +120,12 @@ def explain(
   References:
     See `value_and_update`.
   """
+  _wrapping.check_loss(loss_fn, "explain", _USAGE)
+  tx = _wrapping.as_transformation(tx, "explain", "tx", _USAGE)
   update = _separable.Update(tx, _modules.pure(params), _modules.pure(opt_state), "explain")
   traced = _release.Traced(loss_fn, has_aux, update, params, args, kwargs)
-  groups = _two_pass.TwoPass(update, "explain").groups if two_pass and update.is_coupled else _release.groups_of(update)
+  passes = _two_pass.TwoPass(update, "explain") if two_pass and update.is_coupled else None
+  groups = passes.groups if passes else _release.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = _plan.make_plan(traced.program, sites, traced.results)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
@@ -127,6 +134,17 @@ def explain(
       shape = tuple(jax.numpy.shape(traced.leaves[i]))
       held = _plan.gradient_bytes(plan, index)
       rows[i] = Leaf(update.names[i], shape, *site.placed, held, math.prod(shape))
+  for i in passes.middle if passes else ():
+    shape, grad = tuple(jax.numpy.shape(traced.leaves[i])), traced.program.aval(traced.grads[i])
+    size = math.prod(shape)
+    rows[i] = Leaf(
+      update.names[i],
+      shape,
+      "between the passes",
+      "small, so that its gradient is kept from the first",
+      size * grad.dtype.itemsize,
+      size,
+    )
   explanation = Explanation(row for row in rows if row is not None)
   print(explanation)
   return explanation

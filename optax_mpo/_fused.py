@@ -62,9 +62,8 @@ def fused_value_and_update(
   References:
     Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
   """
-  if not callable(loss_fn):
-    raise TypeError(f"fused_value_and_update: loss_fn has to be a function, but it is a {type(loss_fn).__name__}.")
-  tx = _wrapping.as_transformation(tx, "fused_value_and_update", "tx")
+  _wrapping.check_loss(loss_fn, "fused_value_and_update", "loss_fn, tx")
+  tx = _wrapping.as_transformation(tx, "fused_value_and_update", "tx", "loss_fn, tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     for name, leaf in _tree.named_leaves(params):

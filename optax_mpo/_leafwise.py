@@ -88,10 +88,9 @@ def _groups(
     except ValueError:
       pass
     else:
-      _, weights, state_vars = taken.inputs
 
       def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
-        known = taken.run_shared()[0] | dict(zip([*weights, *state_vars], [*leaves, *states], strict=True))
+        known = passes.known(taken.run_shared()[0], leaves, states)
         return passes.links(passes.parts_of(gradients, known), known)[0]
 
       return passes.groups, linked

@@ -102,7 +102,7 @@ def loss_scaled(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
     state = _wrapping.own_state(state, LossScaleState, "loss_scaled")
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale, updates)
+    grads = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)) / state.scale, updates)
     finite = jnp.asarray(True)
     for g in jax.tree.leaves(grads):
       finite = finite & jnp.isfinite(g).all()

@@ -21,7 +21,7 @@ def lost_updates(
   """Returns for each leaf the share of weights that an update does not move, though it is not zero.
 
   Args:
-    params: params in bf16, fp16 or f32.
+    params: params in bf16, fp16, f32 or complex64.
     updates: the f32 updates that are to be added to them, as an Optax transformation without `compensated` makes them
       of `master_params`: what comes out of `compensated` is rounded already.
     bits: how many compensation bits the weights have: 0 for plain low precision, and 16 means that f32 has to lose an
@@ -34,7 +34,7 @@ def lost_updates(
 
   Raises:
     ValueError: for other values of `bits`, and where trees or shapes do not fit each other.
-    TypeError: for params that are not bf16, fp16 or f32.
+    TypeError: for params that are not bf16, fp16, f32 or complex.
 
   Example:
     >>> import jax.numpy as jnp, optax_mpo as mpo
@@ -45,20 +45,27 @@ def lost_updates(
     >>> {name: float(share) for name, share in mpo.lost_updates(params, updates, bits=8).items()}
     {'small': 0.0, 'w': 0.0}
   """
-  if bits not in _codec.BITS or isinstance(bits, bool):
-    raise ValueError(f"lost_updates: bits has to be one of {_codec.BITS}, but it is {bits!r}.")
+  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in _codec.BITS:
+    found = repr(bits) if isinstance(bits, int) else f"a {type(bits).__name__}"
+    raise ValueError(
+      f"lost_updates: bits has to be one of {_codec.BITS}, but it is {found}. "
+      "Call lost_updates(params, updates, bits, opt_state)."
+    )
   given, params, updates = params, _modules.pure(params), _modules.pure(updates)
   steps = _tree.flatten_like(params, updates, "lost_updates: the tree of updates", "Pass updates for these params.")
   masters = jax.tree.leaves(params if opt_state is None else _compensated.master_params(params, opt_state))
   shares = []
   for (name, leaf), master, step in zip(_tree.named_leaves(params), masters, steps, strict=True):
-    _tree.check_trainable(name, leaf)
+    is_complex = _tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    if not is_complex:
+      _tree.check_trainable(name, leaf)
     if jnp.shape(step) != jnp.shape(leaf):
       raise ValueError(
         f"lost_updates: {name} has shape {jnp.shape(leaf)}, but its update has {jnp.shape(step)}. "
         "Pass updates for these params."
       )
-    shares.append(_share(leaf, master, jnp.asarray(step).astype(jnp.float32), bits))
+    step = jnp.asarray(step) if is_complex else jnp.asarray(step).astype(jnp.float32)
+    shares.append(_share(leaf, master, step, bits))
   return _modules.in_form_of(given, jax.tree.structure(params).unflatten(shares))
 
 

@@ -94,6 +94,10 @@ def groups_of(update: _separable.Update) -> list[_separable.Group]:
     try:
       groups.append(update.group(leaves[:1], _CALLER))
     except ValueError as error:
+      try:
+        _two_pass.TwoPass(update, _CALLER)
+      except ValueError:
+        raise error from None
       raise ValueError(f"{error} Or pass two_pass=True, which runs the backward pass twice.") from None
   return groups
 
@@ -145,8 +149,8 @@ def value_and_update(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
     <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO)
   """
-
-  tx = _wrapping.as_transformation(tx, _CALLER, "tx")
+  _wrapping.check_loss(loss_fn, _CALLER, "loss_fn, tx")
+  tx = _wrapping.as_transformation(tx, _CALLER, "tx", "loss_fn, tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     update = _separable.Update(tx, _modules.pure(params), _modules.pure(opt_state), _CALLER)
@@ -190,11 +194,10 @@ def _first_pass(
       "callbacks and prints out, or use an update that does not couple the leaves."
     )
   passes = _two_pass.TwoPass(update, _CALLER)
-  grads, weights, state_vars = update.inputs
-  known = values | dict(zip([*weights, *state_vars], [*traced.leaves, *states], strict=True))
+  grads, known = update.inputs[0], passes.known(values, traced.leaves, states)
   sites = [
     _site.Site(
-      (part.leaf,), (traced.grads[part.leaf],), (), _two_pass.part_step(part, update.program, grads[part.leaf])
+      (part.leaf,), (traced.grads[part.leaf],), (), _two_pass.part_step(part, passes.program, grads[part.leaf])
     )
     for part in passes.parts
   ]

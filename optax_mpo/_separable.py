@@ -12,6 +12,7 @@ group of leaves is the slice of the program that makes its new weights and its n
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ PyTree = Any
 # What a slice computes for itself rather than being handed it, where it is large: holding it would cost more.
 _CHEAP = _stacked.ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
 _SMALL = 1024  # elements
+_BY_LAYERS = "fused_value_and_update"  # the caller whose users can put leaves into one layer
+_MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")  # as Python says it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,7 +189,18 @@ class Update:
 
     def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
       tree = self._treedef.unflatten(params)
-      updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+      try:
+        updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+      except TypeError as error:
+        missing = _MISSING.search(str(error))
+        if missing is None:
+          raise
+        names = re.findall(r"'(\w+)'", missing[1])
+        raise TypeError(
+          f"{self._caller}: tx.update needs the extra argument {' and '.join(map(repr, names))}, which a fused step "
+          "does not hand on. Train with jax.value_and_grad and tx.update(grads, opt_state, params, "
+          f"{', '.join(f'{name}={name}' for name in names)})."
+        ) from error
       return _apply.apply_updates(tree, updates), new_state
 
     return whole
@@ -360,9 +374,14 @@ class Update:
     outputs: Sequence[_jaxpr.Atom],
     operations: Sequence[_jaxpr.Operation],
     handed: Sequence[int],
+    program: _jaxpr.Program | None = None,
   ) -> Group:
-    """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs."""
-    constants = self._program.constants
+    """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs.
+
+    `program` is the program that the slice is of, where it is another form of this one.
+    """
+    program = program or self._program
+    constants = program.constants
     return Group(
       leaves=tuple(leaves),
       states=tuple(states),
@@ -370,7 +389,7 @@ class Update:
       constants={v: constants[v] for v in handed if v in constants},
       operations=tuple(operations),
       outputs=tuple(outputs),
-      program=self._program,
+      program=program,
       inputs=tuple(inputs),
       names=(*(self.names[i] for i in leaves), *(self.state_names[j] for j in states)),
     )
@@ -380,9 +399,10 @@ class Update:
     grads, params, states = self._inputs()
     name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]
     by = next((_jaxpr.where(o) for o in operations if var in o.inputs), "its state")
+    advice = "Step these leaves in one fused_layer, or train" if self._caller == _BY_LAYERS else "Train"
     raise ValueError(
       f"{who}: tx computes the update of {_tree.listed(self.names[i] for i in leaves)} together with that of {name}, "
-      f"in {by}, which cannot be taken apart. Step these leaves in one fused_layer, or train with tx.update."
+      f"in {by}, which cannot be taken apart. {advice} with tx.update."
     )
 
   def _raise_coupled(self, inside: list[int], outside: list[int], who: str) -> None:
@@ -398,11 +418,11 @@ class Update:
       "its state",
     )
     here, there = (_tree.listed(self.names[i] for i in leaves) for leaves in (inside, outside))
+    together = "step the coupled leaves in one fused_layer, " if self._caller == _BY_LAYERS else ""
     raise ValueError(
       f"{who}: tx couples {here} to {there}, in {by}: the update of one needs the gradients of the others, which are "
-      "not there when it is stepped. Use a transformation that works on each leaf alone (optax.clip or "
-      "optax.adaptive_grad_clip in place of optax.clip_by_global_norm), step the coupled leaves in one fused_layer, or "
-      "train with tx.update."
+      "not there when it is stepped. Use a transformation that works on each leaf alone, as optax.clip does and "
+      f"optax.clip_by_global_norm does not, {together}or train with tx.update."
     )
 
 

@@ -72,6 +72,13 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
     )
   if not meshes:
     raise ValueError("state_sharding: there are no params, and so no mesh.")
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)]
+  if not any(_owner(path, known)[1] for path in paths) and any(
+    _owner(path, dict.fromkeys(paths, (0, 1)))[1] for path in known
+  ):
+    raise TypeError(
+      "state_sharding: params has the leaves of opt_state, and more. Call state_sharding(params, opt_state)."
+    )
   replicated = NamedSharding(meshes[0], PartitionSpec())
 
   def choose(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -87,10 +94,11 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
-  """The shape and sharding of the param whose path `path` ends in."""
-  for start in range(len(path) + 1):  # the longest end first
-    if path[start:] in known:
-      return known[path[start:]]
+  """The shape and sharding of the param whose path `path` ends in, or has inside where a wrapper splits the param."""
+  for end in range(len(path), -1, -1):
+    for start in range(end + 1):  # the longest one first
+      if path[start:end] in known:
+        return known[path[start:end]]
   return None, None
 
 

@@ -85,7 +85,10 @@ def check_trainable(leaf_name: str, leaf: Any) -> None:
   if dtype == jnp.float64:
     advice = "Convert it to float32 first; there is no codec for float64 master weights."
   elif jnp.issubdtype(dtype, jnp.complexfloating):
-    advice = "Keep its real and imaginary parts as two float32 leaves, or use optax.contrib.split_real_and_imaginary."
+    advice = (
+      "Put optax.contrib.split_real_and_imaginary around: split_real_and_imaginary(compensated(...)). It shows "
+      "compensated the real and imaginary parts as float32 leaves."
+    )
   else:
     advice = (
       "Only floating-point leaves are trained: take it out of the params, or leave it out with "

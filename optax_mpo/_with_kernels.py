@@ -59,7 +59,7 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
     params  [3, 16, 16]  in scan, by a kernel  512 B
     768 parameters; the largest gradient held is 512 B
   """
-  tx = _wrapping.as_transformation(tx, "with_kernels", "tx")
+  tx = _wrapping.as_transformation(tx, "with_kernels", "tx", "tx")
 
   def update(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any

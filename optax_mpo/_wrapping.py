@@ -9,8 +9,10 @@ from optax_mpo import _buffers
 State = TypeVar("State")
 
 
-def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.GradientTransformationExtraArgs:
-  """Returns `tx`, the argument `name` of `caller`, as a transformation that may be given extra arguments.
+def as_transformation(
+  tx: Any, caller: str, name: str = "inner", usage: str = "inner"
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `tx`, the argument `name` of `caller(usage)`, as a transformation that may be given extra arguments.
 
   The arrays that its `init` makes have buffers of their own, so that params and state can be donated together.
 
@@ -21,9 +23,19 @@ def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.Gradie
     steps: Any = tx
     tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)
   if not isinstance(tx, optax.GradientTransformation):
-    raise TypeError(f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}.")
+    raise TypeError(
+      f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}. Call {caller}({usage})."
+    )
   made = optax.with_extra_args_support(tx)
   return optax.GradientTransformationExtraArgs(lambda params: _buffers.own(made.init(params), params), made.update)
+
+
+def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
+  """Raises TypeError where `loss_fn`, an argument of `caller(usage)`, cannot be called."""
+  if not callable(loss_fn):
+    raise TypeError(
+      f"{caller}: loss_fn has to be a function, but it is a {type(loss_fn).__name__}. Call {caller}({usage})."
+    )
 
 
 def own_state(state: Any, kind: type[State], caller: str) -> State:

@@ -22,15 +22,16 @@ ARROWS = {
   "_apply": ({"_checks", "_formats", "_made", "_tree"}, {"jax", "optax"}),
   "_compensated": (
     {"_blocks", "_buffers", "_cast", "_checks", "_codec", "_formats", "_leafwise", "_made", "_modules", "_order"}
-    | {"_rounding", "_rows", "_step_weight", "_tree", "_types", "_wrapping"},
+    | {"_probes", "_rounding", "_rows", "_step_weight", "_tree", "_types", "_wrapping"},
     {"jax", "optax"},
   ),
+  "_probes": ({"_formats", "_jaxpr", "_tree"}, {"jax", "optax"}),
   "_blocks": ({"_order"}, {"jax", "numpy"}),
   "_state_kinds": ({"_blocks"}, {"jax"}),
   "_state_flow": ({"_jaxpr"}, {"jax", "numpy", "optax"}),
   "_quantized": ({"_blocks", "_buffers", "_state_flow", "_state_kinds", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_convert": (
-    {"_blocks", "_buffers", "_compensated", "_formats", "_modules", "_quantized", "_tree"},
+    {"_blocks", "_buffers", "_compensated", "_formats", "_modules", "_quantized", "_tree", "_wrapping"},
     {"jax", "optax"},
   ),
   "flax": ({"_apply", "_buffers", "_compensated", "_fused", "_release"}, {"flax", "jax", "optax"}),
@@ -70,12 +71,13 @@ ARROWS = {
     {"jax"},
   ),
   "_fused": ({"_fused_call", "_handles", "_modules", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
-  "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree", "_types"}, {"jax"}),
+  "_branches": ({"_jaxpr", "_types"}, {"jax", "numpy"}),
+  "_two_pass": ({"_branches", "_jaxpr", "_separable", "_site", "_stacked", "_tree", "_types"}, {"jax"}),
   "_release": (
     {"_evaluate", "_jaxpr", "_modules", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
     {"jax", "optax"},
   ),
-  "_explain": ({"_modules", "_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
+  "_explain": ({"_modules", "_plan", "_release", "_separable", "_two_pass", "_wrapping"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),

@@ -315,6 +315,97 @@ COUPLED = {
 two_pass = functools.partial(mpo.value_and_update, two_pass=True)
 
 
+SCALED = {"growth_interval": 2, "scale": 64.0}
+FREE_STATE = {  # state that belongs to no leaf, and is made from the gradients of all
+  "dynamic_scale": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-2)), **SCALED),
+  "scale_and_clipping": lambda: mpo.loss_scaled(mpo.compensated(COUPLED["clip_after_adam"]()), **SCALED),
+  "static_scale": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-2)), 64.0, dynamic=False),
+  "stochastic": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-2), 8, rounding="stochastic"), **SCALED),
+  "compact": lambda: mpo.loss_scaled(mpo.compensated(mpo.quantized_state(optax.adam(1e-2), min_size=1), 8), **SCALED),
+  "kernels": lambda: mpo.with_kernels(mpo.loss_scaled(mpo.compensated(optax.adam(1e-2)), **SCALED)),
+  "first_weights_behind_a_scale": lambda: mpo.loss_scaled(mpo.compensated(optax.contrib.dog(1.0)), **SCALED),
+  "norm_ema": lambda: mpo.compensated(optax.chain(divided_by_an_average_norm(), optax.adam(1e-2))),
+  "large_table": lambda: mpo.compensated(optax.chain(scaled_by_a_table(), optax.adam(1e-2))),
+  "clipping_in_a_branch": lambda: mpo.compensated(
+    optax.MultiSteps(optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(0.1)), 2)
+  ),
+  "clipping_in_apply_if_finite": lambda: mpo.compensated(
+    optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(0.1)), 3)
+  ),
+  "conditional_clipping": lambda: mpo.compensated(
+    optax.chain(
+      optax.conditionally_transform(optax.clip_by_global_norm(0.01), lambda step, **_: step > 0), optax.sgd(1.0)
+    )
+  ),
+}
+
+
+def divided_by_an_average_norm():
+  def update(grads, state, params=None):
+    average = 0.9 * state["average"] + 0.1 * optax.tree.norm(grads)
+    key = jnp.where(average > 1e-3, jax.random.split(state["key"])[0], state["key"])
+    return jax.tree.map(lambda g: g / (average + state["average"]), grads), {"average": average, "key": key}
+
+  return optax.GradientTransformation(lambda _: {"average": jnp.ones(()), "key": jax.random.PRNGKey(0)}, update)
+
+
+def scaled_by_a_table():
+  def update(grads, state, params=None):
+    best = jnp.minimum(state["best"], optax.tree.norm(grads))
+    table = jnp.where(best < state["best"], state["table"] * 0.99, state["table"])
+    return jax.tree.map(lambda g: g * table.max(), grads), {"best": best, "table": table}
+
+  return optax.GradientTransformation(
+    lambda _: {"best": jnp.inf * jnp.ones(()), "table": jnp.linspace(0.5, 1, 5000)}, update
+  )
+
+
+@pytest.mark.parametrize(("optimizer", "small"), [("dynamic_scale", 1), ("compact", 1), *((o, 60) for o in FREE_STATE)])
+def test_two_passes_with_state_that_belongs_to_no_leaf(optimizer, small, monkeypatch):
+  """Four steps, over an overflow that halves the scale, and one after which it grows."""
+  monkeypatch.setattr(_two_pass, "SMALL", small)
+  params, loss, _ = CASES["unrolled_remat_tied"]
+  tx = FREE_STATE[optimizer]()
+  want = got = (None, *mpo.init(tx, params))
+  one, other = exact_jit(ordinary(loss, tx)), exact_jit(two_pass(loss, tx))
+  scales = []
+  for i in range(4):
+    x = batch(i, jnp.bfloat16).at[0, 0].mul(jnp.inf if i == 0 else 1)
+    want, got = one(*want[1:], x), other(*got[1:], x)
+    assert_same_bits(got, want)
+    scales += [float(mpo.loss_scale(got[2]))] if hasattr(got[2], "skipped") else []
+  assert not scales or scales == ([64] * 4 if optimizer == "static_scale" else [32, 32, 64, 64])
+
+
+@pytest.mark.parametrize("optimizer", ["dynamic_scale", "stochastic", "kernels"])
+def test_two_passes_find_an_overflow_in_a_stack_of_layers(optimizer, monkeypatch):
+  monkeypatch.setattr(_two_pass, "SMALL", 1)
+  params, loss, _ = CASES["scanned_remat"]
+  tx = FREE_STATE[optimizer]()
+  want = got = (None, *mpo.init(tx, params))
+  one, other = exact_jit(ordinary(loss, tx)), exact_jit(two_pass(loss, tx))
+  for i in range(3):
+    x = batch(i, jnp.bfloat16).at[0, 0].mul(jnp.inf if i == 0 else 1)
+    want, got = one(*want[1:], x), other(*got[1:], x)
+    assert_same_bits(got, want)
+
+
+def test_explain_lists_leaves_that_are_updated_between_the_passes():
+  params = {"w": normal(0, 64, 64), "b": jnp.ones(64), "c": jnp.ones((), jnp.bfloat16)}
+  tx = COUPLED["clip_by_global_norm"]()
+
+  def loss(p, x):
+    return mean_square(jnp.concatenate([x] * 8, 1) @ p["w"] + p["b"]) + mean_square(p["c"])
+
+  rows = mpo.explain(loss, tx, params, tx.init(params), batch(0), two_pass=True)
+  assert {r.name: (r.stepped, r.gradient_bytes) for r in rows} == {
+    "params['w']": ("at once", 4 * 64 * 64),
+    "params['b']": ("between the passes", 4 * 64),
+    "params['c']": ("between the passes", 2),
+  }
+  assert all(row.why for row in rows[:2]), rows
+
+
 def start(tx, params):
   return (
     mpo.init(tx, params) if "Compensated" in str(type(jax.eval_shape(tx.init, params))) else (params, tx.init(params))

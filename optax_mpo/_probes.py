@@ -1,0 +1,118 @@
+"""Tries a transformation on a tiny copy of the params, to warn of what it would lose in silence.
+
+Why: two mistakes train without an error. Weights that keep 8 bits and are rounded to nearest drop a weight decay
+below half an ulp. And what changes the updates of `compensated` from outside leaves bits that belong to
+other weights.
+
+How: every leaf is replaced by a single number, with as many axes, in the same tree, so that masks and labels fit. The
+update is traced, and what is looked at is computed. A transformation that cannot be tried, since it needs extra
+arguments or looks at values, gives no warning.
+"""
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo import _formats, _jaxpr, _tree
+
+PyTree = Any
+
+_WEIGHT = 1 + 2.0**-7  # its ulp is large for its size; that of 1 differs up and down
+
+_trying: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_trying", default=False)
+
+
+def is_trying() -> bool:
+  """Whether `warn_of_changes` is running: `compensated` returns ones then, whatever it is given."""
+  return _trying.get()
+
+
+def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits: int) -> None:
+  """Warns where `inner` changes weights without a gradient by less than `bits` hold, rounded to nearest."""
+  leaves, treedef = jax.tree.flatten(params)
+  first: dict[int, int] = {}  # one low leaf of each number of axes: decay is often left out for vectors
+  for i, leaf in enumerate(leaves):
+    if _formats.is_low(leaf):
+      first.setdefault(leaf.ndim, i)
+
+  def updates(weights: list[Any]) -> list[Any]:
+    tree = treedef.unflatten(weights)
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    made = treedef.flatten_up_to(inner.update(zeros, inner.init(tree), tree)[0])
+    return [made[i] for i in first.values()]
+
+  def is_lost(leaf: Any, change: jax.Array) -> bool:
+    kept = _formats.join(*_formats.split(_WEIGHT + change, leaf.dtype, bits))
+    return bool(((change != 0) & (kept == _WEIGHT)).all())
+
+  for i, u in zip(first.values(), _tried(updates, [_tiny(x, _WEIGHT, jnp.float32) for x in leaves]), strict=False):
+    with jax.ensure_compile_time_eval():
+      if not is_lost(leaves[i], u):
+        continue
+      change = abs(float(jnp.ravel(u)[0]))
+    warnings.warn(
+      f"compensated: without a gradient {_tree.named_leaves(params)[i][0]} changes by {change:.1e} of itself in a step "
+      f"(weight decay, say), and bits={bits} with rounding='nearest' rounds that away: weights without a gradient will "
+      "not decay. Use bits=16, rounding='stochastic', or a larger product of learning rate and decay (docs/compact.md "
+      "has the bound).",
+      stacklevel=4,
+    )
+    return
+
+
+def warn_of_changes(tx: optax.GradientTransformation, params: PyTree) -> None:
+  """Warns where `tx` changes updates of the `compensated` in it before they reach the params."""
+  leaves, treedef = jax.tree.flatten(params)
+
+  def updates(weights: list[Any]) -> list[Any]:
+    tree = treedef.unflatten(weights)
+    first, state = tx.update(tree, tx.init(tree), tree)
+    second, _ = tx.update(tree, state, tree)  # an average passes its first number on as it is
+    return [*treedef.flatten_up_to(first), *treedef.flatten_up_to(second)]
+
+  with _flag():
+    made = _tried(updates, [_tiny(x, 1.0) for x in leaves])
+  for (name, leaf), u in zip(_tree.named_leaves(params) * 2, made, strict=False):
+    with jax.ensure_compile_time_eval():
+      if not _formats.is_low(leaf) or bool(((u == 0) | (u == 1)).all()):
+        continue
+    warnings.warn(
+      f"init: something around compensated changes its update of {name}, so that the bits it keeps belong to other "
+      "weights than those that result. Put everything that changes updates inside: compensated(optax.chain(...)).",
+      stacklevel=3,
+    )
+    return
+
+
+@contextlib.contextmanager
+def _flag() -> Iterator[None]:
+  token = _trying.set(True)
+  try:
+    yield
+  finally:
+    _trying.reset(token)
+
+
+def _tiny(leaf: Any, value: float, dtype: Any = None) -> Any:
+  if not _tree.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    return leaf
+  with jax.ensure_compile_time_eval():
+    return jnp.full((1,) * leaf.ndim, value, dtype if _formats.is_low(leaf) and dtype else leaf.dtype)
+
+
+def _tried(updates: Any, weights: Sequence[Any]) -> list[Any]:
+  """The values of `updates(weights)`, or nothing where it cannot be computed."""
+  try:
+    with jax.ensure_compile_time_eval():
+      program, _ = _jaxpr.trace(updates, list(weights))
+      env = dict(program.constants) | dict(zip(program.inputs, weights, strict=True))
+      _jaxpr.run(program, _jaxpr.slice_of(program, program.outputs, {*env}), env)
+      return [_jaxpr.value(a, env) for a in program.outputs]
+  except Exception:  # whatever a transformation raises that cannot be tried in this way
+    return []
