@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo import _modules, _plan, _release, _separable, _two_pass
+from optax_mpo import _modules, _plan, _release, _separable, _two_pass, _upcast
 
 PyTree = Any
 
@@ -79,6 +79,9 @@ def explain(
   Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, `together` of small
   leaves that share one, and `why` says of the other layers of scans why they are left to XLA.
 
+  `why` also tells of low-precision weights whose products run in f32, which is slow, since their input is f32. Cast the
+  input, or pass `dtype=jnp.bfloat16` to the layer of Flax.
+
   Args:
     loss_fn: as for `value_and_update`.
     tx: likewise.
@@ -120,12 +123,28 @@ def explain(
   groups = _two_pass.TwoPass(update, "explain").groups if two_pass and update.is_coupled else _release.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = _plan.make_plan(traced.program, sites, traced.results)
+  upcast = _upcasts(traced)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
   for index, site in enumerate(sites):
     for i in site.leaves:
       shape = tuple(jax.numpy.shape(traced.leaves[i]))
       held = _plan.gradient_bytes(plan, index)
-      rows[i] = Leaf(update.names[i], shape, *site.placed, held, math.prod(shape))
+      stepped, why = site.placed
+      rows[i] = Leaf(
+        update.names[i], shape, stepped, "; ".join(filter(None, (why, upcast.get(i)))), held, math.prod(shape)
+      )
   explanation = Explanation(row for row in rows if row is not None)
   print(explanation)
   return explanation
+
+
+def _upcasts(traced: _release.Traced) -> dict[int, str]:
+  """What is to be said of the weights whose products run in f32, by leaf."""
+  program = traced.forward()
+  leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
+  low = {v: i for v, i in leaves if program.aval(v).dtype in (jax.numpy.bfloat16, jax.numpy.float16)}
+  return {
+    i: f"in f32 at {where}, as the input is: cast that to {(name := traced.leaves[i].dtype.name)}, in Flax with "
+    f"dtype=jnp.{name}"
+    for i, where in _upcast.products(program, low).items()
+  }

@@ -32,14 +32,21 @@ class Traced:
     self.lifted = [x for x in rest if _tree.is_array(x)]
     self._out: Any = None
 
-    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+    def call(fn: Callable[..., Any], leaves: list[Any], lifted: list[Any]) -> Any:
       values = iter(lifted)
       args, kwargs = rest_treedef.unflatten([next(values) if _tree.is_array(x) else x for x in rest])
-      out, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(treedef.unflatten(leaves), *args, **kwargs)
+      return fn(treedef.unflatten(leaves), *args, **kwargs)
+
+    def arrays_of_loss(leaves: list[Any], lifted: list[Any]) -> list[Any]:
+      return [x for x in jax.tree.leaves(call(loss_fn, leaves, lifted)) if _tree.is_array(x)]
+
+    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+      out, grads = call(jax.value_and_grad(loss_fn, has_aux=has_aux), leaves, lifted)
       results, out_treedef = jax.tree.flatten(out)
       self._out = [None if _tree.is_array(x) else x for x in results], out_treedef
       return [x for x in results if _tree.is_array(x)], jax.tree.leaves(grads)
 
+    self._arrays_of_loss = arrays_of_loss
     closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
     for (name, _), leaf in zip(_tree.named_leaves(params), self.leaves, strict=True):
       if any(const is leaf for const in closed.consts):
@@ -51,6 +58,10 @@ class Traced:
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
     self.program = _jaxpr.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED)
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
+
+  def forward(self) -> _jaxpr.Program:
+    """The program of `loss_fn` alone, without its derivative; its first inputs are the leaves of the params."""
+    return _jaxpr.trace(self._arrays_of_loss, self.leaves, self.lifted)[0]
 
   def sites(self, groups: Sequence[_separable.Group], kernels: bool) -> list[_site.Site]:
     """Where the weights are stepped, each with its gradient; by kernels, where there are any."""
