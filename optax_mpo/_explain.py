@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo import _modules, _plan, _release, _separable, _two_pass, _wrapping
+from optax_mpo import _modules, _plan, _release, _separable, _two_pass, _upcast, _wrapping
 
 PyTree = Any
 
@@ -84,6 +84,9 @@ def explain(
   Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, `together` of small
   leaves that share one, and `why` says of the other layers of scans why they are left to XLA.
 
+  `why` also tells of low-precision weights whose products run in f32, which is slow, since their input is f32. Cast the
+  input, or pass `dtype=jnp.bfloat16` to the layer of Flax.
+
   Args:
     loss_fn: as for `value_and_update`.
     tx: likewise.
@@ -128,23 +131,33 @@ def explain(
   groups = passes.groups if passes else _release.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = _plan.make_plan(traced.program, sites, traced.results)
+  upcast = _upcasts(traced)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
+
+  def add(i: int, stepped: str, why: str, held: int) -> None:
+    shape = tuple(jax.numpy.shape(traced.leaves[i]))
+    why = "; ".join(filter(None, (why, upcast.get(i))))
+    rows[i] = Leaf(update.names[i], shape, stepped, why, held, math.prod(shape))
+
   for index, site in enumerate(sites):
     for i in site.leaves:
-      shape = tuple(jax.numpy.shape(traced.leaves[i]))
-      held = _plan.gradient_bytes(plan, index)
-      rows[i] = Leaf(update.names[i], shape, *site.placed, held, math.prod(shape))
+      add(i, *site.placed, _plan.gradient_bytes(plan, index))
   for i in passes.middle if passes else ():
-    shape, grad = tuple(jax.numpy.shape(traced.leaves[i])), traced.program.aval(traced.grads[i])
-    size = math.prod(shape)
-    rows[i] = Leaf(
-      update.names[i],
-      shape,
-      "between the passes",
-      "small, so that its gradient is kept from the first",
-      size * grad.dtype.itemsize,
-      size,
-    )
+    grad = traced.program.aval(traced.grads[i])
+    held = math.prod(grad.shape) * grad.dtype.itemsize
+    add(i, "between the passes", "small, so that its gradient is kept from the first", held)
   explanation = Explanation(row for row in rows if row is not None)
   print(explanation)
   return explanation
+
+
+def _upcasts(traced: _release.Traced) -> dict[int, str]:
+  """What is to be said of the weights whose products run in f32, by leaf."""
+  program = traced.forward()
+  leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
+  low = {v: i for v, i in leaves if program.aval(v).dtype in (jax.numpy.bfloat16, jax.numpy.float16)}
+  return {
+    i: f"in f32 at {where}, as the input is: cast that to {(name := traced.leaves[i].dtype.name)}, in Flax with "
+    f"dtype=jnp.{name}"
+    for i, where in _upcast.products(program, low).items()
+  }

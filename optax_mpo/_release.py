@@ -46,20 +46,23 @@ class Traced:
     self.lifted = [x for x in rest if _tree.is_array(x)]
     self._out: Any = None
 
-    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+    def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
       values = iter(lifted)
       args, kwargs = rest_treedef.unflatten([next(values) if _tree.is_array(x) else x for x in rest])
+      return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
 
-      def loss_of(trained: dict[int, Any]) -> Any:
-        return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
+    def arrays_of_loss(leaves: list[Any], lifted: list[Any]) -> list[Any]:
+      return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if _tree.is_array(x)]
 
+    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
       trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
-      out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained)
+      out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained, leaves, lifted)
       grads = [found[i] if i in found else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
       results, out_treedef = jax.tree.flatten(out)
       self._out = [None if _tree.is_array(x) else x for x in results], out_treedef
       return [x for x in results if _tree.is_array(x)], grads
 
+    self._arrays_of_loss = arrays_of_loss
     closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
     for (name, _), leaf in zip(_tree.named_leaves(params), self.leaves, strict=True):
       if any(const is leaf for const in closed.consts):
@@ -71,6 +74,10 @@ class Traced:
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
     self.program = _jaxpr.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED)
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
+
+  def forward(self) -> _jaxpr.Program:
+    """The program of `loss_fn` alone, without its derivative; its first inputs are the leaves of the params."""
+    return _jaxpr.trace(self._arrays_of_loss, self.leaves, self.lifted)[0]
 
   def sites(self, groups: Sequence[_separable.Group], kernels: bool) -> list[_site.Site]:
     """Where the weights are stepped, each with its gradient; by kernels, where there are any."""

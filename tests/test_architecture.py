@@ -77,7 +77,8 @@ ARROWS = {
     {"_evaluate", "_jaxpr", "_modules", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
     {"jax", "optax"},
   ),
-  "_explain": ({"_modules", "_plan", "_release", "_separable", "_two_pass", "_wrapping"}, {"jax", "optax"}),
+  "_upcast": ({"_jaxpr"}, {"jax"}),
+  "_explain": ({"_modules", "_plan", "_release", "_separable", "_two_pass", "_upcast", "_wrapping"}, {"jax", "optax"}),
   "_gpu_targets": (set(), set()),
   "_memory_report": (set(), {"matplotlib"}),  # inside plot
   "_memory_dump": ({"_memory_report"}, set()),
