@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -74,21 +75,26 @@ def make(
     return results, [0] * len(results) if multiple_results else 0
 
   def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
-    active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-    def of_active(*values: Any) -> Any:
-      operands = list(primals)
-      for i, value in zip(active, values, strict=True):
-        operands[i] = value
-      return plain(*operands, **params)
-
-    _, found = jax.jvp(of_active, tuple(primals[i] for i in active), tuple(tangents[i] for i in active))
+    _, found = jvp_of(functools.partial(plain, **params), primals, tangents)
     found = [ad.Zero(jax.typeof(t)) if t.dtype == jax.dtypes.float0 else t for t in jax.tree.leaves(found)]
     return primitive.bind(*primals, **params), found if multiple_results else found[0]
 
   batching.fancy_primitive_batchers[primitive] = batch
   ad.primitive_jvps[primitive] = jvp
   return primitive
+
+
+def jvp_of(fun: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+  """`jax.jvp` of `fun(*primals)`, with tangents of which some are symbolic zeros."""
+  active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero | SymbolicZero)]
+
+  def of_active(*values: Any) -> Any:
+    operands = list(primals)
+    for i, value in zip(active, values, strict=True):
+      operands[i] = value
+    return fun(*operands)
+
+  return jax.jvp(of_active, [primals[i] for i in active], [tangents[i] for i in active])
 
 
 def make_hint(
