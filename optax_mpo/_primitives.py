@@ -45,7 +45,7 @@ def make(
     plain: `plain(*operands, **params)` computes them anywhere.
     lowerings: how it is lowered, by platform; None: on all others.
     multiple_results: whether it returns a list.
-    depends_on_operands: whether lowerings look at operands, so that one is not used again for operands of the same type.
+    depends_on_operands: whether lowerings look at operands, so that none is used again for others of the same type.
   """
   primitive = MADE[name] = Primitive(name)
   primitive.multiple_results = multiple_results
@@ -105,17 +105,15 @@ def make_hint(
   Args:
     name: of the primitive.
     lowerings: as for `make`. What they return works for operands with any further axes.
-    all_operands: whether all operands are returned, as a list. If not, the others are of the shape of the first one, and
-      only say what it is computed from or what is to be there before.
+    all_operands: whether all operands are returned, as a list. If not, the others are of the shape of the first one,
+      and only say what it is computed from or what is to be there before.
     depends_on_operands: as for `make`.
   """
 
   def same(*operands: Any, **_: Any) -> Any:
     return list(operands) if all_operands else operands[0]
 
-  primitive = make(
-    name, same, same, lowerings, multiple_results=all_operands, depends_on_operands=depends_on_operands
-  )
+  primitive = make(name, same, same, lowerings, multiple_results=all_operands, depends_on_operands=depends_on_operands)
 
   def batch(_: Any, operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
     if all_operands:

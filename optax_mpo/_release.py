@@ -73,7 +73,11 @@ class Traced:
     """The same program for other values of its inputs and of constants."""
     other = copy.copy(self)
     count = len(self.leaves)
-    other.leaves, other.lifted, other.program = list(inputs[:count]), list(inputs[count:]), self.program.replaced(constants)
+    other.leaves, other.lifted, other.program = (
+      list(inputs[:count]),
+      list(inputs[count:]),
+      self.program.replaced(constants),
+    )
     return other
 
   def output(self, results: Sequence[Any]) -> Any:
@@ -207,7 +211,7 @@ def _differentiated_as(
   """Returns `released(operands)`; where that is differentiated, `ordinary(operands)`, which computes the same.
 
   A derivative needs all gradients of the step at once. And operations that are run one by one, as a released step runs
-  those of the update, have lost the derivatives that their authors gave to calls of several, such as that of a rounding.
+  those of the update, have lost the custom derivatives of the calls that they come from, such as that of a rounding.
   """
   leaves, treedef = jax.tree.flatten(operands)
 

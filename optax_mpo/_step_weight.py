@@ -12,7 +12,6 @@ import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Primitive
