@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -65,6 +66,7 @@ class Program:
     operations: in an order in which they can run.
     constants: the values of variables that are known beforehand.
     avals: the shape and dtype of every variable.
+    source: the jaxpr that it was copied from, whose calls have derivatives of their own.
   """
 
   inputs: list[int] = dataclasses.field(default_factory=list)
@@ -72,6 +74,7 @@ class Program:
   operations: list[Operation] = dataclasses.field(default_factory=list)
   constants: dict[int, Any] = dataclasses.field(default_factory=dict)
   avals: list[Any] = dataclasses.field(default_factory=list)
+  source: core.ClosedJaxpr | None = None
 
   def aval(self, atom: Atom) -> Any:
     """The shape and dtype of an atom."""
@@ -87,6 +90,15 @@ class Program:
     """The index of the operation that makes each variable."""
     return {v: i for i, operation in enumerate(self.operations) for v in operation.outputs if v >= 0}
 
+  @property
+  def traced(self) -> dict[int, Any]:
+    """The constants that are traced, and so may be differentiated or mapped."""
+    return {v: x for v, x in self.constants.items() if isinstance(x, Tracer)}
+
+  def replaced(self, constants: dict[int, Any]) -> "Program":
+    """The same program, with other values for some of its constants."""
+    return dataclasses.replace(self, constants=self.constants | constants)
+
 
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
   """Traces `fun(*args)`, and returns its program and the tree of shapes that it returns.
@@ -99,7 +111,7 @@ def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
 
 def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
   """Copies a jaxpr into a program, with the calls named in `calls` inlined."""
-  program = Program()
+  program = Program(source=closed)
 
   def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], caller: Any) -> list[Atom]:
     env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
@@ -182,6 +194,13 @@ def call(program: Program, *args: Any) -> list[Any]:
   env = dict(program.constants) | dict(zip(program.inputs, args, strict=True))
   run(program, program.operations, env)
   return [value(a, env) for a in program.outputs]
+
+
+def call_source(program: Program, *args: Any) -> list[Any]:
+  """The same, but in such a way that it is differentiated as its author wrote it, with custom derivatives."""
+  assert program.source is not None
+  consts = list(program.constants.values())[: len(program.source.consts)]  # those of calls come after them
+  return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
 
 
 def value(atom: Atom, env: dict[int, Any]) -> Any:
@@ -417,7 +436,7 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
   A wanted output is followed back through the operations named in `transparent`. A `remat` call is inlined together
   with the barrier on its operands that it stands for.
   """
-  program = Program()
+  program = Program(source=closed)
 
   def follow(jaxpr: Any, flags: Sequence[bool]) -> set[Any]:
     found = {v for v, flag in zip(jaxpr.outvars, flags, strict=True) if flag and not isinstance(v, core.Literal)}

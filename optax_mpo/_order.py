@@ -8,7 +8,6 @@ How: operations that are lowered in one way for one device, and in another for s
 are given may be spread: there they must not make the devices wait for each other.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
-from optax_mpo import _types
+from optax_mpo import _primitives, _types
 
 PyTree = Any
 
@@ -97,7 +94,6 @@ def laid_out(x: jax.Array) -> jax.Array:
   return _laid_out.bind(x) if x.ndim > 1 and x.size >= SMALL else x
 
 
-@jax.custom_jvp
 def held(x: jax.Array, like: jax.Array) -> jax.Array:
   """Returns `x: f32[*s]`, as something that XLA:CPU computes once, where it is used more than once.
 
@@ -113,27 +109,15 @@ def held(x: jax.Array, like: jax.Array) -> jax.Array:
   return _held.bind(x, like) if x.size >= _HELD else x
 
 
-@held.defjvp
-def _held_jvp(primals: Any, tangents: Any) -> Any:
-  return held(*primals), tangents[0]
+# --- The primitives ---------------------------------------------------------------------------------------------------
 
 
-def _primitive(
-  name: str, one: Callable[..., Any], several: Callable[..., Any], on_cpu: Callable[..., Any] | None = None
-) -> Primitive:
-  """An operation that returns its first operand, as `one` or `on_cpu` does on one device and `several` on several."""
-  primitive = Primitive(name)
-  primitive.def_impl(lambda x, *_, **__: x)
-  primitive.def_abstract_eval(lambda x, *_, **__: x)
+def _everywhere(fun: Callable[..., Any]) -> _primitives.Lowering:
+  return lambda lower, *_, **__: lower(fun)
 
-  def lower(context: Any, *operands: Any, one: Callable[..., Any], **params: Any) -> Any:
-    chosen = one if _is_for_one(context) else several
-    return mlir.lower_fun(chosen, multiple_results=False)(context, *operands, **params)
 
-  mlir.register_lowering(primitive, functools.partial(lower, one=one))
-  if on_cpu is not None:
-    mlir.register_lowering(primitive, functools.partial(lower, one=on_cpu), platform="cpu")
-  return primitive
+def _by_devices(one: Callable[..., Any], several: Callable[..., Any]) -> _primitives.Lowering:
+  return lambda lower, context, *_, **__: lower(one if _is_for_one(context) else several)
 
 
 def _is_for_one(context: Any) -> bool:
@@ -146,12 +130,12 @@ def _after_values(index: Any, *done: Any, count: int) -> Any:
   return index + never * sum((lax.convert_element_type(x, jnp.int32) for x in done), jnp.int32(0))
 
 
-def _index(index: Any, *_: Any) -> Any:
-  return index
+def _first(first: Any, *_: Any, **__: Any) -> Any:
+  return first
 
 
-_after_use = _primitive("after_use", _index, _index, lambda index, *values: _after_values(index, *values, count=0))
-_after = _primitive("after", _after_values, lambda index, *_, count: index + ((index + count) >> 30))
+def _changed(index: Any, *_: Any, count: int) -> Any:
+  return index + ((index + count) >> 30)
 
 
 def _divided_by_one(x: Any, like: Any) -> Any:
@@ -159,42 +143,14 @@ def _divided_by_one(x: Any, like: Any) -> Any:
   return x / lax.bitcast_convert_type(zero + jnp.uint32(0x3F80_0000), jnp.float32)
 
 
-def _held_batch(values: Any, axes: Any) -> Any:
-  size = next(v.shape[a] for v, a in zip(values, axes, strict=True) if a is not None)
-  moved = (
-    jnp.broadcast_to(v, (size, *v.shape)) if a is None else jnp.moveaxis(v, a, 0)
-    for v, a in zip(values, axes, strict=True)
-  )
-  return _held.bind(*moved), 0
-
-
-_tie = Primitive("tie")
-_tie.multiple_results = True
-_tie.def_impl(lambda *values: barrier(list(values)))
-_tie.def_abstract_eval(lambda *values: list(values))
-mlir.register_lowering(_tie, mlir.lower_fun(lambda *values: barrier(list(values)), multiple_results=True))
-mlir.register_lowering(_tie, mlir.lower_fun(lambda *values: list(values), multiple_results=True), platform="cpu")
-
-batching.primitive_batchers[_tie] = lambda values, axes: (_tie.bind(*values), list(axes))
-ad.primitive_jvps[_tie] = lambda values, tangents: (_tie.bind(*values), list(tangents))
-
-_held = Primitive("held")
-_held.def_impl(lambda x, _: x)
-_held.def_abstract_eval(lambda x, _: x)
-mlir.register_lowering(_held, mlir.lower_fun(lambda x, _: x, multiple_results=False))
-mlir.register_lowering(_held, mlir.lower_fun(_divided_by_one, multiple_results=False), platform="cpu")
-batching.primitive_batchers[_held] = _held_batch
-
-
 def _in_order(x: Any) -> Any:
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _lower_laid_out(context: Any, x: Any) -> Any:
+def _lay_out(lower: Callable[..., Any], context: Any, x: Any) -> Any:
   # What is exported to be kept must not have this constraint, of which JAX does not promise that XLA will know it.
   is_kept = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
-  here = _is_for_one(context) and not is_kept and _comes_transposed(x)
-  return mlir.lower_fun(_in_order if here else lambda x: x, multiple_results=False)(context, x)
+  return lower(_in_order if _is_for_one(context) and not is_kept and _comes_transposed(x) else _first)
 
 
 def _comes_transposed(x: Any) -> bool:
@@ -207,8 +163,14 @@ def _comes_transposed(x: Any) -> bool:
     x = operation.operands[0]
 
 
-_row_major = _primitive("row_major", _in_order, lambda x: x)
-_laid_out = _primitive("laid_out", lambda x: x, lambda x: x)
-mlir.register_lowering(_laid_out, _lower_laid_out, platform="cpu", cacheable=False)  # it depends on what x is
-ad.primitive_jvps[_laid_out] = lambda values, tangents: (_laid_out.bind(*values), tangents[0])
-batching.primitive_batchers[_laid_out] = lambda values, axes: (_laid_out.bind(*values), axes[0])
+_on_one_cpu = _by_devices(lambda index, *values: _after_values(index, *values, count=0), _first)
+_after = _primitives.make_hint("after", {None: _by_devices(_after_values, _changed)})
+_after_use = _primitives.make_hint("after_use", {None: _everywhere(_first), "cpu": _on_one_cpu})
+_held = _primitives.make_hint("held", {None: _everywhere(_first), "cpu": _everywhere(_divided_by_one)})
+_row_major = _primitives.make_hint("row_major", {None: _by_devices(_in_order, _first)})
+_laid_out = _primitives.make_hint("laid_out", {None: _everywhere(_first), "cpu": _lay_out}, depends_on_operands=True)
+_tie = _primitives.make_hint(
+  "tie",
+  {None: _everywhere(lambda *values: barrier(list(values))), "cpu": _everywhere(lambda *values: list(values))},
+  all_operands=True,
+)

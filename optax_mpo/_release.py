@@ -9,6 +9,8 @@ leaves, `_plan` finds the place of each in the program, and `_evaluate` runs the
 References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) step in the backward pass of PyTorch.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +18,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _evaluate, _jaxpr, _modules, _order, _plan, _separable, _site, _tree, _two_pass, _wrapping
+from optax_mpo import (
+  _evaluate,
+  _jaxpr,
+  _modules,
+  _order,
+  _plan,
+  _primitives,
+  _separable,
+  _site,
+  _tree,
+  _two_pass,
+  _wrapping,
+)
 
 PyTree = Any
 
@@ -86,6 +100,17 @@ class Traced:
       if not any(self._trained[i] for i in site.leaves):
         site.placed = _plan.FROZEN
     return sites
+
+  def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":
+    """The same program for other values of its inputs and of constants."""
+    other = copy.copy(self)
+    count = len(self.leaves)
+    other.leaves, other.lifted, other.program = (
+      list(inputs[:count]),
+      list(inputs[count:]),
+      self.program.replaced(constants),
+    )
+    return other
 
   def output(self, results: Sequence[Any]) -> Any:
     """Puts the arrays of the loss function's result back into its tree."""
@@ -162,29 +187,79 @@ def value_and_update(
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     update = _separable.Update(tx, _modules.pure(params), _modules.pure(opt_state), _CALLER)
     traced = Traced(loss_fn, has_aux, update, params, args, kwargs)
-    old, state_treedef = jax.tree.flatten(opt_state)
-    values, new_states = update.run_shared()
-    new_weights: dict[int, Any] = {}
-    inputs = [*traced.leaves, *traced.lifted]
-    if two_pass and update.is_coupled:
-      groups, values, new_weights, states = _first_pass(traced, update, old, values)
-      new_states |= states
-      # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.
-      inputs, values = _order.barrier((inputs, values))
-    else:
-      groups = groups_of(update)
-    shared = [[values[v] for v in group.shared] for group in groups]
-    plan = _plan.make_plan(traced.program, traced.sites(groups, update.kernels), traced.results)
-    env = dict(traced.program.constants) | dict(zip(traced.program.inputs, inputs, strict=True))
-    store = _evaluate.Whole(inputs[: len(traced.leaves)], list(old), groups)
-    _evaluate.evaluate(plan, env, store, shared)
-    for kept, new in ((store.leaves, new_weights), (store.states, new_states)):
-      for i, value in new.items():
-        kept[i] = value
-    out = traced.output([_jaxpr.value(a, env) for a in traced.results])
-    return out, jax.tree.structure(params).unflatten(store.leaves), state_treedef.unflatten(store.states)
+    states, state_treedef = jax.tree.flatten(opt_state)
+    operands = ([*traced.leaves, *traced.lifted], states, traced.program.traced, update.program.traced)
+    results, leaves, states = _differentiated_as(
+      functools.partial(_ordinary, traced, update), functools.partial(_released, traced, update, two_pass), operands
+    )
+    return traced.output(results), jax.tree.structure(params).unflatten(leaves), state_treedef.unflatten(states)
 
   return step
+
+
+Operands = tuple[list[Any], list[Any], dict[int, Any], dict[int, Any]]
+"""Params and arguments; the leaves of the state; the traced constants of the loss function, and those of the update.
+
+All that a step may be differentiated with respect to, or mapped over.
+"""
+
+Results = tuple[list[Any], list[Any], list[Any]]
+"""What the loss function returned, the new weights and the new leaves of the state."""
+
+
+def _released(traced: Traced, update: _separable.Update, two_pass: bool, operands: Operands) -> Results:
+  """The step, in which each weight is stepped inside the backward pass."""
+  inputs, old, loss_constants, constants = operands
+  traced, update = traced.at(inputs, loss_constants), update.at(old, constants)
+  values, new_states = update.run_shared()
+  new_weights: dict[int, Any] = {}
+  if two_pass and update.is_coupled:
+    groups, values, new_weights, states = _first_pass(traced, update, old, values)
+    new_states |= states
+    # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.
+    inputs, values = _order.barrier((inputs, values))
+  else:
+    groups = groups_of(update)
+  shared = [[values[v] for v in group.shared] for group in groups]
+  plan = _plan.make_plan(traced.program, traced.sites(groups, update.kernels), traced.results)
+  env = dict(traced.program.constants) | dict(zip(traced.program.inputs, inputs, strict=True))
+  store = _evaluate.Whole(inputs[: len(traced.leaves)], list(old), groups)
+  _evaluate.evaluate(plan, env, store, shared)
+  for kept, new in ((store.leaves, new_weights), (store.states, new_states)):
+    for i, value in new.items():
+      kept[i] = value
+  return [_jaxpr.value(a, env) for a in traced.results], store.leaves, store.states
+
+
+def _ordinary(traced: Traced, update: _separable.Update, operands: Operands) -> Results:
+  """The same step with all gradients first, as `jax.value_and_grad` and `tx.update` make it."""
+  inputs, old, loss_constants, constants = operands
+  count = len(traced.leaves)
+  out = _jaxpr.call_source(traced.program.replaced(loss_constants), *inputs)
+  results, grads = out[: len(out) - count], out[len(out) - count :]
+  new = _jaxpr.call_source(update.program.replaced(constants), *grads, *inputs[:count], *old)
+  return results, new[:count], new[count:]
+
+
+def _differentiated_as(
+  ordinary: Callable[[Operands], Results], released: Callable[[Operands], Results], operands: Operands
+) -> Results:
+  """Returns `released(operands)`; where that is differentiated, `ordinary(operands)`, which computes the same.
+
+  A derivative needs all gradients of the step at once. And operations that are run one by one, as a released step runs
+  those of the update, have lost the custom derivatives of the calls that they come from, such as that of a rounding.
+  """
+  leaves, treedef = jax.tree.flatten(operands)
+
+  @jax.custom_jvp
+  def step(*leaves: Any) -> Results:
+    return released(treedef.unflatten(leaves))
+
+  def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Results, Results]:
+    return _primitives.jvp_of(lambda *leaves: ordinary(treedef.unflatten(leaves)), primals, tangents)
+
+  step.defjvp(jvp, symbolic_zeros=True)
+  return step(*leaves)
 
 
 def _first_pass(

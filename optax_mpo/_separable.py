@@ -9,6 +9,7 @@ the leaves it depends on; leaves that share any of it are *coupled* and can only
 group of leaves is the slice of the program that makes its new weights and its new state.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -282,6 +283,12 @@ class Update:
       self._parent[node] = self._parent[self._parent[node]]
       node = self._parent[node]
     return node
+
+  def at(self, opt_state: Sequence[Any], constants: dict[int, Any]) -> "Update":
+    """The same update for other values of the leaves of its state, and of constants of its program."""
+    other = copy.copy(self)
+    other._state, other._program = list(opt_state), self._program.replaced(constants)
+    return other
 
   def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
     """Computes what all leaves share, once.

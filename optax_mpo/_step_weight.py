@@ -9,17 +9,14 @@ How: one JAX primitive, which on one CUDA GPU is a kernel (`_kernel`), on one CP
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
-from optax_mpo import _kernel, _order, _rows
+from optax_mpo import _kernel, _order, _primitives, _rows
 
 Pure = Callable[[Any, Sequence[Any], Sequence[Any], Any, Sequence[Any]], Sequence[Any]]
 
@@ -50,7 +47,7 @@ def step(
     rows: does it on a CPU.
 
   Returns:
-    The new stacks. They have no derivatives.
+    The new stacks. Their derivatives are those of `pure`.
   """
   operands = [index, grad, *stacks, *shared, *waits]
   params = {"pure": pure, "kernel": kernel, "rows": rows, "stacks": len(stacks), "waits": len(waits)}
@@ -68,7 +65,7 @@ def step_together(
     given: of each the gradient; the weight and its states; the values that the step shares with others.
 
   Returns:
-    For each the new weight and states. They have no derivatives.
+    For each the new weight and states. Their derivatives are those of `pures`.
   """
   results: list[list[Any]] = []
   for part in _launches(kernels):
@@ -190,33 +187,19 @@ def _operation(
   def devices(context: Any) -> int | None:
     return getattr(context.module_context.axis_context, "num_devices", None)  # None inside of shard_map
 
-  def lower(context: Any, *operands: Any, **params: Any) -> Any:
-    return mlir.lower_fun(pure, multiple_results=True)(context, *operands, **params)
+  def anywhere(lower: Any, *_: Any, **__: Any) -> Any:
+    return lower(pure)
 
-  def lower_cuda(context: Any, *operands: Any, **params: Any) -> Any:
+  def on_cuda(lower: Any, context: Any, *_: Any, **params: Any) -> Any:
     if params.get("kernel", by_kernel) is None or not _kernel.is_usable(devices(context)):
-      return lower(context, *operands, **params)
+      return lower(pure)
     with _kernel.lowering():
-      return mlir.lower_fun(by_kernel, multiple_results=True)(context, *operands, **params)
+      return lower(by_kernel)
 
-  def lower_cpu(context: Any, *operands: Any, **params: Any) -> Any:
-    if by_rows is None or params["rows"] is None or devices(context) != 1:
-      return lower(context, *operands, **params)
-    return mlir.lower_fun(by_rows, multiple_results=True)(context, *operands, **params)
+  def on_cpu(lower: Any, context: Any, *_: Any, **params: Any) -> Any:
+    return lower(pure if by_rows is None or params["rows"] is None or devices(context) != 1 else by_rows)
 
-  def batch(operands: Any, axes: Any, **params: Any) -> Any:
-    results = jax.vmap(functools.partial(pure, **params), in_axes=axes)(*operands)
-    return results, [0] * len(results)
-
-  primitive = Primitive(name)
-  primitive.multiple_results = True
-  primitive.def_abstract_eval(abstract)
-  primitive.def_impl(pure)
-  batching.primitive_batchers[primitive] = batch
-  mlir.register_lowering(primitive, lower)
-  mlir.register_lowering(primitive, lower_cuda, platform="cuda")
-  mlir.register_lowering(primitive, lower_cpu, platform="cpu")
-  return primitive
+  return _primitives.make(name, abstract, pure, {None: anywhere, "cuda": on_cuda, "cpu": on_cpu})
 
 
 _step = _operation("step_weight", _abstract, _pure, _by_kernel, _by_rows)

@@ -1,0 +1,144 @@
+"""Makes the JAX primitives of this package, each with all the rules that JAX's transformations ask for.
+
+Why: a primitive without a batching or a JVP rule works until a user maps or differentiates a training step, and then
+fails with an error that names something internal.
+
+How: a primitive is given by a function in plain JAX, which says what it computes; implementation, batching and JVP are
+those of that function. What differs from machine to machine is the lowering alone. Most primitives return operands as
+they are and only tell XLA something; for these, derivatives pass straight through and a mapped axis stays where it is.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+MADE: dict[str, Primitive] = {}
+"""All primitives of this package, by name, for the test that goes over them."""
+
+Lowering = Callable[..., Any]
+"""`lowering(lower, context)` returns `lower(fun)`, of the function in plain JAX that a program is to run there.
+
+It is handed the operands and the params as well, and may put a context manager around `lower`.
+"""
+
+
+def make(
+  name: str,
+  abstract: Callable[..., Any],
+  plain: Callable[..., Any],
+  lowerings: dict[str | None, Lowering],
+  *,
+  multiple_results: bool = True,
+  depends_on_operands: bool = False,
+) -> Primitive:
+  """Makes a primitive that computes what `plain` does, with the derivatives of `plain`.
+
+  Args:
+    name: of the primitive.
+    abstract: `abstract(*avals, **params)` returns the types of the results.
+    plain: `plain(*operands, **params)` computes them anywhere.
+    lowerings: how it is lowered, by platform; None: on all others.
+    multiple_results: whether it returns a list.
+    depends_on_operands: whether lowerings look at operands, so that none is used again for others of the same type.
+  """
+  primitive = MADE[name] = Primitive(name)
+  primitive.multiple_results = multiple_results
+  primitive.def_impl(plain)
+  primitive.def_abstract_eval(abstract)
+
+  def rule_of(lowering: Lowering) -> Callable[..., Any]:
+    def rule(context: Any, *operands: Any, **params: Any) -> Any:
+      def lower(fun: Callable[..., Any]) -> Any:
+        return mlir.lower_fun(fun, multiple_results=multiple_results)(context, *operands, **params)
+
+      return lowering(lower, context, *operands, **params)
+
+    return rule
+
+  for platform, lowering in lowerings.items():
+    rule = rule_of(lowering)
+    mlir.register_lowering(primitive, rule, platform=platform, cacheable=not depends_on_operands)
+
+  def batch(axis: Any, operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+    if all(a is None for a in axes):
+      results = primitive.bind(*operands, **params)
+      return results, [None] * len(results) if multiple_results else None
+    names = {"axis_name": axis.name, "spmd_axis_name": axis.spmd_name}
+    mapped = jax.vmap(functools.partial(plain, **params), tuple(axes), axis_size=axis.size, **names)
+    results = mapped(*operands)
+    return results, [0] * len(results) if multiple_results else 0
+
+  def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+    _, found = jvp_of(functools.partial(plain, **params), primals, tangents)
+    found = [ad.Zero(jax.typeof(t)) if t.dtype == jax.dtypes.float0 else t for t in jax.tree.leaves(found)]
+    return primitive.bind(*primals, **params), found if multiple_results else found[0]
+
+  batching.fancy_primitive_batchers[primitive] = batch
+  ad.primitive_jvps[primitive] = jvp
+  return primitive
+
+
+def jvp_of(fun: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+  """`jax.jvp` of `fun(*primals)`, with tangents of which some are symbolic zeros."""
+  active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero | SymbolicZero)]
+
+  def of_active(*values: Any) -> Any:
+    operands = list(primals)
+    for i, value in zip(active, values, strict=True):
+      operands[i] = value
+    return fun(*operands)
+
+  return jax.jvp(of_active, [primals[i] for i in active], [tangents[i] for i in active])
+
+
+def make_hint(
+  name: str, lowerings: dict[str | None, Lowering], *, all_operands: bool = False, depends_on_operands: bool = False
+) -> Primitive:
+  """Makes a primitive that returns its first operand, or all of its operands, and tells XLA something by its lowering.
+
+  Args:
+    name: of the primitive.
+    lowerings: as for `make`. What they return works for operands with any further axes.
+    all_operands: whether all operands are returned, as a list. If not, the others are of the shape of the first one,
+      and only say what it is computed from or what is to be there before.
+    depends_on_operands: as for `make`.
+  """
+
+  def same(*operands: Any, **_: Any) -> Any:
+    return list(operands) if all_operands else operands[0]
+
+  primitive = make(name, same, same, lowerings, multiple_results=all_operands, depends_on_operands=depends_on_operands)
+
+  def batch(_: Any, operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+    if all_operands:
+      return primitive.bind(*operands, **params), list(axes)
+    first, *others = operands
+    fitting = [_like_first(x, a, first, axes[0]) for x, a in zip(others, axes[1:], strict=True)]
+    return primitive.bind(first, *fitting, **params), axes[0]
+
+  def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+    return primitive.bind(*primals, **params), same(*tangents)
+
+  def transpose(cotangents: Any, *operands: Any, **_: Any) -> list[Any]:
+    given = cotangents if all_operands else [cotangents, *[None] * (len(operands) - 1)]
+    return [ct if ad.is_undefined_primal(x) else None for ct, x in zip(given, operands, strict=True)]
+
+  batching.fancy_primitive_batchers[primitive] = batch
+  ad.primitive_jvps[primitive] = jvp
+  ad.primitive_transposes[primitive] = transpose
+  return primitive
+
+
+def _like_first(x: jax.Array, axis: int | None, first: jax.Array, first_axis: int | None) -> jax.Array:
+  """Makes an operand of one with a mapped axis, or without, that has one exactly if the first operand has."""
+  if first_axis is None:
+    return x if axis is None else jax.lax.index_in_dim(x, 0, axis, keepdims=False)  # the hint holds for any member
+  if axis is None:
+    return jnp.broadcast_to(jnp.expand_dims(x, first_axis), first.shape)
+  return jnp.moveaxis(x, axis, first_axis)
