@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from optax_mpo import _formats, _jaxpr, _tree
 
@@ -113,6 +114,7 @@ def _tried(updates: Any, weights: Sequence[Any]) -> list[Any]:
       program, _ = _jaxpr.trace(updates, list(weights))
       env = dict(program.constants) | dict(zip(program.inputs, weights, strict=True))
       _jaxpr.run(program, _jaxpr.slice_of(program, program.outputs, {*env}), env)
-      return [_jaxpr.value(a, env) for a in program.outputs]
+      values = [_jaxpr.value(a, env) for a in program.outputs]
+      return [] if any(isinstance(x, Tracer) for x in values) else values  # a traced learning rate, say
   except Exception:  # whatever a transformation raises that cannot be tried in this way
     return []

@@ -140,3 +140,11 @@ def test_bits_do_go_wrong_outside():
   updates, state = tx.update(grads, state, params)
   masters = mpo.master_params(mpo.apply_updates(params, updates), state)
   assert not np.allclose(masters["w"], PARAMS["w"] - 0.15, atol=1e-4)
+
+
+def test_a_traced_hyperparameter_gives_no_warning():
+  def init(rate):
+    tx = mpo.compensated(optax.adamw(rate), bits=8)
+    return mpo.init(tx, {"w": jnp.ones((4, 4))})[0]["w"].sum()
+
+  jax.jit(jax.grad(init))(1e-4)
