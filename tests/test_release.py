@@ -377,11 +377,13 @@ def test_two_passes_with_state_that_belongs_to_no_leaf(optimizer, small, monkeyp
   assert not scales or scales == ([64] * 4 if optimizer == "static_scale" else [32, 32, 64, 64])
 
 
-@pytest.mark.parametrize("optimizer", ["dynamic_scale", "stochastic", "kernels"])
-def test_two_passes_find_an_overflow_in_a_stack_of_layers(optimizer, monkeypatch):
+@pytest.mark.parametrize("storage", ["16 bits", "stochastic", "kernels"])
+def test_two_passes_find_an_overflow_in_a_stack_of_layers(storage, monkeypatch):
   monkeypatch.setattr(_two_pass, "SMALL", 1)
   params, loss, _ = CASES["scanned_remat"]
-  tx = FREE_STATE[optimizer]()
+  options = {"bits": 8, "rounding": "stochastic"} if storage == "stochastic" else {}
+  tx = mpo.loss_scaled(mpo.compensated(OPTIMIZERS["momentum"](), **options), **SCALED)
+  tx = mpo.with_kernels(tx) if storage == "kernels" else tx
   want = got = (None, *mpo.init(tx, params))
   one, other = exact_jit(ordinary(loss, tx)), exact_jit(two_pass(loss, tx))
   for i in range(3):

@@ -242,7 +242,8 @@ def test_direct_weights_are_those_of_the_addition(bits):
 def test_a_changed_update_is_added():
   double = optax.stateless(lambda updates, params: jax.tree.map(lambda u: 2 * u, updates))
   tx = optax.chain(mpo.compensated(optax.sgd(0.1)), double)
-  params, state = mpo.init(tx, {"w": jnp.ones(3)})
+  with pytest.warns(UserWarning, match="something around compensated changes its update"):
+    params, state = mpo.init(tx, {"w": jnp.ones(3)})
   update = _separable.Update(tx, params, state, "test")
   got, _ = step_in_groups(update, jax.tree.leaves(params), jax.tree.leaves(state), [jnp.ones(3)])
   assert_same_bits(got, jax.tree.leaves(whole_step(tx, params, state, {"w": jnp.ones(3)})[0]))
