@@ -51,7 +51,7 @@ def fused_value_and_update(
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
     >>> layer = mpo.fused_layer(lambda p, x: x @ p["w"] + p["b"], remat=True)
     >>> def loss_fn(params, x, y):
-    ...   return jnp.mean((layer(params, x) - y) ** 2)
+    ...   return jnp.mean((layer(params, x.astype(jnp.bfloat16)).astype(jnp.float32) - y) ** 2)
     >>> tx = mpo.compensated(optax.adamw(1e-2))
     >>> params, opt_state = mpo.init(tx, {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)})
     >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))

@@ -87,14 +87,14 @@ def fused_layer(
     >>> def loss_fn(params, x):  # params: handles in the step below, arrays anywhere else
     ...   for w in params:
     ...     x = dense(w, x)
-    ...   return jnp.mean(x**2)
+    ...   return jnp.mean(x.astype(jnp.float32) ** 2)
     >>> tx = mpo.compensated(optax.adamw(1e-2))
     >>> params, opt_state = mpo.init(tx, [jnp.eye(3), jnp.eye(3)])
     >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))
     >>> for _ in range(3):
-    ...   value, params, opt_state = step(params, opt_state, jnp.ones((2, 3)))
-    >>> print(f"{value:.3f} {loss_fn(params, jnp.ones((2, 3))):.3f}")
-    0.359 0.330
+    ...   value, params, opt_state = step(params, opt_state, jnp.ones((2, 3), jnp.bfloat16))
+    >>> print(f"{value:.2f} {loss_fn(params, jnp.ones((2, 3), jnp.bfloat16)):.2f}")
+    0.36 0.33
 
   References:
     Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023

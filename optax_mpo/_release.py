@@ -170,7 +170,7 @@ def value_and_update(
     >>> tx = mpo.compensated(optax.adamw(1e-2))
     >>> params, opt_state = mpo.init(tx, {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)})
     >>> def loss_fn(params, x):
-    ...   return jnp.mean((x @ params["w"] + params["b"]) ** 2)
+    ...   return jnp.mean((x.astype(jnp.bfloat16) @ params["w"] + params["b"]).astype(jnp.float32) ** 2)
     >>> step = jax.jit(mpo.value_and_update(loss_fn, tx), donate_argnums=(0, 1))
     >>> value, params, opt_state = step(params, opt_state, jnp.ones((8, 4)))
     >>> float(value), params["w"].dtype.name

@@ -52,9 +52,9 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
     >>> tx = mpo.with_kernels(mpo.compensated(optax.adamw(1e-2)))
     >>> def loss_fn(params, x):
     ...   x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)
-    ...   return jnp.mean(x**2)
+    ...   return jnp.mean(x.astype(jnp.float32) ** 2)
     >>> params, opt_state = mpo.init(tx, jnp.ones((3, 16, 16)))
-    >>> table = mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((8, 16)))
+    >>> table = mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((8, 16), jnp.bfloat16))
     leaf    shape        stepped               gradient held  why
     params  [3, 16, 16]  in scan, by a kernel  512 B
     768 parameters; the largest gradient held is 512 B

@@ -66,7 +66,7 @@ class TrainState(struct.PyTreeNode):
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_mpo as mpo
     >>> from optax_mpo.flax import TrainState
-    >>> model = nn.Dense(3)
+    >>> model = nn.Dense(3, dtype=jnp.bfloat16)  # else Flax promotes params to the f32 of the input
     >>> x = jnp.ones((2, 4))
     >>> params = model.init(jax.random.key(0), x)["params"]
     >>> tx = mpo.compensated(optax.adamw(1e-2))
@@ -223,7 +223,7 @@ class Optimizer(nnx.Pytree):
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
     >>> from flax import nnx
     >>> from optax_mpo.flax import Optimizer
-    >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    >>> model = nnx.Linear(4, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # else Flax promotes params to f32
     >>> optimizer = Optimizer(model, mpo.compensated(optax.adamw(1e-2)))
     >>> @nnx.jit
     ... def step(model, optimizer, x):

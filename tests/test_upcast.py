@@ -1,6 +1,11 @@
 """explain tells of products that run in f32 because a low-precision weight meets an f32 input, and of no others."""
 
+import doctest
+import importlib
+
 import flax.linen as nn
+import flax.linen.dtypes
+import flax.nnx.nn.dtypes
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 import optax_mpo as mpo
+from tests.test_readme import ROOT, blocks
 
 X = jnp.ones((4, 8))
 F32 = jnp.float32
@@ -125,3 +131,49 @@ def test_layers_of_flax(dtype):
   graphdef, params = nnx.split(model)
   names, _ = found(lambda p, x: square(nnx.merge(graphdef, p)(x)), params)
   assert len(names) == (0 if dtype else 2)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ["flax", "_release", "_explain", "_fused", "_layer", "_with_kernels", "_compensated", "_loss_scale"]
+
+
+@pytest.fixture
+def no_promotion(monkeypatch):
+  """Raises where a product is of a low-precision and an f32 operand, and where Flax promotes one to the other."""
+  bind = lax.dot_general_p.bind
+
+  def checked_bind(x, y, **params):
+    assert not mixed(x, y), (x, y)
+    return bind(x, y, **params)
+
+  monkeypatch.setattr(lax.dot_general_p, "bind", checked_bind)
+  for module in (flax.linen.dtypes, flax.nnx.nn.dtypes):
+    canonicalize = module.canonicalize_dtype
+
+    def checked(*args, canonicalize=canonicalize, **options):
+      dtype = canonicalize(*args, **options)
+      assert dtype != F32 or not mixed(*args), args
+      return dtype
+
+    monkeypatch.setattr(module, "canonicalize_dtype", checked)
+
+
+def mixed(*arrays):
+  return {"bfloat16", "float32"} <= {x.dtype.name for x in arrays if x is not None}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_examples_of_the_docs_compute_in_low_precision(page, no_promotion):
+  names = {}
+  for code in blocks("python", page.read_text()):
+    code = code.replace(
+      "params, opt_state, x, y, target", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1)), target"
+    )
+    exec(compile(code, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_of_docstrings_compute_in_low_precision(module, no_promotion):
+  found = doctest.testmod(importlib.import_module(f"optax_mpo.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE)
+  assert found.attempted
+  assert not found.failed
