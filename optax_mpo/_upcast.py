@@ -25,9 +25,9 @@ _MOVES = frozenset(
 
 
 class _Weight(NamedTuple):
-  """What a variable is: the weight with this index, converted to more bits or as it was."""
+  """What a variable is: the weight of this leaf, converted to more bits or as it was."""
 
-  index: int
+  leaf: int
   converted: bool
 
 
@@ -57,12 +57,12 @@ def _follow(program: _jaxpr.Program, known: dict[int, _Weight], found: dict[int,
       widest = max(_bits(program, a) for a in operation.inputs[:2])
       for w, operand in zip(weights, operation.inputs, strict=True):
         if w is not None and (w.converted or _bits(program, operand) < widest):
-          found.setdefault(w.index, _jaxpr.where(operation))
+          found.setdefault(w.leaf, _jaxpr.where(operation))
     elif operation.name in _MOVES:
       for w, before, after in zip(weights, operation.inputs, operation.outputs, strict=False):
         if w is not None and after >= 0:
           bits, new_bits = _bits(program, before), _bits(program, after)
-          known[after] = _Weight(w.index, new_bits > bits or (w.converted and new_bits == bits))
+          known[after] = _Weight(w.leaf, new_bits > bits or (w.converted and new_bits == bits))
     else:
       for body in _bodies(operation):
         # A loop's or a branch's body takes the last of the operands, a call's all of them.

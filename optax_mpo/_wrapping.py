@@ -1,7 +1,9 @@
 """What everything that takes an Optax transformation asks of it, and of its state, first."""
 
+import contextvars
 from typing import Any, TypeVar
 
+import jax
 import optax
 
 from optax_mpo import _buffers
@@ -24,6 +26,23 @@ def as_transformation(tx: Any, caller: str, name: str = "inner") -> optax.Gradie
     raise TypeError(f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}.")
   made = optax.with_extra_args_support(tx)
   return optax.GradientTransformationExtraArgs(lambda params: _buffers.own(made.init(params), params), made.update)
+
+
+_for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_for_shapes", default=False)
+
+
+def state_shapes(tx: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the state that `tx.init(params)` would make, as ShapeDtypeStructs, to compare another one with."""
+  token = _for_shapes.set(True)
+  try:
+    return jax.eval_shape(tx.init, params)
+  finally:
+    _for_shapes.reset(token)
+
+
+def is_for_shapes() -> bool:
+  """Whether `init` runs for `state_shapes`, so that nobody will train with what it makes."""
+  return _for_shapes.get()
 
 
 def own_state(state: Any, kind: type[State], caller: str) -> State:
