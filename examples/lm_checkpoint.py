@@ -56,6 +56,8 @@ class RunCheckpoints:
       return
     self._checkpointer = Checkpointer(folder / "steps", keep)
     saved, file = self._checkpointer.steps(), folder / "settings.json"
+    if resume and not saved:
+      console.print(f"[bold yellow]--resume: {_without_checkpoint(folder)}[/bold yellow]")
     if saved and not resume:
       raise SettingsError(f"{folder} has checkpoints of steps {saved}: add --resume, or name another --checkpoint-dir")
     if saved and file.exists():
@@ -100,3 +102,14 @@ class RunCheckpoints:
     padded = np.full(self._steps, math.nan, np.float32)
     padded[: len(losses)] = [float(loss) for loss in losses]
     return jnp.asarray(padded)
+
+
+def _without_checkpoint(folder: Path) -> str:
+  """Says that there is nothing to go on from in a run's folder, and what lies beside it."""
+  others = sorted(f.parent.name for f in folder.parent.glob("*/steps") if f.parent != folder and any(f.glob("[0-9]*")))
+  hint = "If there should be one, look at --checkpoint-dir."
+  if others:
+    hint = (
+      f"There are checkpoints of other storages beside it: to go on with one, pass --storage {' or '.join(others)}."
+    )
+  return f"there is no checkpoint in {folder}, so that training starts with step 1. {hint}"

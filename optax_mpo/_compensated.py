@@ -14,6 +14,7 @@ Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arX
 import contextlib
 import contextvars
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -106,6 +107,8 @@ def compensated(
     ValueError: for other values of `bits`, `rounding` or `seed`.
     TypeError: where `inner` is not a transformation.
 
+    `init` warns where all params are f32: use `optax_mpo.init`, which makes them bf16.
+
     `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16 and float32, and ValueError
     for trees that do not fit each other, with the path of the leaf.
 
@@ -141,6 +144,7 @@ def compensated(
     named, treedef = _tree.named_leaves(params), jax.tree.structure(params)
     for leaf_name, leaf in named:
       _tree.check_trainable(leaf_name, leaf)
+    _warn_of_f32(params)
     masters, kept = (
       zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
     )
@@ -264,6 +268,20 @@ def _seeding(seeds: dict[int, _Seed]) -> Iterator[None]:
     yield
   finally:
     _seeds.reset(token)
+
+
+def _warn_of_f32(params: PyTree) -> None:
+  """Warns where nothing is in low precision, as when Flax's own TrainState or nnx.Optimizer calls `tx.init`."""
+  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+  whole = bool(leaves) and not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
+  if _seeds.get() is None and whole and not any(map(_formats.is_low, leaves)) and not _wrapping.is_for_shapes():
+    warnings.warn(
+      "compensated: all params that init was given are float32. They will be trained in float32, and compensated saves "
+      "no memory. Make them and the state with params, opt_state = optax_mpo.init(tx, params), or with TrainState or "
+      "Optimizer of optax_mpo.flax in the place of Flax's own. If they are to stay float32, say so: "
+      "optax_mpo.init(tx, params, where=lambda path, leaf: False).",
+      stacklevel=3,
+    )
 
 
 def _seed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:

@@ -73,7 +73,7 @@ def convert(
   given = params, opt_state
   params, opt_state = _modules.pure(params), _modules.pure(opt_state)
   masters = _masters(params, opt_state)
-  state_form = jax.eval_shape(tx.init, params)
+  state_form = _wrapping.state_shapes(tx, params)
   if _nodes(state_form, _compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)

@@ -285,7 +285,7 @@ def _flatten_new(treedef: Any, old: PyTree, new: PyTree) -> list[Any]:
 def _dtypes(inner: optax.GradientTransformation, params: PyTree, count: int) -> list[Any]:
   """The dtypes that `inner` makes its state in (mu_dtype, say, makes some of it bf16), or f32 where one cannot tell."""
   try:
-    found = [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(inner.init, params))]
+    found = [leaf.dtype for leaf in jax.tree.leaves(_wrapping.state_shapes(inner, params))]
   except jax.errors.ConcretizationTypeError:  # an init that looks at values
     found = []
   return found if len(found) == count else [jnp.float32] * count

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _apply, _jaxpr, _stacked, _step_weight, _tree, _types
+from optax_mpo import _apply, _jaxpr, _stacked, _step_weight, _tree, _types, _wrapping
 
 PyTree = Any
 
@@ -443,7 +443,7 @@ def _set_bits(bits: int) -> Iterable[int]:
 def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str) -> None:
   """Raises ValueError where `opt_state` is not of the form that `tx.init(params)` makes."""
   try:
-    expected = jax.eval_shape(tx.init, params)
+    expected = _wrapping.state_shapes(tx, params)
   except jax.errors.ConcretizationTypeError:
     return  # an init that looks at values; tx.update has to find out for itself
   hint = "Make the state with optax_mpo.init(tx, params) or tx.init(params), for these very params."

@@ -25,7 +25,7 @@ _MOVES = frozenset(
 
 
 class _Weight(NamedTuple):
-  """What a variable is: the weight with this index, converted to more bits or as it was."""
+  """What a variable is: the weight of this leaf, converted to more bits or as it was."""
 
   leaf: int
   converted: bool

@@ -1,7 +1,9 @@
 """What everything that takes an Optax transformation asks of it, and of its state, first."""
 
+import contextvars
 from typing import Any, TypeVar
 
+import jax
 import optax
 
 from optax_mpo import _buffers
@@ -36,6 +38,23 @@ def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
     raise TypeError(
       f"{caller}: loss_fn has to be a function, but it is a {type(loss_fn).__name__}. Call {caller}({usage})."
     )
+
+
+_for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_for_shapes", default=False)
+
+
+def state_shapes(tx: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the state that `tx.init(params)` would make, as ShapeDtypeStructs, to compare another one with."""
+  token = _for_shapes.set(True)
+  try:
+    return jax.eval_shape(tx.init, params)
+  finally:
+    _for_shapes.reset(token)
+
+
+def is_for_shapes() -> bool:
+  """Whether `init` runs for `state_shapes`, so that nobody will train with what it makes."""
+  return _for_shapes.get()
 
 
 def own_state(state: Any, kind: type[State], caller: str) -> State:

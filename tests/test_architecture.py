@@ -12,7 +12,7 @@ ARROWS = {
   "_tree": (set(), {"jax"}),
   "_codec": (set(), {"jax", "numpy"}),
   "_buffers": (set(), {"jax"}),
-  "_wrapping": ({"_buffers"}, {"optax"}),
+  "_wrapping": ({"_buffers"}, {"jax", "optax"}),
   "_made": (set(), {"jax"}),
   "_fp16": ({"_codec"}, {"jax"}),
   "_formats": ({"_codec", "_fp16"}, {"jax"}),
@@ -54,7 +54,7 @@ ARROWS = {
     {"jax", "optax"},
   ),
   "_with_kernels": ({"_leafwise", "_step_weight", "_wrapping"}, {"optax"}),
-  "_separable": ({"_apply", "_jaxpr", "_stacked", "_step_weight", "_tree", "_types"}, {"jax", "optax"}),
+  "_separable": ({"_apply", "_jaxpr", "_stacked", "_step_weight", "_tree", "_types", "_wrapping"}, {"jax", "optax"}),
   "_handles": ({"_separable", "_tree"}, {"jax"}),
   "_pullback": ({"_jaxpr"}, {"jax"}),
   "_modules": (set(), {"jax"}),  # Flax is looked up, not imported

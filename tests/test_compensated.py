@@ -346,7 +346,7 @@ def test_params_of_another_dtype_than_at_init():
   with pytest.raises(ValueError, match=r"params\['b'\] is float32, but the state holds 16 compensation bits"):
     tx.update(grads, state, {**params, "b": params["b"].astype(jnp.float32)})
   f32_params = {"w": jnp.ones(2)}
-  f32_state = tx.init(f32_params)
+  _, f32_state = mpo.init(tx, f32_params, where=lambda *_: False)
   with pytest.raises(ValueError, match=r"params\['w'\] is bfloat16.*the state holds none"):
     tx.update(f32_params, f32_state, mpo.cast(f32_params))
   with pytest.raises(TypeError, match=r"params\['b'\] is float64|params\['b'\] is int32"):

@@ -18,7 +18,7 @@ from jax import lax
 from optax import contrib
 
 import optax_mpo as mpo
-from optax_mpo import _separable
+from optax_mpo import _separable, _wrapping
 
 L = 3
 SHAPE = (L, L, L)
@@ -227,7 +227,7 @@ def raw(x):
 
 def make(name):
   tx, weights = OPTIMIZERS[name](), {"w": normal(0)}
-  wrapped = isinstance(jax.eval_shape(tx.init, weights), mpo.CompensatedState)
+  wrapped = isinstance(_wrapping.state_shapes(tx, weights), mpo.CompensatedState)
   return tx, *(mpo.init(tx, weights) if wrapped else (weights, tx.init(weights)))
 
 

@@ -112,3 +112,17 @@ def test_resume_needs_a_folder(capsys):
   with pytest.raises(SystemExit):
     train_lm.main([*TINY, "--resume"])
   assert "--resume needs the --checkpoint-dir" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path, capsys):
+  steps = ["--steps", "2", "--output-dir", str(tmp_path / "out"), "--checkpoint-dir", str(tmp_path / "ckpt")]
+  assert train_lm.main([*TINY, *steps, "--storage", "bf16", "--resume"]) == 0
+  out = " ".join(capsys.readouterr().out.split())
+  assert "--resume: there is no checkpoint in" in out
+  assert "training starts with step 1. If there should be one, look at --checkpoint-dir." in out
+  assert train_lm.main([*TINY, *steps, "--storage", "mpo8", "--resume"]) == 0
+  assert "to go on with one, pass --storage bf16." in " ".join(capsys.readouterr().out.split())
+  assert train_lm.main([*TINY, *steps, "--storage", "bf16", "--resume"]) == 0  # as it recommends
+  out = " ".join(capsys.readouterr().out.split())
+  assert "Going on after step 2" in out
+  assert "no checkpoint" not in out
