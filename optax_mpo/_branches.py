@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from optax_mpo import _jaxpr, _types
+from optax_mpo import _jaxpr, _program, _types
 
 
-def has_branches(program: _jaxpr.Program) -> bool:
+def has_branches(program: _program.Program) -> bool:
   """Whether there is a `cond` in the program."""
   return any(operation.bodies for operation in program.operations)
 
 
-def opened(program: _jaxpr.Program) -> _jaxpr.Program:
+def opened(program: _program.Program) -> _program.Program:
   """Returns a program without `cond`s. The variables of `program` keep their numbers, and new ones are added."""
   new = dataclasses.replace(program, operations=[], constants=dict(program.constants), avals=list(program.avals))
   for operation in program.operations:
@@ -30,7 +30,7 @@ def opened(program: _jaxpr.Program) -> _jaxpr.Program:
   return new
 
 
-def _append(new: _jaxpr.Program, operation: _jaxpr.Operation) -> None:
+def _append(new: _program.Program, operation: _program.Operation) -> None:
   if not operation.bodies:
     new.operations.append(operation)
     return
@@ -43,7 +43,7 @@ def _append(new: _jaxpr.Program, operation: _jaxpr.Operation) -> None:
       new.operations.append(dataclasses.replace(chosen, inputs=(index, *cases), outputs=(out,), caller=operation.eqn))
 
 
-def _inlined(new: _jaxpr.Program, body: _jaxpr.Program, operands: list[int]) -> list[int]:
+def _inlined(new: _program.Program, body: _program.Program, operands: list[int]) -> list[int]:
   """Adds the operations of a branch; returns the variables of its results."""
   named = dict(zip(body.inputs, operands, strict=True))
   for var, value in body.constants.items():
@@ -60,7 +60,7 @@ def _inlined(new: _jaxpr.Program, body: _jaxpr.Program, operands: list[int]) -> 
   return [_variable(new, read(atom)) for atom in body.outputs]
 
 
-def _variable(new: _jaxpr.Program, atom: Any) -> int:
+def _variable(new: _program.Program, atom: Any) -> int:
   """A variable that holds an atom: for a literal, a constant of its dtype."""
   if isinstance(atom, int):
     return atom

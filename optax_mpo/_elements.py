@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_mpo import _jaxpr
+from optax_mpo import _jaxpr, _program
 
 Kind = Literal["element", "block", "scalar"]
 
@@ -83,7 +83,7 @@ class Elements:
   sources: tuple[Source, ...]
   block: int
   length: int
-  hoisted: tuple[_jaxpr.Operation, ...]
+  hoisted: tuple[_program.Operation, ...]
 
   def compute(self, values: Sequence[Any], shapes: dict[Kind, tuple[int, ...]]) -> list[Any]:
     """Computes the outputs from arrays in the place of the sources, of the shapes that each kind has.
@@ -135,11 +135,11 @@ _NOTHING = frozenset("copy copy_p held laid_out optimization_barrier stop_gradie
 
 
 def take_apart(
-  program: _jaxpr.Program,
-  operations: Sequence[_jaxpr.Operation],
+  program: _program.Program,
+  operations: Sequence[_program.Operation],
   inputs: Sequence[int],
   given: Sequence[int],
-  outputs: Sequence[_jaxpr.Atom],
+  outputs: Sequence[_program.Atom],
   shape: tuple[int, ...],
 ) -> Elements:
   """Takes the update of one weight apart.
@@ -161,7 +161,7 @@ def take_apart(
 class _Builder:
   """Makes nodes of operations."""
 
-  def __init__(self, program: _jaxpr.Program, shape: tuple[int, ...], inputs: Sequence[int]):
+  def __init__(self, program: _program.Program, shape: tuple[int, ...], inputs: Sequence[int]):
     self.program, self.shape, self.size = program, shape, math.prod(shape)
     if not shape or self.size == 0:
       raise NotElementwiseError("it is a scalar, or empty")
@@ -195,13 +195,13 @@ class _Builder:
 
   def build(
     self,
-    operations: Sequence[_jaxpr.Operation],
+    operations: Sequence[_program.Operation],
     inputs: Sequence[int],
     given: Sequence[int],
-    outputs: Sequence[_jaxpr.Atom],
+    outputs: Sequence[_program.Atom],
   ) -> Elements:
     read = _jaxpr.read_by(operations, outputs)
-    hoisted: list[_jaxpr.Operation] = []
+    hoisted: list[_program.Operation] = []
     sources: list[Source] = []
     for var in inputs:
       if self.program.aval(var).shape != self.shape and not self._is_by_block(self.program.aval(var).shape):
@@ -251,14 +251,14 @@ class _Builder:
     outputs = tuple(number[i] for i in elements.outputs)
     return dataclasses.replace(elements, nodes=tuple(nodes), outputs=outputs, sources=tuple(sources))
 
-  def _is_inside(self, operation: _jaxpr.Operation) -> bool:
+  def _is_inside(self, operation: _program.Operation) -> bool:
     """Whether an operation is left to the kernel though it could be run beforehand, for which XLA takes a launch."""
     if operation.name == "broadcast_in_dim":
       return math.prod(self.program.aval(operation.inputs[0]).shape) == 1
     whole = all(jnp.issubdtype(self.program.aval(v).dtype, jnp.integer) for v in operation.outputs if v >= 0)
     return whole and operation.name in _COMPUTE
 
-  def _add_counted(self, sources: list[Source], operation: _jaxpr.Operation) -> None:
+  def _add_counted(self, sources: list[Source], operation: _program.Operation) -> None:
     """Adds the places in a row, or those of its blocks."""
     (var,) = operation.outputs
     shape, dimension = self.program.aval(var).shape, operation.eqn.params["dimension"]
@@ -281,7 +281,7 @@ class _Builder:
     sources.append(Source(var, *kind))
     self.env[var] = self.make("input", (), aval.dtype, len(sources) - 1, kind[0])
 
-  def _atom(self, atom: _jaxpr.Atom) -> int:
+  def _atom(self, atom: _program.Atom) -> int:
     if isinstance(atom, int):
       if atom not in self.env:
         raise NotElementwiseError("a result is a scalar")
@@ -293,7 +293,7 @@ class _Builder:
   def literal(self, value: Any, dtype: Any) -> int:
     return self.make("literal", (), dtype, np.asarray(value, dtype).item(), "scalar")
 
-  def _operation(self, operation: _jaxpr.Operation) -> None:
+  def _operation(self, operation: _program.Operation) -> None:
     name, eqn = operation.name, operation.eqn
     args = [self._atom(a) for a in operation.inputs]
     avals = [self.program.aval(a) for a in operation.inputs]
@@ -315,7 +315,7 @@ class _Builder:
         self.env[var] = node
 
   def _check_broadcast(
-    self, operation: _jaxpr.Operation, old: tuple[int, ...], new: tuple[int, ...], dimensions: tuple[int, ...]
+    self, operation: _program.Operation, old: tuple[int, ...], new: tuple[int, ...], dimensions: tuple[int, ...]
   ) -> None:
     """Raises where a broadcast does something else than to repeat scalars, blocks over their elements, or rows."""
     kind, size = self.kind(old), math.prod(new)
@@ -330,7 +330,7 @@ class _Builder:
       return
     raise NotElementwiseError(f"{_jaxpr.where(operation)} repeats an array in another way")
 
-  def _elementwise(self, operation: _jaxpr.Operation, args: list[int]) -> int:
+  def _elementwise(self, operation: _program.Operation, args: list[int]) -> int:
     name, params, dtype = operation.name, operation.eqn.params, self.program.aval(operation.outputs[0]).dtype
     if name == "integer_pow":
       if not 1 <= params["y"] <= 3:

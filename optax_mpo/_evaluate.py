@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _jaxpr, _order, _plan, _site
+from optax_mpo import _jaxpr, _order, _plan, _program, _site
 
 
 class _Stepped:
@@ -168,7 +168,7 @@ def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
 
 def _run_scan(
   scan: _plan.ScanPlan,
-  program: _jaxpr.Program,
+  program: _program.Program,
   env: dict[int, Any],
   store: Store,
   shared: Sequence[Sequence[Any]],

@@ -22,7 +22,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from optax_mpo import _elements, _jaxpr
+from optax_mpo import _elements, _jaxpr, _program
 
 TILE = 1024
 """Elements that a program of the kernel steps: eight for each of its 128 threads."""
@@ -45,7 +45,7 @@ class Kernel:
   """
 
   elements: _elements.Elements
-  program: _jaxpr.Program
+  program: _program.Program
   shape: tuple[int, ...]
   stacked: bool
   tile: int
@@ -187,11 +187,11 @@ def call(kernels: Sequence[Kernel], given: Sequence[Given], index: Any, interpre
 
 
 def make(
-  program: _jaxpr.Program,
-  operations: Sequence[_jaxpr.Operation],
+  program: _program.Program,
+  operations: Sequence[_program.Operation],
   inputs: Sequence[int],
   given: Sequence[int],
-  outputs: Sequence[_jaxpr.Atom],
+  outputs: Sequence[_program.Atom],
   stacked: bool,
 ) -> Kernel:
   """Makes the kernel of an update.

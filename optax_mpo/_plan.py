@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _jaxpr, _site, _stacked, _types
+from optax_mpo import _jaxpr, _program, _site, _stacked, _types
 from optax_mpo._site import Site
 
 # Operations that a gradient is followed through, from the weight back to the scan that stacks it.
@@ -58,7 +58,7 @@ class Own:
 
   released: int
   leaf: int
-  operations: tuple[_jaxpr.Operation, ...]
+  operations: tuple[_program.Operation, ...]
   source: int
   result: int
   axis: int
@@ -68,8 +68,8 @@ class Own:
 class ScanPlan:
   """A scan that steps stacks in its carry."""
 
-  operation: _jaxpr.Operation
-  body: _jaxpr.Program
+  operation: _program.Operation
+  body: _program.Program
   plan: "Plan"
   released: list[Released]
   own: dict[int, Own]  # by the position of the scanned operand
@@ -92,7 +92,7 @@ class Plan:
     last_use: the last operation that reads a variable.
   """
 
-  program: _jaxpr.Program
+  program: _program.Program
   sites: list[Site]
   due: dict[int, list[int]] = dataclasses.field(default_factory=dict)
   scans: dict[int, ScanPlan] = dataclasses.field(default_factory=dict)
@@ -101,7 +101,9 @@ class Plan:
   last_use: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-def make_plan(program: _jaxpr.Program, sites: list[Site], results: Iterable[_jaxpr.Atom], at_least: int = 0) -> Plan:
+def make_plan(
+  program: _program.Program, sites: list[Site], results: Iterable[_program.Atom], at_least: int = 0
+) -> Plan:
   """Plans the steps of `sites` in `program`, which has to compute `results` besides.
 
   Steps outside of scans wait until their gradients have `at_least` bytes together, or for the end of the program: each
@@ -121,7 +123,7 @@ def gradient_bytes(plan: Plan, index: int) -> int:
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(plan.program.aval, atoms))
 
 
-def constant(program: _jaxpr.Program, atom: _jaxpr.Atom) -> Any:
+def constant(program: _program.Program, atom: _program.Atom) -> Any:
   """The number that every element of a gradient is, as the zeros of a leaf that nothing depends on; or None."""
   while isinstance(atom, int):
     made = program.makers.get(atom)
@@ -132,7 +134,7 @@ def constant(program: _jaxpr.Program, atom: _jaxpr.Atom) -> Any:
 
 
 class _Planner:
-  def __init__(self, program: _jaxpr.Program, sites: list[Site], results: Iterable[_jaxpr.Atom]):
+  def __init__(self, program: _program.Program, sites: list[Site], results: Iterable[_program.Atom]):
     self.program, self.sites = program, sites
     self.results = {a for a in results if isinstance(a, int)}
     self.users: dict[int, list[int]] = {}
@@ -199,7 +201,7 @@ class _Planner:
   def _gradient_size(self, site: Site) -> int:
     return sum(math.prod(self.program.aval(a).shape) for a in site.grads)
 
-  def _made(self, atom: _jaxpr.Atom) -> int:
+  def _made(self, atom: _program.Atom) -> int:
     return self.program.makers.get(atom, -1) if isinstance(atom, int) else -1
 
   def _due(self, site: Site) -> int:
@@ -312,7 +314,7 @@ class _Planner:
     for scan, found in candidates.items():
       self._place_in_scan(scan, found)
 
-  def _scan_of(self, atom: _jaxpr.Atom) -> tuple[int | None, list[int]]:
+  def _scan_of(self, atom: _program.Atom) -> tuple[int | None, list[int]]:
     """Follows a gradient back to the last scan that stacks it; returns the scan and the operations since."""
     operations, makers = self.program.operations, self.program.makers
     scan, seen = None, set()
@@ -428,7 +430,7 @@ class _Planner:
     return bool(here & others) or any(i not in inside for v in here for i in self.users.get(v, ()))
 
   def _own(
-    self, operation: _jaxpr.Operation, first: int, released: list[Released], body: _jaxpr.Program, length: int
+    self, operation: _program.Operation, first: int, released: list[Released], body: _program.Program, length: int
   ) -> dict[int, Own]:
     """Finds the scanned operands that are layers of released weights, and tells the sites in the body about them."""
     sources = {v: (n, leaf) for n, r in enumerate(released) for leaf, views in enumerate(r.site.params) for v in views}
@@ -464,7 +466,7 @@ class _Planner:
     return own
 
 
-def run_own(own: Own, program: _jaxpr.Program, value: Any, index: Any, length: int) -> Any:
+def run_own(own: Own, program: _program.Program, value: Any, index: Any, length: int) -> Any:
   """Makes one entry of a scanned operand from one layer of a weight."""
   env: dict[int, Any] = {own.source: jnp.expand_dims(value, own.axis)}
   axes: dict[int, int | None] = {own.source: own.axis}

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from optax_mpo import _jaxpr
+from optax_mpo import _jaxpr, _program
 
 PyTree = Any
 
@@ -34,11 +34,11 @@ class Pullback:
   out_avals: tuple[Any, ...]
   stored: int
   _run: Callable[..., Sequence[Any]]
-  _program: _jaxpr.Program
+  _program: _program.Program
   _vjp_treedef: Any
   _residuals: tuple[Any, ...]  # atoms
   _kept: dict[int, int]  # variable -> its place among the kept
-  _slice: tuple[_jaxpr.Operation, ...]
+  _slice: tuple[_program.Operation, ...]
 
   def forward(self, weights: Sequence[Any], constants: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], Any]:
     """Returns the leaves of the result, and the arrays to keep."""

@@ -25,6 +25,7 @@ from optax_mpo import (
   _order,
   _plan,
   _primitives,
+  _program,
   _separable,
   _site,
   _tree,
@@ -89,7 +90,7 @@ class Traced:
     self.program = _jaxpr.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], _plan.FOLLOWED)
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
-  def forward(self) -> _jaxpr.Program:
+  def forward(self) -> _program.Program:
     """The program of `loss_fn` alone, without its derivative; its first inputs are the leaves of the params."""
     return _jaxpr.trace(self._arrays_of_loss, self.leaves, self.lifted)[0]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from optax_mpo import _jaxpr, _stacked
+from optax_mpo import _jaxpr, _program, _stacked
 
 ELEMENTS = 2**19
 """Elements that are stepped at a time, or somewhat less: 2 MB for each array of f32."""
@@ -41,12 +41,12 @@ class Update(NamedTuple):
     outputs: the new weight, then the new states.
   """
 
-  program: _jaxpr.Program
-  operations: Sequence[_jaxpr.Operation]
+  program: _program.Program
+  operations: Sequence[_program.Operation]
   inputs: Sequence[int]
   shared: Sequence[int]
   constants: dict[int, Any]
-  outputs: Sequence[_jaxpr.Atom]
+  outputs: Sequence[_program.Atom]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,10 +140,10 @@ class Rows:
     alike: set[int] = set()  # large arrays of one number, which XLA never makes
     spread: set[int] = set()  # nor those in which small ones are repeated
 
-    def size(atom: _jaxpr.Atom) -> int:
+    def size(atom: _program.Atom) -> int:
       return math.prod(update.program.aval(atom).shape)
 
-    def is_cut(operation: _jaxpr.Operation) -> bool:
+    def is_cut(operation: _program.Operation) -> bool:
       return operation.name in ("dynamic_slice", "slice", "squeeze")
 
     for operation in update.operations:

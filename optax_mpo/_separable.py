@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo import _apply, _jaxpr, _stacked, _step_weight, _tree, _types, _wrapping
+from optax_mpo import _apply, _jaxpr, _program, _stacked, _step_weight, _tree, _types, _wrapping
 
 PyTree = Any
 
@@ -52,9 +52,9 @@ class Group:
   states: tuple[int, ...]
   shared: tuple[int, ...]
   constants: dict[int, Any]
-  operations: tuple[_jaxpr.Operation, ...]
-  outputs: tuple[_jaxpr.Atom, ...]
-  program: _jaxpr.Program
+  operations: tuple[_program.Operation, ...]
+  outputs: tuple[_program.Atom, ...]
+  program: _program.Program
   inputs: tuple[int, ...]
   names: tuple[str, ...]
 
@@ -319,7 +319,7 @@ class Update:
     return any(len(leaves) > 1 for leaves in self.components(range(len(self.names))))
 
   @property
-  def program(self) -> _jaxpr.Program:
+  def program(self) -> _program.Program:
     """The whole update: gradients, weights, state -> new weights, new state."""
     return self._program
 
@@ -378,10 +378,10 @@ class Update:
     leaves: Sequence[int],
     states: Sequence[int],
     inputs: Sequence[int],
-    outputs: Sequence[_jaxpr.Atom],
-    operations: Sequence[_jaxpr.Operation],
+    outputs: Sequence[_program.Atom],
+    operations: Sequence[_program.Operation],
     handed: Sequence[int],
-    program: _jaxpr.Program | None = None,
+    program: _program.Program | None = None,
   ) -> Group:
     """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs.
 
@@ -401,7 +401,7 @@ class Update:
       names=(*(self.names[i] for i in leaves), *(self.state_names[j] for j in states)),
     )
 
-  def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[_jaxpr.Operation], who: str) -> None:
+  def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[_program.Operation], who: str) -> None:
     """An operation that JAX does not take apart as far as its dependencies go."""
     grads, params, states = self._inputs()
     name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]

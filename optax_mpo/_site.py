@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo import _elements, _jaxpr, _kernel, _order, _rows, _stacked, _step_weight, _types
+from optax_mpo import _elements, _jaxpr, _kernel, _order, _program, _rows, _stacked, _step_weight, _types
 
 Values = Sequence[Any]
 
@@ -163,7 +163,7 @@ class Site:
   """
 
   leaves: tuple[int, ...]
-  grads: tuple[_jaxpr.Atom, ...]
+  grads: tuple[_program.Atom, ...]
   params: tuple[tuple[int, ...], ...]
   step: Step
   placed: tuple[str, str] = ("", "")
@@ -305,11 +305,11 @@ def _rows_of(layer: Step, axes: Sequence[int]) -> _rows.Rows | None:
 
 
 def _kernel_of(
-  program: _jaxpr.Program,
-  operations: Sequence[_jaxpr.Operation],
+  program: _program.Program,
+  operations: Sequence[_program.Operation],
   inputs: Sequence[int],
   given: Sequence[int],
-  outputs: Sequence[_jaxpr.Atom],
+  outputs: Sequence[_program.Atom],
   axes: Sequence[int] | None,
 ) -> tuple[_kernel.Kernel | None, str]:
   """The kernel of an update of one weight, whose inputs have these axes of layers; or None, and why."""
@@ -322,7 +322,7 @@ def _kernel_of(
 
 
 def _layers(
-  program: _jaxpr.Program, inputs: Sequence[int], values: Sequence[Any], in_axes: Sequence[int | None]
+  program: _program.Program, inputs: Sequence[int], values: Sequence[Any], in_axes: Sequence[int | None]
 ) -> tuple[dict[int, Any], dict[int, int | None]]:
   env, axes = dict(program.constants), {}
   for var, value, axis in zip(inputs, values, in_axes, strict=True):

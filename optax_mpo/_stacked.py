@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from optax_mpo import _jaxpr, _order
+from optax_mpo import _jaxpr, _order, _program
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
@@ -60,8 +60,8 @@ class _Layer:
 
 
 def run(
-  operations: Sequence[_jaxpr.Operation],
-  program: _jaxpr.Program,
+  operations: Sequence[_program.Operation],
+  program: _program.Program,
   env: dict[int, Any],
   axes: dict[int, Axis],
   index: Any,
@@ -108,13 +108,13 @@ class Part:
 
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
-  operations: tuple[_jaxpr.Operation, ...]
+  operations: tuple[_program.Operation, ...]
 
 
 def parts(
-  program: _jaxpr.Program,
+  program: _program.Program,
   inputs: Sequence[int],
-  outputs: Sequence[_jaxpr.Atom],
+  outputs: Sequence[_program.Atom],
   places: dict[int, int],
   given: set[int],
 ) -> list[Part]:
@@ -149,10 +149,10 @@ def parts(
   return [*found, part(now, left)]
 
 
-_Rule = Callable[[_jaxpr.Operation, list[Any], list[Axis], _Layer, list[Any]], tuple[list[Any], list[Axis]]]
+_Rule = Callable[[_program.Operation, list[Any], list[Axis], _Layer, list[Any]], tuple[list[Any], list[Axis]]]
 
 
-def _rule(operation: _jaxpr.Operation) -> _Rule:
+def _rule(operation: _program.Operation) -> _Rule:
   name = operation.name
   if name in ELEMENTWISE:
     return _elementwise
@@ -166,12 +166,12 @@ def _rule(operation: _jaxpr.Operation) -> _Rule:
   return rule
 
 
-def _mixes(operation: _jaxpr.Operation) -> NotSeparableError:
+def _mixes(operation: _program.Operation) -> NotSeparableError:
   return NotSeparableError(f"{_jaxpr.where(operation)} mixes the layers")
 
 
 def _elementwise(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   axis = next(a for a in axes if a is not None)
   same = []
@@ -189,27 +189,27 @@ def _elementwise(
 
 
 def _barrier(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   # Rows are stepped on CPUs alone, where XLA takes barriers out when it has looked for what is computed twice.
   return values if layer.size > 1 else _jaxpr.run_operation(operation, values), axes
 
 
 def _constraint(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   return values, axes  # how the stack should be laid out over devices says nothing about one layer
 
 
 def _laid_out(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   # A layer's gradient comes by itself. Rows are cut out of one that lies in order already.
   return values if layer.size > 1 else [_order.laid_out(*values)], axes
 
 
 def _reduction(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   name = "dimensions" if operation.name == "reduce" else "axes"
   reduced = operation.eqn.params[name]
@@ -224,7 +224,7 @@ def _reduction(
 
 
 def _cumulative(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   if operation.eqn.params["axis"] == axes[0]:
     raise _mixes(operation)
@@ -232,7 +232,7 @@ def _cumulative(
 
 
 def _broadcast_in_dim(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   params = operation.eqn.params
   assert axes[0] is not None
@@ -243,7 +243,7 @@ def _broadcast_in_dim(
 
 
 def _reshape(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   new, axis, old = operation.eqn.params["new_sizes"], axes[0], avals[0].shape
   before = math.prod(old[:axis])
@@ -254,13 +254,13 @@ def _reshape(
 
 
 def _transpose(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   return _jaxpr.run_operation(operation, values), [operation.eqn.params["permutation"].index(axes[0])]
 
 
 def _squeeze(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   axis, gone = axes[0], operation.eqn.params["dimensions"]
   if axis in gone:
@@ -270,7 +270,7 @@ def _squeeze(
 
 
 def _concatenate(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   axis = next(a for a in axes if a is not None)
   if operation.eqn.params["dimension"] == axis:
@@ -279,7 +279,7 @@ def _concatenate(
 
 
 def _slice(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   params, axis = operation.eqn.params, axes[0]
   assert axis is not None
@@ -290,7 +290,7 @@ def _slice(
 
 
 def _pad(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   axis = axes[0]
   if axis is None or axes[1] is not None or operation.eqn.params["padding_config"][axis] != (0, 0, 0):
@@ -299,7 +299,7 @@ def _pad(
 
 
 def _rev(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   if axes[0] in operation.eqn.params["dimensions"]:
     raise _mixes(operation)
@@ -307,7 +307,7 @@ def _rev(
 
 
 def _sort(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   if operation.eqn.params["dimension"] == next(a for a in axes if a is not None):
     raise _mixes(operation)
@@ -315,7 +315,7 @@ def _sort(
 
 
 def _bitcast_convert_type(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   # A conversion to a narrower type adds a last axis, one to a wider type takes it away; the others stay.
   if operation.eqn.outvars[0].aval.ndim == axes[0]:
@@ -324,7 +324,7 @@ def _bitcast_convert_type(
 
 
 def _dot_general(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   contracted, batch = operation.eqn.params["dimension_numbers"]
   out: set[int] = set()
@@ -351,14 +351,14 @@ def _dot_general(
 
 
 def _cond(
-  operation: _jaxpr.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
+  operation: _program.Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   if axes[0] is not None:
     raise _mixes(operation)
   branches = operation.bodies
   found: list[list[Axis]] = []
 
-  def branch(program: _jaxpr.Program, out: list[Axis] | None) -> Callable[..., list[Any]]:
+  def branch(program: _program.Program, out: list[Axis] | None) -> Callable[..., list[Any]]:
     def apply(index: Any, *operands: Any) -> list[Any]:
       env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
       inner: dict[int, Axis] = dict(zip(program.inputs, axes[1:], strict=True))

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_mpo import _jaxpr
+from optax_mpo import _jaxpr, _program
 
 PyTree = Any
 Kind = Literal["signed", "nonnegative", "wide", False]  # False: to be kept as it is
@@ -144,7 +144,7 @@ class _Flow:
     self.divisors = self.exact = 0
     self.quotients: set[tuple[int, int]] = set()
 
-  def run(self, program: _jaxpr.Program, inputs: Sequence[_Value]) -> dict[int, _Value]:
+  def run(self, program: _program.Program, inputs: Sequence[_Value]) -> dict[int, _Value]:
     """Returns what is certain of each variable of a program."""
     env = {v: _constant(c) for v, c in program.constants.items()} | dict(zip(program.inputs, inputs, strict=True))
     for operation in program.operations:
@@ -152,7 +152,7 @@ class _Flow:
       env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
     return env
 
-  def _results(self, operation: _jaxpr.Operation, values: list[_Value]) -> list[_Value]:
+  def _results(self, operation: _program.Operation, values: list[_Value]) -> list[_Value]:
     name = operation.name
     if name == "optimization_barrier":
       return values
@@ -184,7 +184,7 @@ class _Flow:
       )
     return [dataclasses.replace(result) for _ in operation.outputs]  # equal, but not the same value
 
-  def _scan(self, operation: _jaxpr.Operation, values: list[_Value]) -> list[_Value]:
+  def _scan(self, operation: _program.Operation, values: list[_Value]) -> list[_Value]:
     consts, carry, _ = _jaxpr.scan_counts(operation)
     body, end = _jaxpr.flatten(_jaxpr.scan_body(operation)), consts + carry
     carried = values[consts:end]
@@ -196,7 +196,7 @@ class _Flow:
         return [*new, *(_combined([v], v.nonnegative) for v in out[carry:])]
       carried = new
 
-  def _note(self, operation: _jaxpr.Operation, values: list[_Value]) -> list[_Value]:
+  def _note(self, operation: _program.Operation, values: list[_Value]) -> list[_Value]:
     """Notes which state is divided by an operation, and which is a difference that it divides by or takes the root of.
 
     Returns:
@@ -232,11 +232,11 @@ def _below(divisors: Sequence[_Value]) -> int:
   return _jaxpr.union(v.above | (0 if v.floored else _LOW) for v in divisors if v.above)
 
 
-def _read(atom: _jaxpr.Atom, env: dict[int, _Value]) -> _Value:
+def _read(atom: _program.Atom, env: dict[int, _Value]) -> _Value:
   return env[atom] if isinstance(atom, int) else _constant(atom.val)
 
 
-def _outputs(program: _jaxpr.Program, env: dict[int, _Value]) -> list[_Value]:
+def _outputs(program: _program.Program, env: dict[int, _Value]) -> list[_Value]:
   return [_read(a, env) for a in program.outputs]
 
 
@@ -246,7 +246,7 @@ def _combined(values: Sequence[_Value], nonnegative: bool, terms: Any = None, nu
   return _Value(nonnegative, stored, differs, above, below, all(v.floored for v in values), terms, number)
 
 
-def _terms(operation: _jaxpr.Operation, values: list[_Value]) -> list[tuple[_Value, float]] | None:
+def _terms(operation: _program.Operation, values: list[_Value]) -> list[tuple[_Value, float]] | None:
   """Values whose sum, with factors, a result is; None where it is none that is known."""
   name = operation.name
   if name in ("add", "add_any"):
@@ -294,7 +294,7 @@ def _are_alike(x: _Value, y: _Value) -> bool:
   return a * b >= 0 and all(abs(c * b - d * a) <= 1e-12 * abs(a * b) for c, d in known)
 
 
-def _is_nonnegative(operation: _jaxpr.Operation, values: list[_Value]) -> bool:
+def _is_nonnegative(operation: _program.Operation, values: list[_Value]) -> bool:
   name, known = operation.name, [v.nonnegative for v in values]
   if name in _NEVER_NEGATIVE or (name == "mul" and _are_alike(*values)):
     return True
@@ -425,7 +425,7 @@ def _starts(inner: optax.GradientTransformation, params: PyTree, count: int) -> 
   return [None if value.stored and value.constant is None else value for value in found]
 
 
-def _update(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> _jaxpr.Program | None:
+def _update(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> _program.Program | None:
   """The program of an update, whose last inputs and outputs are the state's; None where it does not trace."""
 
   def update(grads: PyTree, params: PyTree, extra: dict[str, Any], state: PyTree) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo import _branches, _jaxpr, _separable, _site, _stacked, _tree, _types
+from optax_mpo import _branches, _jaxpr, _program, _separable, _site, _stacked, _tree, _types
 
 SMALL = 1024  # elements: what may be held for every leaf
 
@@ -58,7 +58,7 @@ class Part:
   outputs: tuple[int, ...]
   reads: tuple[int, ...]
   shared: tuple[int, ...]
-  operations: tuple[_jaxpr.Operation, ...]
+  operations: tuple[_program.Operation, ...]
 
 
 class TwoPass:
@@ -84,7 +84,7 @@ class TwoPass:
       except ValueError:
         raise error from None
 
-  def _take_apart(self, program: _jaxpr.Program) -> None:
+  def _take_apart(self, program: _program.Program) -> None:
     self.program = program
     self._given = self._update.given | set(program.constants)
     count = len(self._grads)
@@ -255,7 +255,7 @@ class TwoPass:
     return env, weights, {j: _jaxpr.value(program.outputs[count + j], env) for j in self._new_states}
 
 
-def part_step(part: Part, program: _jaxpr.Program, grad: int) -> _site.Step:
+def part_step(part: Part, program: _program.Program, grad: int) -> _site.Step:
   """The step of the first pass: its new state are the values of the parts, and it leaves the weight alone."""
 
   def struct(var: int) -> jax.ShapeDtypeStruct:
@@ -283,9 +283,9 @@ def layer_part(step: _site.Step, post: Any, stacks: Sequence[Any], given: Sequen
   layers = [_types.struct(s, 0) for s in stacks]
   rest, number = [*step.shared, *given], jax.ShapeDtypeStruct((), jnp.int32)
   marks = _jaxpr.dependencies(program, [1] * len(stacks) + [0] * len(rest))
-  inside: list[_jaxpr.Operation] = []
-  across: list[_jaxpr.Operation] = []
-  after: list[_jaxpr.Operation] = []
+  inside: list[_program.Operation] = []
+  across: list[_program.Operation] = []
+  after: list[_program.Operation] = []
 
   def begin(ys: Any, handed: Any) -> tuple[dict[int, Any], dict[int, int | None]]:
     values = [*(y[None] for y in ys), *handed]
@@ -336,7 +336,7 @@ def layer_part(step: _site.Step, post: Any, stacks: Sequence[Any], given: Sequen
   return _site.Layered(layer, (), (0,) * len(kept), finish)
 
 
-def _needed(operations: list[_jaxpr.Operation], wanted: set[int]) -> list[_jaxpr.Operation]:
+def _needed(operations: list[_program.Operation], wanted: set[int]) -> list[_program.Operation]:
   kept = []
   for operation in reversed(operations):
     if wanted & set(operation.outputs):
@@ -345,7 +345,7 @@ def _needed(operations: list[_jaxpr.Operation], wanted: set[int]) -> list[_jaxpr
   return kept[::-1]
 
 
-def _unsharded(operation: _jaxpr.Operation) -> dict[str, Any]:
+def _unsharded(operation: _program.Operation) -> dict[str, Any]:
   return {"out_sharding": None} if operation.eqn.params.get("out_sharding") is not None else {}
 
 

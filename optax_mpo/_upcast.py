@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jax.extend import core
 
-from optax_mpo import _jaxpr
+from optax_mpo import _jaxpr, _program
 
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"))
 # What a weight is followed through: operations that move its elements, and change none.
@@ -31,7 +31,7 @@ class _Weight(NamedTuple):
   converted: bool
 
 
-def products(program: _jaxpr.Program, low: Mapping[int, int]) -> dict[int, str]:
+def products(program: _program.Program, low: Mapping[int, int]) -> dict[int, str]:
   """Returns for each weight that is in a product of more bits than its own the line of code of the first such product.
 
   Args:
@@ -43,10 +43,10 @@ def products(program: _jaxpr.Program, low: Mapping[int, int]) -> dict[int, str]:
   return found
 
 
-def _follow(program: _jaxpr.Program, known: dict[int, _Weight], found: dict[int, str]) -> list[_Weight | None]:
+def _follow(program: _program.Program, known: dict[int, _Weight], found: dict[int, str]) -> list[_Weight | None]:
   """Follows the weights that are known of the inputs; returns what is known of the outputs."""
 
-  def weight(atom: _jaxpr.Atom) -> _Weight | None:
+  def weight(atom: _program.Atom) -> _Weight | None:
     return known.get(atom) if isinstance(atom, int) else None
 
   for operation in program.operations:
@@ -74,11 +74,11 @@ def _follow(program: _jaxpr.Program, known: dict[int, _Weight], found: dict[int,
   return [weight(a) for a in program.outputs]
 
 
-def _bits(program: _jaxpr.Program, atom: _jaxpr.Atom) -> int:
+def _bits(program: _program.Program, atom: _program.Atom) -> int:
   return program.aval(atom).dtype.itemsize
 
 
-def _bodies(operation: _jaxpr.Operation) -> Iterator[_jaxpr.Program]:
+def _bodies(operation: _program.Operation) -> Iterator[_program.Program]:
   for name, param in operation.eqn.params.items():
     for x in param if isinstance(param, tuple | list) else (param,):
       if not isinstance(x, core.ClosedJaxpr | core.Jaxpr) or name == "cond_jaxpr":  # of a while loop, and a scalar
