@@ -34,7 +34,7 @@ class Pullback:
   out_avals: tuple[Any, ...]
   stored: int
   _run: Callable[..., Sequence[Any]]
-  _program: _program.Program
+  _backward: _program.Program
   _vjp_treedef: Any
   _residuals: tuple[Any, ...]  # atoms
   _kept: dict[int, int]  # variable -> its place among the kept
@@ -54,10 +54,10 @@ class Pullback:
     self, weights: Sequence[Any], constants: Sequence[Any], kept: Sequence[Any], cotangents: Sequence[Any]
   ) -> tuple[list[Any], list[Any], list[Any]]:
     """Returns the cotangents of the differentiated weights, constants and inputs, in their order."""
-    env = dict(self._program.constants)
-    env.update(zip(self._program.inputs, [*weights, *constants], strict=False))
+    env = dict(self._backward.constants)
+    env.update(zip(self._backward.inputs, [*weights, *constants], strict=False))
     env.update((var, kept[place]) for var, place in self._kept.items())
-    _jaxpr.run(self._program, self._slice, env)
+    _jaxpr.run(self._backward, self._slice, env)
     residuals = [_jaxpr.value(a, env) for a in self._residuals]
     vjp = jax.tree.unflatten(self._vjp_treedef, residuals)
     return vjp(jax.tree.unflatten(self.out_treedef, cotangents))
@@ -117,7 +117,7 @@ def trace(
     out_avals=tuple(closed.out_avals[: len(leaves)]),
     stored=len(kept),
     _run=core.jaxpr_as_fun(closed),
-    _program=program,
+    _backward=program,
     _vjp_treedef=vjp_treedef,
     _residuals=tuple(residuals),
     _kept=kept,
