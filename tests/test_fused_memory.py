@@ -16,7 +16,7 @@ import optax_mpo as mpo
 from benchmarks import peak_memory
 from benchmarks.modes import MODES
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.full
 
 WIDTH, HIDDEN, BATCH = 1024, 3072, 64
 MATRICES = {False: 2, True: 3}  # of one layer; fewer where layers are unrolled, which take long to compile

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import gpu_check
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.full
 
 
 def test_it_measures_prints_and_writes(tmp_path, capsys):

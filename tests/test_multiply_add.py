@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.once
+@pytest.mark.full
 @pytest.mark.parametrize(
   "chosen",
   [

@@ -11,7 +11,7 @@ from benchmarks.models import Model
 from benchmarks.modes import MODES, OPTIMIZERS
 from examples import memory_plan
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.full
 
 # Bytes per parameter of f32-master Optax with AdamW, batch 1 x 1024, rematerialisation per block: the figures of the
 # design table, which were measured apart from this code. JAX 0.10 and 0.12 agree on them.

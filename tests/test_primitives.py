@@ -253,13 +253,13 @@ def check_derivative(transformed, route, stored, loss):
     np.testing.assert_allclose(x, y, rtol=2e-2, atol=2e-4 * np.max(np.abs(y)))
 
 
-@pytest.mark.parametrize("stored", ["16 bits", "8 bits", "fp16"])
+@pytest.mark.parametrize("stored", ["8 bits", *(pytest.param(x, marks=pytest.mark.full) for x in ("16 bits", "fp16"))])
 @pytest.mark.parametrize("route", list(ROUTES)[1:])
 def test_steps_are_differentiated_like_ordinary_ones(route, stored):
   check_derivative(TRANSFORMATIONS["grad"], route, stored, scanned)
 
 
-@pytest.mark.parametrize("loss", [scanned, unrolled])
+@pytest.mark.parametrize("loss", [scanned, pytest.param(unrolled, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_steps_are_differentiated_in_any_way(name, loss):
   check_derivative(TRANSFORMATIONS[name], "released", "8 bits", loss)
@@ -282,13 +282,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("route", "stored"), CASES)
+@pytest.mark.parametrize(
+  ("route", "stored"), [pytest.param(*c, marks=[pytest.mark.full] * (c != ("released", "8 bits"))) for c in CASES]
+)
 @pytest.mark.parametrize("loss", [scanned, elementwise])
 def test_ensembles_are_trained_like_their_members(loss, route, stored):
   """Bit for bit where no sum is ordered anew: products of matrices and norms are, in a batch or in another program."""
   check_ensemble(loss, route, stored, 3, 32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("route", list(ROUTES)[:3])
 @pytest.mark.parametrize("loss", [scanned, unrolled])
 def test_ensembles_of_large_weights(loss, route):

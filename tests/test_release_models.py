@@ -250,7 +250,7 @@ def cases():
   for i, name in enumerate(MODELS):
     for j, optimizer in enumerate(OPTIMIZERS):
       slow = i % len(OPTIMIZERS) != j or name in LONG_TO_COMPILE
-      marks = [pytest.mark.slow] * slow + [pytest.mark.once] * ("transformer" in name)
+      marks = [pytest.mark.slow] * slow + [pytest.mark.full] * ("transformer" in name)
       yield pytest.param(name, optimizer, marks=marks)
 
 

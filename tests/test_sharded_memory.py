@@ -19,7 +19,7 @@ from benchmarks import fsdp, peak_memory
 from benchmarks.models import language_model
 from benchmarks.modes import MODES
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.full
 
 # Bytes per parameter over all cards, as measured, rounded up to the next 0.05; Optax with f32 masters takes 19.49.
 AT_MOST = {"mpo-16-layer": 14.9, "mpo-16-auto": 14.75}

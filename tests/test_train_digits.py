@@ -11,7 +11,7 @@ from tests.test_train_lm import ROOT  # which puts the examples on the path
 
 import train_digits  # isort: skip
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.full
 
 COMMANDS = re.findall(r"`(examples/train_digits\.py [^`]*)`", (ROOT / "README.md").read_text())
 

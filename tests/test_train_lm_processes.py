@@ -16,7 +16,7 @@ import pytest
 from optax_mpo.checkpoint import Checkpointer
 from tests.test_train_lm import ROOT, train_lm
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.full
 
 SMALL = "--layers 2 --width 64 --heads 2 --context 32 --batch 8 --steps 8 --eval-batches 2 --shard fsdp".split()
 

@@ -15,7 +15,7 @@ from optax_mpo.checkpoint import Checkpointer
 from tests.test_exactness import assert_same_bits
 from tests.test_train_lm import ROOT, TINY, lm_model, train_lm
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.full
 
 STEPS, EVERY = 60, 5
 

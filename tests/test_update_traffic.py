@@ -78,7 +78,7 @@ def moved(model, mode):
   return sum(k.bytes for k in update) / floor, sum(k.launches for k in large), sum(k.bytes for k in found)
 
 
-@pytest.mark.once
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["optax-f32", "mpo-16", "mpo-8", "mpo-4", "mpo-16-auto"])
 def test_one_kernel_steps_a_leaf_and_reads_and_writes_each_byte_once(mode):
   ratio, kernels, _ = moved(leaves(2, 2048, 2048), mode)
@@ -86,7 +86,7 @@ def test_one_kernel_steps_a_leaf_and_reads_and_writes_each_byte_once(mode):
   assert kernels == 2
 
 
-@pytest.mark.once
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["mpo-16-layer", "mpo-16-auto"])
 def test_so_it_is_inside_the_backward_pass(mode):
   model = language_model("125m", layers=1, width=512, heads=8, hidden=1408, vocab=4096, context=256, scan=False)
@@ -96,7 +96,7 @@ def test_so_it_is_inside_the_backward_pass(mode):
   assert whole < 0.95 * moved(model, "optax-f32")[2]
 
 
-@pytest.mark.once
+@pytest.mark.full
 def test_quantised_state_takes_two_passes():
   """The largest of a block is known only when all of it is computed. With two passes 16.4 bytes are the least."""
   assert moved(leaves(2, 2048, 2048), "mpo-compact")[0] < 1.495
