@@ -143,6 +143,12 @@ def test_private_jax_stays_in_one_module():
   assert [path.name for path in PACKAGE.glob("*.py") if "jax._src" in path.read_text()] in ([], ["_jaxpr.py"])
 
 
+def test_primitives_are_made_by_one_module():
+  """With all rules that JAX asks for."""
+  makers = [path.name for path in PACKAGE.glob("*.py") if " Primitive(" in path.read_text()]
+  assert makers == ["_primitives.py"]
+
+
 def test_the_public_api_is_listed_by_name():
   names = {name for name in vars(optax_mpo) if not name.startswith("_")}
   assert {"compensated", "init", "cast", "master_params", "apply_updates", "CompensatedState", "gpu_memory"} <= names
