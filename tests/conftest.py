@@ -22,7 +22,6 @@ import functools  # noqa: E402
 import jax  # noqa: E402  # with the environment above
 import optax  # noqa: E402
 import pytest  # noqa: E402
-import pytest  # noqa: E402
 
 # The library leans on no implicit conversion and on no implicit broadcast to more axes, so that it works for users who
 # forbid them. What is not ours and does, runs under `relaxed`.
@@ -94,7 +93,7 @@ LOOSE = frozenset(
   test_gradient_layout test_kernel test_layer test_memory test_microbatch test_multiply_add test_optax_contract
   test_peak_memory test_quantized_training test_readme test_release test_release_forms test_release_models
   test_release_property test_rows test_sharded_memory test_sharded_modes test_sharding test_small_stacks
-  test_stack_copies test_stacked test_train_digits test_train_lm test_train_lm_processes test_train_lm_resume
+  test_stack_copies test_stacked test_state_flow test_train_digits test_train_lm test_train_lm_processes test_train_lm_resume
   test_update_traffic""".split()
 )
 """Files whose models add biases to batches and mix f32 data with bf16 weights, as models of users do.
@@ -103,19 +102,10 @@ tests/test_primitives.py and tests/test_x64.py go over all routes with models th
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _promotions(request):
-  if request.module.__name__.rpartition(".")[2] not in LOOSE:
-    yield
-    return
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    yield
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-  """Examples of docstrings, and tests with a mark, run under JAX's own defaults, as users have them."""
-  if item.get_closest_marker("promotes") is None and type(item).__name__ != "DoctestItem":
+  """Loose files, and examples in docstrings, run under JAX's own defaults."""
+  if item.path.parent.name == "tests" and item.path.stem not in LOOSE:
     return (yield)
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     return (yield)

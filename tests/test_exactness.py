@@ -22,8 +22,6 @@ from optax import contrib
 
 import optax_mpo as mpo
 
-pytestmark = pytest.mark.promotes
-
 STEPS = 200
 WIDTHS = (6, 16, 9, 4)
 

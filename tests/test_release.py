@@ -20,8 +20,6 @@ from optax_mpo import _jaxpr, _two_pass
 from tests.test_exactness import assert_same_bits
 from tests.test_exactness import exact_jit as optimized_jit
 
-pytestmark = pytest.mark.promotes
-
 exact_jit = functools.partial(optimized_jit, xla_backend_optimization_level=0, xla_disable_hlo_passes="fusion")
 
 WIDTH, LAYERS = 8, 3

@@ -14,8 +14,6 @@ from jax import lax
 import optax_mpo as mpo
 from optax_mpo import _state_flow, _state_kinds, _wrapping
 
-pytestmark = pytest.mark.promotes
-
 SHAPE = (4, 64)
 
 
