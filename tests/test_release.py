@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from optax_mpo import _jaxpr, _two_pass
+from optax_mpo import _jaxpr, _two_pass, _wrapping
 from tests.test_exactness import assert_same_bits
 from tests.test_exactness import exact_jit as optimized_jit
 
@@ -410,7 +410,9 @@ def test_explain_lists_leaves_that_are_updated_between_the_passes():
 
 def start(tx, params):
   return (
-    mpo.init(tx, params) if "Compensated" in str(type(jax.eval_shape(tx.init, params))) else (params, tx.init(params))
+    mpo.init(tx, params)
+    if "Compensated" in str(type(_wrapping.state_shapes(tx, params)))
+    else (params, tx.init(params))
   )
 
 
