@@ -129,9 +129,6 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
     shared: for each site what its step shares with others.
   """
 
-  def read(atom: Any) -> Any:
-    return env[atom] if isinstance(atom, int) else atom.val
-
   def step_due(i: int) -> None:
     due = plan.due.get(i, ())
     if not due:
@@ -139,7 +136,7 @@ def evaluate(plan: _plan.Plan, env: dict[int, Any], store: Store, shared: Sequen
     # The backward pass goes on with `ties`. One barrier makes the step wait for them, and with them for the last use of
     # the old weights, so that they can be overwritten; the other makes what follows wait for the step.
     ties = plan.ties.get(i, ())
-    before = ([[read(a) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties])
+    before = ([[_jaxpr.value(a, env) for a in plan.sites[index].grads] for index in due], [env[v] for v in ties])
     # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
     tied = _barrier if isinstance(store, Parts) else _order.tie
     grads, held = tied(before) if ties else before
@@ -178,8 +175,7 @@ def _run_scan(
   counts = _jaxpr.scan_counts(operation)
   first = counts[0] + counts[1]
   values = [
-    None if i >= first and i - first in scan.own else env[a] if isinstance(a, int) else a.val
-    for i, a in enumerate(operation.inputs)
+    None if i >= first and i - first in scan.own else _jaxpr.value(a, env) for i, a in enumerate(operation.inputs)
   ]
   consts, carry, xs = values[: counts[0]], values[counts[0] : first], values[first:]
   inner_shared = [[*shared[r.index], *(env[v] for v in r.given)] for r in scan.released]
@@ -192,9 +188,9 @@ def _run_scan(
       xs[k] = _plan.run_own(own, program, layer.get(own.released)[0][own.leaf], index, scan.length)
     inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
     evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
-    out = [inner[a] if isinstance(a, int) else a.val for a in body.outputs[: counts[1]]]
+    out = [_jaxpr.value(a, inner) for a in body.outputs[: counts[1]]]
     ys = [body.outputs[counts[1] + j] for j in scan.kept]
-    return (out, layer.stacks), [inner[a] if isinstance(a, int) else jnp.asarray(a.val) for a in ys]
+    return (out, layer.stacks), [_jaxpr.value(a, inner) for a in ys]
 
   stacks = [_start(r, store, scan.length) for r in scan.released]
   params = operation.eqn.params

@@ -87,7 +87,7 @@ def fused_value_and_update(
       _handles.check_no_handles(out, "the result of loss_fn")
       return out
 
-    value, _ = jax.value_and_grad(loss, has_aux=has_aux)(jnp.zeros(()))
+    value, _ = jax.value_and_grad(loss, has_aux=has_aux)(jnp.float32(0))
     _check_all_used(context)
     rest = [i for i in range(len(leaves)) if i not in context.stepped]
     _fused_call.step_unreached(context, rest)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.extend import core
@@ -180,12 +181,8 @@ def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -
 
 def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) -> None:
   """Runs operations in order, reading and writing `env`."""
-
-  def read(atom: Atom) -> Any:
-    return env[atom] if isinstance(atom, int) else atom.val
-
   for operation in operations:
-    results = run_operation(operation, [read(a) for a in operation.inputs])
+    results = run_operation(operation, [operand(a, env) for a in operation.inputs])
     env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
 
 
@@ -201,6 +198,11 @@ def call_source(program: Program, *args: Any) -> list[Any]:
   assert program.source is not None
   consts = list(program.constants.values())[: len(program.source.consts)]  # those of calls come after them
   return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
+
+
+def operand(atom: Atom, env: dict[int, Any]) -> Any:
+  """The value of an atom, to run an operation on: a literal's is a number of its dtype, with `jax_enable_x64` too."""
+  return env[atom] if isinstance(atom, int) else np.asarray(atom.val, atom.aval.dtype)
 
 
 def value(atom: Atom, env: dict[int, Any]) -> Any:

@@ -246,7 +246,7 @@ def _hook(step: _handles.Step, refs: _fused_call.Refs) -> Callable[..., list[Any
     step.stepped.update(refs.leaves)
     grads = dict(zip(refs.leaves, cotangents, strict=True))
     refs.update(arguments, grads, ())
-    return jnp.zeros(()), None
+    return jnp.float32(0), None
 
   hook.defvjp(hook_fwd, hook_bwd)
   return hook
@@ -293,7 +293,7 @@ def _run_layer(call: _fused_call.Call, remat: Remat) -> PyTree:
       onward = refs.update(arguments, grads, onward)
     else:
       onward = _step_within(refs, arguments, backward, weights, kept, real)
-    return jnp.zeros(()), None, _fused_call.spread(onward, active.value)
+    return jnp.float32(0), None, _fused_call.spread(onward, active.value)
 
   layer.defvjp(layer_fwd, layer_bwd, symbolic_zeros=True)
   return layer(step.token, refs.arguments, [*call.arrays, *closed])
@@ -363,7 +363,7 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
     return _fused_call.checkpointed(apply, remat, prevent_cse=False)(weights, inputs, *constants)
 
   def scan(body: Callable[..., Any], carry: Any, xs: Any, backward: bool = False) -> Any:
-    return lax.scan(body, carry, (jnp.arange(layers), xs), reverse=reverse != backward, unroll=unroll)
+    return lax.scan(body, carry, (jnp.arange(layers, dtype=jnp.int32), xs), reverse=reverse != backward, unroll=unroll)
 
   @jax.custom_vjp
   def stack(token: Any, arguments: Any, carry: list[Any], xs: list[Any], constants: list[Any]) -> PyTree:
@@ -422,7 +422,7 @@ def _run_scan(call: _fused_call.Call, layers: int, remat: Remat, reverse: bool, 
       ct_carry = refs.update(arguments, stacked, ct_carry, small)
     in_carry = _fused_call.spread(ct_carry, [_fused_call.is_float(c) for c in carried])
     return (
-      jnp.zeros(()),
+      jnp.float32(0),
       None,
       in_carry,
       _fused_call.spread(ct_xs, active_xs),

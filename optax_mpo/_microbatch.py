@@ -99,7 +99,9 @@ def _split(x: Any, axis: int, count: int) -> jax.Array:
 def _merge(y: jax.Array, axis: int | None) -> jax.Array:
   """What `_split` does, undone; or the mean."""
   if axis is None:
-    return jnp.mean(y, 0) if jnp.issubdtype(y.dtype, jnp.inexact) else jnp.sum(y, 0)
+    if jnp.issubdtype(y.dtype, jnp.inexact):
+      return jnp.mean(y, 0)
+    return jnp.sum(y, 0, dtype=y.dtype if y.dtype.itemsize >= 4 else jnp.int32)  # with and without jax_enable_x64
   axis %= y.ndim - 1
   y = jnp.moveaxis(y, 0, axis)
   return y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])

@@ -410,7 +410,7 @@ class _Planner:
     def post(stacks: _site.Values, values: _site.Values) -> list[Any]:
       env = dict(program.constants) | dict(zip(used, stacks, strict=True)) | dict(zip(given, values, strict=True))
       _jaxpr.run(program, operations, env)
-      return [env[a] if isinstance(a, int) else a.val for a in site.grads]
+      return [_jaxpr.value(a, env) for a in site.grads]
 
     structs = [[_types.struct(program.aval(v)) for v in part] for part in (used, given)]
     layered = (site.step.layered or _site.layer_step)(site.step, post, structs[0], structs[1], length)

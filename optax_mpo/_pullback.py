@@ -58,7 +58,7 @@ class Pullback:
     env.update(zip(self._program.inputs, [*weights, *constants], strict=False))
     env.update((var, kept[place]) for var, place in self._kept.items())
     _jaxpr.run(self._program, self._slice, env)
-    residuals = [env[a] if isinstance(a, int) else a.val for a in self._residuals]
+    residuals = [_jaxpr.value(a, env) for a in self._residuals]
     vjp = jax.tree.unflatten(self._vjp_treedef, residuals)
     return vjp(jax.tree.unflatten(self.out_treedef, cotangents))
 

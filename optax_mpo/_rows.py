@@ -82,7 +82,7 @@ class Rows:
     handed = [*shared, *[index] * layers]
 
     def place(x: Any, k: int, start: Any) -> list[Any]:
-      starts: list[Any] = [0] * x.ndim
+      starts: list[Any] = [jnp.int32(0)] * x.ndim
       starts[layers + self.axis] = start
       if layers and _carried_dtype(dtypes[k]) == dtypes[k]:
         starts[0] = index
@@ -120,7 +120,7 @@ class Rows:
     # Of what is carried as something else, the layer alone.
     own = [bool(layers) and _carried_dtype(dtype) != dtype for dtype in dtypes]
     first = [lax.dynamic_slice_in_dim(x, index, 1, 0) if alone else x for x, alone in zip(stacks, own, strict=True)]
-    results = lax.fori_loop(0, length // self.count, body, [_carried(x) for x in first])
+    results = lax.fori_loop(jnp.int32(0), jnp.int32(length // self.count), body, [_carried(x) for x in first])
     results = [_as(x, dtype) for x, dtype in zip(results, dtypes, strict=True)]
     return [
       lax.dynamic_update_slice_in_dim(stack, x, index, 0) if alone else x

@@ -252,7 +252,7 @@ def layer_step(
     results = []
     for atom, out in ((outputs[k], out_axes[k]) for k in part.outputs):
       axis = axes.get(atom) if isinstance(atom, int) else None
-      value = env[atom] if isinstance(atom, int) else jnp.asarray(atom.val)
+      value = _jaxpr.value(atom, env)
       if axis is None:  # the same for every layer, so that all of it was computed
         value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, out), out
       if axis != out:

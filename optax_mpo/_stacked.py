@@ -84,11 +84,8 @@ def run(
   """
   layer = _Layer(index, length, size)
 
-  def value(atom: Any) -> Any:
-    return env[atom] if isinstance(atom, int) else atom.val
-
   for operation in operations:
-    values = [value(a) for a in operation.inputs]
+    values = [_jaxpr.operand(a, env) for a in operation.inputs]
     where = [axes.get(a) if isinstance(a, int) else None for a in operation.inputs]
     if all(a is None for a in where):
       results, out = _jaxpr.run_operation(operation, values), [None] * len(operation.outputs)

@@ -16,7 +16,7 @@ the one place where the last bit of a number can differ from that of the unfused
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,17 @@ from optax_mpo import _jaxpr, _separable, _site, _stacked, _tree, _types
 
 SMALL = 1024  # elements: what may be held for every leaf
 
+
+def _keeping_dtype(reduction: Callable[..., Any]) -> Callable[..., Any]:
+  """A sum or a product of whole numbers as they are, which NumPy would make wider."""
+  return lambda x, axis: reduction(x, axis=axis, dtype=x.dtype)
+
+
 _REDUCED_AGAIN = {
-  "reduce_sum": jnp.sum,
+  "reduce_sum": _keeping_dtype(jnp.sum),
   "reduce_max": jnp.max,
   "reduce_min": jnp.min,
-  "reduce_prod": jnp.prod,
+  "reduce_prod": _keeping_dtype(jnp.prod),
   "reduce_and": jnp.all,
   "reduce_or": jnp.any,
 }

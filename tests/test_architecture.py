@@ -37,7 +37,7 @@ ARROWS = {
   "_types": (set(), {"jax"}),
   "_primitives": (set(), {"jax"}),
   "_order": ({"_primitives", "_types"}, {"jax"}),
-  "_jaxpr": ({"_order"}, {"jax"}),
+  "_jaxpr": ({"_order"}, {"jax", "numpy"}),
   "_stacked": ({"_jaxpr", "_order"}, {"jax"}),
   "_elements": ({"_jaxpr"}, {"jax", "numpy"}),
   "_kernel": ({"_elements", "_jaxpr"}, {"jax"}),

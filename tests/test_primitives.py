@@ -276,9 +276,14 @@ def elementwise(params, x):
   return jnp.sum(y.astype(jnp.float32)) + jnp.sum((params["head"] * 2).astype(jnp.float32)) + jnp.sum(params["bias"])
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("loss", [scanned, unrolled, elementwise])
+CASES = [
+  *((route, stored) for route in list(ROUTES)[:3] for stored in STORED),
+  *((route, "8 bits") for route in list(ROUTES)[3:]),
+]
+
+
+@pytest.mark.parametrize(("route", "stored"), CASES)
+@pytest.mark.parametrize("loss", [scanned, elementwise])
 def test_ensembles_are_trained_like_their_members(loss, route, stored):
   """Bit for bit in a `lax.map`; under `vmap` where no product of matrices has its sums ordered anew."""
   check_ensemble(loss, route, stored, 3, 32)
@@ -319,11 +324,11 @@ def check_ensemble(loss, route, stored, layers, width):
 
 
 def test_fused_steps_are_mapped_in_a_loop_and_refuse_the_rest_by_name():
-  layer = mpo.fused_scan(lambda w, x: jnp.tanh(x @ w), remat=True)
+  layer = mpo.fused_scan(lambda w, y, _: (jnp.tanh(y @ w), None), remat=True)
   tx = STORED["8 bits"](optax.adamw(1e-2))
 
   def loss(params, x):
-    y = layer(params["layers"], x.astype(jnp.bfloat16))
+    y, _ = layer(params["layers"], x.astype(jnp.bfloat16))
     head, bias = mpo.fused_value(params["head"]), mpo.fused_value(params["bias"])
     return jnp.mean((y @ head + bias).astype(jnp.float32) ** 2)
 
