@@ -54,5 +54,5 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
     if _formats.is_low(leaf) and jnp.issubdtype(step.dtype, jnp.floating):
       new.append(_formats.add_difference(leaf, jnp.asarray(step).astype(jnp.float32)))
     else:
-      new.append(jnp.asarray(leaf + step).astype(leaf.dtype))
+      new.append(_formats.add(leaf, jnp.asarray(step)).astype(leaf.dtype))
   return jax.tree.structure(params).unflatten(new)

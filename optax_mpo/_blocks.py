@@ -181,13 +181,14 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
   if largest is None:
     largest = jnp.asarray(largest_of(x, old))
   finite = largest < np.float32(np.inf)
-  scales = _pack_scales(largest, _dither(step, salt, old.scales.shape[-1]) >> (32 - _SCALE_SHIFT))
+  scale_dither = _dither(step, salt, old.scales.shape[-1]) >> (32 - _SCALE_SHIFT)
+  scales = _pack_scales(largest, _by_columns(scale_dither, x.ndim))
 
   # Divided by the exact maximum, not the stored one: so the codes of a block that only decays stay what they are.
   dither = _dither(step, salt + 1, length) >> 24
   ways = _ways((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256), dtype)
   ways = _order.held(ways, dither.astype(jnp.uint16))  # once for each column, and not for each element
-  codes = _encode(x, largest, dtype, ways, old.values)
+  codes = _encode(x, largest, dtype, _by_columns(ways, x.ndim), old.values)
   return Quantized(jnp.where(_spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
 
 
@@ -278,6 +279,11 @@ def _ways(way: Any, dtype: jnp.dtype) -> Any:
 
 # The two-dimensional Weyl sequence of the plastic number: step times one constant, column times the other, modulo 1.
 _STEP, _COLUMN, _SALT = 0xC13F_A9A9, 0x91E1_0DA5, 0x9E37_79B9
+
+
+def _by_columns(x: jax.Array, ndim: int) -> jax.Array:
+  """`[length]` as `[1, ..., length]`, to be spread over rows."""
+  return lax.expand_dims(x, range(ndim - 1))
 
 
 def _dither(step: jax.Array, salt: int, length: int) -> jax.Array:

@@ -217,7 +217,7 @@ def _step(
   """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
   if not _formats.is_low(leaf):
     return step, optax.MaskedNode()
-  new = _order.held((master + step).astype(jnp.float32), leaf)
+  new = _order.held(_formats.add(master, step).astype(jnp.float32), leaf)
   update, low, kept = _formats.step(leaf, new, bits, random)
   _made.remember(update, leaf, low)
   return update, _kept_or_masked(kept)

@@ -22,6 +22,14 @@ def is_low(leaf: Any) -> bool:
   return leaf.dtype in _CODECS
 
 
+def add(x: jax.Array, step: jax.Array) -> jax.Array:
+  """Adds an update to weights, in the wider of two floating dtypes, whatever conversions JAX allows."""
+  if jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(step.dtype, jnp.floating) and x.dtype != step.dtype:
+    wider = max(x.dtype, step.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    return x.astype(wider) + step.astype(wider)
+  return x + step
+
+
 def split(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: dtype[*s], kept: uint{bits}[*s] or None)`."""
   return _CODECS[jnp.dtype(dtype)].split(x, bits)

@@ -57,7 +57,7 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   # Below: whole units of 2^-(24 + bits), which a f32 can count exactly.
   scaled = jnp.minimum(jnp.abs(x), 2.0**-14) * jnp.float32(2.0 ** (24 + bits))
   units = jnp.floor(scaled)
-  units = (units + (scaled - units >= 0.5)).astype(jnp.int32)
+  units = (units + (scaled - units >= 0.5).astype(jnp.float32)).astype(jnp.int32)
   fixed = (units + (1 << bits >> 1)) >> bits
   fixed_offset = units - (fixed << bits)
   fixed_offset = jnp.where((fixed == 0) & (pattern >> 31 == 1), -fixed_offset, fixed_offset)

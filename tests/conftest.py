@@ -16,3 +16,72 @@ if "xla_force_host_platform_device_count" not in flags:
 if "xla_cpu_max_isa" not in flags and "OPTAX_MPO_TEST_MULTIPLY_ADD" not in os.environ:
   flags += " --xla_cpu_max_isa=AVX"  # ignored on other processors than x86
 os.environ["XLA_FLAGS"] = flags
+
+import functools  # noqa: E402
+
+import jax  # noqa: E402  # with the environment above
+import optax  # noqa: E402
+
+# The library leans on no implicit conversion and on no implicit broadcast to more axes, so that it works for users who
+# forbid them. What is not ours and does, runs under `relaxed`.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def _under(dtypes, ranks, fun):
+  @functools.wraps(fun)
+  def under(*args, **kwargs):
+    with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion(ranks):
+      return fun(*args, **kwargs)
+
+  return under
+
+
+def relaxed(fun):
+  """A function under JAX's own defaults, for code that is not ours: of Optax, of Flax, or a model of a test."""
+  return _under("standard", "allow", fun)
+
+
+def _of_relaxed_update(make):
+  """An optimizer whose update runs under JAX's own defaults."""
+
+  @functools.wraps(make)
+  def optimizer(*args, **kwargs):
+    tx = make(*args, **kwargs)
+    return tx._replace(update=relaxed(tx.update))
+
+  return optimizer
+
+
+def _relax_optax():
+  """Optax's own powers and quotients of step counts mix int32 and floats."""
+  for module in (optax.tree, optax.tree_utils):
+    for name in ("bias_correction", "tree_bias_correction"):
+      if hasattr(module, name):
+        setattr(module, name, relaxed(getattr(module, name)))
+  optax.apply_updates = relaxed(optax.apply_updates)  # f32 updates to bf16 weights
+  accumulate = optax.MultiSteps.__init__
+
+  def init(self, opt, *args, **kwargs):
+    inner = optax.with_extra_args_support(opt)
+    strict = inner._replace(update=_under("strict", "raise", inner.update))
+    accumulate(self, strict, *args, **kwargs)
+
+  optax.MultiSteps.__init__ = init
+  optax.MultiSteps.update = relaxed(optax.MultiSteps.update)
+  for module, name in (
+    (optax, "radam"),
+    (optax, "add_noise"),
+    (optax, "noisy_sgd"),
+    (optax.contrib, "schedule_free_sgd"),
+    (optax.contrib, "schedule_free_adamw"),
+    (optax.contrib, "prodigy"),
+  ):
+    setattr(module, name, _of_relaxed_update(getattr(module, name)))
+  schedules = [name for name in dir(optax) if name.endswith("_schedule") or name == "exponential_decay"]
+  for name in schedules:
+    make = getattr(optax, name)
+    setattr(optax, name, functools.wraps(make)(lambda *args, make=make, **kwargs: relaxed(make(*args, **kwargs))))
+
+
+_relax_optax()

@@ -153,7 +153,7 @@ def test_numbers_are_rounded_in_proportion(dtype, negative):
   for shift in (-slack, slack):
     x = level(lower) + (ways + shift).clip(0, 1) * (level(lower + 1) - level(lower))
     part = jnp.asarray(position(x) - lower, f32)
-    past = is_past(part, _blocks._ways(jnp.asarray(ways, f32), dtype), jnp.asarray(lower, f32), f32(top))
+    past = is_past(part, _blocks._ways(jnp.asarray(ways, f32), dtype), jnp.asarray(lower[None], f32), f32(top))
     assert np.all(past == (shift > 0))
 
 

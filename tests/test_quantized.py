@@ -30,7 +30,7 @@ def make_params(seed: int = 0) -> dict:
 
 
 def loss_fn(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
-  x = jnp.tanh(x.astype(params["a"].dtype) @ params["a"] + params["b"])
+  x = jnp.tanh(x.astype(params["a"].dtype) @ params["a"] + params["b"][None])
   x = jnp.tanh(x @ params["c"]) @ params["d"]
   return jnp.mean(jnp.square(x.astype(jnp.float32) - y))
 

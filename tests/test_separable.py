@@ -296,7 +296,7 @@ def test_slices_leave_the_addition_out():
 def test_constants_need_not_be_handed_in():
   mask = jnp.asarray(np.random.default_rng(0).random((64, 64)) < 0.5)
   masked = optax.stateless(lambda updates, params: {"w": jnp.where(mask, updates["w"], 0.0)})
-  tx = optax.chain(masked, optax.sgd(lambda count: 0.5**count))
+  tx = optax.chain(masked, optax.sgd(lambda count: 0.5 ** count.astype(jnp.float32)))
   params = {"w": jnp.ones((64, 64))}
   update = _separable.Update(tx, params, tx.init(params), "test")
   group = update.group([0], "test")
@@ -363,7 +363,9 @@ def test_side_effects_are_refused():
 
 def test_state_that_changes_its_form_is_refused():
   params = {"w": jnp.ones(3)}
-  wider = optax.GradientTransformation(lambda p: jnp.zeros(3, jnp.bfloat16), lambda u, s, p=None: (u, s + u["w"]))
+  wider = optax.GradientTransformation(
+    lambda p: jnp.zeros(3, jnp.bfloat16), lambda u, s, p=None: (u, s.astype(jnp.float32) + u["w"])
+  )
   with pytest.raises(ValueError, match=r"fused: tx.update changes opt_state from bfloat16\[3\] to float32\[3\]"):
     _separable.Update(wider, params, wider.init(params), "fused")
   longer = optax.GradientTransformation(lambda p: (), lambda u, s, p=None: (u, (*s, u["w"])))

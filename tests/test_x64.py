@@ -26,7 +26,7 @@ def make_batch(width=WIDTH):
 
 def scanned(params, x):
   y, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x.astype(params["layers"].dtype), params["layers"])
-  return jnp.mean((y @ params["head"] + params["bias"]).astype(jnp.float32) ** 2)
+  return jnp.mean((y @ params["head"] + params["bias"][None]).astype(jnp.float32) ** 2)
 
 
 layer = mpo.fused_scan(lambda w, y, _: (jnp.tanh(y @ w), None), remat=True)
@@ -34,11 +34,13 @@ layer = mpo.fused_scan(lambda w, y, _: (jnp.tanh(y @ w), None), remat=True)
 
 def fused(params, x):
   y, _ = layer(params["layers"], x.astype(jnp.bfloat16))
-  return jnp.mean((y @ mpo.fused_value(params["head"]) + mpo.fused_value(params["bias"])).astype(jnp.float32) ** 2)
+  return jnp.mean(
+    (y @ mpo.fused_value(params["head"]) + mpo.fused_value(params["bias"])[None]).astype(jnp.float32) ** 2
+  )
 
 
 head = mpo.fused_layer(
-  lambda p, y: jnp.mean((y @ p["head"] + p["bias"]).astype(jnp.float32) ** 2), microbatches=2, out_axes=None
+  lambda p, y: jnp.mean((y @ p["head"] + p["bias"][None]).astype(jnp.float32) ** 2), microbatches=2, out_axes=None
 )
 
 
@@ -161,7 +163,9 @@ def test_training_is_that_of_optax_with_f32_masters(name, route):
     for _ in range(3):
       masters, state = step(masters, state, make_batch())
     got = train(lambda: STORED["16 bits"](WIDER[name]()), route)
-  assert_equal(got[2], jax.tree.map(np.asarray, masters))
+  for x, y in zip(jax.tree.leaves(got[2]), jax.tree.leaves(masters), strict=True):
+    # Of (a / b) / c XLA makes a / (b * c), but in a scan not where b was converted from float64.
+    np.testing.assert_allclose(x, y, rtol=0, atol=0 if route == "ordinary" else 1e-7)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
 
 
