@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import heapq
+import operator
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -91,21 +91,9 @@ class Program:
     """The index of the operation that makes each variable."""
     return {v: i for i, operation in enumerate(self.operations) for v in operation.outputs if v >= 0}
 
-  @property
-  def traced(self) -> dict[int, Any]:
-    """The constants that are traced, and so may be differentiated or mapped."""
-    return {v: x for v, x in self.constants.items() if isinstance(x, Tracer)}
-
-  def replaced(self, constants: dict[int, Any]) -> "Program":
-    """The same program, with other values for some of its constants."""
-    return dataclasses.replace(self, constants=self.constants | constants)
-
 
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
-  """Traces `fun(*args)`, and returns its program and the tree of shapes that it returns.
-
-  The arguments may be ShapeDtypeStructs. What `fun` closes over is among the constants.
-  """
+  """Returns the program of `fun(*args)`, of arrays or ShapeDtypeStructs, and the tree of shapes that it returns."""
   closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
   return flatten(closed), out
 
@@ -193,13 +181,6 @@ def call(program: Program, *args: Any) -> list[Any]:
   return [value(a, env) for a in program.outputs]
 
 
-def call_source(program: Program, *args: Any) -> list[Any]:
-  """The same, but in such a way that it is differentiated as its author wrote it, with custom derivatives."""
-  assert program.source is not None
-  consts = list(program.constants.values())[: len(program.source.consts)]  # those of calls come after them
-  return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
-
-
 def operand(atom: Atom, env: dict[int, Any]) -> Any:
   """The value of an atom, to run an operation on: a literal's is a number of its dtype, with `jax_enable_x64` too."""
   return env[atom] if isinstance(atom, int) else np.asarray(atom.val, atom.aval.dtype)
@@ -248,10 +229,7 @@ def _output_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
 
 def union(sets: Iterable[int]) -> int:
   """The union of bit sets."""
-  union = 0
-  for bits in sets:
-    union |= bits
-  return union
+  return functools.reduce(operator.or_, sets, 0)
 
 
 def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:

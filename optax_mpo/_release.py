@@ -10,12 +10,15 @@ References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) 
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
+from jax.extend import core
 
 from optax_mpo import (
   _evaluate,
@@ -76,7 +79,7 @@ class Traced:
     other.leaves, other.lifted, other.program = (
       list(inputs[:count]),
       list(inputs[count:]),
-      self.program.replaced(constants),
+      _with_constants(self.program, constants),
     )
     return other
 
@@ -152,7 +155,12 @@ def value_and_update(
     traced = Traced(loss_fn, has_aux, params, args, kwargs)
     update = _separable.Update(tx, params, opt_state, _CALLER)
     states, state_treedef = jax.tree.flatten(opt_state)
-    operands = ([*traced.leaves, *traced.lifted], states, traced.program.traced, update.program.traced)
+    operands = (
+      [*traced.leaves, *traced.lifted],
+      states,
+      _traced_constants(traced.program),
+      _traced_constants(update.program),
+    )
     results, leaves, states = _differentiated_as(
       functools.partial(_ordinary, traced, update), functools.partial(_released, traced, update, two_pass), operands
     )
@@ -199,10 +207,27 @@ def _ordinary(traced: Traced, update: _separable.Update, operands: Operands) -> 
   """The same step with all gradients first, as `jax.value_and_grad` and `tx.update` make it."""
   inputs, old, loss_constants, constants = operands
   count = len(traced.leaves)
-  out = _jaxpr.call_source(traced.program.replaced(loss_constants), *inputs)
+  out = _call_source(_with_constants(traced.program, loss_constants), *inputs)
   results, grads = out[: len(out) - count], out[len(out) - count :]
-  new = _jaxpr.call_source(update.program.replaced(constants), *grads, *inputs[:count], *old)
+  new = _call_source(_with_constants(update.program, constants), *grads, *inputs[:count], *old)
   return results, new[:count], new[count:]
+
+
+def _traced_constants(program: _jaxpr.Program) -> dict[int, Any]:
+  """The constants of a program that may be differentiated or mapped, since they are traced themselves."""
+  return {v: x for v, x in program.constants.items() if isinstance(x, Tracer)}
+
+
+def _with_constants(program: _jaxpr.Program, constants: dict[int, Any]) -> _jaxpr.Program:
+  """The same program, with other values for some of its constants."""
+  return dataclasses.replace(program, constants=program.constants | constants)
+
+
+def _call_source(program: _jaxpr.Program, *args: Any) -> list[Any]:
+  """Runs the jaxpr that a program was copied from, whose calls have their custom derivatives."""
+  assert program.source is not None
+  consts = list(program.constants.values())[: len(program.source.consts)]  # those of calls come after them
+  return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
 
 
 def _differentiated_as(

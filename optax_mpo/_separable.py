@@ -273,7 +273,8 @@ class Update:
   def at(self, opt_state: Sequence[Any], constants: dict[int, Any]) -> "Update":
     """The same update for other values of the leaves of its state, and of constants of its program."""
     other = copy.copy(self)
-    other._state, other._program = list(opt_state), self._program.replaced(constants)
+    other._state = list(opt_state)
+    other._program = dataclasses.replace(self._program, constants=self._program.constants | constants)
     return other
 
   def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -68,7 +68,8 @@ ARROWS = {
   "_fused": ({"_fused_call", "_handles", "_separable", "_tree", "_wrapping"}, {"jax", "optax"}),
   "_two_pass": ({"_jaxpr", "_separable", "_site", "_stacked", "_tree", "_types"}, {"jax"}),
   "_release": (
-    {"_evaluate", "_jaxpr", "_order", "_plan", "_separable", "_site", "_tree", "_two_pass", "_wrapping"},
+    {"_evaluate", "_jaxpr", "_order", "_plan", "_primitives", "_separable", "_site", "_tree", "_two_pass"}
+    | {"_wrapping"},
     {"jax", "optax"},
   ),
   "_explain": ({"_plan", "_release", "_separable", "_two_pass"}, {"jax", "optax"}),
@@ -109,6 +110,12 @@ def test_imports_point_one_way():
 
 def test_private_jax_stays_in_one_module():
   assert [path.name for path in PACKAGE.glob("*.py") if "jax._src" in path.read_text()] in ([], ["_jaxpr.py"])
+
+
+def test_primitives_are_made_by_one_module():
+  """With all rules that JAX asks for."""
+  makers = [path.name for path in PACKAGE.glob("*.py") if " Primitive(" in path.read_text()]
+  assert makers == ["_primitives.py"]
 
 
 def test_the_public_api_is_listed_by_name():

@@ -219,7 +219,9 @@ def test_stacks_of_layers_are_stepped_layer_by_layer(optimizer):
   layers = 3
   params = {"w": jnp.ones((layers, 4, 64)), "odd": jnp.ones((layers, 4, 50)), "scale": jnp.ones((layers, 64))}
   tx = mpo.compensated(SMALL(optimizer), bits=8)
-  params, state = mpo.init(tx, jax.tree.map(lambda p: p * jnp.linspace(0.1, 1, p.shape[-1]), params))
+  params, state = mpo.init(
+    tx, jax.tree.map(lambda p: p * jnp.broadcast_to(jnp.linspace(0.1, 1, p.shape[-1]), p.shape), params)
+  )
   grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
   updates, state = jax.jit(tx.update)(grads, state, params)
   params = mpo.apply_updates(params, updates)
