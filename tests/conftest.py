@@ -21,6 +21,7 @@ import functools  # noqa: E402
 
 import jax  # noqa: E402  # with the environment above
 import optax  # noqa: E402
+import pytest  # noqa: E402
 
 # The library leans on no implicit conversion and on no implicit broadcast to more axes, so that it works for users who
 # forbid them. What is not ours and does, runs under `relaxed`.
@@ -85,3 +86,26 @@ def _relax_optax():
 
 
 _relax_optax()
+
+
+LOOSE = frozenset(
+  """test_checkpoint test_exactness test_export test_flax test_fused_memory test_fused_misuse test_gpu_check
+  test_gradient_layout test_kernel test_layer test_memory test_microbatch test_multiply_add test_optax_contract
+  test_peak_memory test_quantized_training test_readme test_release test_release_forms test_release_models
+  test_release_property test_rows test_sharded_memory test_sharded_modes test_sharding test_small_stacks
+  test_stack_copies test_stacked test_train_digits test_train_lm test_train_lm_processes test_train_lm_resume
+  test_update_traffic""".split()
+)
+"""Files whose models add biases to batches and mix f32 data with bf16 weights, as models of users do.
+
+tests/test_primitives.py and tests/test_x64.py go over all routes with models that do not.
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _promotions(request):
+  if request.module.__name__.rpartition(".")[2] not in LOOSE:
+    yield
+    return
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
