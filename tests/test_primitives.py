@@ -277,13 +277,13 @@ def elementwise(params, x):
 
 
 CASES = [
-  *((route, stored) for route in list(ROUTES)[:3] for stored in STORED),
-  *((route, "8 bits") for route in list(ROUTES)[3:]),
+  *((elementwise, route, stored) for route in list(ROUTES)[:3] for stored in STORED),
+  *((elementwise, route, "8 bits") for route in list(ROUTES)[3:]),
+  *((scanned, route, "8 bits") for route in list(ROUTES)[:3]),
 ]
 
 
-@pytest.mark.parametrize(("route", "stored"), CASES)
-@pytest.mark.parametrize("loss", [scanned, elementwise])
+@pytest.mark.parametrize(("loss", "route", "stored"), CASES)
 def test_ensembles_are_trained_like_their_members(loss, route, stored):
   """Bit for bit where no sum is ordered anew: products of matrices and norms are, in a batch or in another program."""
   check_ensemble(loss, route, stored, 3, 32)

@@ -254,5 +254,5 @@ def test_a_run_is_carried_over_and_saved(tmp_path):
 
 
 def test_float64_params_are_named():
-  with jax.enable_x64(True), pytest.raises(TypeError, match=r"params\['layers'\].*float64"):
+  with jax.enable_x64(True), pytest.raises(TypeError, match=r"params\['bias'\] is float64"):
     mpo.init(STORED["16 bits"](ALIKE["rmsprop"]()), make_params(dtype=np.float64))
