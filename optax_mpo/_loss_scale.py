@@ -102,7 +102,12 @@ def loss_scaled(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
     state = _wrapping.own_state(state, LossScaleState, "loss_scaled")
-    grads = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)) / state.scale, updates)
+
+    def unscaled(g: jax.Array) -> jax.Array:
+      dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
+      return g.astype(dtype) / state.scale.astype(dtype)
+
+    grads = jax.tree.map(unscaled, updates)
     finite = jnp.asarray(True)
     for g in jax.tree.leaves(grads):
       finite = finite & jnp.isfinite(g).all()

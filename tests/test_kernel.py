@@ -166,7 +166,7 @@ def third():
 REFUSED = {
   "a tile": (EXACT, (3, 5, 7), "35 elements do not make tiles of 128 or more"),
   "blocks that are not full": (compact, (3, 8, 400), "blocks of several sizes, or ones that are not full"),
-  "4 bits": (functools.partial(compact, bits=4), (3, 8, 256), "stored as int4"),
+  "4 bits": (functools.partial(compact, bits=4), (3, 8, 256), "stored as uint4"),
   "codes of 4 bits": (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), bits=4)), (3, 8, 256), "4"),
   "state by rows": (lambda: mpo.compensated(optax.adafactor(1e-3)), (3, 256, 256), "goes into it|not known"),
   "sums": (lambda: mpo.compensated(optax.lamb(1e-3)), (3, 16, 256), "not known to the kernel"),
@@ -263,7 +263,7 @@ def test_two_passes_are_what_they_are_without_kernels():
   for one, other in zip(*results, strict=True):
     np.testing.assert_array_equal(bits(one), bits(other))
   table = mpo.explain(scanned, made, params, state, x, two_pass=True)
-  assert {leaf.stepped for leaf in table} == {"in scan, by a kernel"}
+  assert {leaf.stepped for leaf in table if leaf.parameters > 1024} == {"in scan, by a kernel"}
 
 
 def compiled(case, storage, folder):
