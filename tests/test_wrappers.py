@@ -139,7 +139,7 @@ def test_bits_of_a_leaf_that_a_wrapper_splits_are_refused_by_name():
 def test_loss_scaling_keeps_imaginary_parts():
   params = {"z": jnp.ones(3, jnp.complex64)}
   tx = mpo.loss_scaled(split(compensated(optax.sgd(1.0))), 4.0)
-  state = tx.init(params)
+  params, state = mpo.init(tx, params)
   updates, _ = tx.update({"z": jnp.full(3, 4 + 8j, jnp.complex64)}, state, params)
   np.testing.assert_array_equal(updates["z"], np.full(3, -1 - 2j))
   skipped, _ = tx.update({"z": jnp.full(3, 1j * jnp.inf, jnp.complex64)}, state, params)

@@ -223,13 +223,13 @@ def test_codecs(bits, codec):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("signed", [False, True])
-def test_blocks(bits, signed):
+@pytest.mark.parametrize("kind", _blocks.KINDS)
+def test_blocks(bits, kind):
   x = np.random.default_rng(3).normal(size=(7, 100)).astype(np.float32)
 
   def run():
-    wide = jnp.abs(jnp.asarray(x)) if not signed else jnp.asarray(x)
-    stored = _blocks.quantize(wide, bits, signed, 32)
+    wide = jnp.abs(jnp.asarray(x)) if kind == "nonnegative" else jnp.asarray(x)
+    stored = _blocks.quantize(wide, _blocks.codes_dtype(bits, kind), 32)
     moved = _blocks.requantize(wide * jnp.float32(0.999), stored, jnp.int32(4), 6)
     return jax.tree.map(np.asarray, (stored, moved, _blocks.dequantize(moved)))
 
