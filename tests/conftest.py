@@ -79,7 +79,8 @@ def _relax_optax():
     (optax.contrib, "prodigy"),
   ):
     setattr(module, name, _of_relaxed_update(getattr(module, name)))
-  schedules = [name for name in dir(optax) if name.endswith("_schedule") or name == "exponential_decay"]
+  schedules = [name for name in dir(optax) if name.endswith("_schedule") and not name.startswith("scale_by")]
+  schedules.append("exponential_decay")
   for name in schedules:
     make = getattr(optax, name)
     setattr(optax, name, functools.wraps(make)(lambda *args, make=make, **kwargs: relaxed(make(*args, **kwargs))))

@@ -150,6 +150,6 @@ def test_state_of_complex_leaves_lies_where_they_lie():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   params = jax.device_put({"c": jnp.ones((8, 4), jnp.complex64), "w": jnp.ones((8, 4))}, sharding)
-  found = mpo.state_sharding(params, split(compensated(adam())).init(params))
+  found = mpo.state_sharding(params, mpo.init(split(compensated(adam())), params)[1])
   mu = found.inner_state.inner_state[0].mu
   assert (mu["c"].real, mu["c"].imaginary, mu["w"]) == (sharding, sharding, sharding)
