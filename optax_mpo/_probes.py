@@ -25,6 +25,7 @@ from optax_mpo import _formats, _jaxpr, _tree
 PyTree = Any
 
 _WEIGHT = 1 + 2.0**-7  # its ulp is large for its size; that of 1 differs up and down
+_STEPS = [0, *(2**i for i in range(20))]  # at which schedules are tried: a warm-up decays by little at first
 
 _trying: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_trying", default=False)
 
@@ -45,23 +46,29 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
   def updates(weights: list[Any]) -> list[Any]:
     tree = treedef.unflatten(weights)
     zeros = jax.tree.map(jnp.zeros_like, tree)
-    made = treedef.flatten_up_to(inner.update(zeros, inner.init(tree), tree)[0])
-    return [made[i] for i in first.values()]
+    start = inner.init(tree)
 
-  def is_lost(leaf: Any, change: jax.Array) -> bool:
-    kept = _formats.join(*_formats.split(_WEIGHT + change, leaf.dtype, bits))
-    return bool(((change != 0) & (kept == _WEIGHT)).all())
+    def made_at(step: jax.Array) -> list[Any]:
+      state = jax.tree.map(lambda x: step.astype(x.dtype) if _is_counter(x) else x, start)
+      made = treedef.flatten_up_to(inner.update(zeros, state, tree)[0])
+      return [made[i] for i in first.values()]
+
+    return jax.vmap(made_at)(jnp.asarray(_STEPS))
+
+  def is_lost(leaf: Any, changes: jax.Array) -> bool:
+    kept = _formats.join(*_formats.split(_WEIGHT + changes, leaf.dtype, bits))
+    return bool((changes != 0).any() & (kept == _WEIGHT).all())
 
   for i, u in zip(first.values(), _tried(updates, [_tiny(x, _WEIGHT, jnp.float32) for x in leaves]), strict=False):
     with jax.ensure_compile_time_eval():
       if not is_lost(leaves[i], u):
         continue
-      change = abs(float(jnp.ravel(u)[0]))
+      change = float(jnp.abs(u).max())
     warnings.warn(
-      f"compensated: without a gradient {_tree.named_leaves(params)[i][0]} changes by {change:.1e} of itself in a step "
-      f"(weight decay, say), and bits={bits} with rounding='nearest' rounds that away: weights without a gradient will "
-      "not decay. Use bits=16, rounding='stochastic', or a larger product of learning rate and decay (docs/compact.md "
-      "has the bound).",
+      f"compensated: without a gradient {_tree.named_leaves(params)[i][0]} changes by at most {change:.1e} of itself "
+      f"in a step (weight decay, say), and bits={bits} with rounding='nearest' rounds that away: weights without a "
+      "gradient will not decay. Use bits=16, rounding='stochastic', or a larger product of learning rate and decay "
+      "(docs/compact.md has the bound).",
       stacklevel=4,
     )
     return
@@ -98,6 +105,10 @@ def _flag() -> Iterator[None]:
     yield
   finally:
     _trying.reset(token)
+
+
+def _is_counter(x: Any) -> bool:
+  return _tree.is_array(x) and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _tiny(leaf: Any, value: float, dtype: Any = None) -> Any:

@@ -16,7 +16,9 @@ How: `init` and `update` are traced, and each value is described by what is cert
   gradient, is not rounded: the smallest code would be large beside it.
 - *Differences.* If two values that come from stored state are subtracted and the result is rooted or divided by, no
   rounding of that state is safe. Nor is it where linear algebra (an inverse, a decomposition) reads it.
-- *Weights.* State that starts as something made of the params holds weights, and is not rounded.
+- *Weights.* State that starts as something made of the params holds weights, and is not rounded. Nor is state that
+  becomes something made of params and of no gradients, or an average of params and itself: the params of the step
+  before, whose difference from today's is smaller than any code, or a moving average of them.
 """
 
 import dataclasses
@@ -355,15 +357,38 @@ def kinds(
       break
     believed = proven
   divisors, small, exact = _closed(flow, list(zip(bits, new, strict=True)))
+  held = _hold_weights(program, given, new, len(jax.tree.leaves(params)))
 
-  def kind(bit: int, start: _Value | None, sign: bool) -> Kind:
-    if start is None or exact & bit:
+  def kind(bit: int, start: _Value | None, sign: bool, weights: bool) -> Kind:
+    if start is None or weights or exact & bit:
       return False
     if sign and not small & bit:  # these codes have no zero, which would be divided
       return "nonnegative"
     return "wide" if (divisors | small) & bit else "signed"
 
-  return [kind(*leaf) for leaf in zip(bits, starts, believed, strict=True)]
+  return [kind(*leaf) for leaf in zip(bits, starts, believed, held, strict=True)]
+
+
+def _hold_weights(program: _jaxpr.Program, given: Sequence[_Value], new: Sequence[_Value], leaves: int) -> list[bool]:
+  """Whether the new value of each leaf of the state is made of params alone, or is an average of params and itself.
+
+  Args:
+    program: an update, whose inputs are as many gradients as there are params, the params, others, and the state.
+    given: what is certain of its inputs.
+    new: the same of each leaf of the new state.
+    leaves: how many params there are.
+  """
+  grads, params, first = 1, 2, len(given) - len(new)
+  bits = [grads] * leaves + [params] * leaves + [0] * (len(given) - 2 * leaves)
+  made = _jaxpr.output_bits(program, _jaxpr.dependencies(program, bits))[-len(new) :] if new else []
+  weights = given[leaves : 2 * leaves]
+
+  def is_average(value: _Value, old: _Value) -> bool:
+    factors = dict(value.parts)
+    of_params = sum(factors.get(w, 0.0) for w in weights)
+    return of_params > 0 and abs(of_params + factors.get(old, 0.0) - 1) < 1e-6
+
+  return [b == params or is_average(v, old) for b, v, old in zip(made, new, given[first:], strict=True)]
 
 
 def _closed(flow: _Flow, new: Sequence[tuple[int, _Value]]) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ Kind = _blocks.Kind | bool  # False: to be kept as it is
 _NONNEGATIVE = """
   ScaleByRssState.sum_of_squares ScaleByRmsState.nu ScaleByRmsWithCountState.nu ScaleByAdamState.nu
   ScaleByAmsgradState.nu ScaleByAmsgradState.nu_max
-  ScaleByAdaDeltaState.e_g ScaleByAdaDeltaState.e_x ScaleByAdanState.n ScaleByBeliefState.nu ScaleBySM3State.nu
+  ScaleByAdaDeltaState.e_g ScaleByAdaDeltaState.e_x ScaleByAdanState.n ScaleByBeliefState.nu ScaleBySM3State.mu
   FactoredState.v_row FactoredState.v_col FactoredState.v ScaleByAdemamixState.nu ScaleBySimplifiedAdEMAMixState.n
   ProdigyState.exp_avg_sq DAdaptAdamWState.exp_avg_sq MomoAdamState.exp_avg_sq MadgradState.grad_sum_sq
   PerElementMeanAndSumSqDiffGradsState.sum_sq_diff_grads PerElementMeanAndVarianceEMAState.variance_grads_ema

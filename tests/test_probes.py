@@ -57,7 +57,16 @@ SILENT = {
   "16 bits": lambda: mpo.compensated(adamw(1e-6)),
   "stochastic": lambda: mpo.compensated(adamw(1e-6), 8, rounding="stochastic"),
   "no decay": lambda: mpo.compensated(optax.adam(1e-3), 8),
-  "warm-up": lambda: mpo.compensated(optax.adamw(optax.linear_schedule(0, 1e-3, 10)), 8),
+  "a rate that starts low": lambda: mpo.compensated(
+    optax.adamw(optax.cosine_onecycle_schedule(1000, 1e-3), weight_decay=0.1), 8
+  ),
+  "a rate that ends low": lambda: mpo.compensated(
+    optax.adamw(optax.cosine_decay_schedule(1e-3, 1000), weight_decay=0.1), 8
+  ),
+  "a late warm-up inside": lambda: mpo.compensated(
+    optax.inject_hyperparams(optax.adamw)(optax.warmup_cosine_decay_schedule(1e-6, 1e-3, 50, 300), weight_decay=0.1), 8
+  ),
+  "warm-up": lambda: mpo.compensated(optax.adamw(optax.linear_schedule(0, 1e-3, 10), weight_decay=0.1), 8),
   "extra arguments": lambda: mpo.compensated(optax.chain(adamw(1e-6), optax.contrib.reduce_on_plateau()), 8),
   "clipping around gradients": lambda: optax.chain(optax.clip(1.0), mpo.compensated(optax.adam(1e-3))),
   "MultiSteps": lambda: optax.MultiSteps(mpo.compensated(optax.adam(1e-3)), 2),
@@ -87,6 +96,20 @@ def test_decay_behind_masks_and_labels_is_found():
     (text,) = found(mpo.compensated(inner, 8))
     assert DECAY in text
     assert "params['w']" in text
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda rate: optax.adamw(rate, weight_decay=0.01),
+    lambda rate: optax.chain(optax.add_decayed_weights(0.01), optax.sgd(rate)),
+    lambda rate: optax.inject_hyperparams(optax.adamw)(rate, weight_decay=0.01),
+    lambda rate: optax.MultiSteps(optax.adamw(rate, weight_decay=0.01), 2),
+  ],
+)
+def test_decay_that_a_schedule_never_makes_large_enough(make):
+  (text,) = found(mpo.compensated(make(optax.warmup_cosine_decay_schedule(0, 1e-4, 100, 1000)), 8))
+  assert DECAY in text
 
 
 def test_decay_is_warned_of_once():
