@@ -62,9 +62,9 @@ def quantized_state(
   - "signed", such as a momentum: what has no part in a quotient; below 0.2% of the block's largest it rounds to zero.
   - "wide": everything else, and all state of an update that cannot be traced; 8-bit floats, coarser than the others
     (they differ by 6% where those differ by 1%), down to 7.6e-6 of the block's largest. What is not zero stays so.
-  - not stored at all: what starts as a function of the params (weights), what is subtracted from other state and then
-    divided by or rooted (a variance of `nu - mu**2`), what is divided by something that is not stored (the gradient),
-    and what linear algebra reads (an inverse, a decomposition).
+  - not stored at all: what starts as or becomes a function of the params (weights), what is subtracted from other state
+    and then divided by or rooted (a variance of `nu - mu**2`), what is divided by something that is not stored (the
+    gradient), and what linear algebra reads (an inverse, a decomposition).
 
   Combine it with compensated: `compensated(quantized_state(optax.adamw(3e-4)), bits=8)`.
 

@@ -11,6 +11,8 @@ from benchmarks import hlo
 from optax_mpo import _elements, _jaxpr, _separable
 from tests import hlo_program
 
+pytestmark = pytest.mark.full
+
 SHAPE = (8, 256)
 
 OPTIMIZERS = {

@@ -29,7 +29,8 @@ HERE = Path(__file__).parent
 def test_equal_with_fused_multiply_adds(chosen):
   flags = re.sub(r"--xla_cpu_max_isa=\S+", "", os.environ["XLA_FLAGS"])
   environment = os.environ | {"XLA_FLAGS": flags, "OPTAX_MPO_TEST_MULTIPLY_ADD": "1"}
-  command = [sys.executable, "-m", "pytest", "-q", "-n=0", "-p", "no:cacheprovider", HERE / chosen[0], *chosen[1:]]
+  command = [sys.executable, "-m", "pytest", "-q", "-n=0", "-m", "not slow", "-p", "no:cacheprovider"]
+  command += [HERE / chosen[0], *chosen[1:]]
   run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
   assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
   assert re.search(r"\d+ passed", run.stdout)

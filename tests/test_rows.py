@@ -16,6 +16,8 @@ import pytest
 import optax_mpo as mpo
 from optax_mpo import _rows
 
+pytestmark = pytest.mark.full
+
 # Without these XLA computes every operation by itself and as it is, so that the same operations have the same results.
 # (algsimp makes of a division by a scalar a product with its inverse where the scalar comes into the loop, and of two
 # divisions one where it does not.)

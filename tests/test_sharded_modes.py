@@ -15,6 +15,8 @@ import optax_mpo as mpo
 from tests.test_exactness import assert_same_bits
 from tests.test_sharding import OPTIMIZERS, WIDTH, fused_loss, loss_fn, make_params, unfused
 
+pytestmark = pytest.mark.full
+
 OPTIONS = {
   "xla_allow_excess_precision": False,
   "xla_backend_optimization_level": 0,

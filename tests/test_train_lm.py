@@ -24,6 +24,8 @@ import lm_model  # noqa: E402
 import lm_report  # noqa: E402
 import train_lm  # noqa: E402
 
+pytestmark = pytest.mark.full
+
 STEPS, WIDTH, LAYERS, HIDDEN = 25, 32, 1, 96
 TINY = ["--layers", str(LAYERS), "--width", str(WIDTH), "--heads", "2", "--context", "16", "--batch", "4"]
 TINY += ["--eval-batches", "2", "--learning-rate", "1e-2"]
