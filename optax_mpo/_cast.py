@@ -35,9 +35,9 @@ def cast(
 
   Raises:
     ValueError: for another dtype.
-    TypeError: for a float64 leaf that is to go low, and where `dtype` is none.
+    TypeError: for a float64 leaf that is to be cast, and where `dtype` is none.
 
-  Memory: 2 bytes per parameter for what goes low, and the copies.
+  Memory: 2 bytes per parameter that is cast, and the copies.
 
   Example:
     >>> import jax.numpy as jnp, optax_mpo as mpo

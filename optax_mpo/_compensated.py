@@ -278,7 +278,7 @@ def _warn_of_f32(params: PyTree) -> None:
     warnings.warn(
       "compensated: all params that init was given are float32. They will be trained in float32, and compensated saves "
       "no memory. Make them and the state with params, opt_state = optax_mpo.init(tx, params), or with TrainState or "
-      "Optimizer of optax_mpo.flax in the place of Flax's own. If they are to stay float32, say so: "
+      "Optimizer of optax_mpo.flax instead of Flax's own. If they are to stay float32, say so: "
       "optax_mpo.init(tx, params, where=lambda path, leaf: False).",
       stacklevel=3,
     )

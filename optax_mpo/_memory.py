@@ -269,7 +269,7 @@ def _parameter_count(args: tuple[Any, ...], params_argnum: int | None, params: A
 
 
 class _Traced:
-  """A traced function in the place of a jitted one, for `jax.export`: what NNX traces is lowered otherwise."""
+  """A traced function instead of a jitted one, for `jax.export`: what NNX traces is lowered otherwise."""
 
   def __init__(self, traced: Any):
     self._traced: jax.stages.Traced = getattr(traced, "traced", traced)  # NNX wraps it

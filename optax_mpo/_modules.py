@@ -1,4 +1,4 @@
-"""What is Flax's: modules in the place of functions, and states whose leaves are in variables.
+"""What is Flax's: modules used as functions, and states whose leaves are in variables.
 
 Flax is not imported: who has a module or a state has it loaded.
 """

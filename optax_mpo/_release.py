@@ -209,7 +209,7 @@ Results = tuple[list[Any], list[Any], list[Any]]
 
 
 def _released(traced: Traced, update: _separable.Update, two_pass: bool, operands: Operands) -> Results:
-  """The step, in which each weight is stepped inside the backward pass."""
+  """The step, in which each weight is updated inside the backward pass."""
   inputs, old, loss_constants, constants = operands
   traced, update = traced.at(inputs, loss_constants), update.at(old, constants)
   values, new_states = update.run_shared()

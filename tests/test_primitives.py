@@ -300,7 +300,7 @@ def test_ensembles_are_trained_like_their_members(loss, route, stored):
 @pytest.mark.parametrize("route", list(ROUTES)[:3])
 @pytest.mark.parametrize("loss", [scanned, unrolled])
 def test_ensembles_of_large_weights(loss, route):
-  """Weights that are stepped by rows on a CPU, but not under `vmap`."""
+  """Weights that are updated by rows on a CPU, but not under `vmap`."""
   check_ensemble(loss, route, "8 bits", 1 if loss is unrolled else 2, 736)
 
 
