@@ -1,20 +1,24 @@
-"""What only a GPU can tell: real peak memory against `mpo.gpu_memory`, step times, bandwidth, and exactness.
+"""What only a GPU can tell: real peak memory against `mpo.gpu_memory`, step times, bandwidth, exactness, training.
 
     benchmarks/run_gpu.sh                                             # all of it, in ten minutes on one card
+    benchmarks/run_gpu.sh results --resume                            # what a first call left, in a second one
     python benchmarks/gpu_check.py --models lm-350m --modes mpo-16-auto
 
-Needs jax for CUDA, optax and flax, and no network; flashoptim-jax is measured too, where it is installed. Each model
-and mode runs in a process of its own, since a process cannot reset the peak that `memory_stats` counts: first the mode
-alone, for its peak, then in turn with Optax and f32 masters, for the ratio of times. `leaves-*` are the optimizer
-alone, with the bandwidth that it reaches as a share of that of a copy, measured in the same process. Prints a table and
-writes gpu_check.json to --output-dir.
+Needs jax for CUDA, optax and flax, and no network; flashoptim-jax is measured too, where it is installed. Each part
+runs in a process of its own, since a process cannot reset the peak that `memory_stats` counts: first the mode alone,
+for its peak, then in turn with Optax and f32 masters, for the ratio of times. `leaves-*` are the optimizer alone, with
+the bandwidth that it reaches as a share of that of a copy, measured in the same process. The parts come in the order
+of their worth; gpu_check.json in --output-dir is written after each. A part that fails, or for which no time is left
+(--seconds), is a row with an `error`, and --resume tries those again.
 
 On a CPU it runs as well, with small models: that tries the script, and nothing else.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,11 +39,14 @@ if __name__ == "__main__":  # run as a script: the root of the repository is not
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import Model, language_model
-from benchmarks.modes import MODES, Training
+from benchmarks.modes import MODES, OPTIMIZERS, Training, transformation
 from benchmarks.step_time import BASELINE, leaves
 
 PyTree = Any
 ROUNDS = 20
+TRAINING_STEPS = {"gpu": 300, "cpu": 3}
+TRANSFORMATIONS = {"mpo-16-auto": (16, False, False), "mpo-compact-auto": (8, True, False)}  # bits, compact, kernels
+FIXED = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"}
 
 MODELS: dict[str, Callable[[], Model]] = {
   "leaves-8x16m": lambda: leaves(8, 4096, 4096),
@@ -48,12 +55,49 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-350m": lambda: language_model("350m"),
   "lm-1.3b": lambda: language_model("1.3b"),
   "lm-1.3b-8x1024": lambda: language_model("1.3b", batch=8),
+  "text-350m": lambda: language_model("350m", vocab=256, batch=8),
+  "text-tiny": lambda: language_model("125m", layers=2, width=64, heads=2, hidden=128, vocab=256, context=64, batch=2),
 }
-ON_GPU = ("leaves-8x16m", "lm-1.3b", "lm-1.3b-8x1024")
-ON_CPU = ("leaves-8x64k", "lm-tiny")
-DEFAULT_MODES = ["mpo-16", "mpo-16-auto", "mpo-16-auto-kernels", "mpo-16-layer-kernels", "mpo-compact-auto-kernels"]
+MAIN = ("mpo-16-auto", "mpo-compact-auto", "mpo-16-auto-kernels", "mpo-compact-auto-kernels")
+OTHERS = ("mpo-16", "mpo-16-layer-kernels")
 if importlib.util.find_spec("flashoptim_jax"):  # the rival of 8-bit state, where somebody has brought it
-  DEFAULT_MODES.append("flash-24")
+  OTHERS += ("flash-24",)
+EXACTNESS = ("lm-tiny", "exactness")
+TRAINED = ("optax-f32", "mpo-16-auto", "mpo-compact-auto")  # on the text of the standard library
+
+Part = tuple[str, str]
+
+
+def parts_of(platform: str, models: Sequence[str] | None, modes: Sequence[str] | None) -> list[Part]:
+  """The parts for a device, those of most worth first."""
+  if models or modes:
+    return [(model, mode) for model in models or ["lm-350m"] for mode in modes or MAIN]
+  if platform == "cpu":
+    return [("lm-tiny", "mpo-16-auto"), EXACTNESS, ("leaves-8x64k", "mpo-16-auto"), ("text-tiny", "train mpo-16-auto")]
+  return [
+    *(("lm-1.3b", mode) for mode in MAIN),
+    EXACTNESS,
+    *(("leaves-8x16m", mode) for mode in MAIN),
+    *(("lm-1.3b", mode) for mode in OTHERS),
+    *(("lm-1.3b-8x1024", mode) for mode in MAIN[:3]),
+    *(("text-350m", f"train {mode}") for mode in TRAINED),
+    *(("leaves-8x16m", mode) for mode in OTHERS if "-layer" not in mode),
+    *(("lm-1.3b-8x1024", mode) for mode in OTHERS),
+  ]
+
+
+def drawn(tree: PyTree) -> PyTree:
+  """Arrays of these shapes: drawn numbers, since a card can be faster on zeros, and tokens of 0 to 255."""
+  leaves, treedef = jax.tree.flatten(tree)
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def draw(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    key = jax.random.key(seed)
+    if jnp.issubdtype(dtype, jnp.floating):
+      return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+    return jax.random.randint(key, shape, 0, 256).astype(dtype)
+
+  return treedef.unflatten([draw(seed, leaf.shape, leaf.dtype) for seed, leaf in enumerate(leaves)])
 
 
 class Steps:
@@ -62,11 +106,8 @@ class Steps:
   def __init__(self, training: Training, batch: PyTree):
     self._step = jax.jit(training.step, donate_argnums=(0, 1))
 
-    def filled(tree: PyTree, value: float) -> PyTree:
-      return jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)
-
-    self._params, self._state = filled(training.params, 0.01), filled(training.opt_state, 0)
-    self._batch = filled(batch, 1)
+    self._params, self._batch = drawn(training.params), drawn(batch)
+    self._state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), training.opt_state)
 
   def run(self) -> tuple[float, float]:
     """Makes a step; returns the seconds until it is sent and until it is done."""
@@ -127,8 +168,12 @@ def measure(model_name: str, mode: str) -> dict[str, Any]:
   return row
 
 
-def exactness() -> dict[str, float]:
-  """The share of weights and bits that differ after ten steps: fused from unfused, and masters from f32 Optax."""
+def exactness() -> dict[str, Any]:
+  """The share of weights and bits that differ after ten steps: fused from unfused, and masters from f32 Optax.
+
+  The programs differ in what surrounds a matrix product, so XLA must not choose its algorithm by a race of times, and
+  must add in one order: `FIXED` sets this.
+  """
   model = MODELS["lm-tiny"]()
   tokens = jax.random.randint(jax.random.key(1), model.batch.shape, 0, 256)
   keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(model.params))))
@@ -161,7 +206,54 @@ def exactness() -> dict[str, float]:
   f32 = ten_steps(plain, masters, adamw.init(masters), tokens)
   shares = {name: share_of_difference(found[name], found["unfused"]) for name in steps if name != "unfused"}
   shares["optax-f32"] = share_of_difference(mpo.master_params(*found["unfused"]), f32[0])
-  return shares
+  return {"model": EXACTNESS[0], "mode": EXACTNESS[1], "share_of_difference": shares}
+
+
+def initial(params: PyTree) -> PyTree:
+  """f32 weights to train from: ones in norms, and small normal numbers elsewhere."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf, x: jnp.ones(leaf.shape) if "norm" in str(path[-1]) else x, params, drawn(params)
+  )
+
+
+def standard_library() -> np.ndarray:
+  """The source of the standard library's modules as bytes: u8[n]."""
+  sources = sorted(Path(json.__file__).parent.parent.glob("*.py"))
+  return np.frombuffer(b"".join(path.read_bytes() for path in sources), np.uint8)
+
+
+def train(model_name: str, mode: str) -> dict[str, Any]:
+  """Losses of a training run on text; every mode sees the same weights and the same batches."""
+  model = MODELS[model_name]()
+  training = MODES[mode].build(model, "adamw")
+  masters = initial(model.params)
+  if mode == "optax-f32":
+    params, state = masters, OPTIMIZERS["adamw"]().init(masters)
+  else:
+    params, state = jax.jit(lambda p: mpo.init(transformation("adamw", *TRANSFORMATIONS[mode]), p))(masters)
+  del masters
+  text, draw = standard_library(), np.random.default_rng(0)
+  count, length = model.batch.shape
+  step, losses, started = jax.jit(training.step, donate_argnums=(0, 1)), [], 0.0
+  for index in range(TRAINING_STEPS[jax.default_backend()]):
+    starts = draw.integers(0, len(text) - length, count)
+    batch = jnp.asarray(np.stack([text[s : s + length] for s in starts]), jnp.int32)
+    loss, params, state = step(params, state, batch)
+    losses.append(loss)
+    if index == 0:
+      jax.block_until_ready(params)
+      started = time.perf_counter()
+  values = [float(loss) for loss in losses]
+  seconds = (time.perf_counter() - started) / (len(values) - 1)
+  return {
+    "model": model_name,
+    "parameters": model.count,
+    "mode": f"train {mode}",
+    "seconds": seconds,
+    "peak_bytes": peak_bytes(),
+    "losses": [round(value, 4) for value in values],
+    "last_losses_mean": float(np.mean(values[-20:])),
+  }
 
 
 def ten_steps(step: Callable[..., Any], params: PyTree, state: Any, batch: Any) -> tuple[PyTree, Any]:
@@ -179,27 +271,60 @@ def share_of_difference(a: PyTree, b: PyTree) -> float:
 def make_table(rows: Sequence[dict[str, Any]]) -> Table:
   table = Table("model", "mode", "peak / predicted GiB", "ms", "ratio", "dispatch ms (Optax)", "share of copy")
   for row in rows:
+    cells = [row["model"], row["mode"]]
     if "error" in row:
-      table.add_row(row["model"], row["mode"], row["error"])
-      continue
-    known = row["peak_bytes"] and f"{row['peak_bytes'] / 2**30:.2f} / {row['predicted_bytes'] / 2**30:.2f}"
-    dispatch = f"{row['dispatch'] * 1e3:.2f} ({row['baseline_dispatch'] * 1e3:.2f})"
-    share = f"{row['copy_share']:.2f}" if "copy_share" in row else ""
-    cells = (known or "-", f"{row['seconds'] * 1e3:.2f}", f"{row['ratio']:.3f}", dispatch, share)
-    table.add_row(row["model"], row["mode"], *cells)
+      cells += [row["error"]]
+    elif "share_of_difference" in row:
+      cells += ["differing: " + ", ".join(f"{name} {share:.2g}" for name, share in row["share_of_difference"].items())]
+    else:
+      sizes = [row.get("peak_bytes"), row.get("predicted_bytes")]
+      cells += [" / ".join(f"{size / 2**30:.2f}" for size in sizes if size) or "-", f"{row['seconds'] * 1e3:.2f}"]
+      if "losses" in row:
+        cells += [f"loss {row['last_losses_mean']:.4f}"]
+      else:
+        cells += [f"{row['ratio']:.3f}", f"{row['dispatch'] * 1e3:.2f} ({row['baseline_dispatch'] * 1e3:.2f})"]
+        cells += [f"{row['copy_share']:.2f}"] if "copy_share" in row else []
+    table.add_row(*cells)
   return table
 
 
+def run_part(model: str, mode: str, seconds: float) -> dict[str, Any]:
+  """Runs a part in a process of its own; a row with an `error` where it fails or takes longer than `seconds`."""
+  row: dict[str, Any] = {"model": model, "mode": mode}
+  if seconds < 15:
+    return row | {"error": "no time left"}
+  env = os.environ | (FIXED if mode == "exactness" else {})
+  command = [sys.executable, __file__, "--one", model, mode]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=seconds)
+  except subprocess.TimeoutExpired:
+    return row | {"error": "no time left"}
+  if done.returncode:
+    print(done.stderr[-4000:], file=sys.stderr)
+    return row | {"error": ([line for line in done.stderr.splitlines() if "Error" in line] or ["died"])[-1][:300]}
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure_part(model: str, mode: str) -> dict[str, Any]:
+  if mode == "exactness":
+    return exactness()
+  kind, _, trained = mode.partition(" ")
+  return train(model, trained) if kind == "train" else measure(model, mode)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description="Peak memory, times and exactness on a GPU.")
+  parser = argparse.ArgumentParser(description="Peak memory, times, exactness and training on a GPU.")
   parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="default: those for this device")
-  parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, metavar="MODE")
+  parser.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", help="default: those for this device")
   parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
+  parser.add_argument("--resume", action="store_true", help="keep the rows that are there, and run what is missing")
+  parser.add_argument("--seconds", type=float, default=570, help="no part goes on for longer than this after the start")
   parser.add_argument("--one", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)  # in a process of its own
   args = parser.parse_args(argv)
   if args.one:
-    print(json.dumps(measure(*args.one)))
+    print(json.dumps(measure_part(*args.one)))
     return 0
+  started = time.perf_counter()
   console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
   device = subprocess.run(
     [sys.executable, "-c", "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='|')"],
@@ -208,24 +333,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     check=True,
   ).stdout.strip()
   platform, kind = device.splitlines()[-1].split("|")
-  rows: list[dict[str, Any]] = []
+  path = args.output_dir / "gpu_check.json"
   args.output_dir.mkdir(parents=True, exist_ok=True)
-  report: dict[str, Any] = {"device": kind, "jax": jax.__version__, "optax": optax.__version__}
-  for model in args.models or (ON_CPU if platform == "cpu" else ON_GPU):
-    for mode in args.modes:
-      if "-layer" in mode and MODELS[model]().fused_loss is None:
-        continue
-      command = [sys.executable, __file__, "--one", model, mode]
-      done = subprocess.run(command, capture_output=True, text=True)
-      last = (done.stdout.strip() or "{}").splitlines()[-1]
-      error = {"model": model, "mode": mode, "error": (done.stderr.strip() or "died").splitlines()[-1][:200]}
-      rows.append(json.loads(last) if done.returncode == 0 else error)
-      (args.output_dir / "gpu_check.json").write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
-  console.print(make_table(rows))
-  report["share_of_difference"] = exactness()
-  console.print("share of weights and bits that differ after ten steps:", report["share_of_difference"])
-  (args.output_dir / "gpu_check.json").write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
-  return 1 if any("error" in row for row in rows) else 0
+  report: dict[str, Any] = {"device": kind, "jax": jax.__version__, "optax": optax.__version__, "rows": []}
+  if args.resume and path.exists():
+    kept = json.loads(path.read_text())
+    if kept["device"] != kind or kept["jax"] != jax.__version__:
+      parser.error(f"{path} is of {kept['device']} with JAX {kept['jax']}: give another --output-dir.")
+    report["rows"] = [row for row in kept["rows"] if "error" not in row]
+  for model, mode in parts_of(platform, args.models, args.modes):
+    if "-layer" in mode and MODELS[model]().fused_loss is None:
+      continue
+    if any((row["model"], row["mode"]) == (model, mode) for row in report["rows"]):
+      continue
+    row = run_part(model, mode, args.seconds - (time.perf_counter() - started))
+    report["rows"].append(row)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    shown = {name: value for name, value in row.items() if name != "losses"}
+    console.print(f"{time.perf_counter() - started:5.0f} s", shown, soft_wrap=True)
+  console.print(make_table(report["rows"]))
+  return 1 if any("error" in row for row in report["rows"]) else 0
 
 
 if __name__ == "__main__":

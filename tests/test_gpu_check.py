@@ -18,5 +18,4 @@ def test_it_measures_prints_and_writes(tmp_path, capsys):
   ]
   assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["peak_bytes"] is None for row in report["rows"])
   assert report["rows"][0]["copy_share"] > 0
-  assert report["share_of_difference"]["optax-f32"] == 0
   assert "leaves-8x64k" in capsys.readouterr().out
