@@ -177,7 +177,8 @@ def compensated(
     if params is None:
       raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
     if _probes.is_trying():
-      return jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.float32), params), state
+      ones, counted = _probes.tried_update(params, state.compensation)
+      return ones, CompensatedState(counted, state.inner_state)
     kept, grads = _checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
@@ -343,7 +344,7 @@ def init(
   """
   tx = _wrapping.as_transformation(tx, "init", "tx", "tx, params")
   new, opt_state = seeded(tx, params, dtype, where)
-  _probes.warn_of_changes(tx, new)
+  _probes.warn_of_changes(tx, new, master_params)
   return new, opt_state
 
 

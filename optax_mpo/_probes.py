@@ -1,8 +1,8 @@
 """Tries a transformation on a tiny copy of the params, to warn of what it would lose in silence.
 
 Why: two mistakes train without an error. Weights that keep 8 bits and are rounded to nearest drop a weight decay
-below half an ulp. And what changes the updates of `compensated` from outside leaves bits that belong to
-other weights.
+below half an ulp. And what changes the updates of `compensated` from outside, or holds weights still that it
+steps, leaves bits that belong to other weights.
 
 How: every leaf is replaced by a single number, with as many axes, in the same tree, so that masks and labels fit. The
 update is traced, and what is looked at is computed. A transformation that cannot be tried, since it needs extra
@@ -12,7 +12,7 @@ arguments or looks at values, gives no warning.
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +31,13 @@ _trying: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_trying
 
 
 def is_trying() -> bool:
-  """Whether `warn_of_changes` is running: `compensated` returns ones then, whatever it is given."""
+  """Whether `warn_of_changes` is running: `compensated` returns what `tried_update` does then."""
   return _trying.get()
+
+
+def tried_update(params: PyTree, bits: PyTree) -> tuple[PyTree, PyTree]:
+  """An update of ones, whatever the gradients are, and bits that count how often they have been stepped."""
+  return jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.float32), params), jax.tree.map(lambda b: b + 1, bits)
 
 
 def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits: int) -> None:
@@ -74,25 +79,40 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
     return
 
 
-def warn_of_changes(tx: optax.GradientTransformation, params: PyTree) -> None:
-  """Warns where `tx` changes updates of the `compensated` in it before they reach the params."""
+def warn_of_changes(
+  tx: optax.GradientTransformation, params: PyTree, masters: Callable[[PyTree, PyTree], PyTree]
+) -> None:
+  """Warns where `tx` changes updates of the `compensated` in it before they reach the params.
+
+  Args:
+    tx: what is tried.
+    params: of any size.
+    masters: `masters(params, state)` joins params with their bits in the state.
+  """
   leaves, treedef = jax.tree.flatten(params)
 
   def updates(weights: list[Any]) -> list[Any]:
     tree = treedef.unflatten(weights)
-    first, state = tx.update(tree, tx.init(tree), tree)
-    second, _ = tx.update(tree, state, tree)  # an average passes its first number on as it is
-    return [*treedef.flatten_up_to(first), *treedef.flatten_up_to(second)]
+    before, made = tx.init(tree), []
+    for _ in range(2):  # an average passes its first number on as it is
+      update, after = tx.update(tree, before, tree)
+      joined = (treedef.flatten_up_to(masters(tree, state)) for state in (before, after))
+      stepped = [old != new for old, new in zip(*joined, strict=True)]
+      made += zip(treedef.flatten_up_to(update), stepped, strict=True)
+      before = after
+    return [x for pair in made for x in pair]
 
   with _flag():
     made = _tried(updates, [_tiny(x, 1.0) for x in leaves])
-  for (name, leaf), u in zip(_tree.named_leaves(params) * 2, made, strict=False):
+  for (name, leaf), u, stepped in zip(_tree.named_leaves(params) * 2, made[::2], made[1::2], strict=False):
     with jax.ensure_compile_time_eval():
-      if not _formats.is_low(leaf) or bool(((u == 0) | (u == 1)).all()):
+      as_it_was = (u == 1).all() | ((u == 0) & ~stepped).all()  # all zero, while gradients are accumulated, say
+      if not _formats.is_low(leaf) or bool(as_it_was):
         continue
     warnings.warn(
-      f"init: something around compensated changes its update of {name}, so that the bits it keeps belong to other "
-      "weights than those that result. Put everything that changes updates inside: compensated(optax.chain(...)).",
+      f"init: something around compensated changes its update of {name}, or holds it still, so that the bits it keeps "
+      "belong to other weights than those that result. Put everything that changes updates inside: "
+      "compensated(optax.chain(...)).",
       stacklevel=3,
     )
     return

@@ -112,3 +112,10 @@ def pytest_runtest_protocol(item):
     return (yield)
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     return (yield)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file():
+  """Each file starts with no compiled program: JAX keeps 8192, and then forgets the new ones instead of the old."""
+  yield
+  jax.clear_caches()

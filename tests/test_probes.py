@@ -145,6 +145,8 @@ def test_warned_of_under_jit_too():
     lambda tx: optax.chain(tx, optax.ema(0.9)),
     lambda tx: mpo.loss_scaled(optax.chain(tx, optax.scale_by_schedule(lambda step: 0.5))),
     lambda tx: optax.contrib.schedule_free(tx, 1e-2),
+    lambda tx: optax.chain(tx, optax.masked(optax.set_to_zero(), {"w": False, "b": True})),
+    lambda tx: optax.MultiSteps(optax.chain(tx, optax.masked(optax.set_to_zero(), {"w": False, "b": True})), 2),
   ],
 )
 def test_updates_that_are_changed_from_outside(make):
@@ -155,6 +157,24 @@ def test_updates_that_are_changed_from_outside(make):
   state = _wrapping.state_shapes(tx, PARAMS)
   inside = None if isinstance(state, mpo.LossScaleState) else mpo.compensated(make(optax.sgd(0.3)))
   assert inside is None or found(inside) == []  # what the message says to do
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_weights_held_still_outside_are_told_of_and_inside_they_are_held(bits):
+  hold = optax.masked(optax.set_to_zero(), {"w": False, "b": True})
+  (text,) = found(optax.chain(mpo.compensated(optax.adam(1e-3), bits), hold))
+  assert OUTSIDE in text
+  assert "params['b']" in text
+  tx = mpo.compensated(optax.chain(optax.adam(1e-3), hold), bits)
+  assert found(tx) == []
+  params, state = mpo.init(tx, PARAMS)
+  grads = jax.tree.map(lambda x: jnp.ones_like(x, jnp.float32), params)
+  updates, new = tx.update(grads, state, params)
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b).any()),
+    *(mpo.master_params(*pair) for pair in ((params, state), (mpo.apply_updates(params, updates), new))),
+  )
+  assert moved == {"w": True, "b": False}
 
 
 def test_bits_do_go_wrong_outside():

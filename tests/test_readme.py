@@ -94,6 +94,24 @@ def test_the_table_of_sharded_steps_is_that_of_the_committed_json():
     assert cells == want, label
 
 
+def test_the_table_of_the_card_is_that_of_the_committed_json():
+  report = json.loads((ROOT / "benchmarks/results/gpu_check.json").read_text())
+  found = {(r["mode"], r["model"]): r for r in report["rows"] if "ratio" in r}
+  page = (ROOT / "docs/performance.md").read_text()
+  assert report["device"] == "NVIDIA H200"
+  lines = page.split("<!-- benchmarks/results/gpu_check.json -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 7
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    want = []
+    for model in ("lm-1.3b", "lm-1.3b-8x1024"):
+      r = found.get((modes[label], model))
+      peaks = r and [r[key] / 2**30 for key in ("peak_bytes", "predicted_bytes")]
+      want += [f"{peaks[0]:.2f} ({peaks[1]:.2f})", f"{r['ratio']:.2f}"] if peaks else ["", ""]
+    assert cells == want, label
+
+
 def test_the_table_of_what_an_update_moves_is_that_of_the_committed_json():
   rows = json.loads((ROOT / "benchmarks/results/update_traffic.json").read_text())["rows"]
   found = {(r["mode"], r["model"]): r for r in rows}
