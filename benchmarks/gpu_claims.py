@@ -1,0 +1,117 @@
+"""Holds what gpu_check.json measured against what was claimed before; prints a table. docs/gpu.md has it.
+
+    python benchmarks/gpu_claims.py                      # benchmarks/results/gpu_check.json
+    python benchmarks/gpu_claims.py results/gpu_check.json
+
+A claim is a row of CLAIMS: what is read from the rows of the JSON, and the bound. Bounds are not moved to fit a card. A
+claim whose rows are missing, or failed, is not measured: that is no success either. Ends with 1 unless all hold.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Rows = dict[tuple[str, str], dict[str, Any]]
+COMMITTED = Path(__file__).parent / "results" / "gpu_check.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """What is claimed of a card.
+
+  Attributes:
+    text: in words, with the bound.
+    measure: the figure, from the rows that were measured; raises KeyError or ValueError where they are missing.
+    holds: whether the figure is within the bound.
+    form: how the figure is printed.
+  """
+
+  text: str
+  measure: Callable[[Rows], float]
+  holds: Callable[[float], bool]
+  form: str = "{:.2f}"
+
+
+def ratio(model: str, mode: str) -> Callable[[Rows], float]:
+  return lambda rows: rows[model, mode]["ratio"]
+
+
+def copy_share(mode: str) -> Callable[[Rows], float]:
+  """Of the optimizer alone, whatever the sizes of its leaves were."""
+  return lambda rows: next(
+    iter(r["copy_share"] for (model, m), r in rows.items() if model[:6] == "leaves" and m == mode)
+  )
+
+
+def farthest_peak(mode: str) -> Callable[[Rows], float]:
+  """How far a peak is from its prediction at most, as a share, over models."""
+  return lambda rows: max(
+    abs(r["peak_bytes"] / r["predicted_bytes"] - 1)
+    for (_, m), r in rows.items()
+    if m == mode and "predicted_bytes" in r
+  )
+
+
+def differing(*names: str) -> Callable[[Rows], float]:
+  return lambda rows: max(rows["lm-tiny", "exactness"]["share_of_difference"][name] for name in names)
+
+
+EXACT, COMPACT = "mpo-16-auto-kernels", "mpo-compact-auto-kernels"
+CLAIMS = (
+  Claim("exact, 1.3B, 1 x 1024: at most 0.90 of Optax's step", ratio("lm-1.3b", EXACT), lambda x: x <= 0.90),
+  Claim("exact, 1.3B, 8 x 1024: at most 1.00 of Optax's step", ratio("lm-1.3b-8x1024", EXACT), lambda x: x <= 1.0),
+  Claim("8-bit state, 1.3B, 1 x 1024: at most 0.90", ratio("lm-1.3b", COMPACT), lambda x: x <= 0.90),
+  Claim("8-bit state, 1.3B, 8 x 1024: at most 1.00", ratio("lm-1.3b-8x1024", COMPACT), lambda x: x <= 1.0),
+  Claim("exact update: at least 0.85 of a copy's bandwidth", copy_share(EXACT), lambda x: x >= 0.85),
+  Claim("8-bit update: at least 0.85 of a copy's bandwidth", copy_share(COMPACT), lambda x: x >= 0.85),
+  Claim("exact: peaks within 3% of the prediction", farthest_peak(EXACT), lambda x: x <= 0.03, "{:.1%}"),
+  Claim("8-bit state: peaks within 3% of the prediction", farthest_peak(COMPACT), lambda x: x <= 0.03, "{:.1%}"),
+  Claim("masters: no bit differs from f32 Optax", differing("optax-f32"), lambda x: x == 0, "{:.2g}"),
+  Claim(
+    "fused layers, with kernels and without: no bit differs",
+    differing("layer", "layer with kernels"),
+    lambda x: x == 0,
+    "{:.2g}",
+  ),
+  Claim(
+    "value_and_update, with kernels and without: no bit differs",
+    differing("auto", "auto with kernels"),
+    lambda x: x == 0,
+    "{:.2g}",
+  ),
+)
+
+
+def judged(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+  """Of each claim its text, what was measured, and whether it holds: yes, no, or not measured."""
+  rows: Rows = {(r["model"], r["mode"]): r for r in report["rows"] if "error" not in r}
+  found = []
+  for claim in CLAIMS:
+    try:
+      figure = claim.measure(rows)
+    except (KeyError, ValueError, StopIteration):
+      found.append((claim.text, "", "not measured"))
+    else:
+      found.append((claim.text, claim.form.format(figure), "yes" if claim.holds(figure) else "no"))
+  return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  arguments = sys.argv[1:] if argv is None else argv
+  report = json.loads(Path(arguments[0] if arguments else COMMITTED).read_text())
+  table = Table("claim", "measured", "holds", title=f"{report['device']}, JAX {report['jax']}")
+  verdicts = judged(report)
+  for verdict in verdicts:
+    table.add_row(*verdict)
+  Console(width=120).print(table)
+  return 0 if all(holds == "yes" for _, _, holds in verdicts) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
