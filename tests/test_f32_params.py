@@ -55,7 +55,7 @@ def parts(tx):
 def steps_in_f32(step):
   """A step takes the form of the state from `tx.init`, of f32 params that were chosen."""
   params, state = mpo.init(make_tx(), PARAMS, where=f32)
-  loss = lambda p, x: jnp.mean((x @ p["w"] + p["b"]) ** 2)  # noqa: E731
+  loss = lambda p, x: jnp.mean((x @ p["w"] + p["b"][None]) ** 2)  # noqa: E731
   return step(loss, make_tx(), params, state)
 
 
@@ -77,7 +77,7 @@ CHOICES = {
     lambda loss, tx, p, s: jax.jit(mpo.value_and_update(loss, tx))(p, s, jnp.ones((2, 8)))
   ),
   "fused_value_and_update": lambda: mpo.fused_value_and_update(
-    lambda p, x: jnp.mean(mpo.fused_layer(lambda p, x: x @ p["w"] + p["b"])(p, x)), make_tx()
+    lambda p, x: jnp.mean(mpo.fused_layer(lambda p, x: x @ p["w"] + p["b"][None])(p, x)), make_tx()
   )(*mpo.init(make_tx(), PARAMS, where=f32), jnp.ones((2, 8))),
   "explain": lambda: steps_in_f32(lambda loss, tx, p, s: mpo.explain(loss, tx, p, s, jnp.ones((2, 8)))),
   "8-bit state around": lambda: (tx := mpo.quantized_state(make_tx(), min_size=1)).update(

@@ -116,7 +116,7 @@ def test_decay_is_warned_of_once():
   tx = mpo.compensated(adamw(1e-6), 8)
 
   def loss(p, x):
-    return jnp.mean((x @ p["w"] + p["b"]).astype(jnp.float32) ** 2)
+    return jnp.mean((x @ p["w"] + p["b"][None]).astype(jnp.float32) ** 2)
 
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -50,7 +50,8 @@ def lerp(old, new, decay):
 
 def adam(g, c, m, v, p, average=ema):
   m, v = average(m, g, 0.9), average(v, g * g, 0.999)
-  return -1e-3 * (m / (1 - 0.9**c)) / (jnp.sqrt(v / (1 - 0.999**c)) + 1e-8), m, v
+  count = c.astype(jnp.float32)
+  return -1e-3 * (m / (1 - 0.9**count)) / (jnp.sqrt(v / (1 - 0.999**count)) + 1e-8), m, v
 
 
 def adam_by_lerp(*args):
@@ -385,7 +386,7 @@ def averaged_params(g, c, m, v, p):
 
 
 def params_averaged_over_all_steps(g, c, m, v, p):
-  return -0.01 * g - 0.1 * jnp.where(c > 1, p - m, 0.0), m + (p - m) / c, v
+  return -0.01 * g - 0.1 * jnp.where(c > 1, p - m, 0.0), m + (p - m) / c.astype(jnp.float32), v
 
 
 WEIGHTS = [params_before, params_after, averaged_params, params_averaged_over_all_steps]

@@ -75,7 +75,7 @@ def model(is_complex):
     params |= {"c": normal(2, 8, 32) + 1j * normal(3, 8, 32), "z": jnp.ones(3, jnp.complex64)}
 
   def loss(p, x):
-    total = jnp.mean((x @ p["w"] + p["b"]).astype(jnp.float32) ** 2)
+    total = jnp.mean((x @ p["w"] + p["b"][None]).astype(jnp.float32) ** 2)
     if is_complex:
       total += jnp.mean(jnp.abs(x.astype(jnp.complex64) @ p["c"]) ** 2) + jnp.sum(jnp.abs(p["z"]) ** 2)
     return total
