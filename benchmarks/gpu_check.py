@@ -84,7 +84,7 @@ def parts_of(platform: str, models: Sequence[str] | None, modes: Sequence[str] |
     *(("leaves-8x64m", mode) for mode in MAIN),
     *(("lm-1.3b", mode) for mode in OTHERS),
     *([("lm-1.3b", TORCH), ("lm-1.3b-8x1024", TORCH)] if importlib.util.find_spec("torch") else []),
-    *(("lm-1.3b-8x1024", mode) for mode in MAIN[:3]),
+    *(("lm-1.3b-8x1024", mode) for mode in MAIN),
     *(("text-350m", f"train {mode}") for mode in TRAINED),
     *(("leaves-8x64m", mode) for mode in OTHERS if "-layer" not in mode),
     *(("lm-1.3b-8x1024", mode) for mode in OTHERS),

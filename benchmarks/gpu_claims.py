@@ -44,9 +44,7 @@ def ratio(model: str, mode: str) -> Callable[[Rows], float]:
 
 def copy_share(mode: str) -> Callable[[Rows], float]:
   """Of the optimizer alone, whatever the sizes of its leaves were."""
-  return lambda rows: next(
-    iter(r["copy_share"] for (model, m), r in rows.items() if model[:6] == "leaves" and m == mode)
-  )
+  return lambda rows: next(r["copy_share"] for (_, m), r in rows.items() if m == mode and "copy_share" in r)
 
 
 def farthest_peak(mode: str) -> Callable[[Rows], float]:
