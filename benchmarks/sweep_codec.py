@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from rich.progress import track
 
-from optax_mpo import _codec
+from optax_mpo._codecs import bf16
 
 CHUNK = 1 << 26
 INF = 0x7F80_0000
@@ -29,10 +29,10 @@ def count_violations(start: jax.Array, bits: int) -> jax.Array:
   pattern = start + jnp.arange(CHUNK, dtype=jnp.uint32)
   magnitude = pattern & 0x7FFF_FFFF
   is_nan = magnitude > INF
-  low, kept = _codec.split(lax.bitcast_convert_type(pattern, jnp.float32), bits)
-  back = _codec.join(low, kept)
+  low, kept = bf16.split(lax.bitcast_convert_type(pattern, jnp.float32), bits)
+  back = bf16.join(low, kept)
   back_pattern = lax.bitcast_convert_type(back, jnp.uint32)
-  low_again, kept_again = _codec.split(back, bits)
+  low_again, kept_again = bf16.split(back, bits)
 
   def bits_of(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint16)

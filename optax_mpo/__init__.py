@@ -7,39 +7,59 @@ Memory: the peak of any step on a GPU that need not be there.
 """
 
 import importlib as _importlib
+import sys as _sys
 from typing import Any as _Any
 
-from optax_mpo._apply import apply_updates as apply_updates
-from optax_mpo._blocks import Quantized as Quantized
-from optax_mpo._cast import cast as cast
-from optax_mpo._compensated import CompensatedState as CompensatedState
-from optax_mpo._compensated import RoundingState as RoundingState
-from optax_mpo._compensated import compensated as compensated
-from optax_mpo._compensated import init as init
-from optax_mpo._compensated import master_params as master_params
-from optax_mpo._convert import convert as convert
-from optax_mpo._explain import Explanation as Explanation
-from optax_mpo._explain import explain as explain
-from optax_mpo._fused import fused_value_and_update as fused_value_and_update
-from optax_mpo._handles import FusedError as FusedError
-from optax_mpo._layer import fused_layer as fused_layer
-from optax_mpo._layer import fused_scan as fused_scan
-from optax_mpo._layer import fused_value as fused_value
-from optax_mpo._loss_scale import LossScaleState as LossScaleState
-from optax_mpo._loss_scale import loss_scale as loss_scale
-from optax_mpo._loss_scale import loss_scaled as loss_scaled
-from optax_mpo._memory import gpu_memory as gpu_memory
-from optax_mpo._memory_report import Buffer as Buffer
-from optax_mpo._memory_report import MemoryReport as MemoryReport
-from optax_mpo._numerics import lost_updates as lost_updates
-from optax_mpo._quantized import QuantizedState as QuantizedState
-from optax_mpo._quantized import dequantized as dequantized
-from optax_mpo._quantized import quantized_state as quantized_state
-from optax_mpo._release import value_and_update as value_and_update
-from optax_mpo._sharding import state_sharding as state_sharding
-from optax_mpo._with_kernels import with_kernels as with_kernels
+from optax_mpo._codecs.apply import apply_updates as apply_updates
+from optax_mpo._codecs.blocks import Quantized as Quantized
+from optax_mpo._codecs.cast import cast as cast
+from optax_mpo._layers.fused_step import fused_value_and_update as fused_value_and_update
+from optax_mpo._layers.handles import FusedError as FusedError
+from optax_mpo._layers.layer import fused_layer as fused_layer
+from optax_mpo._layers.layer import fused_scan as fused_scan
+from optax_mpo._layers.layer import fused_value as fused_value
+from optax_mpo._memory.gpu_memory import gpu_memory as gpu_memory
+from optax_mpo._memory.report import Buffer as Buffer
+from optax_mpo._memory.report import MemoryReport as MemoryReport
+from optax_mpo._stepping.explain import Explanation as Explanation
+from optax_mpo._stepping.explain import explain as explain
+from optax_mpo._stepping.value_and_update import value_and_update as value_and_update
+from optax_mpo._transforms.compensated import CompensatedState as CompensatedState
+from optax_mpo._transforms.compensated import RoundingState as RoundingState
+from optax_mpo._transforms.compensated import compensated as compensated
+from optax_mpo._transforms.compensated import init as init
+from optax_mpo._transforms.compensated import master_params as master_params
+from optax_mpo._transforms.convert import convert as convert
+from optax_mpo._transforms.loss_scale import LossScaleState as LossScaleState
+from optax_mpo._transforms.loss_scale import loss_scale as loss_scale
+from optax_mpo._transforms.loss_scale import loss_scaled as loss_scaled
+from optax_mpo._transforms.lost_updates import lost_updates as lost_updates
+from optax_mpo._transforms.quantized import QuantizedState as QuantizedState
+from optax_mpo._transforms.quantized import dequantized as dequantized
+from optax_mpo._transforms.quantized import quantized_state as quantized_state
+from optax_mpo._transforms.sharding import state_sharding as state_sharding
+from optax_mpo._transforms.with_kernels import with_kernels as with_kernels
 
 __version__ = "0.1.0"
+
+# Public classes belong to this module, wherever they are defined, so that pickles outlive the layout of the folders.
+_CLASSES = (
+  *(Buffer, CompensatedState, Explanation, FusedError, LossScaleState, MemoryReport),
+  *(Quantized, QuantizedState, RoundingState),
+)
+_BEFORE_THE_FOLDERS = {  # pickles of version 0.1.0 name these modules
+  "_blocks": "_codecs.blocks",
+  "_compensated": "_transforms.compensated",
+  "_explain": "_stepping.explain",
+  "_handles": "_layers.handles",
+  "_loss_scale": "_transforms.loss_scale",
+  "_memory_report": "_memory.report",
+  "_quantized": "_transforms.quantized",
+}
+for _class in _CLASSES:
+  _class.__module__ = __name__
+for _old, _new in _BEFORE_THE_FOLDERS.items():
+  _sys.modules[f"{__name__}.{_old}"] = _sys.modules[f"{__name__}.{_new}"]
 
 
 def __getattr__(name: str) -> _Any:

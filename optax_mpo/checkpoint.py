@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from optax_mpo import _tree
+from optax_mpo._core import trees
 
 PyTree = Any
 
@@ -233,7 +233,7 @@ def _key_impl(key: Any) -> Any:
 def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[Any]]:
   """The names of the leaves, and the leaves: JAX arrays, ShapeDtypeStructs, and NumPy arrays for all else."""
   names, leaves = [], []
-  for name, leaf in _tree.named_leaves(tree, "tree"):
+  for name, leaf in trees.named_leaves(tree, "tree"):
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
       leaf = np.asarray(leaf)
       leaf = leaf.astype(leaf.dtype.newbyteorder("="), copy=False)
@@ -345,7 +345,7 @@ def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str]
       raise ValueError(f"Checkpointer.restore: in {what}, {name} is {have}, and it is to be {want}. {advice}")
   extra = [name for name in known if name not in set(names)]
   if extra:
-    raise ValueError(f"Checkpointer.restore: {what} has {_tree.listed(extra)}, which has no place in `like`. {advice}")
+    raise ValueError(f"Checkpointer.restore: {what} has {trees.listed(extra)}, which has no place in `like`. {advice}")
   if list(known) != list(names):
     raise ValueError(f"Checkpointer.restore: {what} has its leaves in another order. {advice}")
 

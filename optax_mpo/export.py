@@ -18,7 +18,8 @@ import safetensors
 import safetensors.numpy
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from optax_mpo import _compensated, _modules, _tree
+from optax_mpo._core import modules, trees
+from optax_mpo._transforms import compensated
 
 PyTree = Any
 
@@ -58,7 +59,7 @@ def save_safetensors(
     `safetensors <https://huggingface.co/docs/safetensors>`_
   """
   tensors: dict[str, np.ndarray] = {}
-  for key, leaf in _named(_compensated.master_params(_modules.pure(params), opt_state), "save_safetensors").items():
+  for key, leaf in _named(compensated.master_params(modules.pure(params), opt_state), "save_safetensors").items():
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
       raise ValueError(
         f"save_safetensors: {key} lies on devices of other processes. Save a checkpoint with Checkpointer and export "
@@ -97,13 +98,13 @@ def load_safetensors(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
   Memory: one weight at a time on the host, and all of them on the devices.
   """
-  want = _named(_modules.pure(like), "load_safetensors")
+  want = _named(modules.pure(like), "load_safetensors")
   try:
     with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
       names = set(file.keys())
       for what, some in (("has no", sorted(set(want) - names)), ("also has", sorted(names - set(want)))):
         if some:
-          raise ValueError(f"load_safetensors: {path} {what} {_tree.listed(some)}. Is it of this model?")
+          raise ValueError(f"load_safetensors: {path} {what} {trees.listed(some)}. Is it of this model?")
       read = [_placed(file.get_tensor(name), leaf, name, path) for name, leaf in want.items()]
   except safetensors.SafetensorError as error:
     raise ValueError(f"load_safetensors: {path} cannot be read ({error}): is it whole?") from error

@@ -17,7 +17,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from optax_mpo import _apply, _buffers, _compensated, _fused, _release
+from optax_mpo._codecs import apply
+from optax_mpo._core import buffers
+from optax_mpo._layers import fused_step
+from optax_mpo._stepping import value_and_update
+from optax_mpo._transforms import compensated
 
 PyTree = Any
 Fused = Literal["auto", "layer", "off"]
@@ -27,14 +31,14 @@ Where = Callable[[tuple[Any, ...], jax.Array], bool]
 def _make_step(loss_fn: Callable[..., Any], tx: Any, fused: Fused, two_pass: bool) -> Callable[..., Any]:
   """One of the three steps, for a loss function that returns `(loss, aux)`."""
   if fused == "auto":
-    return _release.value_and_update(loss_fn, tx, has_aux=True, two_pass=two_pass)
+    return value_and_update.value_and_update(loss_fn, tx, has_aux=True, two_pass=two_pass)
   if fused == "layer":
-    return _fused.fused_value_and_update(loss_fn, tx, has_aux=True)
+    return fused_step.fused_value_and_update(loss_fn, tx, has_aux=True)
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
     value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
     updates, opt_state = tx.update(grads, opt_state, params)
-    return value, _apply.apply_updates(params, updates), opt_state
+    return value, apply.apply_updates(params, updates), opt_state
 
   return step
 
@@ -129,13 +133,13 @@ class TrainState(struct.PyTreeNode):
       ValueError: for another `fused`; and what `optax_mpo.init` raises.
     """
     _check_fused(fused, "TrainState.create")
-    low, opt_state = _compensated.init(tx, params, dtype=dtype, where=where)
+    low, opt_state = compensated.init(tx, params, dtype=dtype, where=where)
     made = cls(
       step=jnp.zeros([], jnp.int32),
       params=low,
       opt_state=opt_state,
       variables=dict(variables or {}),
-      ema=None if ema_decay is None else _compensated.master_params(low, opt_state),
+      ema=None if ema_decay is None else compensated.master_params(low, opt_state),
       apply_fn=apply_fn,
       tx=tx,
       fused=fused,
@@ -143,11 +147,11 @@ class TrainState(struct.PyTreeNode):
       ema_decay=ema_decay,
       **kwargs,
     )
-    return _buffers.own(made, (params, variables, kwargs))
+    return buffers.own(made, (params, variables, kwargs))
 
   def masters(self) -> PyTree:
     """Returns the f32 master weights, for evaluation or export."""
-    return _compensated.master_params(self.params, self.opt_state)
+    return compensated.master_params(self.params, self.opt_state)
 
   def step_with(
     self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False, mutable: bool = False
@@ -248,7 +252,7 @@ class Optimizer(nnx.Pytree):
     where: Where | None = None,
   ):
     _check_fused(fused, "Optimizer")
-    params, opt_state = _compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
+    params, opt_state = compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
     nnx.update(model, params)
     self.step = nnx.OptState(jnp.zeros([], jnp.int32))
     self.opt_state = nnx.data(jax.tree.map(nnx.OptState, opt_state))
@@ -257,7 +261,7 @@ class Optimizer(nnx.Pytree):
 
   def masters(self, model: nnx.Module) -> PyTree:
     """Returns the f32 master weights, as a tree like `nnx.as_pure(nnx.state(model, wrt))`."""
-    return _compensated.master_params(nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state))
+    return compensated.master_params(nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state))
 
   def step_with(self, model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
     """Makes one training step: updates `model` (params, batch statistics, random streams) and this object in place.

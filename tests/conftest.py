@@ -3,7 +3,7 @@
 Which of a*b + c*d LLVM takes into a fused multiply-add differs from loop to loop, in plain Optax as here, and with it
 the last bit (docs/fused_layers.md); at its lowest level of optimization it even differs from one statement to the next.
 Without these instructions programs with the same operations have the same bits, however XLA fuses them.
-tests/test_multiply_add.py runs with them what is equal all the same.
+tests/house/test_multiply_add.py runs with them what is equal all the same.
 """
 
 import os
@@ -23,8 +23,10 @@ import jax  # noqa: E402  # with the environment above
 import optax  # noqa: E402
 import pytest  # noqa: E402
 
+import optax_mpo  # noqa: E402
+
 # The library leans on no implicit conversion and on no implicit broadcast to more axes, so that it works for users who
-# forbid them. What is not ours and does, runs under `relaxed`.
+# forbid them. Optax does; its functions run under JAX's own defaults, and ours, also within them, under the strict modes.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -38,79 +40,42 @@ def _under(dtypes, ranks, fun):
   return under
 
 
-def relaxed(fun):
-  """A function under JAX's own defaults, for code that is not ours: of Optax, of Flax, or a model of a test."""
-  return _under("standard", "allow", fun)
+relaxed = functools.partial(_under, "standard", "allow")
+"""A function under JAX's own defaults, for code that is not ours: of Optax, of Flax, or of an example."""
+
+strict = functools.partial(_under, "strict", "raise")
 
 
-def _of_relaxed_update(make):
-  """An optimizer whose update runs under JAX's own defaults."""
+def _making(mode, make):
+  """A function that makes transformations or schedules, whose results run in a mode."""
 
   @functools.wraps(make)
-  def optimizer(*args, **kwargs):
-    tx = make(*args, **kwargs)
-    return tx._replace(update=relaxed(tx.update))
+  def made(*args, **kwargs):
+    result = make(*args, **kwargs)
+    if isinstance(result, optax.GradientTransformation):
+      return result._replace(init=mode(result.init), update=mode(result.update))
+    return mode(result) if callable(result) else result
 
-  return optimizer
+  return made
 
 
-def _relax_optax():
-  """Optax's own powers and quotients of step counts mix int32 and floats."""
+def _set_modes():
+  for module in (optax, optax.contrib, optax.schedules):
+    for name, make in vars(module).items():
+      returned = str(getattr(make, "__annotations__", {}).get("return", ""))
+      if "GradientTransformation" in returned or "Schedule" in returned:
+        setattr(module, name, _making(relaxed, make))
+  optax.MultiSteps.update = relaxed(optax.MultiSteps.update)
+  optax.apply_updates = relaxed(optax.apply_updates)  # f32 updates to bf16 weights
   for module in (optax.tree, optax.tree_utils):
     for name in ("bias_correction", "tree_bias_correction"):
       if hasattr(module, name):
         setattr(module, name, relaxed(getattr(module, name)))
-  optax.apply_updates = relaxed(optax.apply_updates)  # f32 updates to bf16 weights
-  accumulate = optax.MultiSteps.__init__
-
-  def init(self, opt, *args, **kwargs):
-    inner = optax.with_extra_args_support(opt)
-    strict = inner._replace(update=_under("strict", "raise", inner.update))
-    accumulate(self, strict, *args, **kwargs)
-
-  optax.MultiSteps.__init__ = init
-  optax.MultiSteps.update = relaxed(optax.MultiSteps.update)
-  for module, name in (
-    (optax, "radam"),
-    (optax, "add_noise"),
-    (optax, "noisy_sgd"),
-    (optax.contrib, "schedule_free_sgd"),
-    (optax.contrib, "schedule_free_adamw"),
-    (optax.contrib, "prodigy"),
-  ):
-    setattr(module, name, _of_relaxed_update(getattr(module, name)))
-  schedules = [name for name in dir(optax) if name.endswith("_schedule") and not name.startswith("scale_by")]
-  schedules.append("exponential_decay")
-  for name in schedules:
-    make = getattr(optax, name)
-    setattr(optax, name, functools.wraps(make)(lambda *args, make=make, **kwargs: relaxed(make(*args, **kwargs))))
+  for name in ("compensated", "quantized_state", "loss_scaled", "with_kernels"):
+    setattr(optax_mpo, name, _making(strict, getattr(optax_mpo, name)))
 
 
-_relax_optax()
-
-
-LOOSE = frozenset(
-  """test_advice test_checkpoint test_donation test_exactness test_export test_flax test_fused_memory
-  test_fused_misuse test_gradient_layout test_kernel test_layer test_memory test_microbatch test_multiply_add
-  test_nnx_states test_optax_contract test_peak_memory test_probes test_quantized_training test_readme
-  test_release test_release_forms test_release_models test_release_property test_rows test_sharded_memory
-  test_sharded_modes test_sharding test_small_stacks test_stack_copies test_stacked test_state_flow
-  test_train_digits test_train_lm test_train_lm_processes test_train_lm_resume test_upcast test_update_traffic
-  test_wide_blocks test_wrappers""".split()
-)
-"""Files whose models add biases to batches and mix f32 data with bf16 weights, as models of users do.
-
-tests/test_primitives.py and tests/test_x64.py go over all routes with models that do not.
-"""
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-  """Loose files, and examples in docstrings, run under JAX's own defaults."""
-  if item.path.parent.name == "tests" and item.path.stem not in LOOSE:
-    return (yield)
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    return (yield)
+_set_modes()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,1 @@
+"""How one weight is updated on this machine."""

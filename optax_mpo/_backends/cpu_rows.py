@@ -1,0 +1,234 @@
+"""Steps a weight with 8-bit state a few rows at a time, on CPUs.
+
+Why: XLA:CPU has no kernels with several results, so that what is used more than once is an f32 array: of 8-bit state
+that are the levels of old codes, new moments and new master weights. For a large weight none of them fits into the
+cache, and the system has to hand out the pages of each in every step, which takes longer than all of the arithmetic.
+
+How: where the update keeps the rows of a weight apart, as `by_layer` proves, a loop steps a few at a time, so that what
+they need stays in the cache, and writes them in place.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program.program import Atom, Operation, Program
+
+ELEMENTS = 2**19
+"""Elements that are stepped at a time, or somewhat less: 2 MB for each array of f32."""
+
+_SHARED = ELEMENTS // 8  # elements of what may be computed anew for every few rows
+
+
+class NotByRowsError(Exception):
+  """An update that does not keep rows apart, or that would compute something large for each few of them."""
+
+
+class Update(NamedTuple):
+  """The update of one weight, or of one layer of a stack.
+
+  Attributes:
+    program: which it is of.
+    operations: it.
+    inputs: the variables of the gradient, the weight and the states.
+    shared: those of the values that are handed besides.
+    constants: the values of those that it knows.
+    outputs: the new weight, then the new states.
+  """
+
+  program: Program
+  operations: Sequence[Operation]
+  inputs: Sequence[int]
+  shared: Sequence[int]
+  constants: dict[int, Any]
+  outputs: Sequence[Atom]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+  """The update of one weight by rows.
+
+  Attributes:
+    update: what it is.
+    axis: the axis of the rows.
+    count: how many rows are stepped at a time.
+    stacked: whether it is the update of one layer of a stack, whose first axis is that of the layers.
+  """
+
+  update: Update
+  axis: int
+  count: int
+  stacked: bool = False
+
+  def step(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], index: Any) -> list[Any]:
+    """Steps the weight and its states, or the layer of them at `index`, and returns the new ones.
+
+    Args:
+      grad: the gradient, of a layer where the weight is a stack.
+      stacks: the weight and its states.
+      shared: the values that the update is handed besides.
+      index: i32[], which layer; 0 where there are none. The update of a layer is handed it after the others.
+
+    Raises:
+      NotByRowsError: where it cannot be done by rows.
+    """
+    length, layers = grad.shape[self.axis], int(self.stacked)
+    dtypes = [x.dtype for x in stacks]
+    handed = [*shared, *[index] * layers]
+
+    def place(x: Any, k: int, start: Any) -> list[Any]:
+      starts: list[Any] = [jnp.int32(0)] * x.ndim
+      starts[layers + self.axis] = start
+      if layers and _carried_dtype(dtypes[k]) == dtypes[k]:
+        starts[0] = index
+      return starts
+
+    def cut(x: Any, k: int, start: Any) -> Any:
+      sizes = list(x.shape)
+      sizes[layers + self.axis] = self.count
+      if layers:
+        sizes[0] = 1
+      piece = lax.dynamic_slice(x, place(x, k, start), sizes)
+      return lax.squeeze(piece, [0]) if layers else piece
+
+    def body(i: Any, stacks: list[Any]) -> list[Any]:
+      # The lesser of the two is i. XLA:CPU of JAX 0.12 runs a loop on one core, unless there is a sort in it or so.
+      start = lax.sort(jnp.stack([i, i + 1]))[0] * self.count
+
+      def new(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
+        values = [_as(cut(x, k, start), dtypes[k]) for k, x in enumerate(stacks)]
+        grad = lax.dynamic_slice_in_dim(grad, start, self.count, self.axis)
+        return [_carried(x) for x in self._piece(grad, values, shared, start, length)]
+
+      def old(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
+        return [cut(x, k, start) for k, x in enumerate(stacks)]
+
+      # Always the first one, which XLA does not know: what is in a branch it does not mix with the writing below, for
+      # which it would have to copy all that is written over.
+      pieces = lax.cond(index + i + 1 > 0, new, old, grad, stacks, handed)
+      if layers:
+        pieces = [lax.expand_dims(x, [0]) for x in pieces]
+      return [
+        lax.dynamic_update_slice(x, y, place(x, k, start)) for k, (x, y) in enumerate(zip(stacks, pieces, strict=True))
+      ]
+
+    # Of what is carried as something else, the layer alone.
+    own = [bool(layers) and _carried_dtype(dtype) != dtype for dtype in dtypes]
+    first = [lax.dynamic_slice_in_dim(x, index, 1, 0) if alone else x for x, alone in zip(stacks, own, strict=True)]
+    results = lax.fori_loop(jnp.int32(0), jnp.int32(length // self.count), body, [_carried(x) for x in first])
+    results = [_as(x, dtype) for x, dtype in zip(results, dtypes, strict=True)]
+    return [
+      lax.dynamic_update_slice_in_dim(stack, x, index, 0) if alone else x
+      for stack, x, alone in zip(stacks, results, own, strict=True)
+    ]
+
+  def _piece(self, grad: Any, values: Sequence[Any], shared: Sequence[Any], start: Any, length: int) -> list[Any]:
+    """The new values of some rows."""
+    update = self.update
+    env = update.constants | dict(zip(update.shared, shared, strict=True))
+    env |= dict(zip(update.inputs, [grad, *values], strict=True))
+    axes: dict[int, int | None] = dict.fromkeys(update.inputs, self.axis)
+    try:
+      by_layer.run(update.operations, update.program, env, axes, start, length, self.count)
+    except by_layer.NotSeparableError as error:
+      raise NotByRowsError(str(error)) from error
+    alike: set[int] = set()  # large arrays of one number, which XLA never makes
+    spread: set[int] = set()  # nor those in which small ones are repeated
+
+    def size(atom: Atom) -> int:
+      return math.prod(update.program.aval(atom).shape)
+
+    def is_cut(operation: Operation) -> bool:
+      return operation.name in ("dynamic_slice", "slice", "squeeze")
+
+    for operation in update.operations:
+      large = [v for v in operation.outputs if v >= 0 and axes.get(v) is None and size(v) > _SHARED]
+      numbers = all(size(a) == 1 or (isinstance(a, int) and a in alike) for a in operation.inputs)
+      if large and numbers and operation.name != "iota":
+        alike.update(large)
+      elif large and (operation.name == "broadcast_in_dim" or (is_cut(operation) and operation.inputs[0] in spread)):
+        spread.update(large)
+      elif large:
+        raise NotByRowsError(f"{jax_forms.where(operation)} makes a large array that all rows share")
+    results = []
+    for atom in update.outputs:
+      if not isinstance(atom, int) or axes.get(atom) != self.axis:
+        raise NotByRowsError("the update moves the rows")
+      results.append(env[atom])
+    return results
+
+
+def of_group(group: Any) -> Rows | None:
+  """The update of a `by_leaf.Group` by rows: if it has one weight, with 8-bit state and large enough to matter."""
+  update = Update(group.program, group.operations, group.inputs, group.shared, group.constants, group.outputs)
+  if len(group.leaves) != 1 or not _has_rows(update) or _weight_of(update).size < ELEMENTS:
+    return None
+  return _rows_of(update, stacked=False)
+
+
+def of_layer(run: Callable[..., Any], avals: Sequence[Any], shared: Sequence[Any]) -> Rows | None:
+  """The update of one layer of a stack by rows, if the layer has 8-bit state.
+
+  In one piece where it is small: what matters there is that nothing is written before all is read.
+
+  Args:
+    run: `run(gradient, weight, *states, *shared)` returns the new weight and states.
+    avals: the shapes of the gradient, the weight and the states, of a layer.
+    shared: those of the values that the update is handed besides, the last of which is the index of the layer.
+  """
+  if not _are_rows(avals):
+    return None
+  program, _ = jax_forms.trace(run, *avals, *shared)
+  inputs, handed = program.inputs[: len(avals)], program.inputs[len(avals) :]
+  update = Update(program, program.operations, inputs, handed, program.constants, program.outputs)
+  return _rows_of(update, stacked=True) if _has_rows(update) else None
+
+
+def _weight_of(update: Update) -> Any:
+  return update.program.aval(update.inputs[1])
+
+
+def _has_rows(update: Update) -> bool:
+  """Whether an update is of arrays that can be cut into rows, with 8-bit state among them."""
+  return _are_rows([update.program.aval(v) for v in update.inputs]) and not any(
+    isinstance(c, Tracer) for c in update.constants.values()
+  )
+
+
+def _are_rows(avals: Sequence[Any]) -> bool:
+  if len(avals) < 3:
+    return False
+  grad, weight, *states = avals
+  in_blocks = any(a.dtype == jnp.uint16 and a.shape != weight.shape for a in states)
+  packed = any(a.dtype.name in ("int4", "uint4") for a in avals)  # XLA:CPU does not write those in place
+  if not in_blocks or packed or len(weight.shape) < 2 or grad.dtype != weight.dtype:
+    return False
+  return all(len(a.shape) == len(weight.shape) and a.shape[:-1] == weight.shape[:-1] for a in avals)
+
+
+def _rows_of(update: Update, stacked: bool) -> Rows | None:
+  shape = _weight_of(update).shape
+  axis = max(range(len(shape) - 1), key=lambda a: shape[a])
+  length, size = shape[axis], math.prod(shape)
+  most = min(ELEMENTS * length // size, length if stacked else length // 2)
+  count = next((c for c in range(most, 0, -1) if length % c == 0), 0)
+  return Rows(update, axis, count, stacked) if count * 8 > most else None
+
+
+def _carried_dtype(dtype: Any) -> Any:
+  """Floats of 16 bits as integers: XLA:CPU of JAX 0.10 writes them by way of f32 arrays, of all rows each time."""
+  return jnp.dtype(jnp.uint16) if dtype in (jnp.bfloat16, jnp.float16) else dtype
+
+
+def _carried(x: Any) -> Any:
+  return _as(x, _carried_dtype(x.dtype))
+
+
+def _as(x: Any, dtype: Any) -> Any:
+  return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

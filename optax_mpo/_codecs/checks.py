@@ -1,0 +1,64 @@
+"""What `compensated` checks before every update: that params, state and gradients belong together."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo._codecs import bf16, formats
+from optax_mpo._core import trees
+
+PyTree = Any
+
+
+def check_update(
+  updates: optax.Updates, compensation: PyTree, params: PyTree, bits: int
+) -> tuple[list[Any], list[Any]]:
+  """Returns the leaves of the compensation and of the updates, in the order of the params' leaves, all checked."""
+  remake = "Make the state anew with optax_mpo.init(tx, params), or pass the params it was made for."
+  kept = trees.flatten_like(params, compensation, "compensated: the state's compensation", remake)
+  grads = trees.flatten_like(
+    params, updates, "compensated: the tree of updates", "Differentiate with respect to the very params you pass."
+  )
+  expected = bf16.bits_dtype(bits) if bits else None
+  for (leaf_name, leaf), c, g in zip(trees.named_leaves(params), kept, grads, strict=True):
+    trees.check_trainable(leaf_name, leaf)
+    found = getattr(bits_or_none(c), "dtype", None)
+    if found != (expected if formats.is_low(leaf) else None):
+      raise_foreign_bits(leaf_name, leaf, found, bits)
+    if found is not None and c.shape != leaf.shape:
+      raise ValueError(f"compensated: {leaf_name} has shape {leaf.shape}, its bits have {c.shape}. {remake}")
+    if not trees.is_array(g) or g.shape != leaf.shape:
+      raise ValueError(
+        f"compensated: {leaf_name} has shape {leaf.shape}, but its update is {described(g)}. "
+        "Differentiate with respect to the very params you pass."
+      )
+    if not jnp.issubdtype(g.dtype, jnp.floating):
+      raise TypeError(f"compensated: the update of {leaf_name} is {g.dtype}. Pass floating-point gradients.")
+  return kept, grads
+
+
+def described(x: Any) -> str:
+  return f"an array of shape {x.shape}" if trees.is_array(x) else f"a {type(x).__name__}"
+
+
+def raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None:
+  found_bits = 0 if found is None else bf16.dtype_bits(found)
+  if not formats.is_low(leaf):
+    raise ValueError(
+      f"compensated: {leaf_name} is {leaf.dtype}, but the state holds {found_bits} compensation bits for it, so that "
+      "it was low when the state was made. Keep the dtypes of the params from step to step (mpo.apply_updates and "
+      "optax.apply_updates do); to change them, start again from optax_mpo.init(tx, f32_params)."
+    )
+  raise ValueError(
+    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps bits={bits}, but the state holds "
+    f"{found_bits if found_bits else 'none'} for it: it was made with another `bits`, or for float32 params. "
+    "To carry the weights over: masters = optax_mpo.master_params(params, state) with the old state, then "
+    "params, new = optax_mpo.init(tx, masters) and new._replace(inner_state=state.inner_state)."
+  )
+
+
+def bits_or_none(kept: Any) -> jax.Array | None:
+  """What the compensation holds for a leaf. A wrapper that splits it may leave a tree there, without bits at most."""
+  return kept if jax.tree.leaves(kept) else None

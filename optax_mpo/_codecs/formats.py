@@ -1,0 +1,72 @@
+"""The low-precision formats there are, bf16 and fp16, behind one set of names."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_mpo._codecs import bf16, fp16
+
+_CODECS = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16}
+
+NAMES = tuple(dtype.name for dtype in _CODECS)
+
+
+def is_format(dtype: Any) -> bool:
+  """Whether there is a codec for weights of `dtype`."""
+  return jnp.dtype(dtype) in _CODECS
+
+
+def is_low(leaf: Any) -> bool:
+  """Whether a leaf is in one of the formats."""
+  return leaf.dtype in _CODECS
+
+
+def add(x: jax.Array, step: jax.Array) -> jax.Array:
+  """Adds an update to weights, in the wider of two floating dtypes, whatever conversions JAX allows."""
+  if jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(step.dtype, jnp.floating) and x.dtype != step.dtype:
+    wider = max(x.dtype, step.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    return x.astype(wider) + step.astype(wider)
+  return x + step
+
+
+def split(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, jax.Array | None]:
+  """Splits `x: f32[*s]` into `(low: dtype[*s], kept: uint{bits}[*s] or None)`."""
+  return _CODECS[jnp.dtype(dtype)].split(x, bits)
+
+
+def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
+  """Joins `(low[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`."""
+  return _CODECS[low.dtype].join(low, kept)
+
+
+def widen(low: jax.Array) -> jax.Array:
+  """Converts `low[*s] -> f32[*s]`, exactly."""
+  return join(low, None)
+
+
+def step(
+  old: jax.Array, master: jax.Array, bits: int, random: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Returns the update `f32[*s]` from `old[*s]` to the new `master: f32[*s]`, the new param, and the bits to keep.
+
+  `random: u32[*s]` rounds what the bits do not hold up or down in proportion; without it, to nearest.
+  """
+  codec: Any = _CODECS[old.dtype]
+  if random is not None:
+    master = codec.round_stochastically(master, random, bits)
+  low, kept = codec.split(master, bits)
+  update = codec.difference(old, low)
+  if codec is fp16:
+    low, kept = fp16.reached(old, update, low, kept)
+  return update, low, kept
+
+
+def difference(old: jax.Array, new: jax.Array) -> jax.Array:
+  """The update `f32[*s]` from `old[*s]` to `new[*s]`, as `step` returns it."""
+  return _CODECS[old.dtype].difference(old, new)
+
+
+def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
+  """Adds `u: f32[*s]` to `old[*s]`, so that the updates of `step` lead to where they should."""
+  return _CODECS[old.dtype].add_difference(old, u)

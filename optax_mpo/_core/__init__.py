@@ -1,0 +1,1 @@
+"""What the rest stands on: trees and their names, buffers, types of arrays, primitives, hints for XLA."""

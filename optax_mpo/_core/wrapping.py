@@ -1,0 +1,71 @@
+"""What everything that takes an Optax transformation asks of it, and of its state, first."""
+
+import contextvars
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from optax_mpo._core import buffers
+
+State = TypeVar("State")
+
+
+def as_transformation(
+  tx: Any, caller: str, name: str = "inner", usage: str = "inner"
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `tx`, the argument `name` of `caller(usage)`, as a transformation that may be given extra arguments.
+
+  The arrays that its `init` makes have buffers of their own, so that params and state can be donated together.
+
+  Raises:
+    TypeError: where it is none.
+  """
+  if isinstance(tx, optax.MultiSteps):  # no GradientTransformation, but with its two methods
+    steps: Any = tx
+    tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+  if not isinstance(tx, optax.GradientTransformation):
+    raise TypeError(
+      f"{caller}: {name} has to be an Optax transformation, but it is a {type(tx).__name__}. Call {caller}({usage})."
+    )
+  made = optax.with_extra_args_support(tx)
+  return optax.GradientTransformationExtraArgs(lambda params: buffers.own(made.init(params), params), made.update)
+
+
+def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
+  """Raises TypeError where `loss_fn`, an argument of `caller(usage)`, cannot be called."""
+  if not callable(loss_fn):
+    raise TypeError(
+      f"{caller}: loss_fn has to be a function, but it is a {type(loss_fn).__name__}. Call {caller}({usage})."
+    )
+
+
+_for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_for_shapes", default=False)
+
+
+def state_shapes(tx: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the state that `tx.init(params)` would make, as ShapeDtypeStructs, to compare another one with."""
+  token = _for_shapes.set(True)
+  try:
+    return jax.eval_shape(tx.init, params)
+  finally:
+    _for_shapes.reset(token)
+
+
+def is_for_shapes() -> bool:
+  """Whether `init` runs for `state_shapes`, so that nobody will train with what it makes."""
+  return _for_shapes.get()
+
+
+def own_state(state: Any, kind: type[State], caller: str) -> State:
+  """Returns `state`.
+
+  Raises:
+    TypeError: where it is not of the kind that the wrapper's `init` makes.
+  """
+  if not isinstance(state, kind):
+    raise TypeError(
+      f"{caller}: update was given a {type(state).__name__} for its state. Pass the state that this transformation's "
+      "init made (inside chain, the whole chain's state goes to the whole chain's update)."
+    )
+  return state

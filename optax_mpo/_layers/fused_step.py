@@ -1,0 +1,146 @@
+"""A training step whose loss function is built of fused layers.
+
+Why: see `layer`. This is the frame around it: the refs that the layers write, the one differentiation that makes their
+backward rules run, and the checks that every weight is stepped exactly once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo._core import modules, trees, wrapping
+from optax_mpo._layers import fused_call, handles
+from optax_mpo._updates import by_leaf
+
+PyTree = Any
+
+
+def fused_value_and_update(
+  loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False
+) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
+  """Makes a training step that updates each layer's weights inside the backward pass; there is no tree of gradients.
+
+  `step(params, opt_state, *args, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`, with handles that are indexed
+  like the params, which `loss_fn` gives to layers made by `fused_layer` and `fused_scan`, or reads with `fused_value`.
+  The step is pure from outside; jit it and donate params and state, whose memory is then updated in place. It is equal
+  to `jax.value_and_grad`, `tx.update` and `apply_updates`, bit for bit, with the same state, so that one can change
+  between the two from step to step.
+
+  Args:
+    loss_fn: returns a scalar, or `(scalar, aux)`. Every weight has to be used, by one fused layer or by `fused_value`.
+    tx: an Optax transformation, with `compensated` around it or without, whose update of one layer needs the gradients
+      of that layer alone. Whether it does is found by tracing `tx.update`.
+    has_aux: whether `loss_fn` returns a pair.
+
+  Returns:
+    `step`, which returns `(value, params, opt_state)`, or `((value, aux), params, opt_state)` with `has_aux`. Params
+    and state are of the structure, shapes and dtypes they came in.
+
+  Raises:
+    ValueError: by the step, when it is traced: where the update couples leaves of different layers (as
+      `optax.clip_by_global_norm` does), with the leaves and the operation; where `tx` changes the form of its state;
+      where the state was made for other params.
+    FusedError: by the step: where a weight is not used or used twice, a handle is used outside of the loss function or
+      inside a transformation, or the step itself is differentiated or mapped.
+
+  Memory: params and state, the activations, and the gradients of one layer, two at most. AdamW with
+    `compensated(..., bits=16)` holds 12 bytes per parameter and needs little more (docs/fused_layers.md).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> layer = mpo.fused_layer(lambda p, x: x @ p["w"] + p["b"], remat=True)
+    >>> def loss_fn(params, x, y):
+    ...   return jnp.mean((layer(params, x.astype(jnp.bfloat16)).astype(jnp.float32) - y) ** 2)
+    >>> tx = mpo.compensated(optax.adamw(1e-2))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)})
+    >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+    >>> value, params, opt_state = step(params, opt_state, jnp.ones((4, 2)), jnp.ones((4, 1)))
+    >>> print(value, params["b"])
+    1.0 [0.0100098]
+
+  References:
+    Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
+  """
+  wrapping.check_loss(loss_fn, "fused_value_and_update", "loss_fn, tx")
+  tx = wrapping.as_transformation(tx, "fused_value_and_update", "tx", "loss_fn, tx")
+
+  def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
+    for name, leaf in trees.named_leaves(params):
+      if not trees.is_array(leaf):
+        raise TypeError(f"fused_value_and_update: {name} is a {type(leaf).__name__}, not an array.")
+    params, opt_state, args, kwargs = _guarded((params, opt_state, args, kwargs))
+    update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "fused_value_and_update")
+    shared, shared_states = update.run_shared()
+    leaves, treedef = jax.tree.flatten(params)
+    states, state_treedef = jax.tree.flatten(opt_state)
+    own = {j: s for j, s in enumerate(states) if j not in shared_states}
+    context = handles.Step(update, leaves, own, shared)
+
+    def loss(token: jax.Array) -> Any:
+      context.enter(token)
+      try:
+        out = loss_fn(context.handle(treedef), *args, **kwargs)
+      finally:
+        context.close()
+      handles.check_no_handles(out, "the result of loss_fn")
+      return out
+
+    value, _ = jax.value_and_grad(loss, has_aux=has_aux)(jnp.float32(0))
+    _check_all_used(context)
+    rest = [i for i in range(len(leaves)) if i not in context.stepped]
+    fused_call.step_unreached(context, rest)
+    new_states = [shared_states[j] if j in shared_states else jax.freeze(context.states[j]) for j in range(len(states))]
+    new_params = [jax.freeze(ref) for ref in context.params]
+    return value, treedef.unflatten(new_params), state_treedef.unflatten(new_states)
+
+  return step
+
+
+def _check_all_used(context: handles.Step) -> None:
+  lost = [context.update.names[i] for i in context.unused() if context.update.needs_gradient(i)]
+  if lost:
+    raise handles.FusedError(
+      f"fused_value_and_update: the loss does not use {trees.listed(lost)}, so that no backward pass comes by to step "
+      "it. Is a layer left out? If it should stay as it is, freeze it: optax.multi_transform with optax.set_to_zero() "
+      "for its label, or optax.masked around both. If it should be stepped with a gradient of zero (weight decay, "
+      "decaying moments), as tx.update does it, read it: fused_value(handle)."
+    )
+
+
+def _guarded(tree: PyTree) -> PyTree:
+  """Returns the arrays of a tree as they are, but in such a way that they cannot be differentiated or mapped."""
+  leaves, treedef = jax.tree.flatten(tree)
+  arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
+  for i, value in zip(arrays, _guard(*(leaves[i] for i in arrays)), strict=True):
+    leaves[i] = value
+  return treedef.unflatten(leaves)
+
+
+@jax.custom_jvp
+def _guard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  return _unmapped(*arrays)
+
+
+@_guard.defjvp
+def _guard_jvp(primals: Any, tangents: Any) -> Any:
+  raise handles.FusedError(
+    "fused_value_and_update: a fused step cannot be differentiated (jax.grad, jvp, linearize, or remat under one of "
+    "them): it has updated its weights already. For gradients, differentiate the loss function with params that are "
+    "arrays."
+  )
+
+
+@jax.custom_batching.custom_vmap
+def _unmapped(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  return arrays
+
+
+@_unmapped.def_vmap
+def _unmapped_rule(axis_size: int, in_batched: Any, *arrays: Any) -> Any:
+  raise handles.FusedError(
+    "fused_value_and_update: a fused step cannot be mapped by jax.vmap. Map inside the loss function, over the batch; "
+    "for several models at once use vmap with value_and_grad and tx.update."
+  )

@@ -1,0 +1,426 @@
+"""Layers whose backward pass steps their own weights.
+
+Why: an ordinary step first makes the gradients of all weights and then updates them, so that at one time they all
+exist: 2 or 4 bytes per parameter. But a layer's gradient is complete as soon as the backward pass has gone through it,
+and nobody but the optimizer needs it.
+
+How: a `jax.custom_vjp` whose backward rule computes the gradient of one layer, runs the slice of the optimizer's update
+that belongs to it, writes weights and state into their refs in place, and hands on the cotangent of the inputs. What is
+handed on is tied to what was written by an optimization barrier, and every step to the one before by a scalar, so that
+XLA has to finish a step before it goes on. Nothing is ever differentiated but a scalar token, which is there so that
+there is a backward pass.
+
+Source: the idea for one layer is that of Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers",
+arXiv:2309.12381, and of LOMO, arXiv:2306.09782.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_mpo._core import modules, order, types
+from optax_mpo._layers import fused_call, handles, microbatch
+from optax_mpo._program import jax_forms, pullbacks
+from optax_mpo._stepping import evaluate, planning
+from optax_mpo._stepping.site import of_groups
+
+PyTree = Any
+Remat = bool | Callable[..., Any]
+
+# The bytes of gradient for which the backward pass of a layer is made to wait. Less would save nothing that shows, and
+# cost what XLA fuses over it.
+_WORTH_A_BARRIER = 2**20
+
+
+def fused_layer(
+  fn: Any, *, remat: Remat = False, microbatches: int = 1, in_axes: PyTree = 0, out_axes: PyTree = 0
+) -> Callable[..., Any]:
+  """Makes a layer that steps its own weights in the backward pass of a `fused_value_and_update`.
+
+  `layer(params, *inputs, **kwargs)` calls `fn(params, *inputs, **kwargs)`. Where there are handles in the place of
+  arrays, `fn` gets the arrays, and their weights are stepped when the backward pass comes through: the layer owns them,
+  and no other layer may use them. Without handles `layer` is just `fn`, for evaluation and ordinary training.
+
+  Args:
+    fn: a function of a tree of weights and of any inputs, or a Flax module. Inputs and results are pytrees with arrays
+      of any dtype, PRNG keys and None; what is no array, such as a bool or a string, is static. `fn` may close over
+      arrays, which get gradients too. A Linen module is called as `module.apply({"params": params}, ...)` (a mapping
+      with a "params" entry is passed as it is: `layer({"params": handle, "batch_stats": stats}, x, mutable=[...])`), an
+      NNX module as a copy that holds `params`, a State of its `nnx.Param` variables.
+    remat: False keeps what the backward pass needs of the activations, but never weights. True keeps the inputs alone
+      and computes the rest again; a policy of `jax.checkpoint_policies` chooses.
+    microbatches: in how many parts the batch goes through the layer, forward and backward, one after the other. The
+      gradient is summed over them in f32, from the last part to the first, and the layer is stepped once. Everything
+      inside is computed again in the backward pass, as with `remat=True`, unless `remat` is a policy. A layer without
+      handles takes the batch whole.
+    in_axes: with microbatches, the batch axis of each input, as in `jax.vmap`; None for one that all parts get.
+    out_axes: likewise of each result; one with None is averaged over the parts, such as a mean loss.
+
+  Returns:
+    The layer.
+
+  Raises:
+    TypeError: where `fn` is no function and no module, or `remat` neither a bool nor a policy.
+    ValueError: where `microbatches` is less than 1, and by the layer, where the batch does not split into them.
+    FusedError: by the layer, where a step would be lost or repeated: weights that something else uses too, a handle of
+      another step, a call inside of a transformation such as `jax.checkpoint` or `lax.scan`.
+    ValueError: by the layer, where the optimizer couples its weights to those of other layers.
+
+  Memory: the gradients of one layer, 2 bytes per parameter of that layer where weights are bf16, in place of the
+    gradients of all. Nothing is held per layer but activations.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> dense = mpo.fused_layer(lambda w, x: jnp.tanh(x @ w))
+    >>> def loss_fn(params, x):  # params: handles in the step below, arrays anywhere else
+    ...   for w in params:
+    ...     x = dense(w, x)
+    ...   return jnp.mean(x.astype(jnp.float32) ** 2)
+    >>> tx = mpo.compensated(optax.adamw(1e-2))
+    >>> params, opt_state = mpo.init(tx, [jnp.eye(3), jnp.eye(3)])
+    >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+    >>> for _ in range(3):
+    ...   value, params, opt_state = step(params, opt_state, jnp.ones((2, 3), jnp.bfloat16))
+    >>> print(f"{value:.2f} {loss_fn(params, jnp.ones((2, 3), jnp.bfloat16)):.2f}")
+    0.36 0.33
+
+  References:
+    Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
+  """
+  fn = modules.as_function(fn, "fused_layer")
+  inner, remat = _in_parts(fn, remat, microbatches, in_axes, out_axes, "fused_layer")
+
+  @functools.wraps(fn)
+  def layer(params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+    call = fused_call.Call.take(inner, "fused_layer", (params, inputs, kwargs))
+    return fn(params, *inputs, **kwargs) if call is None else _run_layer(call, remat)
+
+  return layer
+
+
+def fused_scan(
+  fn: Any,
+  *,
+  remat: Remat = False,
+  reverse: bool = False,
+  unroll: int = 1,
+  microbatches: int = 1,
+  in_axes: PyTree = (0, None),
+  out_axes: PyTree = 0,
+) -> Callable[..., Any]:
+  """Makes a stack of equal layers, one `lax.scan`, that steps each layer's weights in the backward pass.
+
+  `stack(params, carry, xs=None) -> (carry, ys)` calls `carry, y = fn(layer_params, carry, x)` for each layer, with the
+  layer's slice of the weights, which are stacked: `[layers, ...]`. In a `fused_value_and_update` with a handle for
+  `params`, the layer's slices of weights and optimizer state are read and written in place, one layer at a time.
+  Without handles it is `lax.scan` over `(params, xs)`.
+
+  Args:
+    fn: as in `fused_layer`, with two inputs and two results: `fn(layer_params, carry, x) -> (carry, y)`.
+    remat: as in `fused_layer`.
+    reverse: as in `lax.scan`; the first layer is then the last in the stack.
+    unroll: as in `lax.scan`.
+    microbatches: as in `fused_layer`: each layer takes the batch in parts.
+    in_axes: for `(carry, x)`; by default the carry is split along its first axis, and `x` goes to all parts.
+    out_axes: for `(carry, y)`.
+
+  Returns:
+    The stack, a function of a handle or stacked weights, of a carry and of `xs`, any pytree of arrays
+    `[layers, ...]` or None.
+
+  Raises:
+    TypeError, FusedError: as `fused_layer`.
+    ValueError: by the stack, where the optimizer's update of a stacked weight is not one of each layer alone (a norm
+      over the whole stack, as in lamb or adafactor), with the leaves and the operation.
+
+  Memory: the gradient of one layer, twice at most, in place of the gradients of the whole stack.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> stack = mpo.fused_scan(lambda w, x, _: (jnp.tanh(x @ w), None), remat=True)
+    >>> def loss_fn(params, x):
+    ...   return jnp.mean(stack(params, x)[0] ** 2)
+    >>> tx = optax.sgd(0.1, momentum=0.9)
+    >>> params = jnp.stack([jnp.eye(3)] * 4)
+    >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+    >>> value, params, opt_state = step(params, tx.init(params), jnp.ones((2, 3)))
+    >>> print(value, params.shape)
+    0.26277387 (4, 3, 3)
+  """
+  fn = modules.as_function(fn, "fused_scan")
+  inner, remat = _in_parts(fn, remat, microbatches, in_axes, out_axes, "fused_scan")
+
+  @functools.wraps(fn)
+  def stack(params: PyTree, carry: PyTree, xs: PyTree = None) -> tuple[PyTree, PyTree]:
+    call = fused_call.Call.take(inner, "fused_scan", (params, carry, xs), parts=(1, 2))
+    if call is None:
+      return lax.scan(lambda c, px: fn(px[0], c, px[1]), carry, (params, xs), reverse=reverse, unroll=unroll)
+    return _run_scan(call, call.count_layers(), remat, reverse, unroll)
+
+  return stack
+
+
+def fused_value(handle: Any) -> PyTree:
+  """Reads weights that are used in more than one place, such as a tied embedding.
+
+  The arrays can be used anywhere in the loss function, also as inputs of fused layers and inside `jax.checkpoint` or
+  `lax.scan`. The gradients of all uses are added up, and then the weight is stepped, once. Reading it again gives the
+  same arrays. A weight that is read and not used is stepped with a gradient of zero, as `tx.update` would.
+
+  Args:
+    handle: a handle, or a pytree of handles. Arrays in it are returned as they are, so that one loss function serves
+      all kinds of training.
+
+  Returns:
+    The arrays.
+
+  Raises:
+    FusedError: where a fused layer uses the weight too, or as in `fused_layer`.
+    ValueError: where the optimizer couples it to other weights.
+
+  Memory: its gradient lives until its last contribution is there; for a tied embedding, through the backward pass.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> def loss_fn(params, tokens):
+    ...   embedding = mpo.fused_value(params["embedding"])
+    ...   logits = embedding[tokens] @ embedding.T
+    ...   return -jnp.mean(jax.nn.log_softmax(logits)[0, tokens])
+    >>> tx = optax.sgd(0.5)
+    >>> params = {"embedding": jnp.eye(3)}
+    >>> step = jax.jit(mpo.fused_value_and_update(loss_fn, tx))
+    >>> value, params, _ = step(params, tx.init(params), jnp.array([0, 2]))
+    >>> print(params["embedding"][0].round(2).tolist())  # the row that was used is changed by both uses
+    [0.9199999570846558, -0.10999999940395355, 0.14000000059604645]
+  """
+  return jax.tree.map(lambda h: _read(h) if handles.is_handle(h) else h, handle, is_leaf=handles.is_handle)
+
+
+def _in_parts(
+  fn: Callable[..., Any], remat: Any, microbatches: Any, in_axes: PyTree, out_axes: PyTree, who: str
+) -> tuple[Callable[..., Any], Remat]:
+  """Returns the function to run, which may split its batch, and what is left to do of `remat`."""
+  if not isinstance(remat, bool) and not callable(remat):
+    raise TypeError(f"{who}: remat has to be True, False or a policy of jax.checkpoint_policies, but it is {remat!r}.")
+  if not isinstance(microbatches, int) or microbatches < 1:
+    raise ValueError(f"{who}: microbatches has to be 1 or more, but it is {microbatches!r}.")
+  if microbatches == 1:
+    return fn, remat
+  policy = None if isinstance(remat, bool) else remat
+  return microbatch.split(fn, microbatches, in_axes, out_axes, policy, who), False
+
+
+# --- The custom_vjps --------------------------------------------------------------------------------------------------
+
+
+def _read(handle: handles.Handle) -> PyTree:
+  """Makes the arrays of `fused_value`: one custom_vjp for each group of leaves that are stepped together."""
+  step = handles.handle_step(handle)
+  for leaves in step.update.components(step.claim_values(handle)):
+    refs = fused_call.Refs(step, leaves, [step.update.group(leaves, "fused_value")])
+    step.values.update(zip(leaves, _hook(step, refs)(step.token, refs.arguments), strict=True))
+  return handles.handle_treedef(handle).unflatten([step.values[i] for i in handles.handle_leaves(handle)])
+
+
+def _hook(step: handles.Step, refs: fused_call.Refs) -> Callable[..., list[Any]]:
+  @jax.custom_vjp
+  def hook(token: Any, arguments: Any) -> list[Any]:
+    return refs.weights(arguments)
+
+  def hook_fwd(token: Any, arguments: Any) -> tuple[list[Any], Any]:
+    return refs.weights(arguments), arguments
+
+  def hook_bwd(arguments: Any, cotangents: list[Any]) -> tuple[Any, None]:
+    step.stepped.update(refs.leaves)
+    grads = dict(zip(refs.leaves, cotangents, strict=True))
+    refs.update(arguments, grads, ())
+    return jnp.float32(0), None
+
+  hook.defvjp(hook_fwd, hook_bwd)
+  return hook
+
+
+def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
+  step, refs, trained = call.step, call.refs(), call.trained()
+  apply, closed = jax.closure_convert(call.apply, call.weights(), call.arrays)
+  traced: list[pullbacks.Pullback] = []
+
+  def fun(weights: list[Any], constants: list[Any], inputs: list[Any]) -> PyTree:
+    count = len(call.arrays)
+    return fused_call.checkpointed(apply, remat, prevent_cse=True)(weights, inputs[:count], *inputs[count:])
+
+  @jax.custom_vjp
+  def layer(token: Any, arguments: Any, inputs: list[Any]) -> PyTree:
+    return fun(refs.weights(arguments), [], inputs)
+
+  def layer_fwd(token: Any, arguments: Any, inputs: list[Any]) -> tuple[PyTree, Any]:
+    arguments = fused_call.values(arguments)
+    inputs, active = fused_call.perturbed(inputs)
+    weights = refs.weights(arguments)
+    pullback = pullbacks.trace(fun, weights, [], inputs, (trained, [], active))
+    traced[:] = [pullback]
+    out, kept = pullback.forward(weights, [], inputs)
+    # The refs for the backward pass to write, the activations it needs, and which inputs get a cotangent.
+    return pullback.out_treedef.unflatten(out), (arguments, kept, fused_call.Static(tuple(active)))
+
+  def layer_bwd(residuals: Any, cotangents: PyTree) -> tuple[Any, ...]:
+    arguments, kept, active = residuals
+    (pullback,) = traced
+    step.stepped.update(refs.leaves)
+    real = fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=fused_call.is_zero), pullback.out_avals)
+    # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
+    weights, real = order.barrier((refs.weights(arguments), real))
+
+    def backward(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+      grads, _, onward = pullback.backward(weights, [], kept, fused_call.all_cotangents(real, pullback.out_avals))
+      return onward, fused_call.grads_by_leaf(refs.leaves, trained, grads)
+
+    small = sum(w.size * w.dtype.itemsize for w in weights) < _WORTH_A_BARRIER
+    if small or jax_forms.misread_scan():  # or a JAX whose programs cannot be taken apart: all weights at the end
+      onward, grads = backward(weights, kept, real)
+      onward = refs.update(arguments, grads, onward)
+    else:
+      onward = _step_within(refs, arguments, backward, weights, kept, real)
+    return jnp.float32(0), None, fused_call.spread(onward, active.value)
+
+  layer.defvjp(layer_fwd, layer_bwd, symbolic_zeros=True)
+  return layer(step.token, refs.arguments, [*call.arrays, *closed])
+
+
+def _step_within(
+  refs: fused_call.Refs,
+  arguments: Any,
+  backward: Callable[..., tuple[list[Any], dict[int, Any]]],
+  weights: list[Any],
+  kept: list[Any],
+  real: list[Any],
+) -> list[Any]:
+  """Runs the backward pass of a layer and steps each weight as soon as its gradient is complete.
+
+  Returns:
+    What the backward pass goes on with.
+  """
+
+  def flat(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], list[Any]]:
+    onward, grads = backward(weights, kept, real)
+    zeros = {i: types.zeros(w) for i, w in zip(refs.leaves, weights, strict=True) if i not in grads}
+    return onward, [(grads | zeros)[i] for i in refs.leaves]
+
+  closed, (onward, _) = jax.make_jaxpr(flat, return_shape=True)(weights, kept, real)
+  count = len(onward)
+  wanted = [i >= count for i in range(count + len(refs.leaves))]
+  program = jax_forms.flatten_towards(closed, wanted, planning.FOLLOWED)
+  of_leaf = dict(zip(refs.leaves, program.outputs[count:], strict=True))
+  sites = of_groups(refs.groups, of_leaf, dict(zip(refs.leaves, program.inputs, strict=False)), refs.kernels)
+  values, states, shared = refs.values(arguments)
+  store = evaluate.Whole(values | dict(zip(refs.leaves, weights, strict=True)), states, refs.groups)
+  env = dict(program.constants)
+  env.update(zip(program.inputs, jax.tree.leaves((weights, kept, real)), strict=True))
+  plan = planning.make_plan(program, sites, program.outputs[:count], _WORTH_A_BARRIER)
+  evaluate.evaluate(plan, env, store, [[shared[v] for v in group.shared] for group in refs.groups])
+  return refs.write(arguments, store.leaves, store.states, [jax_forms.value(a, env) for a in program.outputs[:count]])
+
+
+def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, unroll: int) -> PyTree:
+  step, refs, trained = call.step, call.refs(), call.trained()
+  for group in refs.groups:
+    group.check_layers(layers)
+  # What a scan returns has strong types, so that what it starts with must have too.
+  carried = [lax.convert_element_type(c, c.dtype) for c in call.arrays_of(1)]
+  scanned = call.arrays_of(2)
+  count = len(carried)
+  slices = [types.struct(x, 0) for x in scanned]
+  carry_treedef = call.treedef_of(1)
+  y_treedef: list[Any] = []
+
+  def one(weights: list[Any], arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+    out = call.apply(weights, arrays)
+    if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != carry_treedef:
+      raise TypeError(
+        "fused_scan: fn has to return (carry, y) with a carry of the structure it was given, as in lax.scan: "
+        f"{carry_treedef}, but it returned {jax.tree.structure(out)}."
+      )
+    y, treedef = jax.tree.flatten(out[1])
+    y_treedef[:] = [treedef]
+    return jax.tree.leaves(out[0]), y
+
+  apply, closed = jax.closure_convert(one, call.weights(without=0), [*map(types.struct, carried), *slices])
+  traced: list[pullbacks.Pullback] = []
+
+  def fun(weights: list[Any], constants: list[Any], inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+    return fused_call.checkpointed(apply, remat, prevent_cse=False)(weights, inputs, *constants)
+
+  def scan(body: Callable[..., Any], carry: Any, xs: Any, backward: bool = False) -> Any:
+    return lax.scan(body, carry, (jnp.arange(layers, dtype=jnp.int32), xs), reverse=reverse != backward, unroll=unroll)
+
+  @jax.custom_vjp
+  def stack(token: Any, arguments: Any, carry: list[Any], xs: list[Any], constants: list[Any]) -> PyTree:
+    return scan(lambda c, ix: fun(refs.weights(arguments, ix[0]), constants, [*c, *ix[1]]), carry, xs)
+
+  def stack_fwd(token: Any, arguments: Any, carry: Any, xs: Any, constants: Any) -> tuple[PyTree, Any]:
+    arguments, carry = fused_call.values(arguments), fused_call.values(carry)
+    xs, active_xs = fused_call.perturbed(xs)
+    constants, active_constants = fused_call.perturbed(constants)
+    active = (trained, active_constants, [fused_call.is_float(c) for c in carry] + active_xs)
+    inputs = [*map(types.struct, carry), *slices]
+    pullback = pullbacks.trace(fun, call.weights(without=0), constants, inputs, active)
+    traced[:] = [pullback]
+
+    def body(carry: list[Any], ix: Any) -> tuple[list[Any], Any]:
+      out, kept = pullback.forward(refs.weights(arguments, ix[0]), constants, [*carry, *ix[1]])
+      return out[:count], (out[count:], kept)
+
+    carry, (ys, kept) = scan(body, carry, xs)
+    # The refs for the backward pass to write, what all layers share, their activations, and what gets a cotangent.
+    static = fused_call.Static((tuple(active_constants), tuple(active_xs)))
+    return (carry, ys), (arguments, constants, kept, static)
+
+  def stack_bwd(residuals: Any, cotangents: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+    arguments, constants, kept, static = residuals
+    active_constants, active_xs = static.value
+    (pullback,) = traced
+    avals = pullback.out_avals
+    step.stepped.update(refs.leaves)
+    ct_carry = fused_call.real_cotangents(cotangents[0], avals[:count])
+    # A y that nothing depends on has no cotangent to be scanned over; the layer makes its own zeros.
+    ct_ys = [
+      None if fused_call.is_zero(ct) or not fused_call.is_float(a) else ct
+      for ct, a in zip(cotangents[1], avals[count:], strict=True)
+    ]
+    sums = [types.zeros(c) for c, flag in zip(constants, active_constants, strict=True) if flag]
+    # The gradients of small weights are stacked after all, for one update of all layers.
+    small = refs.small_stacks(layers)
+    later = [i for group in small for i in group.leaves]
+
+    def body(state: Any, ix: Any) -> Any:
+      (ct_carry, sums), (index, (kept, ct_ys)) = state, ix
+      weights = refs.weights(arguments, index)
+      ys = [types.zeros(a) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
+      real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if fused_call.is_float(a))]
+      grads, more, onward = pullback.backward(
+        weights, constants, order.in_order(kept), fused_call.all_cotangents(real, avals)
+      )
+      sums = [a + b for a, b in zip(sums, more, strict=True)]
+      of_leaf = fused_call.grads_by_leaf(refs.leaves, trained, grads)
+      refs.update_layer(arguments, of_leaf, onward, index, layers, small)
+      return (onward[: len(ct_carry)], sums), (onward[len(ct_carry) :], {i: of_leaf[i] for i in later if i in of_leaf})
+
+    (ct_carry, sums), (ct_xs, stacked) = scan(body, (ct_carry, sums), (kept, ct_ys), backward=True)
+    if small:
+      ct_carry = refs.update(arguments, stacked, ct_carry, small)
+    in_carry = fused_call.spread(ct_carry, [fused_call.is_float(c) for c in carried])
+    return (
+      jnp.float32(0),
+      None,
+      in_carry,
+      fused_call.spread(ct_xs, active_xs),
+      fused_call.spread(sums, active_constants),
+    )
+
+  stack.defvjp(stack_fwd, stack_bwd, symbolic_zeros=True)
+  carry, ys = stack(step.token, refs.arguments, carried, scanned, closed)
+  return carry_treedef.unflatten(carry), y_treedef[0].unflatten(ys)

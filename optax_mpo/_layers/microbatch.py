@@ -1,0 +1,107 @@
+"""Splits the batch inside of a layer, so that its gradient is summed over parts before the layer is stepped, once.
+
+Why: a large batch is usually made of several backward passes whose gradients are added up, in a tree as large as the
+model. With gradients released there is no such tree, and so the two are said to exclude each other. They do if the
+batch is split around the model. Split inside each layer, only what goes from layer to layer spans the whole batch, and
+the sum is as large as one layer.
+
+How: the layer becomes a `lax.scan` over the parts of its inputs, with `jax.checkpoint` around each. JAX's own
+derivative of that scan adds up the gradients of what all parts share. The weights are that, widened to f32 before the
+scan and narrowed inside of it, so that the sum is one of f32 numbers and is rounded once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_mpo._core import trees
+
+PyTree = Any
+
+
+def split(
+  fn: Callable[..., PyTree], count: int, in_axes: PyTree, out_axes: PyTree, policy: Any, who: str
+) -> Callable[..., PyTree]:
+  """Returns `fn(params, *inputs, **kwargs)` that computes the parts of its batch one after the other.
+
+  Args:
+    fn: a function of weights and inputs.
+    count: of the parts, equal in size.
+    in_axes: for the inputs (a tuple, or one for all), as in `jax.vmap`: the batch axis, or None for what all parts get.
+      kwargs go to all parts.
+    out_axes: for the results, likewise; what has None is averaged over the parts.
+    policy: of `jax.checkpoint`, what is kept of each part; None keeps its inputs alone.
+    who: the caller's name, for errors.
+  """
+
+  @functools.wraps(fn)
+  def parts(params: PyTree, *inputs: Any, **kwargs: Any) -> PyTree:
+    leaves, treedef = jax.tree.flatten(inputs)
+    axes = _spread(in_axes, inputs, f"{who}: in_axes")
+    sizes = {
+      leaf.shape[axis]: None
+      for leaf, axis in zip(leaves, axes, strict=True)
+      if trees.is_array(leaf) and axis is not None
+    }
+    if len(sizes) != 1:
+      raise ValueError(
+        f"{who}: with microbatches, the inputs have to share one batch axis, but in_axes={in_axes!r} finds the sizes "
+        f"{list(sizes)}. Give None to what has none."
+      )
+    (size,) = sizes
+    if size % count:
+      raise ValueError(f"{who}: a batch of {size} does not split into {count} microbatches of the same size.")
+    moved = [
+      _split(leaf, axis, count) if trees.is_array(leaf) and axis is not None else None
+      for leaf, axis in zip(leaves, axes, strict=True)
+    ]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+    def one(wide: PyTree, part: list[Any]) -> PyTree:
+      narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params)
+      merged = [leaf if p is None else p for leaf, p in zip(leaves, part, strict=True)]
+      return fn(narrow, *treedef.unflatten(merged), **kwargs)
+
+    wide = jax.tree.map(_widen, params)
+    _, out = lax.scan(lambda _, part: (None, one(wide, part)), None, moved)
+    results, out_treedef = jax.tree.flatten(out)
+    out_of = _spread(out_axes, out, f"{who}: out_axes")
+    return out_treedef.unflatten([_merge(y, axis) for y, axis in zip(results, out_of, strict=True)])
+
+  return parts
+
+
+def _widen(weight: jax.Array) -> jax.Array:
+  return weight.astype(jnp.float32) if weight.dtype in (jnp.bfloat16, jnp.float16) else weight
+
+
+def _spread(axes: PyTree, tree: PyTree, what: str) -> list[int | None]:
+  """One axis for each leaf of `tree`, from a prefix of it."""
+  marked = jax.tree.map(lambda a: "none" if a is None else a, axes, is_leaf=lambda a: a is None)
+  try:
+    found = jax.tree.leaves(jax.tree.broadcast(marked, tree))
+  except ValueError as error:
+    raise ValueError(f"{what}={axes!r} does not fit {jax.tree.structure(tree)}, as in jax.vmap.") from error
+  return [None if a == "none" else a for a in found]
+
+
+def _split(x: Any, axis: int, count: int) -> jax.Array:
+  """`[..., batch, ...]` to `[count, ..., batch / count, ...]`, contiguous parts."""
+  axis %= x.ndim
+  x = jnp.asarray(x).reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x, axis, 0)
+
+
+def _merge(y: jax.Array, axis: int | None) -> jax.Array:
+  """What `_split` does, undone; or the mean."""
+  if axis is None:
+    if jnp.issubdtype(y.dtype, jnp.inexact):
+      return jnp.mean(y, 0)
+    return jnp.sum(y, 0, dtype=y.dtype if y.dtype.itemsize >= 4 else jnp.int32)  # with and without jax_enable_x64
+  axis %= y.ndim - 1
+  y = jnp.moveaxis(y, 0, axis)
+  return y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])

@@ -1,0 +1,1 @@
+"""Peak memory of a step on a GPU that need not be there."""

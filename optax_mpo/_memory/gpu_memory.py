@@ -1,0 +1,378 @@
+"""Peak memory of a jitted function on a GPU you do not have.
+
+Why: how much memory a training step takes is known only once XLA has compiled it for the card it runs on: XLA:CPU
+keeps f32 copies of bf16 weights and schedules otherwise, and adding up array sizes knows nothing of temporaries. But
+XLA:GPU needs no GPU to compile, and what it says of buffers then is what it would allocate.
+
+Method: the function is traced and lowered for CUDA here, in the caller's process, with `jax.export`. A second process
+compiles what came out for a named card with JAX's CUDA plugin (`jax.experimental.topologies`), and reports XLA's
+memory analysis and its dump of the buffers.
+
+Why two processes: the plugin can be asked for a card that is not there only if JAX started with JAX_PLATFORMS=cpu. A
+process that started JAX without that, on a machine without a GPU, has thrown the plugin out for good (its version
+check fails; measured on JAX 0.10.2 and 0.12.0.1), and there is no public way to bring it back. The second process has
+settings of its own, so that those of the caller do not matter and the caller's backend is never touched.
+
+Why `jax.export`: it is JAX's public way to carry a lowered function over. Layouts come along by the names of mesh
+axes, so that a function laid out over CPU devices or over an `AbstractMesh` fits the target's devices; donation is
+carried beside it. The bytes are the same as from lowering directly for the target's devices, to the last one (tested).
+"""
+
+import dataclasses
+import inspect
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import export
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from optax_mpo._core import modules, trees
+from optax_mpo._memory import compiling, gpu_targets, parameters, xla_dump
+from optax_mpo._memory.report import MemoryReport
+
+# Settings of JAX that change how a lowered function is compiled; all others are in what was lowered.
+_COMPILE_CONFIG = (
+  "jax_enable_x64",
+  "jax_compiler_enable_remat_pass",
+  "jax_exec_time_optimization_effort",
+  "jax_memory_fitting_effort",
+  "jax_memory_fitting_level",
+  "jax_optimization_level",
+)
+
+
+def gpu_memory(
+  fn: Callable[..., Any],
+  *args: Any,
+  donate_argnums: int | Sequence[int] = (),
+  target: str = "h100",
+  devices: int = 1,
+  params_argnum: int | None = None,
+  params: Any = None,
+  compiler_options: Mapping[str, Any] | None = None,
+  dump_to: str | pathlib.Path | None = None,
+) -> MemoryReport:
+  """Compiles `fn` for a GPU, which need not be there, and reports the memory it takes.
+
+  Nothing is run, no array is put on a device, and the process keeps the backend it has. It takes some seconds, nearly
+  all of them XLA's; the result is the same each time. (On a machine with the plugin and without a GPU, JAX itself
+  prints an error about the plugin the first time it is used, unless JAX_PLATFORMS=cpu is set. It does no harm here.)
+
+  Args:
+    fn: a function, or one that is jitted already, by `jax.jit` or `nnx.jit`. A jitted one keeps its own donated and
+      static arguments, and its shardings.
+    *args: what `fn` is called with: trees of arrays or of `jax.ShapeDtypeStruct`. Only shapes, dtypes and shardings
+      are read.
+    donate_argnums: as in `jax.jit`. For plain functions.
+    target: `"h100"` (80 GB SXM), `"h200"`, `"a100-80gb"`, `"a100-40gb"`, `"l40s"`, `"rtx4090"`, `"a10"`, or `"local"`
+      for the card in this machine.
+    devices: how many of them `fn` is spread over. Arguments say how by a `NamedSharding`, over a
+      `jax.sharding.AbstractMesh` or over a mesh of any devices, such as CPU ones, with that many places; the target's
+      devices stand in for them in order. Arguments without a sharding are replicated.
+    params_argnum: which argument holds the parameters, for the bytes per parameter. In an NNX module or state they are
+      its `nnx.Param`s; in a train state (Flax's, this library's or any object with `params`) and in Linen's variables
+      what is under that name; in other trees all arrays but Optax's states, random keys and counters.
+    params: in its place, what the parameters are, where those rules do not tell: a tree, or a function of `*args` that
+      returns one, such as `lambda run, batch: run["weights"]`. All arrays in it are counted.
+    compiler_options: XLA's, as in `jax.jit`. The environment's XLA_FLAGS count too.
+    dump_to: a folder to leave XLA's dump in, for a closer look: the optimized program is the file that ends in
+      `gpu_after_optimizations.txt`, and the instructions of its kernels are in those that end in `.ptx`. It is made
+      where it is not there, and has to be empty.
+
+  Returns:
+    A `MemoryReport`, with sizes for one device.
+
+  Raises:
+    ValueError: for an unknown target, a function that does not trace or cannot be lowered for CUDA, layouts that do
+      not have `devices` places, a `dump_to` that is not empty, and settings that contradict each other.
+    TypeError: for arguments that are not arrays.
+    ImportError: where JAX's CUDA plugin is not installed or of another version, with the command that installs it.
+    RuntimeError: where XLA does not compile it.
+
+  Memory: what it leaves out is what the GPU's libraries choose when they run: workspace of matrix products and
+  convolutions (up to 32 MiB where XLA measures and picks another algorithm), CUDA's context, fragmentation. An
+  argument that `fn` does not use is counted, since it is there. Memory of the host is not counted.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax_mpo as mpo
+    >>> w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    >>> report = mpo.gpu_memory(lambda w, g: w - 0.1 * g, w, w, donate_argnums=0, target="a100-40gb", params_argnum=0)
+    >>> report.total_bytes, report.bytes_per_parameter, report.fits
+    (8388608, 8.0, True)
+  """
+  card = gpu_targets.find(target)
+  if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+    raise ValueError(f"gpu_memory: devices has to be a number of devices, 1 or more, but it is {devices!r}.")
+  compiling.check_toolchain()
+  options = _checked_options(compiler_options)
+  if dump_to is not None:
+    _check_empty(pathlib.Path(dump_to))
+  jitted = _jitted(fn, donate_argnums)
+  structs = _structs(fn, args, devices, static=jitted is fn)
+  count = _parameter_count(args, params_argnum, params)
+  exported, donated, names, captured = _lower(fn, jitted, structs, devices)
+
+  with tempfile.TemporaryDirectory(prefix="optax_mpo_") as folder:
+    request = {
+      "target": card and card.config,
+      "topology": f"1x{devices // 8}x8" if devices % 8 == 0 else f"1x1x{devices}",  # hosts of 8 cards
+      "donated": donated,
+      "options": options,
+      "kernels": dump_to is not None,
+      "config": {name: getattr(jax.config, name) for name in _COMPILE_CONFIG if hasattr(jax.config, name)},
+    }
+    sizes = compiling.run(pathlib.Path(folder), request, exported.serialize(), card)
+    dump = pathlib.Path(folder, "dump")
+    if dump_to is not None:
+      shutil.copytree(dump, dump_to, dirs_exist_ok=True)
+    buffers = xla_dump.read(dump, sizes["temp"], names)
+    device, device_bytes = (card.name, card.memory) if card else xla_dump.read_device(dump)
+  return MemoryReport(
+    target=target.lower(),
+    device=device,
+    devices=devices,
+    device_bytes=device_bytes,
+    argument_bytes=sizes["argument"] + captured,
+    output_bytes=sizes["output"],
+    aliased_bytes=sizes["alias"],
+    temporary_bytes=sizes["temp"],
+    parameter_count=count,
+    jax_version=jax.__version__,
+    buffers=buffers,
+    without_triton=bool(sizes["without_triton"]),
+  )
+
+
+def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+  options = dict(options or {})
+  for name, value in options.items():
+    if name.startswith("xla_dump"):
+      raise ValueError(
+        f"gpu_memory: {name} cannot be set, since XLA's dump is read here. Leave it out; dump_to=... keeps the dump."
+      )
+    if not isinstance(value, bool | int | float | str):
+      raise ValueError(f"gpu_memory: compiler_options[{name!r}] has to be a bool, a number or a string.")
+  return options
+
+
+def _check_empty(folder: pathlib.Path) -> None:
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"gpu_memory: dump_to names {folder}, which is not an empty folder. Name a new one.")
+
+
+def _jitted(fn: Any, donate_argnums: int | Sequence[int]) -> Any:
+  if not callable(fn):
+    raise TypeError(f"gpu_memory: fn has to be a function, but it is a {type(fn).__name__}.")
+  if not isinstance(fn, jax.stages.Wrapped):
+    return jax.jit(fn, donate_argnums=donate_argnums)
+  if donate_argnums not in ((), []):
+    raise ValueError(
+      f"gpu_memory: donate_argnums={donate_argnums} is given, but {_name(fn)} is jitted and donates what it was jitted "
+      "with. Set it there (jax.jit(..., donate_argnums=...)), or pass the function without jit."
+    )
+  return fn
+
+
+def _name(fn: Any) -> str:
+  return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _roots(fn: Any, count: int) -> list[str]:
+  """Names for the arguments of `fn`, for errors."""
+  try:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
+  except (TypeError, ValueError):
+    named = []
+  return (named + [f"args[{i}]" for i in range(len(named), count)])[:count]
+
+
+def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tuple[Any, ...]:
+  """Returns the arguments as ShapeDtypeStructs.
+
+  Args:
+    fn: for names in errors.
+    args: the arguments.
+    devices: what shardings have to be over.
+    static: whether leaves that are no arrays may be static arguments, which are left to `jit`.
+  """
+
+  def struct(root: str, path: Any, leaf: Any) -> Any:
+    name = trees.name(path, root)
+    if not trees.is_array(leaf):
+      if static or isinstance(leaf, bool | int | float | complex):
+        return leaf
+      raise TypeError(
+        f"gpu_memory: {name} is a {type(leaf).__name__}, not an array. Pass an array or a jax.ShapeDtypeStruct; what "
+        "is no array can be bound with functools.partial(fn, ...), or be static: jax.jit(fn, static_argnums=...)."
+      )
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, SingleDeviceSharding):
+      sharding = None
+    if sharding is not None and not isinstance(sharding, NamedSharding):
+      raise TypeError(
+        f"gpu_memory: {name} has a {type(sharding).__name__}. Use a NamedSharding, whose axes have names that can be "
+        "found again on the target."
+      )
+    if sharding is not None and sharding.mesh.size != devices:
+      if sharding.mesh.size > 1:
+        _raise_other_devices(f"{name} is laid out over {sharding.mesh.size}", sharding.mesh.size, devices)
+      sharding = None
+    weak = bool(getattr(leaf, "weak_type", False))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak)
+
+  shared = {id(variable): None for variable in modules.variables(args)}  # NNX's, which stay one where they are one
+
+  def structs_of(root: str, path: Any, node: Any) -> Any:
+    if id(node) not in shared:
+      return struct(root, path, node)
+    if shared[id(node)] is None:
+      inside = jax.tree_util.tree_map_with_path(lambda more, leaf: struct(root, (*path, *more), leaf), node)
+      shared[id(node)] = inside
+    return shared[id(node)]
+
+  return tuple(
+    jax.tree_util.tree_map_with_path(
+      lambda path, node, root=root: structs_of(root, path, node), arg, is_leaf=lambda x: id(x) in shared
+    )
+    for root, arg in zip(_roots(fn, len(args)), args, strict=True)
+  )
+
+
+def _raise_other_devices(what: str, found: int, devices: int) -> None:
+  raise ValueError(f"gpu_memory: {what} devices, but devices={devices}. Pass devices={found}, or lay it out anew.")
+
+
+def _parameter_count(args: tuple[Any, ...], params_argnum: int | None, params: Any) -> int | None:
+  if params is not None:
+    if params_argnum is not None:
+      raise ValueError("gpu_memory: params and params_argnum both say what the parameters are. Pass one of them.")
+    is_function = callable(params) and not any(trees.is_array(x) for x in jax.tree.leaves(params))
+    count = parameters.size(params(*args) if is_function else params)
+    if not count:
+      raise ValueError("gpu_memory: what params names has no arrays in it.")
+    return count
+  if params_argnum is None:
+    return None
+  if not -len(args) <= params_argnum < len(args):
+    raise ValueError(f"gpu_memory: params_argnum is {params_argnum}, but fn gets {len(args)} arguments.")
+  count = parameters.size(parameters.of(args[params_argnum]))
+  if not count:
+    raise ValueError(
+      f"gpu_memory: argument {params_argnum}, which params_argnum names, has no arrays in it that are known for "
+      "parameters. Name them: params=..., a tree or a function of the arguments that returns one."
+    )
+  return count
+
+
+class _Traced:
+  """A traced function instead of a jitted one, for `jax.export`: what NNX traces is lowered otherwise."""
+
+  def __init__(self, traced: Any):
+    self._traced: jax.stages.Traced = getattr(traced, "traced", traced)  # NNX wraps it
+
+  def trace(self, *_: Any, **__: Any) -> jax.stages.Traced:
+    return self._traced
+
+  def lower(self, *_: Any, **kwargs: Any) -> jax.stages.Lowered:
+    return self._traced.lower(**kwargs)
+
+  def eval_shape(self, *_: Any, **__: Any) -> Any:
+    return self._traced.out_info
+
+  def __call__(self, *_: Any, **__: Any) -> Any:
+    raise TypeError("gpu_memory: a traced function is lowered, not called.")
+
+
+def _lower(
+  fn: Any, jitted: Any, structs: tuple[Any, ...], devices: int
+) -> tuple[export.Exported, list[int], list[str], int]:
+  """Lowers for CUDA.
+
+  Returns:
+    The lowered function with flat arguments and results; the indices of the donated arguments; the arguments' names;
+    and the bytes of the arrays it captured.
+  """
+  try:
+    lowerable = _Traced(jitted.trace(*structs))
+    traced = lowerable.trace()
+  except Exception as error:
+    _check_backend(error)
+    raise ValueError(
+      f"gpu_memory: {_name(fn)} does not trace with these arguments: {_first_line(error)}. It has to be a function "
+      f"that jax.jit takes; jax.eval_shape({_name(fn)}, ...) with the same arguments fails alike."
+    ) from error
+  if jitted is fn:
+    _check_no_options(jitted, structs)
+  try:
+    exported = export.export(
+      lowerable, platforms=("cuda",), disabled_checks=[export.DisabledSafetyCheck.custom_call("ALL")]
+    )(*structs)
+  except Exception as error:
+    _check_backend(error)
+    raise ValueError(
+      f"gpu_memory: {_name(fn)} traces, but cannot be lowered for CUDA in this process: {_first_line(error)}. Take out "
+      "calls back to Python (jax.debug.print, io_callback, pure_callback): they need the GPU itself. Pallas kernels "
+      "may have to be told which GPU is meant, by jax.sharding.use_abstract_mesh with an AbstractDevice."
+    ) from error
+  if exported.nr_devices not in (1, devices):
+    _raise_other_devices(f"{_name(fn)} is laid out over {exported.nr_devices}", exported.nr_devices, devices)
+  infos = jax.tree.leaves(traced.args_info)
+  # An argument that is not used is not passed on by jit, so that its memory is not there for an output to take.
+  donated = [i for i in exported.module_kept_var_idx if infos[i].donated]
+  names: list[str] = list(traced.jaxpr.jaxpr.debug_info.arg_names or ())
+  if len(names) != len(infos) or not all(names):
+    names = [f"argument {i}" for i in range(len(infos))]
+  flat = tuple(range(len(exported.in_avals)))
+  exported = dataclasses.replace(
+    exported,
+    in_tree=jax.tree.structure((flat, {})),
+    out_tree=jax.tree.structure(tuple(range(len(exported.out_avals)))),
+  )
+  captured = sum(c.size * c.dtype.itemsize for c in traced.jaxpr.consts if trees.is_array(c) and c.size > 1)
+  return exported, donated, names, captured
+
+
+def _check_backend(cause: Exception) -> None:
+  """Raises where the cause of an error is that JAX has no backend at all in this process."""
+  try:
+    jax.default_backend()
+  except Exception:
+    raise RuntimeError(
+      "gpu_memory: JAX cannot start in this process, whose JAX_PLATFORMS is "
+      f"{getattr(jax.config, 'jax_platforms', None)!r}. Set JAX_PLATFORMS=cpu before JAX is imported; the GPU to "
+      "compile for is named by target=... and need not be there."
+    ) from cause
+
+
+def _check_no_options(jitted: Any, structs: tuple[Any, ...]) -> None:
+  """Raises where a jitted function has compiler options: they are not part of what is exported."""
+  leaves, treedef = jax.tree.flatten(structs)
+  arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
+
+  def call(*values: Any) -> Any:
+    merged = list(leaves)
+    for i, value in zip(arrays, values, strict=True):
+      merged[i] = value
+    return jitted(*treedef.unflatten(merged))
+
+  try:
+    jax.eval_shape(call, *(jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in arrays))
+  except ValueError as error:
+    # JAX does not say whether a jitted function has options, but refuses it inside another one if it has.
+    if "compiler_options" in str(error):
+      raise ValueError(
+        f"gpu_memory: {_name(jitted)} is jitted with compiler_options, which cannot be read from it. Leave them out "
+        "there and pass them to gpu_memory(..., compiler_options=...)."
+      ) from error
+  except Exception:  # it traces by itself; whatever keeps it from being called inside another function is no concern
+    pass
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0]}".rstrip(" :.")

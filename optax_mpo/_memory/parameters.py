@@ -1,0 +1,62 @@
+"""Which arrays of an argument are a model's parameters, and how many numbers they hold.
+
+Why: a train state holds moments, counts and statistics beside the params. Counted with them, a model that takes 12
+bytes per parameter seems to take 4.
+
+How: by what the objects say of themselves. An NNX variable is a `Param` or it is not; a train state and Linen's
+variables have their params under that name; Optax's states are named tuples whose names end in `State`. Arrays that
+nothing is said of are parameters, but for random keys and counters.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_mpo._core import modules, trees
+
+PyTree = Any
+
+
+def size(tree: PyTree) -> int:
+  """Returns how many numbers there are in all arrays of `tree`, shared NNX variables counted once."""
+  found = modules.variables(tree) or [tree]
+  return sum(leaf.size for leaf in jax.tree.leaves(found) if trees.is_array(leaf))
+
+
+def of(tree: PyTree) -> PyTree:
+  """Returns the arrays of `tree` that are parameters."""
+  variables = modules.variables(tree)
+  if variables:
+    return [x for x in variables if isinstance(x, sys.modules["flax.nnx"].Param)]
+  found = []
+  for node in jax.tree.leaves(tree, is_leaf=lambda x: _is_state(x) or _params_in(x) is not None):
+    params = _params_in(node)
+    if params is not None:
+      found.append(of(params))
+    elif not _is_state(node) and not _is_key_or_counter(node):
+      found.append(node)
+  return found
+
+
+def _params_in(node: Any) -> PyTree:
+  """What a train state or Linen's variables have under the name of params; None for all else."""
+  if isinstance(node, Mapping):
+    return node.get("params")
+  params = None if trees.is_array(node) else getattr(node, "params", None)
+  return params if any(trees.is_array(x) for x in jax.tree.leaves(params)) else None
+
+
+def _is_state(node: Any) -> bool:
+  named_tuple = isinstance(node, tuple) and hasattr(node, "_fields")
+  return named_tuple and type(node).__name__.endswith("State") and _params_in(node) is None
+
+
+def _is_key_or_counter(leaf: Any) -> bool:
+  if not trees.is_array(leaf):
+    return False
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or (
+    leaf.ndim == 0 and not jnp.issubdtype(leaf.dtype, jnp.inexact)
+  )

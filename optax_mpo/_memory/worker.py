@@ -1,0 +1,117 @@
+"""The process in which `gpu_memory` compiles: reads a request, runs XLA:GPU, writes what came of it. Run as a script.
+
+Why a process of its own: see `gpu_memory`. It gets the request in the folder named by its only argument:
+
+  request.json   the target's text (null: the local card), the topology, the donated arguments, the compiler options
+  module.bin     the function, lowered for CUDA, as `jax.export` writes it
+
+It leaves there `result.json`, with XLA's figures or with an error and the stage it happened in, and XLA's dump.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+SIZES = ("argument", "output", "alias", "temp")
+
+
+def mesh_axes(module: str) -> list[tuple[str, int]]:
+  """Returns names and sizes of the axes of the mesh that a lowered module is laid out over; none: []."""
+  for axes in re.findall(r"sdy\.mesh @\S+ = <\[([^\]]*)\]", module):
+    found = re.findall(r'"([^"]+)"\s*=\s*(\d+)', axes)
+    if found:
+      return [(axis, int(size)) for axis, size in found]
+  return []
+
+
+def shardings(exported: Any, devices: list[Any]) -> tuple[NamedSharding, list[NamedSharding]]:
+  """Returns the replicated sharding over the target's devices and those of the arguments, where it is the default."""
+  axes = mesh_axes(exported.mlir_module()) if exported.nr_devices > 1 else []
+  names = tuple(axis for axis, _ in axes) or ("devices",)
+  grid = np.array(devices).reshape([size for _, size in axes] or [len(devices)])
+  if not axes:
+    replicated = NamedSharding(Mesh(grid, names), PartitionSpec())
+    return replicated, [replicated] * len(exported.in_avals)
+  error = None
+  # The module tells names and sizes, but not the types of the axes.
+  for types in itertools.product((AxisType.Auto, AxisType.Explicit, AxisType.Manual), repeat=len(names)):
+    replicated = NamedSharding(Mesh(grid, names, axis_types=types), PartitionSpec())
+    try:
+      return replicated, [s or replicated for s in exported.in_shardings_jax(replicated.mesh)]
+    except ValueError as e:
+      error = error or e
+  raise ValueError(f"the arguments are laid out over more than one mesh. Lay them out over one. ({error})")
+
+
+def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
+  """Compiles what `folder` asks for, noting in `stage` how far it got."""
+  request = json.loads((folder / "request.json").read_text())
+  for name, value in request["config"].items():
+    jax.config.update(name, value)
+
+  stage[0] = "topology"
+  config = {} if request["target"] is None else {"target_config": request["target"]}
+  topology = topologies.get_topology_desc(platform="cuda", topology=request["topology"], **config)
+
+  stage[0] = "layout"
+  exported = export.deserialize(bytearray((folder / "module.bin").read_bytes()))
+  replicated, laid_out = shardings(exported, topology.devices)
+  args = [
+    jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=s)
+    for aval, s in zip(exported.in_avals, laid_out, strict=True)
+  ]
+  # Without arguments only the results can say where the function runs.
+  results: dict[str, Any] = {} if args else {"out_shardings": replicated}
+
+  stage[0] = "compile"
+  step = jax.jit(exported.call, donate_argnums=request["donated"], keep_unused=True, **results)
+  options = {
+    "xla_llvm_disable_expensive_passes": True,  # what comes after the buffers are known: a fifth of the time
+    **request["options"],
+    "xla_dump_to": str(folder / "dump"),
+    "xla_dump_hlo_as_text": True,
+  }
+  if request["kernels"]:  # since JAX 0.12 XLA writes them down where it is asked to
+    options["xla_dump_emitter_re"] = "ptx"
+  program, without_triton = compiled(step.lower(*args), options)
+  stats: Any = program.memory_analysis()
+  return {"without_triton": without_triton, **{size: getattr(stats, f"{size}_size_in_bytes") for size in SIZES}}
+
+
+def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, bool]:
+  """Compiles, without Triton's matrix products where those do not work out, and returns whether that was so.
+
+  Triton's tiles are chosen by measuring. Without a GPU XLA takes default ones, and where those do not fit a shape (a
+  ViT's 6272 x 768, say) it fails. All products then go to cuBLAS, as those that Triton does not win go anyway.
+  """
+  try:
+    return lowered.compile(options), False
+  except Exception as error:
+    if "output tile sizes" not in str(error) or "xla_gpu_enable_triton_gemm" in options:
+      raise
+    shutil.rmtree(options["xla_dump_to"], ignore_errors=True)
+    return lowered.compile({**options, "xla_gpu_enable_triton_gemm": False}), True
+
+
+def main() -> None:
+  folder = pathlib.Path(sys.argv[1])
+  stage = ["start"]
+  try:
+    result = compile_request(folder, stage)
+  except Exception as error:  # whatever it is, the process that asked has to tell it
+    result = {"stage": stage[0], "error": f"{type(error).__name__}: {error}"}
+  (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,1 @@
+"""Jaxprs as data, and what is known of them."""

@@ -1,0 +1,439 @@
+"""An update as what it computes for one element, for a kernel that steps a weight in one pass.
+
+Why: on GPUs XLA makes one kernel of an elementwise update, but not where its results are written into stacks of layers,
+nor where blocks of state get a scale from their largest element: then it reads and writes everything twice.
+
+How: the operations of an update are followed from its inputs, and each value is told apart by what it is one of for
+each *element* of the weight, for each *block* of elements along the last axis, or for all of it (*scalar*). Reshapes
+between those forms do nothing. What comes out is a list of nodes without shapes. Anything else is refused by name.
+
+XLA rewrites divisions and constants before it compiles: (a / b) / c to a / (b * c), for one. The nodes are written as
+XLA writes them, so that a kernel of them computes the very numbers; tests hold them against XLA's own program.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Atom, Operation, Program
+
+Kind = Literal["element", "block", "scalar"]
+
+
+class NotElementwiseError(Exception):
+  """An update that is no function of single elements and blocks. The message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+  """A value: "input" and "literal" with a number in `params`, or an operation on other nodes.
+
+  Attributes:
+    name: of the operation.
+    args: the nodes that it is made from.
+    dtype: of the value.
+    kind: what it is one of.
+    params: which input; the number; or what else the operation needs.
+  """
+
+  name: str
+  args: tuple[int, ...]
+  dtype: Any
+  kind: Kind
+  params: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """An input of the nodes: the values of a variable.
+
+  Attributes:
+    var: the variable.
+    kind: what it has one entry of.
+    columns: whether it has entries for one row of the weight alone, all rows alike.
+    counted: whether those are their own places in the row, 0, 1, 2 and so on: no array has to be read for them.
+  """
+
+  var: int
+  kind: Kind
+  columns: bool
+  counted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Elements:
+  """An update of one weight.
+
+  Attributes:
+    nodes: in an order in which they can be computed.
+    outputs: the nodes that are the new weight and the new states, in their order.
+    sources: what the nodes "input" stand for: the gradient, the weight, its states, and what is known beside them.
+    block: elements in a block; 0 where there are no blocks.
+    length: of the weight's last axis.
+    hoisted: operations on scalars and on numbers for one row, to be run beforehand.
+  """
+
+  nodes: tuple[Node, ...]
+  outputs: tuple[int, ...]
+  sources: tuple[Source, ...]
+  block: int
+  length: int
+  hoisted: tuple[Operation, ...]
+
+  def compute(self, values: Sequence[Any], shapes: dict[Kind, tuple[int, ...]]) -> list[Any]:
+    """Computes the outputs from arrays in the place of the sources, of the shapes that each kind has.
+
+    The shape of an element is that of a block with another last axis, or the two are the same.
+    """
+    env: list[Any] = []
+
+    def read(i: int, kind: Kind) -> Any:
+      return jnp.broadcast_to(env[i], shapes[kind])
+
+    for node in self.nodes:
+      if node.name == "input":
+        env.append(values[node.params])
+      elif node.name == "literal":
+        env.append(jnp.full((), node.params, node.dtype))
+      elif node.name == "reduce_max":
+        env.append(jnp.max(read(node.args[0], "element"), axis=-1, keepdims=True))
+      else:
+        args = [read(i, node.kind) for i in node.args]
+        env.append(_COMPUTE[node.name](node, *args))
+    return [read(i, "block" if self.nodes[i].kind == "block" else "element") for i in self.outputs]
+
+
+def _finite(node: Node, x: Any) -> Any:
+  return lax.abs(x) < np.array(np.inf, x.dtype)
+
+
+def _sign(node: Node, x: Any) -> Any:
+  one, zero = jnp.ones_like(x), jnp.zeros_like(x)
+  return jnp.where(x > zero, one, jnp.where(x < zero, -one, x))
+
+
+def _plain(operation: Callable[..., Any]) -> Callable[..., Any]:
+  return lambda node, *args: operation(*args)
+
+
+_PLAIN = """abs add ceil div eq exp floor ge gt le log lt max min mul ne neg rsqrt select_n shift_left
+  shift_right_arithmetic shift_right_logical sqrt sub""".split()
+_COMPUTE: dict[str, Callable[..., Any]] = {
+  **{name: _plain(getattr(lax, name)) for name in _PLAIN},
+  **{name: _plain(getattr(lax, f"bitwise_{name}")) for name in ("and", "or", "xor", "not")},
+  "bitcast_convert_type": lambda node, x: lax.bitcast_convert_type(x, node.dtype),
+  "convert_element_type": lambda node, x: lax.convert_element_type(x, node.dtype),
+  "is_finite": _finite,
+  "sign": _sign,
+}
+_NOTHING = frozenset("copy copy_p held laid_out optimization_barrier stop_gradient squeeze reshape expand_dims".split())
+
+
+def take_apart(
+  program: Program,
+  operations: Sequence[Operation],
+  inputs: Sequence[int],
+  given: Sequence[int],
+  outputs: Sequence[Atom],
+  shape: tuple[int, ...],
+) -> Elements:
+  """Takes the update of one weight apart.
+
+  Args:
+    program: where the operations are from.
+    operations: the update.
+    inputs: the variables of the gradient, the weight and its states.
+    given: the variables of what is known beside them.
+    outputs: the new weight and states.
+    shape: of the weight.
+
+  Raises:
+    NotElementwiseError: where it is no function of single elements and blocks.
+  """
+  return _Builder(program, shape, inputs).build(operations, inputs, given, outputs)
+
+
+class _Builder:
+  """Makes nodes of operations."""
+
+  def __init__(self, program: Program, shape: tuple[int, ...], inputs: Sequence[int]):
+    self.program, self.shape, self.size = program, shape, math.prod(shape)
+    if not shape or self.size == 0:
+      raise NotElementwiseError("it is a scalar, or empty")
+    self.length = shape[-1]
+    counts = {program.aval(v).shape[-1] for v in inputs if self._is_by_block(program.aval(v).shape)}
+    if len(counts) > 1 or any(self.length % count for count in counts):
+      raise NotElementwiseError("its state has blocks of several sizes, or ones that are not full")
+    self.block = self.length // counts.pop() if counts else 0
+    self.nodes: list[Node] = []
+    self.known: dict[Node, int] = {}
+    self.joined: set[int] = set()  # nodes that XLA joins with another one
+    self.env: dict[int, int] = {}  # the node of a variable
+
+  def _is_by_block(self, shape: tuple[int, ...]) -> bool:
+    return len(shape) == len(self.shape) and shape[:-1] == self.shape[:-1] and shape != self.shape
+
+  def kind(self, shape: tuple[int, ...]) -> tuple[Kind, bool] | None:
+    """What an array of a shape has an entry of, and whether it is for the columns alone."""
+    size = math.prod(shape)
+    if size == 1 and self.size > 1 and shape != self.shape:
+      return "scalar", False
+    if size == self.size:
+      return "element", False
+    if self.block and size * self.block == self.size:
+      return "block", False
+    if size == self.length:
+      return "element", True
+    if self.block and size * self.block == self.length:
+      return "block", True
+    return None
+
+  def build(
+    self,
+    operations: Sequence[Operation],
+    inputs: Sequence[int],
+    given: Sequence[int],
+    outputs: Sequence[Atom],
+  ) -> Elements:
+    read = jax_forms.read_by(operations, outputs)
+    hoisted: list[Operation] = []
+    sources: list[Source] = []
+    for var in inputs:
+      if self.program.aval(var).shape != self.shape and not self._is_by_block(self.program.aval(var).shape):
+        raise NotElementwiseError(f"an array of shape {list(self.program.aval(var).shape)} goes into it")
+      self._add_source(sources, var)
+    known = {v for v in given if v in read}  # beforehand
+    for operation in operations:
+      reads = {a for a in operation.inputs if isinstance(a, int)}
+      if operation.name == "iota":
+        self._add_counted(sources, operation)
+        hoisted.append(operation)
+        continue
+      if (
+        not self._is_inside(operation)
+        and reads <= known
+        and all(self._is_small(v) for v in operation.outputs if v >= 0)
+      ):
+        hoisted.append(operation)
+        known |= {v for v in operation.outputs if v >= 0}
+        continue
+      for var in sorted(reads & known - set(self.env)):
+        self._add_source(sources, var)
+      self._operation(operation)
+    results = [self._atom(a) for a in outputs]
+    found = Elements(tuple(self.nodes), tuple(results), tuple(sources), self.block, self.length, tuple(hoisted))
+    return self._without_unused(found, len(inputs))
+
+  def _without_unused(self, elements: Elements, inputs: int) -> Elements:
+    """Drops the nodes that nothing needs, and numbers the others anew; the inputs are sources all the same."""
+    needed = set(elements.outputs)
+    for i in range(len(elements.nodes) - 1, -1, -1):
+      if i in needed:
+        needed.update(elements.nodes[i].args)
+    if needed & self.joined:
+      # The XLA of JAX 0.10 joins them all the same, and that of JAX 0.12 does not.
+      raise NotElementwiseError("XLA would join a product or quotient that is used twice with others, or would not")
+    number: dict[int, int] = {}
+    sources, nodes = list(elements.sources[:inputs]), []
+    for i, node in enumerate(elements.nodes):
+      if i not in needed:
+        continue
+      if node.name == "input" and node.params >= inputs:
+        sources.append(elements.sources[node.params])
+        node = dataclasses.replace(node, params=len(sources) - 1)
+      number[i] = len(nodes)
+      nodes.append(dataclasses.replace(node, args=tuple(number[a] for a in node.args)))
+    outputs = tuple(number[i] for i in elements.outputs)
+    return dataclasses.replace(elements, nodes=tuple(nodes), outputs=outputs, sources=tuple(sources))
+
+  def _is_inside(self, operation: Operation) -> bool:
+    """Whether an operation is left to the kernel though it could be run beforehand, for which XLA takes a launch."""
+    if operation.name == "broadcast_in_dim":
+      return math.prod(self.program.aval(operation.inputs[0]).shape) == 1
+    whole = all(jnp.issubdtype(self.program.aval(v).dtype, jnp.integer) for v in operation.outputs if v >= 0)
+    return whole and operation.name in _COMPUTE
+
+  def _add_counted(self, sources: list[Source], operation: Operation) -> None:
+    """Adds the places in a row, or those of its blocks."""
+    (var,) = operation.outputs
+    shape, dimension = self.program.aval(var).shape, operation.eqn.params["dimension"]
+    kind = self.kind(shape)
+    if kind is None or shape[dimension] != math.prod(shape) or kind[0] == "scalar" or not self._is_small(var):
+      raise NotElementwiseError(f"{jax_forms.where(operation)} counts something else than columns")
+    sources.append(Source(var, kind[0], True, True))
+    self.env[var] = self.make("input", (), self.program.aval(var).dtype, len(sources) - 1, kind[0])
+
+  def _is_small(self, var: int) -> bool:
+    """Whether a variable is a scalar, or has numbers for one row."""
+    shape = self.program.aval(var).shape
+    return self.kind(shape) is not None and math.prod(shape) <= self.length
+
+  def _add_source(self, sources: list[Source], var: int) -> None:
+    aval = self.program.aval(var)
+    kind = self.kind(aval.shape)
+    if kind is None:
+      raise NotElementwiseError(f"an array of shape {list(aval.shape)} goes into it")
+    sources.append(Source(var, *kind))
+    self.env[var] = self.make("input", (), aval.dtype, len(sources) - 1, kind[0])
+
+  def _atom(self, atom: Atom) -> int:
+    if isinstance(atom, int):
+      if atom not in self.env:
+        raise NotElementwiseError("a result is a scalar")
+      return self.env[atom]
+    if np.ndim(atom.val):
+      raise NotElementwiseError("a constant array is a part of it")
+    return self.literal(atom.val, atom.aval.dtype)
+
+  def literal(self, value: Any, dtype: Any) -> int:
+    return self.make("literal", (), dtype, np.asarray(value, dtype).item(), "scalar")
+
+  def _operation(self, operation: Operation) -> None:
+    name, eqn = operation.name, operation.eqn
+    args = [self._atom(a) for a in operation.inputs]
+    avals = [self.program.aval(a) for a in operation.inputs]
+    if name in _NOTHING:
+      results = args[: len(operation.outputs)]
+    elif name == "broadcast_in_dim":
+      self._check_broadcast(operation, avals[0].shape, eqn.params["shape"], eqn.params["broadcast_dimensions"])
+      results = args
+    elif name == "reduce_max":
+      if not self.block or avals[0].shape[-1] != self.block or eqn.params["axes"] != (len(avals[0].shape) - 1,):
+        raise NotElementwiseError(f"{jax_forms.where(operation)} is no maximum of a block")
+      results = [self.make("reduce_max", tuple(args), avals[0].dtype, None, "block")]
+    else:
+      results = [self._elementwise(operation, args)]
+    for var, node in zip(operation.outputs, results, strict=True):
+      if var >= 0:
+        if self.kind(self.program.aval(var).shape) is None:
+          raise NotElementwiseError(f"{jax_forms.where(operation)} makes an array of another shape")
+        self.env[var] = node
+
+  def _check_broadcast(
+    self, operation: Operation, old: tuple[int, ...], new: tuple[int, ...], dimensions: tuple[int, ...]
+  ) -> None:
+    """Raises where a broadcast does something else than to repeat scalars, blocks over their elements, or rows."""
+    kind, size = self.kind(old), math.prod(new)
+    if kind is not None and (kind[0] == "scalar" or math.prod(old) == size):
+      return
+    # Axes that grow: the last one, from a block to its elements; or all before the row.
+    grows = [axis for axis in range(len(new)) if axis not in dimensions or old[dimensions.index(axis)] != new[axis]]
+    if kind is not None and kind[0] == "block" and grows == [len(new) - 1] and new[-1] == self.block:
+      return
+    first = len(new) - (1 if new[-1] in (self.length, self.length // max(self.block, 1)) else 2)
+    if kind is not None and kind[1] and all(axis < first for axis in grows):
+      return
+    raise NotElementwiseError(f"{jax_forms.where(operation)} repeats an array in another way")
+
+  def _elementwise(self, operation: Operation, args: list[int]) -> int:
+    name, params, dtype = operation.name, operation.eqn.params, self.program.aval(operation.outputs[0]).dtype
+    if name == "integer_pow":
+      if not 1 <= params["y"] <= 3:
+        raise NotElementwiseError(f"{jax_forms.where(operation)} is not known to the kernel")
+      power = args[0]
+      for _ in range(params["y"] - 1):
+        power = self.simplified("mul", (power, args[0]), dtype)
+      return power
+    if name == "square":
+      return self.simplified("mul", (args[0], args[0]), dtype)
+    if name == "clamp":
+      return self.simplified("min", (self.simplified("max", (args[1], args[0]), dtype), args[2]), dtype)
+    wide = name == "bitcast_convert_type" and dtype.itemsize != self.nodes[args[0]].dtype.itemsize
+    if name not in _COMPUTE or wide or dtype == np.dtype("float64") or dtype.name in ("int4", "uint4"):
+      raise NotElementwiseError(f"{jax_forms.where(operation)} is not known to the kernel")
+    return self.simplified(name, tuple(args), dtype)
+
+  # --- As XLA writes it -----------------------------------------------------------------------------------------------
+
+  def make(self, name: str, args: tuple[int, ...], dtype: Any, params: Any = None, kind: Kind | None = None) -> int:
+    """Adds a node, or finds the one that is the same."""
+    if kind is None:
+      kinds = {self.nodes[a].kind for a in args}
+      kind = "element" if "element" in kinds else "block" if "block" in kinds else "scalar"
+    node = Node(name, args, jnp.dtype(dtype), kind, params)
+    if name == "literal":
+      node = dataclasses.replace(node, params=params)
+      key: Any = dataclasses.replace(node, params=np.asarray(params, node.dtype).tobytes())
+    else:
+      key = node
+    if key not in self.known:
+      self.nodes.append(node)
+      self.known[key] = len(self.nodes) - 1
+    return self.known[key]
+
+  def _number(self, i: int) -> Any:
+    """The value of a literal, or None."""
+    return self.nodes[i].params if self.nodes[i].name == "literal" else None
+
+  def simplified(self, name: str, args: tuple[int, ...], dtype: Any) -> int:
+    """Adds a node as XLA's algebraic simplifier leaves it."""
+    rule = getattr(self, f"_simplified_{name}", None) if jnp.issubdtype(dtype, jnp.floating) else None
+    found = rule(args, dtype) if rule is not None else None
+    if found is None and name == "convert_element_type" and self.nodes[args[0]].dtype == dtype:
+      found = args[0]
+    return self.make(name, args, dtype) if found is None else found
+
+  def _simplified_add(self, args: tuple[int, ...], dtype: Any) -> int | None:
+    for one, other in (args, args[::-1]):
+      if self._number(other) == 0:
+        return one
+    return self._joined("add", args, dtype)
+
+  def _simplified_sub(self, args: tuple[int, ...], dtype: Any) -> int | None:
+    return args[0] if self._number(args[1]) == 0 else None
+
+  def _simplified_mul(self, args: tuple[int, ...], dtype: Any) -> int | None:
+    for one, other in (args, args[::-1]):
+      if self._number(other) == 1:
+        return one
+      if self._number(other) == -1:
+        return self.simplified("neg", (one,), dtype)
+    return self._joined("mul", args, dtype)
+
+  def _joined(self, name: str, args: tuple[int, ...], dtype: Any) -> int | None:
+    """(a op c) op d for two numbers c and d is a op (c op d)."""
+    for one, other in (args, args[::-1]):
+      inner = self.nodes[one]
+      if self._number(other) is None or inner.name != name:
+        continue
+      for a, c in (inner.args, inner.args[::-1]):
+        if self._number(c) is not None:
+          # A sum of whole numbers is exact either way, and so is a product with a power of two, of normal numbers.
+          if not (self.nodes[a].name in ("floor", "min") if name == "add" else self._is_power_of_two(c)):
+            self.joined.add(one)
+          c, d = np.asarray(self._number(c), dtype), np.asarray(self._number(other), dtype)
+          return self.simplified(name, (a, self.literal(c * d if name == "mul" else c + d, dtype)), dtype)
+    return None
+
+  def _is_power_of_two(self, i: int) -> bool:
+    return math.frexp(abs(self._number(i)))[0] == 0.5
+
+  def _simplified_div(self, args: tuple[int, ...], dtype: Any) -> int | None:
+    above, below = (self.nodes[a] for a in args)
+    number = self._number(args[1])
+    if number == 1:
+      return args[0]
+    if below.name == "sqrt":
+      return self.simplified("mul", (args[0], self.simplified("rsqrt", below.args, dtype)), dtype)
+    if number:
+      inverse = self.literal(np.asarray(1, dtype) / np.asarray(number, dtype), dtype)
+      return self.simplified("mul", (args[0], inverse), dtype)
+    self.joined |= {a for a in args if self.nodes[a].name == "div"}
+    if above.name == "div" and below.name == "div":
+      top = self.simplified("mul", (above.args[0], below.args[1]), dtype)
+      return self.simplified("div", (top, self.simplified("mul", (above.args[1], below.args[0]), dtype)), dtype)
+    if above.name == "div":
+      return self.simplified("div", (above.args[0], self.simplified("mul", (above.args[1], args[1]), dtype)), dtype)
+    if below.name == "div":
+      return self.simplified("div", (self.simplified("mul", (args[0], below.args[1]), dtype), below.args[0]), dtype)
+    return None
+
+  def _simplified_neg(self, args: tuple[int, ...], dtype: Any) -> int | None:
+    inner = self.nodes[args[0]]
+    return inner.args[0] if inner.name == "neg" else None

@@ -1,0 +1,451 @@
+"""Programs: jaxprs flattened into lists of operations that can be inspected, cut into slices and run.
+
+Why: both fused routes take a training step apart, down to single leaves. They need to know what an operation depends
+on, and to run some operations and not others.
+
+How: `flatten` traces nothing; it copies a jaxpr into a `Program` with its nested calls (jit, custom_jvp_call, ...)
+inlined, and numbers in place of jaxpr variables. `dependencies` is a forward pass with one bit per input, `slice_of` a
+backward one. Everything that depends on how a JAX version writes a jaxpr down is in this module.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import heapq
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from optax_mpo._core import order
+from optax_mpo._program.program import Atom, Operation, Program
+
+_PACKAGE = pathlib.PurePath(__file__).parents[1]
+
+# The calls that mean no more than the operations in them, once nothing is to be differentiated.
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "remat"})
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+  """Traces `fun(*args)`, and returns its program and the tree of shapes that it returns.
+
+  The arguments may be ShapeDtypeStructs. What `fun` closes over is among the constants.
+  """
+  closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
+  return flatten(closed), out
+
+
+def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
+  """Copies a jaxpr into a program, with the calls named in `calls` inlined."""
+  program = Program(source=closed)
+
+  def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], caller: Any) -> list[Atom]:
+    env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+      env[var] = program.new(var.aval)
+      program.constants[env[var]] = const
+
+    def read(var: Any) -> Atom:
+      return var if isinstance(var, core.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+      inputs = [read(v) for v in eqn.invars]
+      if eqn.primitive.name in calls:
+        results = inline(*_called(eqn), inputs, caller or eqn)
+        env.update(zip(eqn.outvars, results, strict=True))
+        continue
+      outputs = []
+      for var in eqn.outvars:
+        if isinstance(var, core.DropVar):
+          outputs.append(-1)
+        else:
+          env[var] = program.new(var.aval)
+          outputs.append(env[var])
+      bodies = tuple(flatten(_closed(b)) for b in eqn.params["branches"]) if eqn.primitive.name == "cond" else ()
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, bodies))
+    return [read(v) for v in jaxpr.outvars]
+
+  program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
+  program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, None)
+  return program
+
+
+def _called(eqn: Any) -> tuple[Any, Sequence[Any]]:
+  called = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+  return _open(called)
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+  """Returns a closed or open jaxpr as an open one and its constants."""
+  consts = getattr(jaxpr, "consts", ())
+  return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+@functools.cache
+def _no_debug_info() -> Any:
+  return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
+
+
+def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -> list[Any]:
+  """Runs one operation on its operands, with some of its params changed."""
+  eqn = operation.eqn
+  if operation.name == "optimization_barrier":
+    return order.barrier(values)
+  if operation.bodies and len(operation.outputs) != len(eqn.outvars):
+    return lax.switch(values[0], [functools.partial(call, body) for body in operation.bodies], *values[1:])
+  if changes:
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    with eqn.ctx.manager if hasattr(eqn, "ctx") else contextlib.nullcontext():
+      results = eqn.primitive.bind(*values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+  # Run as a jaxpr of its own, an operation keeps the line and the scope it was written in, for profiles and reports.
+  named = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)}
+  jaxpr = core.Jaxpr((), list(named), eqn.outvars, [eqn], debug_info=_no_debug_info())
+  return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*named.values())
+
+
+def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) -> None:
+  """Runs operations in order, reading and writing `env`."""
+  for operation in operations:
+    results = run_operation(operation, [operand(a, env) for a in operation.inputs])
+    env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
+
+
+def call(program: Program, *args: Any) -> list[Any]:
+  """Runs a whole program on the values of its inputs."""
+  env = dict(program.constants) | dict(zip(program.inputs, args, strict=True))
+  run(program, program.operations, env)
+  return [value(a, env) for a in program.outputs]
+
+
+def call_source(program: Program, *args: Any) -> list[Any]:
+  """The same, but in such a way that it is differentiated as its author wrote it, with custom derivatives."""
+  assert program.source is not None
+  consts = list(program.constants.values())[: len(program.source.consts)]  # those of calls come after them
+  return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
+
+
+def operand(atom: Atom, env: dict[int, Any]) -> Any:
+  """The value of an atom, to run an operation on: a literal's is a number of its dtype, with `jax_enable_x64` too."""
+  return env[atom] if isinstance(atom, int) else np.asarray(atom.val, atom.aval.dtype)
+
+
+def value(atom: Atom, env: dict[int, Any]) -> Any:
+  """The value of an atom: a literal's is an array of its dtype."""
+  return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, atom.aval.dtype)
+
+
+# --- What depends on what ---------------------------------------------------------------------------------------------
+
+
+def dependencies(program: Program, inputs: Sequence[int]) -> dict[int, int]:
+  """Returns for every variable the union of the bit sets of the inputs it depends on.
+
+  Args:
+    program: the program.
+    inputs: a bit set for each of its inputs.
+  """
+  deps = dict.fromkeys(program.constants, 0)
+  deps.update(zip(program.inputs, inputs, strict=True))
+  for operation in program.operations:
+    found = [deps[a] if isinstance(a, int) else 0 for a in operation.inputs]
+    for var, bits in zip(operation.outputs, _output_dependencies(operation, found), strict=True):
+      if var >= 0:
+        deps[var] = bits
+  return deps
+
+
+def output_bits(program: Program, deps: dict[int, int]) -> list[int]:
+  """The bit sets of a program's outputs."""
+  return [deps[a] if isinstance(a, int) else 0 for a in program.outputs]
+
+
+def _output_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
+  if operation.name == "cond":
+    per_branch = [output_bits(b, dependencies(b, inputs[1:])) for b in operation.bodies]
+    return [inputs[0] | union(bits) for bits in zip(*per_branch, strict=True)]
+  if operation.name == "optimization_barrier":
+    return inputs
+  if operation.name == "scan":
+    return _scan_dependencies(operation, inputs)
+  return [union(inputs)] * len(operation.outputs)
+
+
+def union(sets: Iterable[int]) -> int:
+  """The union of bit sets."""
+  union = 0
+  for bits in sets:
+    union |= bits
+  return union
+
+
+def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
+  try:
+    consts, carry, _ = scan_counts(operation)
+  except _NOT_THERE:  # an unknown JAX: each result may depend on every operand
+    return [union(inputs)] * len(operation.outputs)
+  body = flatten(_closed(operation.eqn.params["jaxpr"]))
+  carried = inputs[consts : consts + carry]
+  while True:
+    found = output_bits(body, dependencies(body, [*inputs[:consts], *carried, *inputs[consts + carry :]]))
+    grown = [a | b for a, b in zip(carried, found[:carry], strict=True)]
+    if grown == carried:
+      return grown + found[carry:]  # a result of the carry needs its first value too, be it to start from
+    carried = grown
+
+
+def _closed(jaxpr: Any) -> Any:
+  return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def scan_counts(operation: Operation) -> tuple[int, int, int]:
+  """How many of a scan's operands are constants, carry and scanned."""
+  params = operation.eqn.params
+  if "num_consts" in params:
+    consts, carry = params["num_consts"], params["num_carry"]
+    return consts, carry, len(operation.inputs) - consts - carry
+  consts, carry, xs = (len(part) for part in params["ft_in"].unpack())  # from JAX 0.11 on
+  return consts, carry, xs
+
+
+# --- Slices -----------------------------------------------------------------------------------------------------------
+
+
+def read_by(operations: Iterable[Operation], outputs: Iterable[Atom] = ()) -> set[int]:
+  """The variables that operations, and a program with these outputs, read."""
+  atoms = [a for operation in operations for a in operation.inputs]
+  return {a for a in [*atoms, *outputs] if isinstance(a, int)}
+
+
+def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozenset[int]) -> list[Operation]:
+  """Returns the operations that `outputs` need beyond the variables `given`, in an order in which they can run.
+
+  Operations that keep several values apart (`cond`, `scan`, `optimization_barrier`) are cut down to the results that
+  are needed.
+  """
+  needed = {a for a in outputs if isinstance(a, int)} - given
+  makers = program.makers
+  queue = [-makers[v] for v in needed if v in makers]
+  heapq.heapify(queue)
+  kept, last = [], 1
+  while queue:
+    index = heapq.heappop(queue)
+    if index == last:
+      continue
+    last = index
+    operation = _without_unused(program.operations[-index], needed)
+    kept.append(operation)
+    for atom in operation.inputs:
+      if isinstance(atom, int) and atom not in needed and atom not in given:
+        needed.add(atom)
+        if atom in makers:
+          heapq.heappush(queue, -makers[atom])
+  return kept[::-1]
+
+
+def _without_unused(operation: Operation, needed: set[int]) -> Operation:
+  used = [v in needed for v in operation.outputs]
+  cut = _CUTS.get(operation.name)
+  return operation if cut is None or all(used) else cut(operation, used)
+
+
+def _cut_barrier(operation: Operation, used: list[bool]) -> Operation:
+  return dataclasses.replace(operation, inputs=_kept(operation.inputs, used), outputs=_kept(operation.outputs, used))
+
+
+def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
+  """A `cond` with the results that are used alone, and the operands that those need."""
+  sliced, read = [], set()
+  for body in operation.bodies:
+    outputs = [a for a, keep in zip(body.outputs, used, strict=True) if keep]
+    operations = slice_of(body, outputs, frozenset())
+    reads = {a for o in operations for a in o.inputs if isinstance(a, int)} | {a for a in outputs if isinstance(a, int)}
+    read |= {i for i, v in enumerate(body.inputs) if v in reads}
+    sliced.append((body, outputs, operations))
+  index, *operands = operation.inputs
+  return dataclasses.replace(
+    operation,
+    inputs=(index, *(operands[i] for i in sorted(read))),
+    outputs=_kept(operation.outputs, used),
+    bodies=tuple(
+      dataclasses.replace(body, inputs=[body.inputs[i] for i in sorted(read)], outputs=outputs, operations=operations)
+      for body, outputs, operations in sliced
+    ),
+  )
+
+
+def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
+  """A `scan` with the results that are used, as far as JAX's own rule for it cuts; or whole, which is as correct."""
+  rule: Any = partial_eval.dce_rules.get(operation.eqn.primitive)
+  if rule is None or misread_scan():
+    return operation
+  try:
+    used_inputs, eqn = rule(used, operation.eqn)
+  except TypeError:  # from JAX 0.11 on, it also asks which operands may be written to
+    used_inputs, eqn = rule(used, [True] * len(operation.inputs), operation.eqn)
+  kept = {id(v) for v in eqn.outvars}  # what is used, and the carry that it needs
+  outputs = _kept(operation.outputs, [id(v) in kept for v in operation.eqn.outvars])
+  return Operation(eqn, _kept(operation.inputs, used_inputs), outputs, operation.caller)
+
+
+def _kept(items: Sequence[Any], keep: Sequence[bool]) -> tuple[Any, ...]:
+  return tuple(item for item, wanted in zip(items, keep, strict=True) if wanted)
+
+
+_CUTS = {"cond": _cut_cond, "optimization_barrier": _cut_barrier, "scan": _cut_scan}
+
+
+# --- Names for errors -------------------------------------------------------------------------------------------------
+
+
+def where(operation: Operation) -> str:
+  """Names an operation and the line of code that asked for it, such as `add (tree_norm, _tree_math.py:292)`."""
+  for eqn in (operation.eqn, operation.caller):
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    for frame in getattr(traceback, "frames", ()):
+      path = pathlib.PurePath(frame.file_name)
+      if "jax" not in path.parts and not path.is_relative_to(_PACKAGE):
+        function = frame.function_name.replace(".<locals>", "")
+        return f"`{operation.name}` ({function}, {path.name}:{frame.line_num})"
+  return f"`{operation.name}`"
+
+
+# --- What JAX there is ------------------------------------------------------------------------------------------------
+
+KNOWN = "JAX 0.10.2 to 0.12"
+_NOT_THERE = (AttributeError, KeyError, TypeError, ValueError)
+
+
+@functools.cache
+def _sample() -> Any:
+  """A derivative with all that `flatten_towards` and the callers of `scan_counts` and `scan_body` rely on."""
+
+  def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+      return jax.jit(jnp.tanh)(x * w), None
+
+    return jnp.sum(lax.scan(jax.checkpoint(layer), x, w)[0])
+
+  return jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 2)), jnp.ones(2))
+
+
+def misread_scan() -> str:
+  """Says what of a scan is not where it is looked for; nothing where all is."""
+  scans = [operation for operation in flatten(_sample()).operations if operation.name == "scan"]
+  try:
+    for operation in scans:
+      counts, body = scan_counts(operation), scan_body(operation)
+      if sum(counts) != len(operation.inputs) or len(body.jaxpr.invars) != sum(counts):
+        return f"a scan of {len(operation.inputs)} operands seems to have {counts}"
+      if {"length", "reverse", "unroll"} - operation.eqn.params.keys():
+        return f"a scan has the params {sorted(operation.eqn.params)}"
+  except _NOT_THERE as error:
+    return f"a scan has no {error}, but {sorted(scans[0].eqn.params)}"
+  return "" if len(scans) == 2 else f"a scan and its derivative are {len(scans)} scans"
+
+
+def check_forms(caller: str) -> None:
+  """Raises NotImplementedError where this JAX writes programs down in another way than is known here."""
+  misread = misread_scan()
+  if misread:
+    raise NotImplementedError(
+      f"{caller}: this is JAX {jax.__version__}, and {caller} reads the programs of {KNOWN}: here, {misread}. Install "
+      "one of these, or use fused_value_and_update with fused_layer and fused_scan, which do not read loss functions."
+    )
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparent: frozenset[str]) -> Program:
+  """Copies a jaxpr into a program and inlines the calls in which `wanted` outputs are made, and no others.
+
+  A wanted output is followed back through the operations named in `transparent`. A `remat` call is inlined together
+  with the barrier on its operands that it stands for.
+  """
+  program = Program(source=closed)
+
+  def follow(jaxpr: Any, flags: Sequence[bool]) -> set[Any]:
+    found = {v for v, flag in zip(jaxpr.outvars, flags, strict=True) if flag and not isinstance(v, core.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+      flags = [v in found for v in eqn.outvars]
+      if not any(flags):
+        continue
+      if _is_inlined(eqn):
+        inner, _ = _called(eqn)
+        inside = follow(inner, flags)
+        flags = [v in inside for v in inner.invars]
+      else:
+        flags = [eqn.primitive.name in transparent] * len(eqn.invars)
+      found.update(v for v, flag in zip(eqn.invars, flags, strict=True) if flag and not isinstance(v, core.Literal))
+    return found
+
+  def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], flags: Sequence[bool], caller: Any) -> list[Atom]:
+    env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+    found = follow(jaxpr, flags)
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+      env[var] = program.new(var.aval)
+      program.constants[env[var]] = const
+
+    def add(eqn: Any, inputs: list[Atom]) -> list[Atom]:
+      outputs = [-1 if isinstance(v, core.DropVar) else program.new(v.aval) for v in eqn.outvars]
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller))
+      return outputs
+
+    def read(var: Any) -> Atom:
+      return var if isinstance(var, core.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+      inputs = [read(v) for v in eqn.invars]
+      flags = [v in found for v in eqn.outvars]
+      if any(flags) and _is_inlined(eqn):
+        held = [i for i, keep in enumerate(_kept_apart(eqn)) if keep and isinstance(inputs[i], int)]
+        if held:
+          barrier = _barrier([program.aval(inputs[i]) for i in held])
+          for i, new in zip(held, add(barrier, [inputs[i] for i in held]), strict=True):
+            inputs[i] = new
+        results = inline(*_called(eqn), inputs, flags, caller or eqn)
+      else:
+        results = add(eqn, inputs)
+      env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not isinstance(v, core.DropVar))
+    return [read(v) for v in jaxpr.outvars]
+
+  program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
+  program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, wanted, None)
+  return program
+
+
+def _is_inlined(eqn: Any) -> bool:
+  """Whether a call means no more than its operations, so that no sharding or compiler option of its own is lost."""
+  if eqn.primitive.name not in CALLS or eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+    return False
+  shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
+  return not eqn.params.get("compiler_options_kvs") and all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+
+
+def _kept_apart(eqn: Any) -> Sequence[bool]:
+  """Which operands of a call go through a barrier, so that what it recomputes is not merged with the first time."""
+  apart = eqn.params.get("prevent_cse", False) if eqn.params.get("differentiated") else False
+  return [apart] * len(eqn.invars) if isinstance(apart, bool) else list(apart)
+
+
+def _barrier(avals: Sequence[Any]) -> Any:
+  return jax.make_jaxpr(lax.optimization_barrier)([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]).eqns[0]
+
+
+def scan_body(operation: Operation) -> core.ClosedJaxpr:
+  """The body of a scan: constants, carry and one entry of each scanned operand -> carry, one entry of each result."""
+  return _closed(operation.eqn.params["jaxpr"])
+
+
+def consists_of(eqn: Any, names: frozenset[str]) -> bool:
+  """Whether an operation is one of `names`, or a call of nothing else."""
+  if eqn.primitive.name in CALLS:
+    return all(consists_of(e, names) for e in _called(eqn)[0].eqns)
+  return eqn.primitive.name in names

@@ -1,0 +1,79 @@
+"""Programs as data: flat lists of operations on numbered variables, copied from jaxprs by `jax_forms`."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from jax.core import Tracer
+from jax.extend import core
+
+Atom = Any  # an int, which numbers a variable of the program, or a core.Literal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+  """One operation of a program: a jaxpr equation, with its variables numbered.
+
+  Attributes:
+    eqn: the equation, for its primitive, its params and where it came from.
+    inputs: an atom for each operand.
+    outputs: a variable for each result; -1 for one that nobody uses.
+    caller: the equation of the outermost call it was inlined from, or None.
+    bodies: the branches of a `cond`, as programs; where a slice has cut some results off, they no longer are those of
+      the equation, and nor are the inputs and outputs.
+  """
+
+  eqn: Any
+  inputs: tuple[Atom, ...]
+  outputs: tuple[int, ...]
+  caller: Any = None
+  bodies: tuple["Program", ...] = ()
+
+  @property
+  def name(self) -> str:
+    """The name of the primitive, such as `dot_general`."""
+    return self.eqn.primitive.name
+
+
+@dataclasses.dataclass
+class Program:
+  """A flat list of operations.
+
+  Attributes:
+    inputs: the variables that come in.
+    outputs: the atoms that go out.
+    operations: in an order in which they can run.
+    constants: the values of variables that are known beforehand.
+    avals: the shape and dtype of every variable.
+    source: the jaxpr that it was copied from, whose calls have derivatives of their own.
+  """
+
+  inputs: list[int] = dataclasses.field(default_factory=list)
+  outputs: list[Atom] = dataclasses.field(default_factory=list)
+  operations: list[Operation] = dataclasses.field(default_factory=list)
+  constants: dict[int, Any] = dataclasses.field(default_factory=dict)
+  avals: list[Any] = dataclasses.field(default_factory=list)
+  source: core.ClosedJaxpr | None = None
+
+  def aval(self, atom: Atom) -> Any:
+    """The shape and dtype of an atom."""
+    return self.avals[atom] if isinstance(atom, int) else atom.aval
+
+  def new(self, aval: Any) -> int:
+    """Adds a variable."""
+    self.avals.append(aval)
+    return len(self.avals) - 1
+
+  @functools.cached_property
+  def makers(self) -> dict[int, int]:
+    """The index of the operation that makes each variable."""
+    return {v: i for i, operation in enumerate(self.operations) for v in operation.outputs if v >= 0}
+
+  @property
+  def traced(self) -> dict[int, Any]:
+    """The constants that are traced, and so may be differentiated or mapped."""
+    return {v: x for v, x in self.constants.items() if isinstance(x, Tracer)}
+
+  def replaced(self, constants: dict[int, Any]) -> "Program":
+    """The same program, with other values for some of its constants."""
+    return dataclasses.replace(self, constants=self.constants | constants)

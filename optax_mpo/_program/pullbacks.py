@@ -1,0 +1,126 @@
+"""The forward pass of a function with what its backward pass needs, less what the weights can give again.
+
+Why: what JAX keeps for the backward pass of a layer includes its weights and what was made from weights alone: a cast
+to f32, a transpose. In a fused step that would hold a second copy of every weight, of its value before the step.
+
+How: `jax.vjp` is traced, and its residuals are sorted by dataflow. Those that depend on the inputs are kept. Those that
+depend on weights and constants alone are dropped and computed again, by the slice of the program that makes them.
+`jax.checkpoint` around the function decides what else is a residual, with its policies; here nothing knows of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Operation, Program
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Pullback:
+  """A function's forward pass, and its backward pass with given residuals.
+
+  Attributes:
+    out_treedef: the structure of what the function returns.
+    out_avals: the shapes of the leaves of that.
+    stored: how many arrays `forward` wants to be kept.
+  """
+
+  out_treedef: Any
+  out_avals: tuple[Any, ...]
+  stored: int
+  _run: Callable[..., Sequence[Any]]
+  _backward: Program
+  _vjp_treedef: Any
+  _residuals: tuple[Any, ...]  # atoms
+  _kept: dict[int, int]  # variable -> its place among the kept
+  _slice: tuple[Operation, ...]
+
+  def forward(self, weights: Sequence[Any], constants: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Returns the leaves of the result, and the arrays to keep."""
+    results = self._run(*weights, *constants, *inputs)
+    count = len(self.out_avals)
+    kept: list[Any] = [None] * self.stored
+    for atom, value in zip(self._residuals, results[count:], strict=True):
+      if isinstance(atom, int) and atom in self._kept:
+        kept[self._kept[atom]] = value
+    return list(results[:count]), kept
+
+  def backward(
+    self, weights: Sequence[Any], constants: Sequence[Any], kept: Sequence[Any], cotangents: Sequence[Any]
+  ) -> tuple[list[Any], list[Any], list[Any]]:
+    """Returns the cotangents of the differentiated weights, constants and inputs, in their order."""
+    env = dict(self._backward.constants)
+    env.update(zip(self._backward.inputs, [*weights, *constants], strict=False))
+    env.update((var, kept[place]) for var, place in self._kept.items())
+    jax_forms.run(self._backward, self._slice, env)
+    residuals = [jax_forms.value(a, env) for a in self._residuals]
+    vjp = jax.tree.unflatten(self._vjp_treedef, residuals)
+    return vjp(jax.tree.unflatten(self.out_treedef, cotangents))
+
+
+def trace(
+  fun: Callable[..., PyTree],
+  weights: Sequence[Any],
+  constants: Sequence[Any],
+  inputs: Sequence[Any],
+  active: Sequence[Sequence[bool]],
+) -> Pullback:
+  """Traces `fun(weights, constants, inputs)` and what its derivative needs.
+
+  Args:
+    fun: takes three lists of arrays.
+    weights: arrays or their shapes: what can be had again in the backward pass and may change from call to call.
+    constants: what is the same in all calls, such as what the function closed over.
+    inputs: what nothing but this call knows.
+    active: for each of the three, which arrays are differentiated.
+  """
+  groups = (weights, constants, inputs)
+  structures: list[Any] = []
+
+  def whole(*flat: Any) -> tuple[list[Any], list[Any]]:
+    full = [list(flat[: len(weights)]), list(flat[len(weights) : len(weights) + len(constants)])]
+    full.append(list(flat[len(weights) + len(constants) :]))
+
+    def differentiated(*parts: list[Any]) -> PyTree:
+      merged = []
+      for values, flags, part in zip(full, active, parts, strict=True):
+        rest = iter(part)
+        merged.append([next(rest) if flag else value for value, flag in zip(values, flags, strict=True)])
+      return fun(*merged)
+
+    parts = [[v for v, flag in zip(vs, flags, strict=True) if flag] for vs, flags in zip(full, active, strict=True)]
+    out, vjp = jax.vjp(differentiated, *parts)
+    leaves, out_treedef = jax.tree.flatten(out)
+    residuals, vjp_treedef = jax.tree.flatten(vjp)
+    structures[:] = [out_treedef, vjp_treedef]
+    return leaves, residuals
+
+  closed, (leaves, _) = jax.make_jaxpr(whole, return_shape=True)(*(a for group in groups for a in group))
+  out_treedef, vjp_treedef = structures
+  program = jax_forms.flatten(closed)
+  again = [0] * (len(weights) + len(constants)) + [1] * len(inputs)
+  depends = jax_forms.dependencies(program, again)
+  residuals = program.outputs[len(leaves) :]
+  kept: dict[int, int] = {}
+  for atom in residuals:
+    if isinstance(atom, int) and depends[atom]:
+      kept.setdefault(atom, len(kept))
+  given = set(program.inputs) | set(program.constants) | set(kept)
+  made = [a for a in residuals if isinstance(a, int) and a not in given]
+  return Pullback(
+    out_treedef=out_treedef,
+    out_avals=tuple(closed.out_avals[: len(leaves)]),
+    stored=len(kept),
+    _run=core.jaxpr_as_fun(closed),
+    _backward=program,
+    _vjp_treedef=vjp_treedef,
+    _residuals=tuple(residuals),
+    _kept=kept,
+    _slice=tuple(jax_forms.slice_of(program, made, given)),
+  )

@@ -1,0 +1,222 @@
+"""Runs the program of a backward pass, and steps weights as it goes.
+
+How: after an operation that completes a gradient the weight is stepped, and a barrier makes what follows in the
+backward pass wait for it, so that XLA cannot keep the gradients for later. A scan that would stack the gradients of
+layers is run with the stacks of weights and of state in its carry, and updates them in place. Every operation is the
+one that JAX and Optax wrote.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from optax_mpo._core import order
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Program
+from optax_mpo._stepping import planning
+from optax_mpo._stepping.site import Step, apply_all
+
+
+class _Stepped:
+  """What weights and states are read from and written to. A site has a number there."""
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    """The weights and states of a site."""
+    raise NotImplementedError
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    """Replaces them."""
+    raise NotImplementedError
+
+  def step(
+    self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
+  ) -> None:
+    """Steps sites, each with its gradients and with what it shares, when the values `onward` are there."""
+    taken = [(g, *self.get(index), s) for index, g, s in zip(indices, grads, shared, strict=True)]
+    for index, new in zip(indices, apply_all(steps, taken), strict=True):
+      self.put(index, *new)
+
+
+class Whole(_Stepped):
+  """The weights and the state of a step that is under way."""
+
+  def __init__(self, leaves: Any, states: Any, groups: Sequence[Any]):
+    """Takes weights and states by index, in lists or dicts that it writes, and the groups of a `by_leaf.Update`."""
+    self.leaves, self.states, self._groups = leaves, states, groups
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    group = self._groups[index]
+    return [self.leaves[i] for i in group.leaves], [self.states[j] for j in group.states]
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    group = self._groups[index]
+    for i, value in zip(group.leaves, params, strict=True):
+      self.leaves[i] = value
+    for j, value in zip(group.states, states, strict=True):
+      self.states[j] = value
+
+  def held(self, index: int) -> Any:
+    return self.get(index)
+
+  def hold(self, index: int, values: Any) -> None:
+    self.put(index, *values)
+
+
+class Layer(_Stepped):
+  """One layer of the stacks that a scan carries."""
+
+  def __init__(self, released: Sequence[planning.Released], stacks: Sequence[tuple[list[Any], list[Any]]], index: Any):
+    self._released, self.stacks, self._index = released, [tuple(map(list, s)) for s in stacks], index
+    self._ordered = 1
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    at, r, (params, states) = self._index, self._released[index], self.stacks[index]
+    return (
+      [lax.dynamic_index_in_dim(p, at, a, False) for p, a in zip(params, r.layered.param_axes, strict=True)],
+      [lax.dynamic_index_in_dim(s, at, a, False) for s, a in zip(states, r.layered.state_axes, strict=True)],
+    )
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    layered, stacks = self._released[index].layered, self.stacks[index]
+    for stack, new, axes in zip(stacks, (params, states), (layered.param_axes, layered.state_axes), strict=True):
+      for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
+        stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
+
+  def step(
+    self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
+  ) -> None:
+    at = order.after_use(self._index, onward)
+    for index, grad, known in zip(indices, grads, shared, strict=True):
+      layered, (params, states) = self._released[index].layered, self.stacks[index]
+      new = layered.write(grad, [*params, *states], known[:-1], at, self._ordered)
+      self.stacks[index] = new[: len(params)], new[len(params) :]
+      self._ordered += len(layered.parts)
+
+  def held(self, index: int) -> Any:
+    return self.stacks[index]
+
+  def hold(self, index: int, values: Any) -> None:
+    self.stacks[index] = values
+
+
+class Parts(_Stepped):
+  """What the first of two passes makes of the gradients."""
+
+  def __init__(self, count: int):
+    self.values: list[list[Any]] = [[] for _ in range(count)]
+
+  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+    return [], []
+
+  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+    self.values[index] = list(states)
+
+  def held(self, index: int) -> Any:
+    return self.values[index]
+
+  def hold(self, index: int, values: Any) -> None:
+    self.values[index] = values
+
+
+Store = Whole | Layer | Parts
+
+
+def evaluate(plan: planning.Plan, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]]) -> None:
+  """Runs a program and steps the sites of its plan.
+
+  Args:
+    plan: the program and its plan.
+    env: the values of the program's variables, read and written.
+    store: where the weights and the state of each site are.
+    shared: for each site what its step shares with others.
+  """
+
+  def step_due(i: int) -> None:
+    due = plan.due.get(i, ())
+    if not due:
+      return
+    # The backward pass goes on with `ties`. One barrier makes the step wait for them, and with them for the last use of
+    # the old weights, so that they can be overwritten; the other makes what follows wait for the step.
+    ties = plan.ties.get(i, ())
+    atoms = {a for index in due for a in plan.sites[index].grads if planning.constant(plan.program, a) is None}
+    made, held = {a: env[a] for a in atoms}, [env[v] for v in ties]
+    if ties:
+      # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
+      made, held = (_barrier if isinstance(store, Parts) else order.tie)((made, held))
+    known = env | made
+    grads = [[jax_forms.value(a, known) for a in plan.sites[index].grads] for index in due]
+    store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due], held)
+    changed, held = _barrier(([store.held(index) for index in due], held))
+    for index, new in zip(due, changed, strict=True):
+      store.hold(index, new)
+    env.update(zip(ties, held, strict=True))
+
+  step_due(-1)
+  for i, operation in enumerate(plan.program.operations):
+    if i in plan.scans:
+      jax_forms.run(plan.program, [plan.program.operations[k] for k in plan.scans[i].early], env)
+      _run_scan(plan.scans[i], plan.program, env, store, shared)
+    elif i not in plan.skipped:
+      jax_forms.run(plan.program, [operation], env)
+    step_due(i)  # after the last operation also if that one is skipped
+    for atom in (*operation.inputs, *operation.outputs):
+      if isinstance(atom, int) and plan.last_use.get(atom, -1) <= i:
+        env.pop(atom, None)  # outside of jit this frees the array
+
+
+def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+  return order.barrier(values) if values[1] else values
+
+
+def _run_scan(
+  scan: planning.ScanPlan,
+  program: Program,
+  env: dict[int, Any],
+  store: Store,
+  shared: Sequence[Sequence[Any]],
+) -> None:
+  """Runs a scan with the stacks that it steps in its carry."""
+  operation, body = scan.operation, scan.body
+  counts = jax_forms.scan_counts(operation)
+  first = counts[0] + counts[1]
+  values = [
+    None if i >= first and i - first in scan.own else jax_forms.value(a, env) for i, a in enumerate(operation.inputs)
+  ]
+  consts, carry, xs = values[: counts[0]], values[counts[0] : first], values[first:]
+  inner_shared = [[*shared[r.index], *(env[v] for v in r.given)] for r in scan.released]
+
+  def step(state: Any, inputs: Any) -> tuple[Any, list[Any]]:
+    (carry, stacks), (index, xs) = state, inputs
+    layer = Layer(scan.released, stacks, index)
+    xs = list(xs)
+    for k, own in scan.own.items():
+      xs[k] = planning.run_own(own, program, layer.get(own.released)[0][own.leaf], index, scan.length)
+    inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
+    evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
+    out = [jax_forms.value(a, inner) for a in body.outputs[: counts[1]]]
+    ys = [body.outputs[counts[1] + j] for j in scan.kept]
+    return (out, layer.stacks), [jax_forms.value(a, inner) for a in ys]
+
+  stacks = [_start(r, store, scan.length) for r in scan.released]
+  params = operation.eqn.params
+  (carry, stacks), ys = lax.scan(
+    step,
+    (carry, stacks),
+    (jnp.arange(scan.length, dtype=jnp.int32), xs),
+    length=scan.length,
+    reverse=params["reverse"],
+    unroll=params["unroll"],
+  )
+  for r, (new, states), handed in zip(scan.released, stacks, inner_shared, strict=True):
+    store.put(r.index, new, r.layered.finish(states, handed) if r.layered.finish else states)
+  outputs = operation.outputs
+  env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
+
+
+def _start(r: planning.Released, store: Store, length: int) -> tuple[list[Any], list[Any]]:
+  if r.layered.finish is None:
+    params, states = store.get(r.index)
+    return list(params), list(states)
+  return [], [jnp.zeros((length, *s.shape), s.dtype) for s in r.layered.step.states]

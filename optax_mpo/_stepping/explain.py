@@ -1,0 +1,166 @@
+"""Tells how `value_and_update` steps each leaf, and why, before anything runs.
+
+A step that quietly held the gradient of a stack of layers would be found out late, on a GPU that runs out of memory.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optax_mpo._core import modules, wrapping
+from optax_mpo._program import upcasts
+from optax_mpo._stepping import planning, value_and_update
+from optax_mpo._updates import by_leaf, coupled
+
+PyTree = Any
+
+_USAGE = "loss_fn, tx, params, opt_state, *args"
+
+
+class Leaf(NamedTuple):
+  """How one leaf of the params is stepped.
+
+  Attributes:
+    name: such as `params['head']['w']`.
+    shape: of the leaf.
+    stepped: `in scan`, `after the scan`, `at once`, `at the end`, `between the passes`, `with a zero gradient` or
+      `without a gradient`.
+    why: the reason, where it is not the best there is.
+    gradient_bytes: the bytes of gradient that are held for it at a time.
+    parameters: its number of elements.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  stepped: str
+  why: str
+  gradient_bytes: int
+  parameters: int
+
+
+class Explanation(tuple[Leaf, ...]):
+  """A tuple of `Leaf`; as a string, a table."""
+
+  __slots__ = ()
+
+  def __str__(self) -> str:
+    rows = [("leaf", "shape", "stepped", "gradient held", "why")]
+    rows += [(x.name, str(list(x.shape)), x.stepped, _bytes(x.gradient_bytes), x.why) for x in self]
+    widths = [max(len(row[k]) for row in rows) for k in range(4)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
+    total, largest = sum(x.parameters for x in self), max((x.gradient_bytes for x in self), default=0)
+    lines.append(f"{total:,} parameters; the largest gradient held is {_bytes(largest)}")
+    return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+  for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    if count >= size:
+      return f"{count / size:.2f} {unit}"
+  return f"{count} B"
+
+
+def explain(
+  loss_fn: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  params: PyTree,
+  opt_state: optax.OptState,
+  *args: Any,
+  has_aux: bool = False,
+  two_pass: bool = False,
+  **kwargs: Any,
+) -> Explanation:
+  """Prints and returns how `value_and_update(loss_fn, tx)` steps each leaf of `params`.
+
+  - `in scan`: in the backward pass of a `lax.scan` over layers, one layer at a time.
+  - `after the scan`: so small a part of the layers, such as a bias or a norm, that its gradients are kept for one
+    update of all layers, which takes one launch in place of several in each layer.
+  - `at once`: as soon as its gradient is complete and the weight has been read for the last time.
+  - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
+  - `between the passes`: with `two_pass`, a leaf so small that its gradient is kept from the first pass.
+  - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
+  - `without a gradient`: its update reads none, as that of frozen weights, so that none is computed.
+
+  Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, `together` of small
+  leaves that share one, and `why` says of the other layers of scans why they are left to XLA.
+
+  `why` also tells of low-precision weights whose products run in f32, which is slow, since their input is f32. Cast the
+  input, or pass `dtype=jnp.bfloat16` to the layer of Flax.
+
+  Args:
+    loss_fn: as for `value_and_update`.
+    tx: likewise.
+    params: arrays or ShapeDtypeStructs.
+    opt_state: likewise.
+    *args: further arguments of `loss_fn`, likewise.
+    has_aux: whether `loss_fn` returns more than the loss.
+    two_pass: as for `value_and_update`; the table is that of the second pass, and the first holds no more.
+    **kwargs: further arguments of `loss_fn`, likewise.
+
+  Returns:
+    An `Explanation`, a tuple with a `Leaf` for each leaf of the params.
+
+  Raises:
+    ValueError: as the step itself would, where `tx` couples leaves for instance.
+
+  Memory: none; nothing runs.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> def loss_fn(params, x):
+    ...   x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+    ...   return jnp.mean((x @ params["head"]) ** 2)
+    >>> params = {"layers": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 2))}
+    >>> tx = optax.adam(1e-3)
+    >>> table = mpo.explain(loss_fn, tx, params, tx.init(params), jnp.ones((8, 4)))
+    leaf              shape      stepped  gradient held  why
+    params['head']    [4, 2]     at once  32 B
+    params['layers']  [3, 4, 4]  in scan  64 B
+    56 parameters; the largest gradient held is 64 B
+    >>> table[1].stepped
+    'in scan'
+
+  References:
+    See `value_and_update`.
+  """
+  wrapping.check_loss(loss_fn, "explain", _USAGE)
+  tx = wrapping.as_transformation(tx, "explain", "tx", _USAGE)
+  update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "explain")
+  traced = value_and_update.Traced(loss_fn, has_aux, update, params, args, kwargs)
+  passes = coupled.TwoPass(update, "explain") if two_pass and update.is_coupled else None
+  groups = passes.groups if passes else value_and_update.groups_of(update)
+  sites = traced.sites(groups, update.kernels)
+  plan = planning.make_plan(traced.program, sites, traced.results)
+  upcast = _upcasts(traced)
+  rows: list[Leaf | None] = [None] * len(traced.leaves)
+
+  def add(i: int, stepped: str, why: str, held: int) -> None:
+    shape = tuple(jax.numpy.shape(traced.leaves[i]))
+    why = "; ".join(filter(None, (why, upcast.get(i))))
+    rows[i] = Leaf(update.names[i], shape, stepped, why, held, math.prod(shape))
+
+  for index, site in enumerate(sites):
+    for i in site.leaves:
+      add(i, *site.placed, planning.gradient_bytes(plan, index))
+  for i in passes.middle if passes else ():
+    grad = traced.program.aval(traced.grads[i])
+    held = math.prod(grad.shape) * grad.dtype.itemsize
+    add(i, "between the passes", "small, so that its gradient is kept from the first", held)
+  explanation = Explanation(row for row in rows if row is not None)
+  print(explanation)
+  return explanation
+
+
+def _upcasts(traced: value_and_update.Traced) -> dict[int, str]:
+  """What is to be said of the weights whose products run in f32, by leaf."""
+  program = traced.forward()
+  leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
+  low = {v: i for v, i in leaves if program.aval(v).dtype in (jax.numpy.bfloat16, jax.numpy.float16)}
+  return {
+    i: f"in f32 at {where}, as the input is: cast that to {(name := traced.leaves[i].dtype.name)}, in Flax with "
+    f"dtype=jnp.{name}"
+    for i, where in upcasts.products(program, low).items()
+  }

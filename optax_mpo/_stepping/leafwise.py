@@ -1,0 +1,113 @@
+"""Steps the leaves of an ordinary update one by one, where there is a better way than XLA's to do so.
+
+How: the update is computed as it is, and taken apart by leaves as fused steps do it: by `by_leaf`, or by `coupled`
+where leaves are coupled through a few numbers, such as the norm that clipping needs. What is better done by
+`step_weight` is put in the place of what the update computed, and XLA drops what is not used then.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax import lax
+
+from optax_mpo._backends import step_weight
+from optax_mpo._codecs import formats, known_weights
+from optax_mpo._core import trees
+from optax_mpo._stepping.site import apply_all, of_groups
+from optax_mpo._updates import by_leaf, coupled
+
+PyTree = Any
+
+
+def replaced(
+  tx: optax.GradientTransformation,
+  inputs: tuple[PyTree, PyTree, PyTree],
+  new: tuple[PyTree, PyTree],
+  caller: str,
+  *,
+  kernels: bool,
+) -> tuple[PyTree, PyTree]:
+  """Returns the update `new` that `tx` made of `(updates, state, params)`, with leaves stepped by `step_weight`.
+
+  Args:
+    tx: an update of which leaves may be taken out; its side effects are not kept, so that where there are any `new` is
+      returned as it is.
+    inputs: what its update was given.
+    new: what it made of it.
+    caller: who asks.
+    kernels: whether a GPU may step weights by kernels of ours.
+  """
+  updates, state, params = inputs
+  if not step_weight.is_traced([*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]):
+    return new
+  try:
+    taken = by_leaf.Update(tx, params, state, caller, kernels)
+  except ValueError:  # an update that cannot be taken apart, such as one with side effects
+    return new
+  leaves, treedef = jax.tree.flatten(params)
+  gradients, steps = (trees.flatten_like(params, t, f"{caller}: the tree of updates", "") for t in (updates, new[0]))
+  states = jax.tree.leaves(state)
+  new_states, state_treedef = jax.tree.flatten(new[1])
+  found, values_of = _groups(taken, caller)
+  groups = [
+    group
+    for group in found
+    if formats.is_low(leaves[group.leaves[0]]) and gradients[group.leaves[0]].dtype == leaves[group.leaves[0]].dtype
+  ]
+  sites = of_groups(groups, gradients, leaves, kernels)
+  several = sum(site.step.small is not None for site in sites) > 1
+  chosen = [k for k, site in enumerate(sites) if site.step.is_special or (several and site.step.small is not None)]
+  if not chosen:
+    return new
+  values = values_of(gradients, leaves, states)
+  taken_by = []
+  for group in (groups[k] for k in chosen):
+    (i,) = group.leaves
+    own = [states[j] for j in group.states]
+    taken_by.append(lax.stop_gradient(([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])))
+  for k, ((weight,), own) in zip(chosen, apply_all([sites[k].step for k in chosen], taken_by), strict=True):
+    (i,) = groups[k].leaves
+    plain = known_weights.new_weights(steps[i], leaves[i])
+    weight = weight if plain is None else _instead(plain, weight)
+    steps[i] = _instead(steps[i], formats.difference(leaves[i], weight))
+    if plain is not None:
+      known_weights.remember(steps[i], leaves[i], weight)
+    for j, value in zip(groups[k].states, own, strict=True):
+      new_states[j] = _instead(new_states[j], value)
+  return treedef.unflatten(steps), state_treedef.unflatten(new_states)
+
+
+def _groups(
+  taken: by_leaf.Update, caller: str
+) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], dict[int, Any]]]:
+  """Returns the updates of single leaves, and what makes the values that they share of gradients, weights and states.
+
+  Leaves that are coupled through more than a few numbers are left out.
+  """
+  if taken.is_coupled:
+    try:
+      passes = coupled.TwoPass(taken, caller)
+    except ValueError:
+      pass
+    else:
+
+      def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
+        known = passes.known(taken.run_shared()[0], leaves, states)
+        return passes.links(passes.parts_of(gradients, known), known)[0]
+
+      return passes.groups, linked
+  alone = [leaves for leaves in taken.components(range(len(taken.names))) if len(leaves) == 1]
+  return [taken.group(leaves, caller) for leaves in alone], lambda *_: taken.run_shared()[0]
+
+
+@jax.custom_jvp
+def _instead(plain: jax.Array, better: jax.Array) -> jax.Array:
+  """Returns `better` with the derivatives of `plain`, which is the same number."""
+  return better
+
+
+@_instead.defjvp
+def _instead_jvp(primals: Any, tangents: Any) -> Any:
+  return primals[1], tangents[0]

@@ -1,0 +1,286 @@
+"""Steps each weight inside the backward pass, as soon as its gradient is complete, for any loss function.
+
+Why: between the backward pass and the update, every gradient is held: 2 to 4 bytes per parameter, at the very moment
+of the peak. A gradient that is used up where it is made costs as much as the largest one.
+
+How: `jax.value_and_grad(loss_fn)` is traced to a program. `by_leaf` takes the update apart into updates of single
+leaves, `planning` finds the place of each in the program, and `evaluate` runs the two together.
+
+References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) step in the backward pass of PyTorch.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo._core import modules, order, primitives, trees, wrapping
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Program
+from optax_mpo._stepping import evaluate, first_pass, planning
+from optax_mpo._stepping.site import Site, of_groups
+from optax_mpo._updates import by_leaf, coupled
+
+PyTree = Any
+
+_CALLER = "value_and_update"
+
+
+class Traced:
+  """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes.
+
+  The loss is differentiated with respect to the leaves whose gradients the update reads. The others, such as frozen
+  weights, have a gradient of zeros, which nothing reads.
+  """
+
+  def __init__(
+    self,
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    update: by_leaf.Update,
+    params: PyTree,
+    args: Any,
+    kwargs: Any,
+  ):
+    jax_forms.check_forms(_CALLER)
+    self.leaves, treedef = jax.tree.flatten(params)
+    self._trained = [update.needs_gradient(i) for i in range(len(self.leaves))]
+    rest, rest_treedef = jax.tree.flatten((args, kwargs))
+    self.lifted = [x for x in rest if trees.is_array(x)]
+    self._out: Any = None
+
+    def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
+      values = iter(lifted)
+      args, kwargs = rest_treedef.unflatten([next(values) if trees.is_array(x) else x for x in rest])
+      return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
+
+    def arrays_of_loss(leaves: list[Any], lifted: list[Any]) -> list[Any]:
+      return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if trees.is_array(x)]
+
+    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+      trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
+      out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained, leaves, lifted)
+      grads = [found[i] if i in found else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
+      results, out_treedef = jax.tree.flatten(out)
+      self._out = [None if trees.is_array(x) else x for x in results], out_treedef
+      return [x for x in results if trees.is_array(x)], grads
+
+    self._arrays_of_loss = arrays_of_loss
+    closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
+    for (name, _), leaf in zip(trees.named_leaves(params), self.leaves, strict=True):
+      if any(const is leaf for const in closed.consts):
+        raise ValueError(
+          f"{_CALLER}: loss_fn closes over {name}: it uses the array beside its argument, as a constant that is not "
+          "differentiated and that the step is about to overwrite. Use the params that loss_fn is called with."
+        )
+    self.effects = closed.effects
+    count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
+    self.program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], planning.FOLLOWED)
+    self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
+
+  def forward(self) -> Program:
+    """The program of `loss_fn` alone, without its derivative; its first inputs are the leaves of the params."""
+    return jax_forms.trace(self._arrays_of_loss, self.leaves, self.lifted)[0]
+
+  def sites(self, groups: Sequence[by_leaf.Group], kernels: bool) -> list[Site]:
+    """Where the weights are stepped, each with its gradient; by kernels, where there are any."""
+    sites = of_groups(groups, self.grads, self.program.inputs, kernels)
+    for site in sites:
+      if not any(self._trained[i] for i in site.leaves):
+        site.placed = planning.FROZEN
+    return sites
+
+  def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":
+    """The same program for other values of its inputs and of constants."""
+    other = copy.copy(self)
+    count = len(self.leaves)
+    other.leaves, other.lifted, other.program = (
+      list(inputs[:count]),
+      list(inputs[count:]),
+      self.program.replaced(constants),
+    )
+    return other
+
+  def output(self, results: Sequence[Any]) -> Any:
+    """Puts the arrays of the loss function's result back into its tree."""
+    static, treedef = self._out
+    values = iter(results)
+    return treedef.unflatten([next(values) if x is None else x for x in static])
+
+
+def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
+  """The updates of single leaves, or an error where there are none."""
+  groups = []
+  for leaves in update.components(range(len(update.names))):
+    try:
+      groups.append(update.group(leaves[:1], _CALLER))
+    except ValueError as error:
+      try:
+        coupled.TwoPass(update, _CALLER)
+      except ValueError:
+        raise error from None
+      raise ValueError(f"{error} Or pass two_pass=True, which runs the backward pass twice.") from None
+  return groups
+
+
+def value_and_update(
+  loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False, two_pass: bool = False
+) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
+  """Makes a training step that steps each weight inside the backward pass and keeps no gradients.
+
+  It takes the place of `jax.value_and_grad`, `tx.update` and `apply_updates`, for a loss function written without it:
+  shared weights, rematerialisation, custom derivatives, nested `jit` and scans over layers need nothing. The operations
+  are those of the ordinary step, and so is the optimizer state: one can change between the two at any time.
+
+  The step is pure. Run it under `jax.jit` with the params and the state donated; that is what saves the memory.
+
+  Args:
+    loss_fn: `loss_fn(params, *args, **kwargs) -> f32[]`, or `(f32[], aux)` with `has_aux`; what `jax.value_and_grad`
+      takes.
+    tx: an Optax transformation that updates each leaf on its own: what it computes for one may depend on step counts
+      and schedules, but not on the gradients of other leaves. This is found out from what it computes, not by name.
+    has_aux: whether `loss_fn` returns more than the loss.
+    two_pass: allows for updates that depend on all gradients through a few numbers, such as clipping by their global
+      norm, at the price of a second forward and backward pass. The first computes those numbers alone.
+
+  Returns:
+    `step(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is `(loss, aux)`.
+
+  Raises:
+    The step raises NotImplementedError on a JAX whose programs it cannot read; ValueError where `opt_state` is not the
+    state of `tx` for `params`, where `tx` couples leaves and `two_pass` does not help, and where `loss_fn` closes over
+    a leaf of `params`; and what `jax.value_and_grad` raises.
+
+  Memory: no gradient tree, which is 2 to 4 bytes per parameter. At any time there is the gradient of one leaf, or, for
+    layers in a `lax.scan`, of one leaf of one layer. `explain` tells which leaves that does not hold for.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = mpo.compensated(optax.adamw(1e-2))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)})
+    >>> def loss_fn(params, x):
+    ...   return jnp.mean((x.astype(jnp.bfloat16) @ params["w"] + params["b"]).astype(jnp.float32) ** 2)
+    >>> step = jax.jit(mpo.value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+    >>> value, params, opt_state = step(params, opt_state, jnp.ones((8, 4)))
+    >>> float(value), params["w"].dtype.name
+    (16.0, 'bfloat16')
+
+  References:
+    Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023;
+    Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
+    <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO)
+  """
+  wrapping.check_loss(loss_fn, _CALLER, "loss_fn, tx")
+  tx = wrapping.as_transformation(tx, _CALLER, "tx", "loss_fn, tx")
+
+  def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
+    update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), _CALLER)
+    traced = Traced(loss_fn, has_aux, update, params, args, kwargs)
+    states, state_treedef = jax.tree.flatten(opt_state)
+    operands = ([*traced.leaves, *traced.lifted], states, traced.program.traced, update.program.traced)
+    results, leaves, states = _differentiated_as(
+      functools.partial(_ordinary, traced, update), functools.partial(_released, traced, update, two_pass), operands
+    )
+    return traced.output(results), jax.tree.structure(params).unflatten(leaves), state_treedef.unflatten(states)
+
+  return step
+
+
+Operands = tuple[list[Any], list[Any], dict[int, Any], dict[int, Any]]
+"""Params and arguments; the leaves of the state; the traced constants of the loss function, and those of the update.
+
+All that a step may be differentiated with respect to, or mapped over.
+"""
+
+Results = tuple[list[Any], list[Any], list[Any]]
+"""What the loss function returned, the new weights and the new leaves of the state."""
+
+
+def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: Operands) -> Results:
+  """The step, in which each weight is updated inside the backward pass."""
+  inputs, old, loss_constants, constants = operands
+  traced, update = traced.at(inputs, loss_constants), update.at(old, constants)
+  values, new_states = update.run_shared()
+  new_weights: dict[int, Any] = {}
+  if two_pass and update.is_coupled:
+    groups, values, new_weights, states = _first_pass(traced, update, old, values)
+    new_states |= states
+    # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.
+    inputs, values = order.barrier((inputs, values))
+  else:
+    groups = groups_of(update)
+  shared = [[values[v] for v in group.shared] for group in groups]
+  plan = planning.make_plan(traced.program, traced.sites(groups, update.kernels), traced.results)
+  env = dict(traced.program.constants) | dict(zip(traced.program.inputs, inputs, strict=True))
+  store = evaluate.Whole(inputs[: len(traced.leaves)], list(old), groups)
+  evaluate.evaluate(plan, env, store, shared)
+  for kept, new in ((store.leaves, new_weights), (store.states, new_states)):
+    for i, value in new.items():
+      kept[i] = value
+  return [jax_forms.value(a, env) for a in traced.results], store.leaves, store.states
+
+
+def _ordinary(traced: Traced, update: by_leaf.Update, operands: Operands) -> Results:
+  """The same step with all gradients first, as `jax.value_and_grad` and `tx.update` make it."""
+  inputs, old, loss_constants, constants = operands
+  count = len(traced.leaves)
+  out = jax_forms.call_source(traced.program.replaced(loss_constants), *inputs)
+  results, grads = out[: len(out) - count], out[len(out) - count :]
+  new = jax_forms.call_source(update.program.replaced(constants), *grads, *inputs[:count], *old)
+  return results, new[:count], new[count:]
+
+
+def _differentiated_as(
+  ordinary: Callable[[Operands], Results], released: Callable[[Operands], Results], operands: Operands
+) -> Results:
+  """Returns `released(operands)`; where that is differentiated, `ordinary(operands)`, which computes the same.
+
+  A derivative needs all gradients of the step at once. And operations that are run one by one, as a released step runs
+  those of the update, have lost the custom derivatives of the calls that they come from, such as that of a rounding.
+  """
+  leaves, treedef = jax.tree.flatten(operands)
+
+  @jax.custom_jvp
+  def step(*leaves: Any) -> Results:
+    return released(treedef.unflatten(leaves))
+
+  def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Results, Results]:
+    return primitives.jvp_of(lambda *leaves: ordinary(treedef.unflatten(leaves)), primals, tangents)
+
+  step.defjvp(jvp, symbolic_zeros=True)
+  return step(*leaves)
+
+
+def _first_pass(
+  traced: Traced, update: by_leaf.Update, states: Sequence[Any], values: dict[int, Any]
+) -> tuple[list[by_leaf.Group], dict[int, Any], dict[int, Any], dict[int, Any]]:
+  """Runs the backward pass for the numbers that couple the leaves.
+
+  Returns:
+    The updates of single leaves, and the values of what they share; the new weights and states that are made already.
+  """
+  if traced.effects:
+    raise NotImplementedError(
+      f"{_CALLER}: two_pass runs loss_fn twice, and it has effects: {trees.listed(map(str, traced.effects))}. Take "
+      "callbacks and prints out, or use an update that does not couple the leaves."
+    )
+  passes = coupled.TwoPass(update, _CALLER)
+  grads, known = update.inputs[0], passes.known(values, traced.leaves, states)
+  sites = [
+    Site((part.leaf,), (traced.grads[part.leaf],), (), first_pass.part_step(part, passes.program, grads[part.leaf]))
+    for part in passes.parts
+  ]
+  store = evaluate.Parts(len(sites))
+  env = dict(traced.program.constants)
+  env.update(zip(traced.program.inputs, [*traced.leaves, *traced.lifted], strict=True))
+  shared = [[known[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
+  evaluate.evaluate(planning.make_plan(traced.program, sites, []), env, store, shared)
+  parts = {
+    v: x for part, xs in zip(passes.parts, store.values, strict=True) for v, x in zip(part.outputs, xs, strict=True)
+  }
+  links, new_weights, new_states = passes.links(parts, known)
+  return passes.groups, {v: links[v] for group in passes.groups for v in group.shared}, new_weights, new_states

@@ -1,0 +1,1 @@
+"""What wraps an Optax transformation, and what goes with its state."""

@@ -1,0 +1,423 @@
+"""Optax training with bf16 weights whose f32 master is kept as compensation bits.
+
+Why: in mixed precision every weight is held twice, in bf16 to compute with and in f32 to update. The two share their
+upper half. `compensated` stores that half once, as the params, and the rest as bits in the optimizer state, and shows
+the transformation it wraps what it would have seen anyway: f32 master weights and f32 gradients. With 16 bits training
+is then bit for bit the training with f32 masters.
+
+Memory: 2 bytes per parameter for the weight and bits / 8 for the compensation. The f32 view is an integer expression
+of the two that XLA fuses into the update, so that it is never held.
+
+Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo._backends import cpu_rows, step_weight
+from optax_mpo._codecs import bf16, blocks, cast, checks, formats, known_weights, stochastic_rounding
+from optax_mpo._core import buffers, modules, order, trees, types, wrapping
+from optax_mpo._stepping import leafwise
+from optax_mpo._transforms import probes
+
+PyTree = Any
+
+
+class CompensatedState(NamedTuple):
+  """State of `compensated`.
+
+  Attributes:
+    compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. Where a leaf
+      keeps no bits (f32 params, bits=0) it has an `optax.MaskedNode()`.
+    inner_state: the state of the wrapped transformation, which was initialised with f32 params.
+  """
+
+  compensation: PyTree
+  inner_state: optax.OptState
+
+
+class RoundingState(NamedTuple):
+  """What `compensated(..., rounding="stochastic")` keeps beside the state of the wrapped transformation.
+
+  Attributes:
+    step: i32[], the number of updates.
+    inner_state: the state of the wrapped transformation.
+  """
+
+  step: jax.Array
+  inner_state: optax.OptState
+
+
+def compensated(
+  inner: optax.GradientTransformation,
+  bits: int = 16,
+  *,
+  rounding: Literal["nearest", "stochastic"] = "nearest",
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Runs `inner` on f32 master weights that are stored as bf16 (or fp16) params and compensation bits.
+
+  `inner` may be any Optax transformation, chains, wrappers and `optax.MultiSteps` included. In `init` and in `update`
+  it sees f32 params and f32 gradients, whatever the dtype of the gradients that come in. Leaves of the params that
+  are f32 already stay ordinary f32 leaves.
+
+  Put everything that should compute in f32 inside: `compensated(optax.chain(optax.clip(1.0), optax.adamw(1e-3)))`.
+  Nothing may change the updates between this transformation and the params, since the bits describe the weights that
+  these very updates lead to.
+
+  Args:
+    inner: the transformation to wrap.
+    bits: how many of the 16 bits that bf16 cuts off are kept. 16 is exact: training equals f32-master Optax bit for
+      bit. With 8 or 4, master weights are rounded to a 24- or 20-bit number after every step. 0 keeps nothing, which
+      is plain bf16 training with the arithmetic of the update in f32.
+    rounding: how weights are rounded to what `bits` keep: "nearest", or "stochastic", up or down in proportion, so that
+      updates too small for the bits count on average. With bits=0 it takes that for updates to count at all.
+    seed: of the stochastic rounding, which depends on nothing but the seed, the number of the step, the leaf and the
+      place of the weight: it is the same each time and however the arrays are sharded.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` whose state is a `CompensatedState`; with stochastic rounding its
+    `inner_state` is a `RoundingState` around that of `inner`. Its updates are f32; apply them
+    with `optax_mpo.apply_updates`, or with `optax.apply_updates`, which differs in weights that one step makes 65536
+    times smaller (see `apply_updates`).
+
+  Raises:
+    ValueError: for other values of `bits`, `rounding` or `seed`.
+    TypeError: where `inner` is not a transformation.
+
+    `init` warns where all params are f32: use `optax_mpo.init`, which makes them bf16.
+
+    `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16 and float32, and ValueError
+    for trees that do not fit each other, with the path of the leaf.
+
+  Memory: 2 + bits / 8 bytes per bf16 parameter, beside the state of `inner`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = mpo.compensated(optax.sgd(1e-3), bits=16)
+    >>> params, state = mpo.init(tx, {"w": jnp.ones(3)})
+    >>> for _ in range(4):  # each step is a quarter of what bf16 can resolve at 1
+    ...   updates, state = tx.update({"w": jnp.ones(3)}, state, params)
+    ...   params = mpo.apply_updates(params, updates)
+    >>> params["w"].dtype.name, mpo.master_params(params, state)["w"].tolist()[0]
+    ('bfloat16', 0.9960000514984131)
+
+  References:
+    Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
+  """
+  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in bf16.BITS:
+    raise ValueError(
+      f"compensated: bits has to be one of {bf16.BITS}, but it is {bits!r}. It is a Python int and static: under "
+      "optax.inject_hyperparams, name it in static_args."
+    )
+  if rounding not in ("nearest", "stochastic"):
+    raise ValueError(f"compensated: rounding has to be 'nearest' or 'stochastic', but it is {rounding!r}.")
+  if not isinstance(seed, int) or isinstance(seed, bool):
+    raise ValueError(f"compensated: seed has to be a Python int, but it is {seed!r}.")
+  inner = wrapping.as_transformation(inner, "compensated")
+  stochastic = rounding == "stochastic"
+  tried: list[bool] = []  # that lost decay has been looked for
+
+  def init(params: PyTree) -> CompensatedState:
+    named, treedef = trees.named_leaves(params), jax.tree.structure(params)
+    for leaf_name, leaf in named:
+      trees.check_trainable(leaf_name, leaf)
+    _warn_of_f32(params)
+    masters, kept = (
+      zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
+    )
+    if probes.is_trying():
+      return CompensatedState(treedef.unflatten(kept), optax.EmptyState())
+    if not (stochastic or bits == 16 or tried):
+      tried.append(True)
+      probes.warn_of_lost_decay(inner, params, bits)
+    inner_state = inner.init(treedef.unflatten(masters))
+    if stochastic:
+      inner_state = RoundingState(jnp.zeros([], jnp.int32), inner_state)
+    return CompensatedState(treedef.unflatten(kept), inner_state)
+
+  def update(
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
+    def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
+      return update_all(updates, state, params, **extra_args)
+
+    new = plain(updates, state, params)
+    if not _is_slow_on_cpus(state, params):
+      return new
+    taken = optax.GradientTransformation(init, plain)
+    return leafwise.replaced(taken, (updates, state, params), new, "compensated", kernels=False)
+
+  def update_all(
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+  ) -> tuple[optax.Updates, optax.OptState]:
+    state = wrapping.own_state(state, CompensatedState, "compensated")
+    if params is None:
+      raise ValueError("compensated: update needs the params. Call tx.update(grads, state, params).")
+    if probes.is_trying():
+      ones, counted = probes.tried_update(params, state.compensation)
+      return ones, CompensatedState(counted, state.inner_state)
+    kept, grads = checks.check_update(updates, state.compensation, params, bits)
+    leaves, treedef = jax.tree.flatten(params)
+    masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
+    grads = [order.laid_out(jnp.asarray(g)).astype(jnp.float32) for g in grads]
+
+    before = state.inner_state
+    _check_rounding(before, stochastic)
+    steps, inner_state = inner.update(
+      treedef.unflatten(grads),
+      before.inner_state if isinstance(before, RoundingState) else before,
+      treedef.unflatten(masters),
+      **extra_args,
+    )
+
+    steps = trees.flatten_like(params, steps, "compensated: the update of the inner transformation", "")
+    random: list[jax.Array | None] = [None] * len(leaves)
+    if isinstance(before, RoundingState):
+      inner_state = RoundingState(jnp.asarray(optax.safe_increment(before.step)), inner_state)
+      random = [stochastic_rounding.random_bits(seed, before.step, i, leaf.shape) for i, leaf in enumerate(leaves)]
+    stepped = [
+      _step(leaf, master, step, bits, r) for leaf, master, step, r in zip(leaves, masters, steps, random, strict=True)
+    ]
+    return (
+      treedef.unflatten([s[0] for s in stepped]),
+      CompensatedState(treedef.unflatten([s[1] for s in stepped]), inner_state),
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
+  """Whether there is 8-bit state so large that XLA:CPU had better not step all of it at once, and this is a CPU."""
+  if jax.default_backend() != "cpu" or step_weight.is_left_out():
+    return False
+  found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, blocks.Quantized))
+  large = any(isinstance(x, blocks.Quantized) and x.values.size >= cpu_rows.ELEMENTS for x in found)
+  return large and not any(types.is_split(x) for x in jax.tree.leaves(params))
+
+
+def _kept_or_masked(kept: jax.Array | None) -> Any:
+  return optax.MaskedNode() if kept is None else kept
+
+
+def _master(leaf: jax.Array, kept: Any) -> jax.Array:
+  """The f32 master weight of a leaf: f32[*s] as it is, bf16[*s] joined with its bits."""
+  return formats.join(leaf, checks.bits_or_none(kept)) if formats.is_low(leaf) else leaf
+
+
+def _step(
+  leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int, random: jax.Array | None
+) -> tuple[jax.Array, Any]:
+  """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
+  if not formats.is_low(leaf):
+    return step, optax.MaskedNode()
+  new = order.held(formats.add(master, step).astype(jnp.float32), leaf)
+  update, low, kept = formats.step(leaf, new, bits, random)
+  known_weights.remember(update, leaf, low)
+  return update, _kept_or_masked(kept)
+
+
+def _check_rounding(inner_state: Any, stochastic: bool) -> None:
+  if isinstance(inner_state, RoundingState) != stochastic:
+    was, now = ("nearest", "stochastic") if stochastic else ("stochastic", "nearest")
+    raise ValueError(
+      f"compensated: the state was made with rounding={was!r}, but this transformation has rounding={now!r}. The inner "
+      "state is the same but for the number of steps: wrap it in optax_mpo.RoundingState(step, inner_state) or take it "
+      "out of one, with state._replace(inner_state=...)."
+    )
+
+
+@dataclasses.dataclass
+class _Seed:
+  """A master weight on its way through `tx.init`, and what the `compensated` that claimed it made of it."""
+
+  name: str
+  placeholder: jax.Array  # bf16[*s]: what the transformations around `compensated` see; kept alive for its id
+  master: jax.Array  # f32[*s]
+  low: jax.Array | None = None
+
+
+_seeds: contextvars.ContextVar[dict[int, _Seed] | None] = contextvars.ContextVar("optax_mpo_seeds", default=None)
+
+
+@contextlib.contextmanager
+def _seeding(seeds: dict[int, _Seed]) -> Iterator[None]:
+  token = _seeds.set(seeds)
+  try:
+    yield
+  finally:
+    _seeds.reset(token)
+
+
+def _warn_of_f32(params: PyTree) -> None:
+  """Warns where nothing is in low precision, as when Flax's own TrainState or nnx.Optimizer calls `tx.init`."""
+  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+  whole = bool(leaves) and not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
+  if _seeds.get() is None and whole and not any(map(formats.is_low, leaves)) and not wrapping.is_for_shapes():
+    warnings.warn(
+      "compensated: all params that init was given are float32. They will be trained in float32, and compensated saves "
+      "no memory. Make them and the state with params, opt_state = optax_mpo.init(tx, params), or with TrainState or "
+      "Optimizer of optax_mpo.flax instead of Flax's own. If they are to stay float32, say so: "
+      "optax_mpo.init(tx, params, where=lambda path, leaf: False).",
+      stacklevel=3,
+    )
+
+
+def _seed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
+  """Returns a leaf's master weight f32[*s] and its bits, for `init`."""
+  if not formats.is_low(leaf):
+    return leaf, optax.MaskedNode()
+  seed = (_seeds.get() or {}).get(id(leaf))
+  if seed is None:
+    # The params are all there is: their exact value is the master weight, and every bit below it is zero.
+    leaf = jnp.asarray(leaf)
+    kept = jnp.zeros_like(leaf, dtype=bf16.bits_dtype(bits)) if bits else None
+    return formats.widen(leaf), _kept_or_masked(kept)
+  if seed.low is not None:
+    raise ValueError(
+      f"init: {leaf_name} is trained by two compensated(...) transformations, and each would keep bits for it. Wrap "
+      "the whole chain once, or give each its own leaves with optax.masked or optax.multi_transform."
+    )
+  seed.low, kept = formats.split(seed.master, leaf.dtype, bits)
+  return formats.join(seed.low, kept), _kept_or_masked(kept)
+
+
+def init(
+  tx: optax.GradientTransformation,
+  params: PyTree,
+  *,
+  dtype: Any = jnp.bfloat16,
+  where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
+) -> tuple[PyTree, optax.OptState]:
+  """Casts f32 params to low precision and makes `tx`'s state, seeded with the bits that the cast cut off.
+
+  Use this in place of `tx.init(params)`, which knows only the rounded weights. Every `compensated` inside `tx` (in a
+  chain, masked, multi_transform, inject_hyperparams, MultiSteps, ...) finds the bits of its leaves. To continue with
+  params that are low already, `tx.init(params)` is right: their bits start at zero.
+
+  Args:
+    tx: a transformation with `compensated` in it.
+    params: a tree of f32 params. Leaves of other dtypes stay as they are.
+    dtype: the low precision, bfloat16 or float16 (its bounds are in docs/compact.md).
+    where: `where(path, leaf) -> bool` says which f32 leaves go low, as in `cast`. None: all of them.
+
+  Returns:
+    `(params, opt_state)`, where `opt_state` is of the structure that `tx.init` makes. They can be donated: they share
+    no buffer with each other or with `params`.
+
+  Raises:
+    ValueError: where a leaf goes low that no `compensated` in `tx` trains (its bits would be lost), or two do.
+    TypeError: for a leaf that cannot be trained, such as an integer or float64 one, with its path.
+
+  Memory: 2 + bits / 8 bytes per parameter, beside the state of the wrapped transformation.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = mpo.compensated(optax.adamw(3e-4))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.full(2, 0.1)})
+    >>> params
+    {'w': Array([0.100098, 0.100098], dtype=bfloat16)}
+    >>> bool((mpo.master_params(params, opt_state)["w"] == jnp.full(2, 0.1)).all())
+    True
+  """
+  tx = wrapping.as_transformation(tx, "init", "tx", "tx, params")
+  new, opt_state = seeded(tx, params, dtype, where)
+  probes.warn_of_changes(tx, new, master_params)
+  return new, opt_state
+
+
+def seeded(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, optax.OptState]:
+  """What `init` returns, without its warning."""
+  seeds: dict[int, _Seed] = {}
+  mixed = []
+  names = [leaf_name for leaf_name, _ in trees.named_leaves(params)]
+  for leaf_name, (leaf, low) in zip(names, cast.chosen(params, dtype, where, "init"), strict=True):
+    if low:
+      master = jnp.asarray(leaf)
+      leaf = formats.split(master, dtype, 0)[0]
+      seeds[id(leaf)] = _Seed(leaf_name, leaf, master)
+    mixed.append(leaf)
+  treedef = jax.tree.structure(params)
+  with _seeding(seeds):
+    opt_state = tx.init(treedef.unflatten(mixed))
+  lost = [seed.name for seed in seeds.values() if seed.low is None]
+  if lost:
+    raise ValueError(
+      f"init: no compensated(...) in tx trains {trees.listed(lost)}, so that the bits cut off would be lost. Wrap the "
+      "transformation of these leaves in compensated (bits=0 keeps none), keep them in float32 with where=..., or, to "
+      "hold frozen weights in bfloat16, cast them with optax_mpo.cast before. If they are wrapped, something around "
+      "compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
+    )
+  low = [seeds[id(leaf)].low if id(leaf) in seeds else leaf for leaf in mixed]
+  return buffers.own((treedef.unflatten(low), opt_state), params)
+
+
+def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
+  """Returns the f32 master weights that `params` and the compensation bits in `opt_state` stand for.
+
+  Args:
+    params: the low-precision params.
+    opt_state: the state of a transformation with `compensated` anywhere inside it.
+
+  Returns:
+    A tree like `params` in which bf16 leaves are f32[*s], joined with their bits where there are any. Other leaves
+    are as they were; outside of jit they are copies, so that the result or `params` can be donated.
+
+  Raises:
+    ValueError: where `opt_state` has no `CompensatedState`, one for other params, or two with bits for one leaf.
+
+  Memory: 4 bytes per parameter where the result is kept; nothing where XLA fuses it into its use.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> tx = optax.chain(optax.identity(), mpo.compensated(optax.sgd(0.1)))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.full(1, 1 / 3)})
+    >>> mpo.master_params(params, opt_state)
+    {'w': Array([0.33333334], dtype=float32)}
+  """
+  given, params, opt_state = params, modules.pure(params), modules.pure(opt_state)
+  found = _states_in(opt_state)
+  if not found and _states_in(params):
+    raise TypeError(
+      "master_params: params is an optimizer state, and opt_state none. Call master_params(params, opt_state)."
+    )
+  if not found:
+    raise ValueError(
+      "master_params: there is no CompensatedState in opt_state. Wrap the transformation in compensated."
+    )
+  hint = "Pass the params that this state belongs to."
+  per_state = [
+    trees.flatten_like(params, s.compensation, "master_params: the compensation in opt_state", hint) for s in found
+  ]
+  masters = []
+  for i, (leaf_name, leaf) in enumerate(trees.named_leaves(params)):
+    kept = [c[i] for c in per_state if checks.bits_or_none(c[i]) is not None]
+    if len(kept) > 1:
+      raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
+    if kept and not trees.is_array(kept[0]):
+      raise ValueError(
+        f"master_params: a transformation around compensated splits {leaf_name} into "
+        f"{len(jax.tree.leaves(kept[0]))} low-precision leaves, and only it can put their bits together. Split the "
+        "params themselves, or keep this leaf in float32 with the argument where of optax_mpo.init."
+      )
+    if kept and (not formats.is_low(leaf) or kept[0].shape != leaf.shape):
+      raise ValueError(
+        f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
+        f"low-precision leaf of shape {list(kept[0].shape)}. {hint}"
+      )
+    low = trees.is_array(leaf) and formats.is_low(leaf)
+    masters.append(formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
+  return buffers.own(modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)
+
+
+def _states_in(tree: PyTree) -> list[CompensatedState]:
+  found = jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, CompensatedState))
+  return [s for s in found if isinstance(s, CompensatedState)]

@@ -1,0 +1,84 @@
+"""Tells which weights are being rounded to where they were: the failure that compensation bits are there against.
+
+Why: a weight that stands still under a steady update looks like convergence. Which leaves it happens to depends on the
+size of their weights and of the learning rate, so it has to be looked at leaf by leaf.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo._codecs import bf16, formats
+from optax_mpo._core import modules, trees
+from optax_mpo._transforms import compensated
+
+PyTree = Any
+
+
+def lost_updates(
+  params: PyTree, updates: optax.Updates, bits: int = 0, opt_state: optax.OptState | None = None
+) -> PyTree:
+  """Returns for each leaf the share of weights that an update does not move, though it is not zero.
+
+  Args:
+    params: params in bf16, fp16, f32 or complex64.
+    updates: the f32 updates that are to be added to them, as an Optax transformation without `compensated` makes them
+      of `master_params`: what comes out of `compensated` is rounded already.
+    bits: how many compensation bits the weights have: 0 for plain low precision, and 16 means that f32 has to lose an
+      update for it to be lost.
+    opt_state: a state with `compensated` in it, whose bits belong to `params`; without it those are taken for zero.
+
+  Returns:
+    A tree like `params` of f32[], from 0 to 1, for logging. Rounding is to nearest. For f32 leaves it is the share that
+    f32 itself loses.
+
+  Raises:
+    ValueError: for other values of `bits`, and where trees or shapes do not fit each other.
+    TypeError: for params that are not bf16, fp16, f32 or complex.
+
+  Example:
+    >>> import jax.numpy as jnp, optax_mpo as mpo
+    >>> params = {"w": jnp.ones(4, jnp.bfloat16), "small": jnp.full(4, 1e-3, jnp.bfloat16)}
+    >>> updates = {"w": jnp.full(4, 1e-4), "small": jnp.full(4, 1e-4)}
+    >>> {name: float(share) for name, share in mpo.lost_updates(params, updates).items()}
+    {'small': 0.0, 'w': 1.0}
+    >>> {name: float(share) for name, share in mpo.lost_updates(params, updates, bits=8).items()}
+    {'small': 0.0, 'w': 0.0}
+  """
+  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in bf16.BITS:
+    found = repr(bits) if isinstance(bits, int) else f"a {type(bits).__name__}"
+    raise ValueError(
+      f"lost_updates: bits has to be one of {bf16.BITS}, but it is {found}. "
+      "Call lost_updates(params, updates, bits, opt_state)."
+    )
+  given, params, updates = params, modules.pure(params), modules.pure(updates)
+  steps = trees.flatten_like(params, updates, "lost_updates: the tree of updates", "Pass updates for these params.")
+  masters = jax.tree.leaves(params if opt_state is None else compensated.master_params(params, opt_state))
+  shares = []
+  for (name, leaf), master, step in zip(trees.named_leaves(params), masters, steps, strict=True):
+    is_complex = trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    if not is_complex:
+      trees.check_trainable(name, leaf)
+    if jnp.shape(step) != jnp.shape(leaf):
+      raise ValueError(
+        f"lost_updates: {name} has shape {jnp.shape(leaf)}, but its update has {jnp.shape(step)}. "
+        "Pass updates for these params."
+      )
+    step = jnp.asarray(step) if is_complex else jnp.asarray(step).astype(jnp.float32)
+    shares.append(_share(leaf, master, step, bits))
+  return modules.in_form_of(given, jax.tree.structure(params).unflatten(shares))
+
+
+def _share(leaf: Any, master: Any, step: jax.Array, bits: int) -> jax.Array:
+  if formats.is_low(leaf):
+    wide = formats.widen(jnp.asarray(leaf)) if formats.is_low(master) else master
+
+    def kept(x: jax.Array) -> jax.Array:
+      return formats.join(*formats.split(x, leaf.dtype, bits))
+
+    moved = kept(wide + step) != kept(wide)
+  else:
+    moved = master + step != master
+  return jnp.mean((~moved & (step != 0)).astype(jnp.float32)) if step.size else jnp.zeros([], jnp.float32)

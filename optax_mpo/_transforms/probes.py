@@ -1,0 +1,153 @@
+"""Tries a transformation on a tiny copy of the params, to warn of what it would lose in silence.
+
+Why: two mistakes train without an error. Weights that keep 8 bits and are rounded to nearest drop a weight decay
+below half an ulp. And what changes the updates of `compensated` from outside, or holds weights still that it
+steps, leaves bits that belong to other weights.
+
+How: every leaf is replaced by a single number, with as many axes, in the same tree, so that masks and labels fit. The
+update is traced, and what is looked at is computed. A transformation that cannot be tried, since it needs extra
+arguments or looks at values, gives no warning.
+"""
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from optax_mpo._codecs import formats
+from optax_mpo._core import trees
+from optax_mpo._program import jax_forms
+
+PyTree = Any
+
+_WEIGHT = 1 + 2.0**-7  # its ulp is large for its size; that of 1 differs up and down
+_STEPS = [0, *(2**i for i in range(20))]  # at which schedules are tried: a warm-up decays by little at first
+
+_trying: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_trying", default=False)
+
+
+def is_trying() -> bool:
+  """Whether `warn_of_changes` is running: `compensated` returns what `tried_update` does then."""
+  return _trying.get()
+
+
+def tried_update(params: PyTree, bits: PyTree) -> tuple[PyTree, PyTree]:
+  """An update of ones, whatever the gradients are, and bits that count how often they have been stepped."""
+  return jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.float32), params), jax.tree.map(lambda b: b + 1, bits)
+
+
+def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits: int) -> None:
+  """Warns where `inner` changes weights without a gradient by less than `bits` hold, rounded to nearest."""
+  leaves, treedef = jax.tree.flatten(params)
+  first: dict[int, int] = {}  # one low leaf of each number of axes: decay is often left out for vectors
+  for i, leaf in enumerate(leaves):
+    if formats.is_low(leaf):
+      first.setdefault(leaf.ndim, i)
+
+  def updates(weights: list[Any]) -> list[Any]:
+    tree = treedef.unflatten(weights)
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    start = inner.init(tree)
+
+    def made_at(step: jax.Array) -> list[Any]:
+      state = jax.tree.map(lambda x: step.astype(x.dtype) if _is_counter(x) else x, start)
+      made = treedef.flatten_up_to(inner.update(zeros, state, tree)[0])
+      return [made[i] for i in first.values()]
+
+    return jax.vmap(made_at)(jnp.asarray(_STEPS))
+
+  def is_lost(leaf: Any, changes: jax.Array) -> bool:
+    kept = formats.join(*formats.split(_WEIGHT + changes, leaf.dtype, bits))
+    return bool((changes != 0).any() & (kept == _WEIGHT).all())
+
+  for i, u in zip(first.values(), _tried(updates, [_tiny(x, _WEIGHT, jnp.float32) for x in leaves]), strict=False):
+    with jax.ensure_compile_time_eval():
+      if not is_lost(leaves[i], u):
+        continue
+      change = float(jnp.abs(u).max())
+    warnings.warn(
+      f"compensated: without a gradient {trees.named_leaves(params)[i][0]} changes by at most {change:.1e} of itself "
+      f"in a step (weight decay, say), and bits={bits} with rounding='nearest' rounds that away: weights without a "
+      "gradient will not decay. Use bits=16, rounding='stochastic', or a larger product of learning rate and decay "
+      "(docs/compact.md has the bound).",
+      stacklevel=4,
+    )
+    return
+
+
+def warn_of_changes(
+  tx: optax.GradientTransformation, params: PyTree, masters: Callable[[PyTree, PyTree], PyTree]
+) -> None:
+  """Warns where `tx` changes updates of the `compensated` in it before they reach the params.
+
+  Args:
+    tx: what is tried.
+    params: of any size.
+    masters: `masters(params, state)` joins params with their bits in the state.
+  """
+  leaves, treedef = jax.tree.flatten(params)
+
+  def updates(weights: list[Any]) -> list[Any]:
+    tree = treedef.unflatten(weights)
+    before, made = tx.init(tree), []
+    for _ in range(2):  # an average passes its first number on as it is
+      update, after = tx.update(tree, before, tree)
+      joined = (treedef.flatten_up_to(masters(tree, state)) for state in (before, after))
+      stepped = [old != new for old, new in zip(*joined, strict=True)]
+      made += zip(treedef.flatten_up_to(update), stepped, strict=True)
+      before = after
+    return [x for pair in made for x in pair]
+
+  with _flag():
+    made = _tried(updates, [_tiny(x, 1.0) for x in leaves])
+  for (name, leaf), u, stepped in zip(trees.named_leaves(params) * 2, made[::2], made[1::2], strict=False):
+    with jax.ensure_compile_time_eval():
+      as_it_was = (u == 1).all() | ((u == 0) & ~stepped).all()  # all zero, while gradients are accumulated, say
+      if not formats.is_low(leaf) or bool(as_it_was):
+        continue
+    warnings.warn(
+      f"init: something around compensated changes its update of {name}, or holds it still, so that the bits it keeps "
+      "belong to other weights than those that result. Put everything that changes updates inside: "
+      "compensated(optax.chain(...)).",
+      stacklevel=3,
+    )
+    return
+
+
+@contextlib.contextmanager
+def _flag() -> Iterator[None]:
+  token = _trying.set(True)
+  try:
+    yield
+  finally:
+    _trying.reset(token)
+
+
+def _is_counter(x: Any) -> bool:
+  return trees.is_array(x) and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _tiny(leaf: Any, value: float, dtype: Any = None) -> Any:
+  if not trees.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    return leaf
+  with jax.ensure_compile_time_eval():
+    return jnp.full((1,) * leaf.ndim, value, dtype if formats.is_low(leaf) and dtype else leaf.dtype)
+
+
+def _tried(updates: Any, weights: Sequence[Any]) -> list[Any]:
+  """The values of `updates(weights)`, or nothing where it cannot be computed."""
+  try:
+    with jax.ensure_compile_time_eval():
+      program, _ = jax_forms.trace(updates, list(weights))
+      env = dict(program.constants) | dict(zip(program.inputs, weights, strict=True))
+      jax_forms.run(program, jax_forms.slice_of(program, program.outputs, {*env}), env)
+      values = [jax_forms.value(a, env) for a in program.outputs]
+      return [] if any(isinstance(x, Tracer) for x in values) else values  # a traced learning rate, say
+  except Exception:  # whatever a transformation raises that cannot be tried in this way
+    return []

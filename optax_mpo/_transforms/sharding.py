@@ -1,0 +1,115 @@
+"""Shardings for optimizer state: what belongs to a param lies where the param lies.
+
+Why: under FSDP or tensor parallelism the state is most of the memory. XLA would choose shardings for it by itself, one
+program at a time, and what comes from a checkpoint or from `init` outside of jit has none.
+
+How: a leaf of the state belongs to a param if the end of its path is the path of the param, as in `mu['head']['w']`,
+and it has its shape. That holds for moments, compensation bits, 8-bit codes and accumulated gradients, through every
+wrapper, and needs no knowledge of any of them.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_mpo._codecs import blocks
+from optax_mpo._core import modules, trees
+
+PyTree = Any
+
+
+def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
+  """Returns shardings for `opt_state`: those of the params for what has their shape.
+
+  Compensation bits, moments, 8-bit codes and whatever else is shaped like a param take its sharding. The scales of
+  8-bit blocks take it as well, without the last axis where the mesh does not divide their number. All else (counts,
+  keys, factored moments) is replicated over the same mesh.
+
+  Args:
+    params: a tree of arrays, or of `jax.ShapeDtypeStruct`, with a `NamedSharding` each.
+    opt_state: the state of any Optax transformation for them: arrays or ShapeDtypeStructs, on any devices.
+
+  Returns:
+    A tree like `opt_state` of `NamedSharding`, for `jax.device_put`, for a checkpoint that is to be restored, or for
+    `out_shardings` of a jitted `init` or step. Give the step its `out_shardings`: without, XLA may return what was
+    replicated in another sharding, and compile again for it.
+
+  Raises:
+    ValueError: where a param has no NamedSharding, or params lie on different meshes.
+
+  Memory: none; nothing is moved.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> from jax.sharding import NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> tx = mpo.compensated(optax.adamw(3e-4))
+    >>> masters = {"w": jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))}
+    >>> params, opt_state = mpo.init(tx, masters)
+    >>> shardings = mpo.state_sharding(params, opt_state)
+    >>> opt_state = jax.device_put(opt_state, shardings)
+    >>> opt_state.inner_state[0].mu["w"].sharding == params["w"].sharding
+    True
+
+  References:
+    Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter Models
+    <https://arxiv.org/abs/1910.02054>`_, 2020
+  """
+  given, params, opt_state = opt_state, modules.pure(params), modules.pure(opt_state)
+  known = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+      raise ValueError(
+        f"state_sharding: {trees.name(path)} has {'no sharding' if sharding is None else sharding}; a NamedSharding is "
+        "needed. Put the params on a mesh with jax.device_put, or pass ShapeDtypeStructs with sharding=..."
+      )
+    known[path] = (leaf.shape, sharding)
+  meshes = list(dict.fromkeys(sharding.mesh for _, sharding in known.values()))
+  if len(meshes) > 1:
+    raise ValueError(
+      f"state_sharding: the params lie on {len(meshes)} meshes; put them on one: {meshes[0]}, {meshes[1]}"
+    )
+  if not meshes:
+    raise ValueError("state_sharding: there are no params, and so no mesh.")
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)]
+  if not any(_owner(path, known)[1] for path in paths) and any(
+    _owner(path, dict.fromkeys(paths, (0, 1)))[1] for path in known
+  ):
+    raise TypeError(
+      "state_sharding: params has the leaves of opt_state, and more. Call state_sharding(params, opt_state)."
+    )
+  replicated = NamedSharding(meshes[0], PartitionSpec())
+
+  def choose(path: tuple[Any, ...], leaf: Any) -> Any:
+    shape, sharding = _owner(path, known)
+    if isinstance(leaf, blocks.Quantized):
+      codes = sharding if sharding is not None and leaf.values.shape == shape else replicated
+      shardings: tuple[Any, Any] = (codes, _per_block(codes, leaf.scales.shape))
+      return blocks.Quantized(*shardings)
+    return sharding if sharding is not None and getattr(leaf, "shape", None) == shape else replicated
+
+  shardings = jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=lambda x: isinstance(x, blocks.Quantized))
+  return modules.in_form_of(given, shardings)
+
+
+def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
+  """The shape and sharding of the param whose path `path` ends in, or has inside where a wrapper splits the param."""
+  for end in range(len(path), -1, -1):
+    for start in range(end + 1):  # the longest one first
+      if path[start:end] in known:
+        return known[path[start:end]]
+  return None, None
+
+
+def _per_block(codes: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+  """The sharding of scales of `shape`: that of their codes, as far as the last axis divides."""
+  spec = list(codes.spec) + [None] * (len(shape) - len(codes.spec))
+  axes = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
+  parts = 1
+  for axis in axes:
+    parts *= codes.mesh.shape[axis]
+  if shape[-1] % parts:
+    spec[-1] = None
+  return NamedSharding(codes.mesh, PartitionSpec(*spec))

@@ -1,0 +1,461 @@
+"""Takes an Optax update apart into updates of single leaves, by dataflow.
+
+Why: to step a weight the moment its gradient is there, its update has to be told from the updates of all others. Which
+transformations allow that is not a matter of names: it depends on what they compute.
+
+How: `tx.update` and the addition to the params are traced once, into one program for the whole tree. What depends on
+no gradient and no weight (step counts, schedules) is *shared*: it is computed once a step. Everything else belongs to
+the leaves it depends on; leaves that share any of it are *coupled* and can only be stepped together. The update of a
+group of leaves is the slice of the program that makes its new weights and its new state.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo._backends import step_weight
+from optax_mpo._codecs import apply
+from optax_mpo._core import trees, types, wrapping
+from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program.program import Atom, Operation, Program
+
+PyTree = Any
+
+# What a slice computes for itself rather than being handed it, where it is large: holding it would cost more.
+_CHEAP = by_layer.ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
+_SMALL = 1024  # elements
+_BY_LAYERS = "fused_value_and_update"  # the caller whose users can put leaves into one layer
+_MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")  # as Python says it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+  """Leaves that are stepped together, and their slice of the update.
+
+  Attributes:
+    leaves: which leaves of the params.
+    states: which leaves of the optimizer state are theirs.
+    shared: the variables of the program that the slice is handed, all of them computed by `Update.run_shared`.
+    constants: the values of those that it knows, being closed over by the transformation.
+    operations: the slice.
+    outputs: the new weights, then the new state.
+    program: the program of the whole update.
+    inputs: the variables of the gradients, the weights and the state.
+    names: the names of the leaves of the params and of the state.
+  """
+
+  leaves: tuple[int, ...]
+  states: tuple[int, ...]
+  shared: tuple[int, ...]
+  constants: dict[int, Any]
+  operations: tuple[Operation, ...]
+  outputs: tuple[Atom, ...]
+  program: Program
+  inputs: tuple[int, ...]
+  names: tuple[str, ...]
+
+  def step(
+    self, grads: Sequence[Any], params: Sequence[Any], states: Sequence[Any], shared: Sequence[Any]
+  ) -> tuple[list[Any], list[Any]]:
+    """Returns the new weights and the new state of the group's leaves."""
+    env = self._known(shared) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
+    jax_forms.run(self.program, self.operations, env)
+    return self._split([jax_forms.value(a, env) for a in self.outputs])
+
+  def step_layer(
+    self,
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    states: Sequence[Any],
+    shared: Sequence[Any],
+    index: Any,
+    length: int,
+  ) -> tuple[list[Any], list[Any]]:
+    """The same for one layer of stacked leaves; all arrays but `shared` have lost their first axis, of size `length`.
+
+    Raises:
+      ValueError: where the update is not separable along the layers; the message names the leaves and the operation.
+    """
+    return self._split(self.run_layer([*grads, *params, *states], shared, index, length))
+
+  def run_layer(self, inputs: Sequence[Any], shared: Sequence[Any], index: Any, length: int) -> list[Any]:
+    """What `step_layer` returns, as one list, of all inputs in one list."""
+    env = self._known(shared)
+    axes: dict[int, int | None] = {}
+    for var, value in zip(self.inputs, inputs, strict=True):
+      env[var], axes[var] = value[None], 0
+    try:
+      by_layer.run(self.operations, self.program, env, axes, index, length)
+    except by_layer.NotSeparableError as error:
+      self._raise_mixed(str(error))
+    results = []
+    for atom in self.outputs:
+      axis = axes.get(atom) if isinstance(atom, int) else None
+      value = jax_forms.value(atom, env)
+      if axis is None:  # the same for every layer, so that the slice computed all of it
+        value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, 0), 0
+      if axis != 0:
+        self._raise_mixed("the state's layer axis moves")
+      results.append(value[0])
+    return results
+
+  def parts(self) -> list[tuple["Group", list[int]]]:
+    """Splits the slice into ones that can be run and written one after the other, as `by_layer.parts` does.
+
+    Returns:
+      Groups with the same inputs, of which new states stand in for old ones once they are written; and which of the
+      outputs each of them makes.
+    """
+    count = len(self.leaves)
+    places = {count + j: 2 * count + j for j in range(len(self.states))}
+    found = by_layer.parts(self.program, self.inputs, self.outputs, places, {*self.shared, *self.constants})
+    return [
+      (
+        dataclasses.replace(
+          self, inputs=p.inputs, outputs=tuple(self.outputs[k] for k in p.outputs), operations=p.operations
+        ),
+        list(p.outputs),
+      )
+      for p in found
+    ]
+
+  def check_layers(self, length: int) -> None:
+    """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""
+    program = self.program
+    count = len(self.leaves)
+    for var, name in zip(self.inputs[count:], self.names, strict=True):
+      shape = program.aval(var).shape
+      if not shape or shape[0] != length:
+        self._raise_mixed(f"{name} has shape {list(shape)}, with no entry for each of the {length} layers")
+
+    def one(index: Any, inputs: list[Any], shared: list[Any]) -> Any:
+      return self.step_layer(inputs[:count], inputs[count : 2 * count], inputs[2 * count :], shared, index, length)
+
+    jax.eval_shape(
+      one,
+      jax.ShapeDtypeStruct((), jnp.int32),
+      [types.struct(program.aval(v), 0) for v in self.inputs],
+      [types.struct(program.aval(v)) for v in self.shared],
+    )
+
+  def _known(self, shared: Sequence[Any]) -> dict[int, Any]:
+    return self.constants | dict(zip(self.shared, shared, strict=True))
+
+  def _split(self, results: list[Any]) -> tuple[list[Any], list[Any]]:
+    return results[: len(self.leaves)], results[len(self.leaves) :]
+
+  def _raise_mixed(self, why: str) -> None:
+    raise ValueError(
+      f"the update of the stacked weights {trees.listed(self.names[: len(self.leaves)])} cannot be done layer by "
+      f"layer: {why}. Give each layer weights of its own (a list of trees, and fused_layer for each), use a "
+      "transformation that treats each element alone, or step with tx.update."
+    )
+
+
+class Update:
+  """`tx.update` and the addition to the params, traced for one tree of params and taken apart.
+
+  Attributes:
+    names: a name for every leaf of the params.
+    shared: the variables that `run_shared` computes.
+    kernels: whether `with_kernels` is around `tx`, or in it.
+  """
+
+  def __init__(
+    self,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+    caller: str,
+    kernels: bool = False,
+  ):
+    self._caller = caller
+    self._params, self._treedef = jax.tree.flatten(params)
+    self._state, self._state_treedef = jax.tree.flatten(opt_state)
+    self.names = [name for name, _ in trees.named_leaves(params)]
+    self.state_names = [name for name, _ in trees.named_leaves(opt_state, "opt_state")]
+    check_state(tx, params, opt_state, caller)
+    with step_weight.left_out() as met:
+      self._program, out = jax_forms.trace(self._whole(tx), self._params, self._params, self._state)
+    self.kernels = kernels or bool(met)
+    self._check_result(out)
+    self._own()
+
+  def _whole(self, tx: optax.GradientTransformation) -> Any:
+    tx_update = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update)).update
+
+    def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
+      tree = self._treedef.unflatten(params)
+      try:
+        updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+      except TypeError as error:
+        missing = _MISSING.search(str(error))
+        if missing is None:
+          raise
+        names = re.findall(r"'(\w+)'", missing[1])
+        raise TypeError(
+          f"{self._caller}: tx.update needs the extra argument {' and '.join(map(repr, names))}, which a fused step "
+          "does not hand on. Train with jax.value_and_grad and tx.update(grads, opt_state, params, "
+          f"{', '.join(f'{name}={name}' for name in names)})."
+        ) from error
+      return apply.apply_updates(tree, updates), new_state
+
+    return whole
+
+  def _check_result(self, out: tuple[PyTree, PyTree]) -> None:
+    _, new_state = out
+    if jax.tree.structure(new_state) != self._state_treedef:
+      raise ValueError(
+        f"{self._caller}: tx.update changes the structure of its state, from {self._state_treedef} to "
+        f"{jax.tree.structure(new_state)}. A fused step writes the state in place and needs it to keep its form."
+      )
+    for name, old, new in zip(self.state_names, self._state, jax.tree.leaves(new_state), strict=True):
+      if (jnp.shape(old), jnp.result_type(old)) != (new.shape, new.dtype):
+        raise ValueError(
+          f"{self._caller}: tx.update changes {name} from {jnp.result_type(old)}{list(jnp.shape(old))} to "
+          f"{new.dtype}{list(new.shape)}. A fused step writes the state in place and needs it to keep its form. "
+          "Where the params are bfloat16, compensated(tx) shows tx f32 params and gradients, and keeps its state f32."
+        )
+
+    # What a collective needs, the name of an axis, counts as an effect as well; it is none that could be lost.
+    effects = {o.name for o in self._program.operations for e in o.eqn.effects if type(e).__name__ != "NamedAxisEffect"}
+    if effects:
+      raise ValueError(
+        f"{self._caller}: tx.update has side effects ({trees.listed(sorted(effects))}), which steps of single leaves "
+        "would lose or repeat. Take them out (jax.debug.print, callbacks), or train with tx.update."
+      )
+
+  def _own(self) -> None:
+    """Finds which state is shared, and which leaves and states go together."""
+    program, count = self._program, len(self._params)
+    states = self._inputs()[2]
+    leaf_bits = [1 << i for i in range(count)]
+    state_bits = [1 << (count + j) for j in range(len(states))]
+    self._deps = jax_forms.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
+    new = jax_forms.output_bits(program, self._deps)
+    own = (1 << count) - 1  # the leaves and, from here on, the states that are not shared
+    while True:
+      found = jax_forms.union([bit for bit, bits in zip(state_bits, new[count:], strict=True) if bits & own])
+      if found | own == own:
+        break
+      own |= found
+    self._own_bits = own
+
+    # Leaves and states that any new weight or any new state has in common belong together.
+    self._parent = list(range(count + len(states)))
+    for node, bits in enumerate(new):
+      bits &= own
+      if node >= count and not bits:
+        continue
+      for other in _set_bits(bits):
+        self._parent[self._root(node)] = self._root(other)
+    self._shared_states = [j for j in range(len(states)) if not state_bits[j] & own]
+    self._members: dict[int, list[int]] = {}
+    for node in range(count + len(states)):
+      if node < count or state_bits[node - count] & own:
+        self._members.setdefault(self._root(node), []).append(node)
+
+    given = [v for v, bits in self._deps.items() if not bits & own and self._is_given(v)]
+    self.shared = tuple(v for v in given if v not in program.constants)
+    self._given = frozenset(given)
+
+  def _inputs(self) -> tuple[list[int], list[int], list[int]]:
+    inputs, count = self._program.inputs, len(self._params)
+    return inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
+
+  def _is_given(self, var: int) -> bool:
+    maker, size = self._program.makers.get(var), math.prod(self._program.aval(var).shape)
+    if maker is None:
+      return True
+    operation = self._program.operations[maker]
+    if operation.name == "broadcast_in_dim" and size > math.prod(self._program.aval(operation.inputs[0]).shape) == 1:
+      return False  # a number, which is handed over as such
+    if self.kernels and (size > 1 or jnp.issubdtype(self._program.aval(var).dtype, jnp.integer)):
+      return operation.name not in _CHEAP  # a kernel makes it in passing, where XLA takes a launch for each leaf
+    return size <= _SMALL or operation.name not in _CHEAP
+
+  def _root(self, node: int) -> int:
+    while self._parent[node] != node:
+      self._parent[node] = self._parent[self._parent[node]]
+      node = self._parent[node]
+    return node
+
+  def at(self, opt_state: Sequence[Any], constants: dict[int, Any]) -> "Update":
+    """The same update for other values of the leaves of its state, and of constants of its program."""
+    other = copy.copy(self)
+    other._state, other._program = list(opt_state), self._program.replaced(constants)
+    return other
+
+  def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Computes what all leaves share, once.
+
+    Returns:
+      The values of `shared`, by variable; and the new values of the shared leaves of the state, by their index.
+    """
+    program, count = self._program, len(self._params)
+    states = self._inputs()[2]
+    env = dict(program.constants)
+    env.update((states[j], self._state[j]) for j in self._shared_states)
+    outputs = {j: program.outputs[count + j] for j in self._shared_states}
+    known = frozenset(env)
+    jax_forms.run(program, jax_forms.slice_of(program, [*self._given, *outputs.values()], known), env)
+    new = {j: jax_forms.value(a, env) for j, a in outputs.items()}
+    return {v: env[v] for v in self.shared}, new
+
+  def components(self, leaves: Iterable[int]) -> list[tuple[int, ...]]:
+    """Sorts leaves into the smallest groups that can be stepped."""
+    by_root: dict[int, list[int]] = {}
+    for leaf in leaves:
+      by_root.setdefault(self._root(leaf), []).append(leaf)
+    return [tuple(group) for group in by_root.values()]
+
+  @property
+  def is_coupled(self) -> bool:
+    """Whether the update of some leaf depends on the gradients of others."""
+    return any(len(leaves) > 1 for leaves in self.components(range(len(self.names))))
+
+  @property
+  def program(self) -> Program:
+    """The whole update: gradients, weights, state -> new weights, new state."""
+    return self._program
+
+  @property
+  def inputs(self) -> tuple[list[int], list[int], list[int]]:
+    """The variables of the gradients, the weights and the state."""
+    return self._inputs()
+
+  @property
+  def given(self) -> frozenset[int]:
+    """The variables that no slice computes: `shared` and constants."""
+    return self._given
+
+  @property
+  def shared_states(self) -> list[int]:
+    """The leaves of the state that `run_shared` makes anew."""
+    return self._shared_states
+
+  def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> None:
+    """Raises the error that names two sets of leaves and what couples them."""
+    self._raise_coupled(list(inside), list(outside), who)
+
+  def needs_gradient(self, leaf: int) -> bool:
+    """Whether anything about a leaf changes with its gradient."""
+    return bool(self._used_gradients >> leaf & 1)
+
+  @functools.cached_property
+  def _used_gradients(self) -> int:
+    program, count = self._program, len(self._params)
+    bits = [1 << i if i < count else 0 for i in range(len(program.inputs))]
+    return jax_forms.union(jax_forms.output_bits(program, jax_forms.dependencies(program, bits)))
+
+  def group(self, leaves: Sequence[int], who: str) -> Group:
+    """Returns the slice of the update that steps `leaves` together.
+
+    Raises:
+      ValueError: where they are coupled to leaves that are not among them.
+    """
+    program, count = self._program, len(self._params)
+    wanted = set(leaves)
+    members = sorted({node for leaf in leaves for node in self._members[self._root(leaf)]})
+    if outside := [node for node in members if node < count and node not in wanted]:
+      self._raise_coupled(sorted(wanted), outside, who)
+    owned = [node - count for node in members if node >= count]
+    outputs = [program.outputs[i] for i in leaves] + [program.outputs[count + j] for j in owned]
+    grads, params, states = self._inputs()
+    inputs = [grads[i] for i in leaves] + [params[i] for i in leaves] + [states[j] for j in owned]
+    operations = jax_forms.slice_of(program, outputs, self._given | set(inputs))
+    read = jax_forms.read_by(operations, outputs)
+    if foreign := read & set(program.inputs) - set(inputs) - self._given:
+      self._raise_foreign(leaves, min(foreign), operations, who)
+    return self.make_group(leaves, owned, inputs, outputs, operations, sorted(read & self._given))
+
+  def make_group(
+    self,
+    leaves: Sequence[int],
+    states: Sequence[int],
+    inputs: Sequence[int],
+    outputs: Sequence[Atom],
+    operations: Sequence[Operation],
+    handed: Sequence[int],
+    program: Program | None = None,
+  ) -> Group:
+    """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs.
+
+    `program` is the program that the slice is of, where it is another form of this one.
+    """
+    program = program or self._program
+    constants = program.constants
+    return Group(
+      leaves=tuple(leaves),
+      states=tuple(states),
+      shared=tuple(v for v in handed if v not in constants),
+      constants={v: constants[v] for v in handed if v in constants},
+      operations=tuple(operations),
+      outputs=tuple(outputs),
+      program=program,
+      inputs=tuple(inputs),
+      names=(*(self.names[i] for i in leaves), *(self.state_names[j] for j in states)),
+    )
+
+  def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[Operation], who: str) -> None:
+    """An operation that JAX does not take apart as far as its dependencies go."""
+    grads, params, states = self._inputs()
+    name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]
+    by = next((jax_forms.where(o) for o in operations if var in o.inputs), "its state")
+    advice = "Step these leaves in one fused_layer, or train" if self._caller == _BY_LAYERS else "Train"
+    raise ValueError(
+      f"{who}: tx computes the update of {trees.listed(self.names[i] for i in leaves)} together with that of {name}, "
+      f"in {by}, which cannot be taken apart. {advice} with tx.update."
+    )
+
+  def _raise_coupled(self, inside: list[int], outside: list[int], who: str) -> None:
+    ours = jax_forms.union([1 << i for i in inside])
+    theirs = jax_forms.union([1 << i for i in outside])
+    by = next(
+      (
+        jax_forms.where(operation)
+        for operation in self._program.operations
+        for var in operation.outputs
+        if var >= 0 and self._deps[var] & ours and self._deps[var] & theirs
+      ),
+      "its state",
+    )
+    here, there = (trees.listed(self.names[i] for i in leaves) for leaves in (inside, outside))
+    together = "step the coupled leaves in one fused_layer, " if self._caller == _BY_LAYERS else ""
+    raise ValueError(
+      f"{who}: tx couples {here} to {there}, in {by}: the update of one needs the gradients of the others, which are "
+      "not there when it is stepped. Use a transformation that works on each leaf alone, as optax.clip does and "
+      f"optax.clip_by_global_norm does not, {together}or train with tx.update."
+    )
+
+
+def _set_bits(bits: int) -> Iterable[int]:
+  while bits:
+    low = bits & -bits
+    yield low.bit_length() - 1
+    bits ^= low
+
+
+def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str) -> None:
+  """Raises ValueError where `opt_state` is not of the form that `tx.init(params)` makes."""
+  try:
+    expected = wrapping.state_shapes(tx, params)
+  except jax.errors.ConcretizationTypeError:
+    return  # an init that looks at values; tx.update has to find out for itself
+  hint = "Make the state with optax_mpo.init(tx, params) or tx.init(params), for these very params."
+  leaves = trees.flatten_like(expected, opt_state, f"{caller}: opt_state", hint, root="tx.init(params)")
+  for (name, want), got in zip(trees.named_leaves(expected, "opt_state"), leaves, strict=True):
+    if not trees.is_array(want):
+      continue
+    if jnp.shape(got) != want.shape:
+      raise ValueError(
+        f"{caller}: {name} has shape {list(jnp.shape(got))}, but for these params it is {list(want.shape)}. {hint}"
+      )

@@ -1,0 +1,239 @@
+"""Takes apart an update whose leaves are coupled through a few numbers, for two passes over the gradients.
+
+Why: clipping by the global norm needs the gradients of all leaves before any leaf can be stepped. LOMO
+(arXiv:2306.09782) runs the backward pass twice: the first time for the norm alone, each gradient being used up at once.
+
+How: by dataflow, as in `by_leaf`. In the program of the update, the small arrays that depend on several leaves (the
+norm, the scale that clips, a flag that all is finite) are the *links*, as far as small arrays are all it takes to make
+them: the largest moment of a block after clipping is small, but takes a whole gradient. What a leaf contributes to
+them, such as the sum of its squares, are its *parts*. The first pass makes the parts of each leaf; in between, links
+are made from parts; in the second pass each leaf is stepped as if the links were constants. Leaves that are small
+themselves are not worth the effort: their gradients are kept from the first pass, and they are stepped in between.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from optax_mpo._core import trees
+from optax_mpo._program import branches, jax_forms
+from optax_mpo._program.program import Operation, Program
+from optax_mpo._updates import by_leaf
+
+SMALL = 1024  # elements: what may be held for every leaf
+
+
+@dataclasses.dataclass
+class Part:
+  """What the first pass makes of one leaf.
+
+  Attributes:
+    leaf: which.
+    outputs: the variables that it makes, the gradient itself for a small leaf.
+    reads: the variables of its weight and of state, its own or that of no leaf, that it reads.
+    shared: the shared variables that it reads.
+    operations: the slice.
+  """
+
+  leaf: int
+  outputs: tuple[int, ...]
+  reads: tuple[int, ...]
+  shared: tuple[int, ...]
+  operations: tuple[Operation, ...]
+
+
+class TwoPass:
+  """An update taken apart for two passes.
+
+  Attributes:
+    program: the whole update; where it has branches that are in the way, they are selects.
+    parts: what the first pass makes.
+    groups: the updates of single leaves for the second pass; their `shared` are shared variables and links.
+    middle: the leaves that are stepped in between.
+  """
+
+  def __init__(self, update: by_leaf.Update, caller: str):
+    self._update, self._caller = update, caller
+    self._grads, self._params, self._states = update.inputs
+    try:
+      self._take_apart(update.program)
+    except ValueError as error:
+      if not branches.has_branches(update.program):
+        raise
+      try:
+        self._take_apart(branches.opened(update.program))
+      except ValueError:
+        raise error from None
+
+  def _take_apart(self, program: Program) -> None:
+    self.program = program
+    self._given = self._update.given | set(program.constants)
+    count = len(self._grads)
+    bits = [1 << i for i in range(count)]
+    deps = jax_forms.dependencies(program, [*bits, *bits, *([0] * len(self._states))])
+    self._own_states(deps)
+    owned = [1 << o if o is not None else 0 for o in self._owners]
+    self._deps = jax_forms.dependencies(program, [*bits, *bits, *owned])
+    self._free = self._made_of_free_states()
+    self._given |= self._free
+    self._small = {v for v in self._deps if self._size(v) <= SMALL}
+    self.middle = [i for i in range(count) if self._grads[i] in self._small]
+    self._links = self._small & self._made_between(self._deps, self._small)
+    self.groups = [self._group(i) for i in range(count) if i not in self.middle]
+    self._between()
+
+  def _size(self, var: int) -> int:
+    return math.prod(self.program.aval(var).shape)
+
+  def _made_between(self, deps: dict[int, int], small: set[int]) -> set[int]:
+    """The variables that can be made from weights, state and small arrays of single leaves."""
+    made = {*self._given, *self._params, *self._states}
+    made |= {v for v in small if not deps[v] & (deps[v] - 1)}
+    for operation in self.program.operations:
+      if all(a in made for a in operation.inputs if isinstance(a, int)):
+        made.update(operation.outputs)
+    return made
+
+  def _own_states(self, deps: dict[int, int]) -> None:
+    """Finds the leaf that each state belongs to: that from which alone, but for links, its new value is made."""
+    program, count = self.program, len(self._grads)
+    small = {v for v in deps if self._size(v) <= SMALL}
+    links = {v for v in small & self._made_between(deps, small) if deps[v] & (deps[v] - 1)}
+    leaf_of = {v: i for part in (self._grads, self._params) for i, v in enumerate(part)}
+    made_of: list[set[int]] = []  # the inputs that each output is made of, links aside
+    for output in program.outputs:
+      found = jax_forms.slice_of(program, [output], self._given | links)
+      made_of.append(jax_forms.read_by(found, [output]))
+    self._owners: list[int | None] = []
+    for j in range(len(self._states)):
+      leaves = {leaf_of[a] for a in made_of[count + j] if a in leaf_of}
+      if len(leaves) > 1:
+        first, *others = sorted(leaves)
+        self._update.raise_coupled([first], others, f"{self._caller}, two_pass")
+      self._owners.append(leaves.pop() if leaves else None)
+    # What is made of itself alone, such as the first weights that the update compares with, belongs to its only reader.
+    for j, owner in enumerate(self._owners):
+      readers = {i for i in range(count) if self._states[j] in made_of[i]}
+      if owner is None and len(readers) == 1 and self._size(self._states[j]) > SMALL:
+        self._owners[j] = readers.pop()
+
+  def _made_of_free_states(self) -> set[int]:
+    """Scalars that depend on nothing but state that belongs to no leaf, such as the bias correction of a step count.
+
+    They are computed once, as by the ordinary update: XLA divides by a scalar that one leaf alone reads otherwise than
+    by one that all do.
+    """
+    count, program = len(self._grads), self.program
+    free = jax_forms.dependencies(program, [0] * (2 * count) + [int(owner is None) for owner in self._owners])
+    floats = {v for v in free if jnp.issubdtype(program.aval(v).dtype, jnp.floating) and self._size(v) == 1}
+    return {v for v in floats if free[v] and not self._deps[v]} - {*self._states, *self._given}
+
+  def _slice(self, outputs: Sequence[Any], given: set[int] | frozenset[int]) -> tuple[list[Any], set[int]]:
+    """Returns the operations that make `outputs` from `given`, and the variables that are read but not made."""
+    operations = jax_forms.slice_of(self.program, outputs, given)
+    made = {v for operation in operations for v in operation.outputs}
+    return operations, jax_forms.read_by(operations, outputs) - made
+
+  def _group(self, leaf: int) -> by_leaf.Group:
+    program, count, update = self.program, len(self._grads), self._update
+    links = {v for v in self._links if self._deps[v] & ~(1 << leaf)}
+    states = [j for j, owner in enumerate(self._owners) if owner == leaf and j not in update.shared_states]
+    inputs = [self._grads[leaf], self._params[leaf], *(self._states[j] for j in states)]
+    outputs = [program.outputs[leaf], *(program.outputs[count + j] for j in states)]
+    operations, read = self._slice(outputs, self._given | links | set(inputs))
+    handed = sorted(read - set(inputs))
+    self._refuse_foreign(leaf, [v for v in handed if v not in self._given and v not in links])
+    return update.make_group([leaf], states, inputs, outputs, operations, handed, program)
+
+  def _refuse_foreign(self, leaf: int, found: Sequence[int]) -> None:
+    """Raises where a leaf's step reads more than small numbers of other leaves."""
+    others = {i for v in found for i in range(len(self._grads)) if self._deps[v] >> i & 1} - {leaf}
+    if others:
+      self._update.raise_coupled([leaf], sorted(others), f"{self._caller}, two_pass")
+
+  def _between(self) -> None:
+    """Finds what is made between the passes, from which parts."""
+    program, count, update = self.program, len(self._grads), self._update
+    self._new_states = [
+      j
+      for j, owner in enumerate(self._owners)
+      if (owner is None or owner in self.middle) and j not in update.shared_states
+    ]
+    outputs: list[Any] = sorted({v for group in self.groups for v in group.shared} - set(update.shared))
+    outputs += [program.outputs[i] for i in self.middle]
+    outputs += [program.outputs[count + j] for j in self._new_states]
+    large = {i for i in range(count) if i not in self.middle}
+    single = {v for v in self._small if self._deps[v] and not self._deps[v] & (self._deps[v] - 1)}
+    parts = {v for v in single if self._deps[v].bit_length() - 1 in large}
+    inputs = {*(self._grads[i] for i in self.middle), *self._params, *self._states}
+    operations, read = self._slice(outputs, self._given | parts | inputs)
+    self._middle_operations = operations
+    for v in sorted(read - self._given - parts - inputs):
+      leaves = [i for i in range(count) if self._deps[v] >> i & 1]
+      names = trees.listed(update.names[i] for i in leaves)
+      raise ValueError(
+        f"{self._caller}, two_pass: tx needs the whole gradient of {names} to step other leaves, and not just a few "
+        "numbers made of it. Train with tx.update."
+      )
+    # A part that another part of the same leaf is made of is not needed itself.
+    self.parts = [self._part(i, sorted(v for v in read & parts if self._deps[v] == 1 << i)) for i in sorted(large)]
+    self.parts = [part for part in self.parts if part.outputs]
+    self.parts += [Part(i, (self._grads[i],), (), (), ()) for i in self.middle]
+
+  def _part(self, leaf: int, outputs: list[int]) -> Part:
+    states = {v for v, owner in zip(self._states, self._owners, strict=True) if owner in (leaf, None)}
+    own = {self._params[leaf], *states}
+    operations, read = self._slice(outputs, self._given | own | {self._grads[leaf]})
+    shared = tuple(sorted(v for v in read & self._given if v not in self.program.constants))
+    return Part(leaf, tuple(outputs), tuple(sorted(read & own)), shared, tuple(operations))
+
+  def known(self, shared: dict[int, Any], weights: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
+    """The values, by variable, of what there is before the first pass.
+
+    Args:
+      shared: the values of the shared variables, from `run_shared`.
+      weights: the old weights, by leaf.
+      states: the old state.
+    """
+    known = shared | dict(zip([*self._params, *self._states], [*weights, *states], strict=True))
+    env = dict(self.program.constants) | known
+    jax_forms.run(self.program, self._slice(sorted(self._free), {*env})[0], env)
+    return known | {v: env[v] for v in self._free}
+
+  def parts_of(self, gradients: Sequence[Any], known: dict[int, Any]) -> dict[int, Any]:
+    """Makes the parts of all leaves, where all gradients are at hand.
+
+    Args:
+      gradients: by leaf.
+      known: what `known` returns.
+
+    Returns:
+      The values of the parts, by variable.
+    """
+    made: dict[int, Any] = {}
+    for part in self.parts:
+      env = dict(self.program.constants) | known | {self._grads[part.leaf]: gradients[part.leaf]}
+      jax_forms.run(self.program, part.operations, env)
+      made |= {v: env[v] for v in part.outputs}
+    return made
+
+  def links(
+    self, parts: dict[int, Any], known: dict[int, Any]
+  ) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
+    """Makes what the second pass is handed.
+
+    Args:
+      parts: the values of the parts, by variable.
+      known: what `known` returns.
+
+    Returns:
+      The values of variables; the new weights and the new states of what is stepped in between, by index.
+    """
+    program, count = self.program, len(self._grads)
+    env = dict(program.constants) | known | parts
+    jax_forms.run(program, self._middle_operations, env)
+    weights = {i: jax_forms.value(program.outputs[i], env) for i in self.middle}
+    return env, weights, {j: jax_forms.value(program.outputs[count + j], env) for j in self._new_states}

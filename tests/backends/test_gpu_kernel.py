@@ -1,0 +1,484 @@
+"""The kernel that steps a weight: where it reads and writes, what it leaves to XLA, and what XLA makes of a step."""
+
+import collections
+import functools
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import optax_mpo as mpo
+from benchmarks import fsdp, hlo
+from benchmarks.modes import Training
+from optax_mpo._backends import gpu_kernel, step_weight
+from optax_mpo._program import elementwise, jax_forms
+from optax_mpo._updates import by_leaf
+
+EXACT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=16)
+EIGHT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=8)
+PLAIN = functools.partial(mpo.compensated, optax.sgd(1e-2), bits=0)
+
+
+def compact(bits=8, **options):
+  return mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), **options), bits=bits)
+
+
+STORAGES = {"16 bits": EXACT, "8 bits": EIGHT, "0 bits": PLAIN, "compact": compact}
+
+
+def made(tx, shape, stacked, dtype=jnp.bfloat16):
+  """The kernel of a weight of this shape, what it takes, and what the update does with that, operation by operation."""
+  params, state = mpo.init(tx, {"w": jax.random.normal(jax.random.key(0), shape)})
+  grad = jax.random.normal(jax.random.key(1), shape).astype(dtype)
+  _, state = jax.jit(tx.update)({"w": grad}, state, params)  # a state that is not all zero
+  update = by_leaf.Update(tx, params, state, "test", kernels=True)
+  group = update.group([0], "test")
+  shared, _ = update.run_shared()
+  kernel = gpu_kernel.make(group.program, group.operations, group.inputs, group.shared, group.outputs, stacked)
+  leaves = jax.tree.leaves(state)
+  return kernel, group, grad, [params["w"], *(leaves[j] for j in group.states)], [shared[v] for v in group.shared]
+
+
+def exact_jit(fun, static=(), without="fusion"):
+  """Without fusion, and so without fused multiply-adds, which XLA:CPU puts where it likes."""
+  options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": without}
+  return jax.jit(fun, static_argnums=static, compiler_options=options)
+
+
+def interpreted(kernel):
+  return lambda index, *given: gpu_kernel.call([kernel], [given], index, interpret=True)[0]
+
+
+def bits(x):
+  return np.asarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def computed(kernel, grad, stacks, shared, index=None):
+  """What the kernel's nodes make of a whole weight, or of one layer."""
+  elements = kernel.elements
+  env = dict(kernel.program.constants) | dict(zip(kernel.given, shared, strict=True))
+  jax_forms.run(kernel.program, elements.hoisted, env)
+  extra = [(s, env[s.var]) for s in elements.sources[1 + len(stacks) :]]
+  assert sum(s.counted for s, _ in extra) == (4 if elements.block else 0)  # columns and blocks, to dither two moments
+  layered = kernel.stacked and index is not None
+  arrays = [grad, *stacks, *(x[index] if layered and s.kind != "scalar" and not s.columns else x for s, x in extra)]
+  block = max(elements.block, 1)
+  shapes = {"element": (grad.size // block, block), "block": (grad.size // block, 1), "scalar": ()}
+  values = []
+  for source, x in zip(elements.sources, arrays, strict=True):
+    if source.columns:  # for one row: repeated over all
+      x = jnp.tile(x.reshape(-1), grad.size // elements.length)
+    values.append(x.reshape(shapes[source.kind]))
+  return [x.reshape(old.shape) for x, old in zip(elements.compute(values, shapes), stacks, strict=True)]
+
+
+@pytest.mark.parametrize(
+  ("storage", "shape"),
+  [
+    ("16 bits", (3, 16, 96)),
+    ("8 bits", (2, 4096)),
+    ("0 bits", (3, 4, 8, 32)),
+    ("compact", (3, 8, 256)),
+    ("compact", (2, 4, 4096)),
+  ],
+)
+def test_it_steps_one_layer_and_leaves_the_others(storage, shape):
+  kernel, _, grad, stacks, shared = made(STORAGES[storage](), shape, stacked=True)
+  index = shape[0] - 2
+  new = exact_jit(interpreted(kernel))(jnp.int32(index), grad[index], stacks, shared)
+  expected = computed(kernel, grad[index], [x[index] for x in stacks], shared, index)
+  for old, found, layer in zip(stacks, new, expected, strict=True):
+    np.testing.assert_array_equal(bits(found), bits(old.at[index].set(layer)))
+    assert (bits(found)[index] != bits(old)[index]).any()
+
+
+@pytest.mark.parametrize(
+  ("storage", "shape"), [("16 bits", (24, 96)), ("compact", (8, 256)), ("compact", (4096,)), ("compact", (3, 5, 128))]
+)
+def test_it_steps_a_weight_that_is_no_stack(storage, shape):
+  kernel, _, grad, stacks, shared = made(STORAGES[storage](), shape, stacked=False)
+  new = exact_jit(interpreted(kernel))(jnp.int32(0), grad, stacks, shared)
+  for found, expected in zip(new, computed(kernel, grad, stacks, shared), strict=True):
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def test_several_small_weights_are_stepped_in_one_launch():
+  shapes = [(24, 96), (128,), (5, 8, 128), (1024,), (640,)]
+  names = ["16 bits", "8 bits", "16 bits", "0 bits", "16 bits"]
+  made_of = [made(STORAGES[name](), shape, stacked=False) for name, shape in zip(names, shapes, strict=True)]
+  kernels, given = [m[0] for m in made_of], [m[2:] for m in made_of]
+  calls = jax.make_jaxpr(lambda given: gpu_kernel.call(kernels, given, jnp.int32(0)))(given)
+  assert str(calls).count("pallas_call") == 1
+  together = functools.partial(gpu_kernel.call, kernels, index=jnp.int32(0), interpret=True)
+  new = exact_jit(together, without="fusion,algsimp")(given)  # XLA:CPU would rewrite divisions within branches
+  for kernel, one, found in zip(kernels, given, new, strict=True):
+    for x, expected in zip(found, computed(kernel, *one), strict=True):
+      np.testing.assert_array_equal(bits(x), bits(expected))
+
+
+def test_launches_hold_no_more_arrays_than_a_kernel_is_given():
+  kernel, *_ = made(STORAGES["16 bits"](), (256,), stacked=False)
+  assert 9 <= kernel.arrays < 20
+  parts = step_weight._launches([kernel] * 100)
+  assert [k for part in parts for k in part] == list(range(100))
+  assert max(len(part) for part in parts) * kernel.arrays <= 400 < (len(parts[0]) + 1) * kernel.arrays
+  assert step_weight._launches([]) == []
+
+
+def test_on_a_gpu_small_weights_are_batched(tmp_path):
+  """63 vectors in two launches, in place, each byte read and written once; what has no tiles is left to XLA."""
+  tx = mpo.with_kernels(EXACT())
+  sizes = [512] * 60 + [256, 2**16, 128, 1000, 96]
+  params, state = jax.eval_shape(lambda: mpo.init(tx, [jnp.zeros(n) for n in sizes]))
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return mpo.apply_updates(params, updates), state
+
+  report = mpo.gpu_memory(step, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path)
+  text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
+  kernels = hlo.kernels(text, [])
+  assert len([k for k in kernels if k.name.startswith(("pallas_call", "step_weights"))]) == 2
+  assert sum(k.launches for k in kernels) <= 6  # 1000 and 96 by themselves, and two for the number of the step
+  assert 1 <= sum(k.bytes for k in kernels) / (26 * sum(sizes)) < 1.01
+  assert report.aliased_bytes >= 12 * sum(sizes)
+
+
+def test_what_it_computes_for_8_bit_state_is_the_update():
+  """But for a division by a number, which XLA makes a product, and (a / b) / c, which it makes a / (b * c)."""
+  kernel, group, grad, stacks, shared = made(compact(), (8, 256), stacked=False)
+  expected = exact_jit(group.step)([grad], stacks[:1], stacks[1:], shared)
+  for found, one in zip(
+    exact_jit(computed, 0)(kernel, grad, stacks, shared), [*expected[0], *expected[1]], strict=True
+  ):
+    np.testing.assert_array_equal(bits(found), bits(one))
+
+
+def third():
+  return optax.chain(optax.stateless(lambda u, _: {"w": u["w"] / 3}), optax.adamw(1e-3))
+
+
+REFUSED = {
+  "a tile": (EXACT, (3, 5, 7), "35 elements do not make tiles of 128 or more"),
+  "blocks that are not full": (compact, (3, 8, 400), "blocks of several sizes, or ones that are not full"),
+  "4 bits": (functools.partial(compact, bits=4), (3, 8, 256), "stored as uint4"),
+  "codes of 4 bits": (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), bits=4)), (3, 8, 256), "4"),
+  "state by rows": (lambda: mpo.compensated(optax.adafactor(1e-3)), (3, 256, 256), "goes into it|not known"),
+  "sums": (lambda: mpo.compensated(optax.lamb(1e-3)), (3, 16, 256), "not known to the kernel"),
+  "a third, used twice": (lambda: mpo.compensated(third()), (3, 16, 256), "XLA would join"),
+  "random rounding": (lambda: EIGHT(rounding="stochastic"), (3, 16, 256), "`iota`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_left_to_xla(case):
+  make, shape, reason = REFUSED[case]
+  with pytest.raises(elementwise.NotElementwiseError, match=reason):
+    made(make(), shape, stacked=True)
+
+
+# --- Steps ------------------------------------------------------------------------------------------------------------
+
+LAYERS, WIDTH, HIDDEN = 3, 128, 384
+
+
+def block(p, x, whole=lambda w: w):
+  return x + jax.nn.relu((x * p["scale"]) @ whole(p["up"])) @ whole(p["down"])
+
+
+def scanned(params, x):
+  x, _ = lax.scan(jax.checkpoint(lambda x, p: (block(p, x), None)), x, params)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def fused_scanned(params, x):
+  x, _ = mpo.fused_scan(lambda p, x, _: (block(p, x), None))(params, x)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def unrolled(params, x):
+  for i in range(LAYERS):
+    x = block(params[i], x)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def fused_unrolled(params, x):
+  layer = mpo.fused_layer(block, remat=True)
+  for i in range(LAYERS):
+    x = layer(params[i], x)
+  return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+LOSSES = {
+  "auto scanned": (mpo.value_and_update, scanned),
+  "layer scanned": (mpo.fused_value_and_update, fused_scanned),
+  "auto unrolled": (mpo.value_and_update, unrolled),
+  "layer unrolled": (mpo.fused_value_and_update, fused_unrolled),
+}
+
+
+def layers(stacked, width=WIDTH, hidden=HIDDEN):
+  shapes = {"scale": (width,), "up": (width, hidden), "down": (hidden, width)}
+
+  def one(key):
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    return {n: jax.random.normal(keys[n], s) / np.sqrt(s[0]) for n, s in shapes.items()}
+
+  each = [one(jax.random.key(i)) for i in range(LAYERS)]
+  return jax.tree.map(lambda *w: jnp.stack(w), *each) if stacked else each
+
+
+@pytest.mark.parametrize("storage", ["16 bits", "compact"])
+@pytest.mark.parametrize("case", LOSSES)
+def test_without_a_gpu_steps_are_what_they_are_without_kernels(case, storage):
+  make, loss = LOSSES[case]
+  tx = STORAGES[storage]()
+  x = jax.random.normal(jax.random.key(9), (16, WIDTH)).astype(jnp.bfloat16)
+  results = []
+  for kernels in (False, True):
+    params, state = mpo.init(tx, layers("scanned" in case))
+    step = jax.jit(make(loss, mpo.with_kernels(tx) if kernels else tx), donate_argnums=(0, 1))
+    for _ in range(3):
+      value, params, state = step(params, state, x)
+    results.append(jax.tree.leaves((value, params, state)))
+  for one, other in zip(*results, strict=True):
+    np.testing.assert_array_equal(bits(one), bits(other))
+
+
+def test_two_passes_are_what_they_are_without_kernels():
+  tx = mpo.compensated(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+  x = jax.random.normal(jax.random.key(9), (16, WIDTH)).astype(jnp.bfloat16)
+  results = []
+  for made in (tx, mpo.with_kernels(tx)):
+    params, state = mpo.init(made, layers(True))
+    step = jax.jit(mpo.value_and_update(scanned, made, two_pass=True))
+    for _ in range(3):
+      value, params, state = step(params, state, x)
+    results.append(jax.tree.leaves((value, params, state)))
+  for one, other in zip(*results, strict=True):
+    np.testing.assert_array_equal(bits(one), bits(other))
+  table = mpo.explain(scanned, made, params, state, x, two_pass=True)
+  assert {leaf.stepped for leaf in table if leaf.parameters > 1024} == {"in scan, by a kernel"}
+
+
+def compiled(case, storage, folder):
+  """A step as it is compiled for a GPU: the report, XLA's program, and the PTX of all kernels."""
+  make, loss = LOSSES[case]
+  tx = STORAGES[storage]()
+  shapes = jax.eval_shape(lambda: mpo.init(tx, layers("scanned" in case, 1024, 3072)))
+  x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
+  step = make(loss, mpo.with_kernels(tx))
+  report = mpo.gpu_memory(step, *shapes, x, target="h200", donate_argnums=(0, 1), dump_to=folder)
+  text = max((p.read_text() for p in folder.glob("*gpu_after_optimizations.txt")), key=len)
+  ptx = "\n".join(p.read_text() for p in folder.glob("*.ptx"))
+  return report, text, ptx, shapes
+
+
+@pytest.mark.parametrize("storage", ["16 bits", "compact"])
+@pytest.mark.parametrize("case", ["auto scanned", "layer scanned"])
+def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path):
+  report, text, _, (params, state) = compiled(case, storage, tmp_path)
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+  count = sum(x.size for x in jax.tree.leaves(params))
+  first = len(jax.tree.leaves(params))
+  kernels = hlo.kernels(text, range(first, first + len(jax.tree.leaves(state))))
+  ours = [k for k in kernels if k.name.startswith(("pallas_call", "step_weight"))]
+  assert [k.launches for k in ours] == [LAYERS] * 2  # the scale is small, and stepped after the scan
+  # Beside them, the scale's and what depends on the number of the step: nothing for each leaf or layer.
+  assert sum(k.launches for k in kernels if k.of_state) <= 2 * LAYERS + 6
+  moved = sum(k.bytes for k in kernels if k.of_state)
+  assert 1 <= moved / (2 * held + 2 * count) < 1.01
+  # No stack is copied, and no new values are held beside it: only the gradients of a layer.
+  assert report.aliased_bytes >= held - 1024
+  assert report.temporary_bytes < 40e6
+  assert not [k for k in kernels if k.opcode == "copy" and k.bytes > 2e6]
+
+
+@pytest.mark.parametrize("case", ["auto unrolled", "layer unrolled"])
+def test_on_a_gpu_weights_with_8_bit_state_are_stepped_at_the_floor(case, tmp_path):
+  _, text, _, (params, state) = compiled(case, "compact", tmp_path)
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+  count, first = sum(x.size for x in jax.tree.leaves(params)), len(jax.tree.leaves(params))
+  kernels = hlo.kernels(text, range(first, first + len(jax.tree.leaves(state))))
+  assert 1 <= sum(k.bytes for k in kernels if k.of_state) / (2 * held + 2 * count) < 1.02
+
+
+@pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
+def test_on_a_gpu_ordinary_updates_of_8_bit_state_are_at_the_floor(add, tmp_path):
+  tx = mpo.with_kernels(compact())
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((2048, 1024)), "b": jnp.zeros(96)}))
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return add(params, updates), state
+
+  mpo.gpu_memory(step, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path)
+  text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
+  moved = sum(k.bytes for k in hlo.kernels(text, [])) / (2048 * 1024)
+  # Optax's own function adds the difference to the old weights, which have to be kept for it.
+  assert 12.25 <= moved < (12.26 if add is mpo.apply_updates else 25)
+
+
+@pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_ordinary_updates_are_what_they_are_without_kernels(storage, add):
+  tx, grads = STORAGES[storage](), layers(True)
+  results = []
+  for made in (tx, mpo.with_kernels(tx), optax.chain(mpo.with_kernels(tx))):
+    params, state = mpo.init(made, layers(True))
+
+    @jax.jit
+    def step(params, state, made=made):
+      updates, state = made.update(mpo.cast(grads), state, params)
+      return add(params, updates), state
+
+    for _ in range(3):
+      params, state = step(params, state)
+    results.append(jax.tree.leaves((params, state)))
+  for one, other, third in zip(*results, strict=True):
+    np.testing.assert_array_equal(bits(one), bits(other))
+    np.testing.assert_array_equal(bits(one), bits(third))
+
+
+def test_outside_of_jit_and_of_what_can_be_taken_apart_nothing_changes(capsys):
+  def update(updates, state, params=None):
+    jax.debug.print("stepped")
+    return updates, state
+
+  noisy = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  tx = mpo.with_kernels(mpo.compensated(optax.chain(optax.sgd(0.1), noisy)))
+  params, state = mpo.init(tx, {"w": jnp.ones((8, 128))})
+  grads = {"w": jnp.ones((8, 128), jnp.bfloat16)}
+  for run in (tx.update, jax.jit(tx.update)):
+    updates, _ = run(grads, state, params)
+    np.testing.assert_array_equal(updates["w"].astype(jnp.float32), jnp.full((8, 128), -0.1015625))
+  jax.effects_barrier()
+  assert capsys.readouterr().out == "stepped\n" * 2
+  with pytest.raises(TypeError, match="with_kernels: tx has to be an Optax transformation"):
+    mpo.with_kernels(None)
+  with pytest.raises(ValueError, match="compensated: update needs the params"):
+    tx.update(grads, state)
+
+
+def test_explain_says_what_is_stepped_by_a_kernel():
+  tx = mpo.with_kernels(EXACT())
+  params = layers(True) | {"odd": jnp.ones((LAYERS, 1023))}
+  params, state = mpo.init(tx, params)
+
+  def loss(params, x):
+    odd = params.pop("odd")
+    y, _ = lax.scan(lambda y, p: (block(p[0], y) + p[1].sum(), None), x, (params, odd))
+    return jnp.mean(y.astype(jnp.float32))
+
+  table = mpo.explain(loss, tx, params, state, jnp.ones((4, WIDTH), jnp.bfloat16))
+  found = {leaf.name: (leaf.stepped, leaf.why) for leaf in table}
+  assert found["params['up']"] == ("in scan, by a kernel", "")
+  assert found["params['odd']"] == ("in scan", "no kernel: 1023 elements do not make tiles of 128 or more")
+
+
+def test_small_leaves_of_a_fused_step_are_stepped_together():
+  params, state = mpo.init(tx := mpo.with_kernels(EXACT()), layers(False))
+  table = mpo.explain(unrolled, tx, params, state, jnp.ones((4, WIDTH), jnp.bfloat16))
+  stepped = {leaf.name: leaf.stepped for leaf in table}
+  assert [stepped[f"params[{i}]['{name}']"] for i in range(LAYERS) for name in ("scale", "up")] == (
+    ["together", "at once"] * LAYERS
+  )
+
+
+@pytest.mark.parametrize(("case", "launches"), [("auto unrolled", 1), ("layer unrolled", 0)])
+def test_on_a_gpu_small_leaves_of_a_fused_step_take_one_launch(case, launches, tmp_path):
+  """Of each layer there is but one, which a layer of its own steps when it is done."""
+  _, text, _, (params, _) = compiled(case, "16 bits", tmp_path)
+  small = [k for k in hlo.kernels(text, []) if k.name.startswith(("pallas_call", "step_weights"))]
+  assert [k.launches for k in small] == [1] * launches
+  if launches:
+    assert 1 <= small[0].bytes / (26 * sum(p["scale"].size for p in params)) < 1.01
+
+
+FLOATS = re.compile(r"\b((?:div|sqrt|rsqrt|rcp|fma|mul|add|sub)\.[a-z0-9_.]*f32)\b")
+
+
+def test_its_instructions_are_those_of_xla(tmp_path):
+  """Both divide and take roots by the same approximations, and neither joins a product and a sum: so the bits agree."""
+  _, _, ours, _ = compiled("auto scanned", "16 bits", tmp_path / "ours")
+  tx = EXACT()
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((1024, 3072))}))
+
+  def unfused(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return mpo.apply_updates(params, updates), state
+
+  mpo.gpu_memory(unfused, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path / "xla")
+  found = []
+  for text in (ours, "\n".join(p.read_text() for p in (tmp_path / "xla").glob("*.ptx"))):
+    # Of the kernels, the one that takes roots; a thread of it steps as many elements as it takes roots.
+    (entry, *_) = [e for e in re.split(r"\.entry", text) if "sqrt" in e]
+    counts = collections.Counter(FLOATS.findall(entry))
+    elements = sum(n for name, n in counts.items() if name.startswith("sqrt"))
+    found.append({name: n / elements for name, n in counts.items()})
+  assert found[0] == found[1]
+  assert set(found[0]) == {"div.full.f32", "sqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
+
+
+def test_with_8_bit_state_too_its_instructions_are_those_of_xla(tmp_path):
+  """No exponential, logarithm or fused multiply-add, of which the two would have different ones."""
+  params, state = jax.eval_shape(lambda: mpo.init(compact(), {"w": jnp.zeros((1024, 3072))}))
+  found = []
+  for name, tx in (("ours", mpo.with_kernels(compact())), ("xla", compact())):
+
+    def unfused(params, state, grads, tx=tx):
+      updates, state = tx.update(grads, state, params)
+      return mpo.apply_updates(params, updates), state
+
+    mpo.gpu_memory(unfused, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path / name)
+    text = "\n".join(p.read_text() for p in (tmp_path / name).glob("*.ptx"))
+    entries = [e for e in re.split(r"\.entry", text) if "sqrt" in e]
+    found.append({name for entry in entries for name in FLOATS.findall(entry)})
+    assert not re.search(r"\b(ex2|lg2)\.", "".join(entries))
+  assert found[0] == found[1]
+  assert found[0] == {"div.full.f32", "sqrt.approx.f32", "rsqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
+
+
+@pytest.mark.parametrize("storage", ["16 bits", "compact"])
+def test_it_spills_no_registers(storage, tmp_path):
+  compiled("auto scanned", storage, tmp_path)
+  nvidia = importlib.util.find_spec("nvidia")
+  assert nvidia is not None
+  (ptxas, *_) = [p for folder in nvidia.submodule_search_locations or () for p in Path(folder).rglob("bin/ptxas")]
+  found = []
+  for ptx in tmp_path.glob("*.ptx"):
+    command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "none"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found += re.findall(
+      r"'step_weight\w*' for.*?(\d+) bytes spill stores, (\d+) bytes.*?Used (\d+) registers", text, re.S
+    )
+  assert found
+  for stores, loads, registers in found:
+    assert (stores, loads) == ("0", "0")
+    assert int(registers) <= 128, "16 warps and more on each multiprocessor"
+
+
+def test_a_jax_without_triton_steps_as_it_does_without_kernels_and_says_so(monkeypatch, tmp_path):
+  monkeypatch.setattr(gpu_kernel, "_has_triton", lambda: False)
+  with pytest.warns(UserWarning, match="with_kernels: JAX .* has no Triton backend"):
+    _, text, _, _ = compiled("auto scanned", "16 bits", tmp_path)
+  assert "step_weight/pallas_call" not in text
+  assert "dynamic-update-slice" in text
+
+
+def test_several_devices_are_left_to_xla(tmp_path):
+  tx = mpo.with_kernels(EXACT())
+  params, state = jax.eval_shape(lambda: mpo.init(tx, layers(True, 1024, 3072)))
+  training = Training(mpo.value_and_update(scanned, tx), params, state)
+  step, *arguments = fsdp.shard(training, jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16), 8)
+  mpo.gpu_memory(step, *arguments, target="h200", devices=8, dump_to=tmp_path)
+  text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
+  assert "num_partitions=8" in text
+  assert "step_weight/pallas_call" not in text

@@ -1,0 +1,50 @@
+"""What tests of all folders share: compiling for equal bits, comparing them, the step that others are compared with."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+import optax_mpo as mpo
+
+ROOT = pathlib.Path(__file__).parent.parent
+"""The folder with README.md, docs, examples and benchmarks."""
+
+
+def exact_jit(fun: Callable[..., Any], **options: Any) -> Any:
+  """`jax.jit` without excess precision: XLA may otherwise skip roundings to bf16 in one of two programs."""
+  return jax.jit(fun, compiler_options={"xla_allow_excess_precision": False, **options})
+
+
+unfused_jit = functools.partial(exact_jit, xla_disable_hlo_passes="fusion")
+"""And without fusion: a fused loop is vectorised by its whole body, which can change the last bit of a sum."""
+
+quick_jit = functools.partial(unfused_jit, xla_backend_optimization_level=0)
+"""And with LLVM at its lowest level, which compiles faster."""
+
+
+def assert_same_bits(got: Any, want: Any) -> None:
+  """Trees are equal in structure, shapes, dtypes and every bit: NaN equals NaN, and -0.0 is not 0.0."""
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    assert _raw(a).tobytes() == _raw(b).tobytes(), jax.tree_util.keystr(path)
+
+
+def _raw(x: Any) -> np.ndarray:
+  is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+def ordinary_step(loss_fn: Callable[..., Any], tx: Any, **options: Any) -> Callable[..., Any]:
+  """The step of `jax.value_and_grad`, `tx.update` and `apply_updates`, which fused steps have to equal."""
+
+  def step(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    value, grads = jax.value_and_grad(loss_fn, **options)(params, *args, **kwargs)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return value, mpo.apply_updates(params, updates), opt_state
+
+  return step

@@ -1,0 +1,103 @@
+"""The house rules that a test can hold: which folder may import which, where private JAX may appear, and sizes."""
+
+import ast
+import pathlib
+import sys
+
+import optax_mpo
+
+PACKAGE = pathlib.Path(optax_mpo.__file__).parent
+
+# Each folder, with the folders of this package and the outside packages that its modules may import.
+# The folders stand in the order of floors: each imports those above it only.
+GROUND = {"_core"}
+FLOORS = {
+  "_core": (set(), {"jax", "optax"}),
+  "_codecs": (GROUND, {"jax", "numpy", "optax"}),
+  "_program": (GROUND, {"jax", "numpy"}),
+  "_backends": ({"_program"} | GROUND, {"jax"}),
+  "_updates": ({"_backends", "_program", "_codecs"} | GROUND, {"jax", "optax"}),
+  "_stepping": ({"_updates", "_backends", "_program", "_codecs"} | GROUND, {"jax", "optax", "numpy"}),
+  "_layers": ({"_stepping", "_updates", "_backends", "_program"} | GROUND, {"jax", "numpy", "optax"}),
+  "_transforms": ({"_stepping", "_backends", "_program", "_codecs"} | GROUND, {"jax", "numpy", "optax"}),
+  "_memory": (GROUND, {"jax", "numpy", "matplotlib"}),
+}
+DOORS = {  # what users import
+  "flax": ({"_layers", "_stepping", "_transforms", "_codecs"} | GROUND, {"flax", "jax", "optax"}),
+  "checkpoint": (GROUND, {"jax", "numpy", "orbax"}),
+  "export": ({"_transforms"} | GROUND, {"jax", "numpy", "optax", "safetensors"}),
+}
+
+
+def imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
+  """Returns the rooms of this package, and the outside packages, that a module imports anywhere."""
+  own, outside = set(), set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      outside |= {alias.name.split(".")[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      package, *rest = (node.module or "").split(".")
+      if package != "optax_mpo":
+        outside.add(package)
+      elif rest:
+        own.add(rest[0] if rest[0] in {*FLOORS, *DOORS} else node.module)
+      else:
+        own |= {alias.name for alias in node.names}
+  return own, outside - set(sys.stdlib_module_names)
+
+
+def test_every_module_is_in_a_folder_or_is_a_door():
+  assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FLOORS)
+  assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *DOORS}
+  assert len(FLOORS) + len(DOORS) <= 18  # the top level is a table of contents
+
+
+def test_imports_point_one_way():
+  for position, (folder, (below, outside_allowed)) in enumerate(FLOORS.items()):
+    assert below <= set(list(FLOORS)[:position]), folder
+    for path in (PACKAGE / folder).glob("*.py"):
+      own, outside = imports(path)
+      assert own <= below | {folder}, path
+      assert outside <= outside_allowed, path
+  for door, (below, outside_allowed) in DOORS.items():
+    own, outside = imports(PACKAGE / f"{door}.py")
+    assert own <= below, door
+    assert outside <= outside_allowed, door
+
+
+def test_modules_of_a_folder_import_each_other_without_circles():
+  for folder in FLOORS:
+    arrows = {}
+    for path in (PACKAGE / folder).glob("*.py"):
+      tree = ast.parse(path.read_text())
+      names = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+      arrows[path.stem] = {a.name for n in names if n.module == f"optax_mpo.{folder}" for a in n.names}
+      arrows[path.stem] |= {n.module.rsplit(".", 1)[1] for n in names if n.module.startswith(f"optax_mpo.{folder}.")}
+    while ready := {m for m, needs in arrows.items() if not needs}:
+      arrows = {m: needs - ready for m, needs in arrows.items() if m not in ready}
+    assert not arrows, folder
+
+
+def modules_with(text: str) -> list[str]:
+  return [str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if text in path.read_text()]
+
+
+def test_private_jax_stays_in_one_module():
+  assert modules_with("jax._src") in ([], ["_program/jax_forms.py"])
+
+
+def test_primitives_are_made_by_one_module():
+  """With all rules that JAX asks for."""
+  assert modules_with(" Primitive(") == ["_core/primitives.py"]
+
+
+def test_the_public_api_is_listed_by_name():
+  names = {name for name in vars(optax_mpo) if not name.startswith("_")}
+  assert {"compensated", "init", "cast", "master_params", "apply_updates", "CompensatedState", "gpu_memory"} <= names
+  for name in names:
+    assert (getattr(optax_mpo, name).__doc__ or "").strip(), name
+
+
+def test_files_stay_small():
+  for path in PACKAGE.rglob("*.py"):
+    assert len(path.read_text().splitlines()) <= 500, path.name

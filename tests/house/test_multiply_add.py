@@ -1,0 +1,35 @@
+"""With fused multiply-adds, as processors have them: what equals f32 masters in spite of them.
+
+All other tests run without these instructions (tests/conftest.py says why). XLA reads that flag once in a process, so
+that these are run in others.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+  "chosen",
+  [
+    ["transforms/test_exactness.py", "-k", "equal_f32_masters and not without_fusion and not operation_by_operation"],
+    ["stepping/test_gradient_layout.py", "-k", "scan"],
+    ["layers/test_layer.py", "-k", "hundred"],
+    ["programs/test_train_lm.py", "-k", "fp32_and_mpo16"],
+  ],
+  ids=lambda chosen: chosen[0],
+)
+def test_equal_with_fused_multiply_adds(chosen):
+  flags = re.sub(r"--xla_cpu_max_isa=\S+", "", os.environ["XLA_FLAGS"])
+  environment = os.environ | {"XLA_FLAGS": flags, "OPTAX_MPO_TEST_MULTIPLY_ADD": "1"}
+  command = [sys.executable, "-m", "pytest", "-q", "-n=0", "-m", "not slow", "-p", "no:cacheprovider"]
+  command += [ROOT / "tests" / chosen[0], *chosen[1:]]
+  run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+  assert re.search(r"\d+ passed", run.stdout)

@@ -1,0 +1,158 @@
+"""The code in the README and the docs runs as it stands, and the README's numbers are those of the committed JSON."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import accuracy
+from benchmarks.modes import MODES
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_quickstart_runs():
+  code, automatic, fused, memory = blocks("python")
+  lines = [line for line in code.splitlines() if line.strip()]
+  assert len(lines) <= 15
+  names: dict = {}
+  exec(compile(code, "README.md", "exec"), names)
+  assert names["params"]["w"].dtype == jnp.bfloat16
+  # The first step of AdamW moves each weight by the learning rate (and its own decay, 1e-4 of that).
+  moved = jax.tree.leaves(names["masters"])[1] - 0.1
+  np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
+  exec(compile(automatic, "README.md", "exec"), names)
+  exec(compile(fused, "README.md", "exec"), names)
+  assert names["value"].shape == ()
+  code = memory.replace("params, opt_state, x, y", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1))")
+  exec(compile(code, "README.md", "exec"), names)
+  assert names["report"].parameter_count == 5
+
+
+def test_two_commands_stand_alone_and_name_files_that_exist():
+  commands = [block.strip() for block in blocks("bash")]
+  assert len(commands) == 2
+  for command in commands:
+    assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
+  assert commands[0].endswith(".venv/bin/python examples/train_lm.py")
+  assert commands[1].endswith(".venv/bin/python -m pytest")
+  assert (ROOT / "examples/train_lm.py").exists()
+  for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+    assert (ROOT / target.split("#")[0]).exists(), target
+
+
+def test_ci_takes_its_test_command_from_the_readme():
+  assert "README.md" in (ROOT / ".ci/run").read_text()
+
+
+MARK = "<!-- benchmarks/results/peak_memory.json -->\n"
+COLUMNS = ("lm-350m-unrolled", "lm-350m", "lm-1.3b", "lm-8.8b")
+PAGES = {"README.md": 10, "docs/fused_layers.md": 4, "docs/automatic.md": 3, "docs/compact.md": 3}  # with so many rows
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_memory_tables_are_those_of_the_committed_json(page):
+  """A row is named after its mode in benchmarks/modes.py; a cell has the peak and, in brackets, what is held."""
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r["optimizer"] == "adamw" and r["target"] == "h200"}
+  modes = {mode.label: name for name, mode in MODES.items()}
+  lines = (ROOT / page).read_text().split(MARK)[1].split("\n\n")[0].splitlines()[2:]
+  table = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in lines)}
+  assert len(table) == PAGES[page]
+  for label, cells in table.items():
+    of = [found[modes[label], model] for model in COLUMNS]
+    want = [f"{r['total_bytes'] / r['parameters']:.2f} ({r['argument_bytes'] / r['parameters']:.2f})" for r in of]
+    assert cells == want, label
+
+
+def test_the_table_of_sharded_steps_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r.get("devices", 1) == 8}
+  page = (ROOT / "docs/ecosystem.md").read_text()
+  lines = (
+    page.split("<!-- benchmarks/results/peak_memory.json, eight devices -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  )
+  assert len(lines) == 6
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    want = []
+    for model in ("lm-1.3b-fsdp8", "lm-70b-fsdp8"):
+      r = found[modes[label], model]
+      total, held = (8 * r[key] / r["parameters"] for key in ("total_bytes", "argument_bytes"))
+      each = f"{r['total_bytes'] / 2**30:.1f} GiB{'' if r['fits'] else ', does not fit'}"
+      want += [f"{total:.2f} ({held:.2f})", each]
+    assert cells == want, label
+
+
+def test_the_table_of_the_card_is_that_of_the_committed_json():
+  report = json.loads((ROOT / "benchmarks/results/gpu_check.json").read_text())
+  found = {(r["mode"], r["model"]): r for r in report["rows"] if "ratio" in r}
+  page = (ROOT / "docs/performance.md").read_text()
+  assert report["device"] == "NVIDIA H200"
+  lines = page.split("<!-- benchmarks/results/gpu_check.json -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 7
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    want = []
+    for model in ("lm-1.3b", "lm-1.3b-8x1024"):
+      r = found.get((modes[label], model))
+      peaks = r and [r[key] / 2**30 for key in ("peak_bytes", "predicted_bytes")]
+      want += [f"{peaks[0]:.2f} ({peaks[1]:.2f})", f"{r['ratio']:.2f}"] if peaks else ["", ""]
+    assert cells == want, label
+
+
+def test_the_table_of_what_an_update_moves_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/update_traffic.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows}
+  page = (ROOT / "docs/performance.md").read_text()
+  lines = page.split("<!-- benchmarks/results/update_traffic.json -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 14
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    of = [found.get((modes[label], model)) for model in ("leaves", "lm-unrolled", "lm-125m", "lm-1.3b", "lm-8.8b")]
+    want = ["" if of[0] is None else f"{of[0]['moved']:.1f}"]
+    want += [f"{r['moved']:.1f} ({r['step_moved']:.1f})" for r in of[1:]]
+    assert cells == [f"{of[1]['floor']:.2f}", *want], label
+
+
+def test_the_table_of_cpu_times_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/step_time.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r["optimizer"] == "adamw" and not r["error"]}
+  page = (ROOT / "docs/performance.md").read_text()
+  lines = page.split("<!-- benchmarks/results/step_time.json -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 9
+  modes = {mode.label: name for name, mode in MODES.items()}
+  models = "leaves-8x4m mlp lm-8m lm-8m-unrolled lm-24layers lm-125m-short lm-125m".split()
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    of = [found.get((modes[label], m)) for m in models]
+    assert cells == ["" if r is None else f"{r['ratio']:.2f}" for r in of], label
+
+
+def test_the_accuracy_table_is_that_of_the_committed_json():
+  tasks = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text())["tasks"]
+  assert all(len(runs) >= 3 for task in tasks.values() for runs in task["losses"].values())
+  columns = [accuracy.table(tasks[name]["losses"]).splitlines()[2:] for name in ("lm", "digits")]
+  text = (ROOT / "docs/compact.md").read_text().split("<!-- benchmarks/results/accuracy.json -->\n")[1]
+  want = ["| ".join([lm[:-2].rstrip() + " ", *digits.split("| ")[2:]]) for lm, digits in zip(*columns, strict=True)]
+  assert text.split("\n\n")[0].splitlines()[2:] == want
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_the_code_in_the_docs_runs(page):
+  names: dict = {}
+  for code in blocks("python", page.read_text()):
+    exec(compile(code, page.name, "exec"), names)
+  if page.stem == "memory":
+    assert names["report"].devices == 8

@@ -1,0 +1,225 @@
+"""Train states for Linen and optimizers for NNX: the same numbers as the functions, in all three fused modes."""
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_mpo as mpo
+from optax_mpo.flax import Optimizer, TrainState
+from tests.helpers import assert_same_bits, quick_jit
+
+CLASSES, FEATURES = 3, 8
+
+# AdamW makes a full step of a gradient that is zero but for rounding (a bias before BatchNorm), and fused loops round
+# in orders of their own.
+
+
+def batch(i):
+  rng = np.random.default_rng(i)
+  return jnp.asarray(rng.normal(size=(16, FEATURES)), jnp.float32), jnp.asarray(rng.integers(0, CLASSES, 16))
+
+
+def cross_entropy(logits, labels):
+  return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
+
+
+def make_tx():
+  return mpo.compensated(optax.adamw(1e-2))
+
+
+class Classifier(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=True):
+    x = nn.Dense(16)(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    return nn.Dense(CLASSES)(x)
+
+
+def linen_state(**options):
+  model = Classifier()
+  variables = model.init(jax.random.key(0), batch(0)[0], train=False)
+  rest = {k: v for k, v in variables.items() if k != "params"}
+  return TrainState.create(apply_fn=model.apply, params=variables["params"], tx=make_tx(), variables=rest, **options)
+
+
+def linen_loss(variables, batch, key):
+  x, labels = batch
+  logits, updates = Classifier().apply(variables, x, mutable=["batch_stats"], rngs={"dropout": key})
+  return cross_entropy(logits, labels), (logits, updates)
+
+
+def linen_steps(state, count=5):
+  @quick_jit
+  def step(state, batch):
+    key = jax.random.fold_in(jax.random.key(1), state.step)
+    return state.step_with(linen_loss, batch, key, has_aux=True, mutable=True)
+
+  values = []
+  for i in range(count):
+    state, value = step(state, batch(i))
+    values.append(value)
+  return state, values
+
+
+def test_linen_with_batch_statistics_dropout_and_aux():
+  got, values = linen_steps(linen_state())
+  want, unfused = linen_steps(linen_state(fused="off"))
+  assert_same_bits((got.params, got.opt_state, values), (want.params, want.opt_state, unfused))
+  # The same step fused is another program, in which XLA may sum a mean in another order.
+  for a, b in zip(jax.tree.leaves(got.variables), jax.tree.leaves(want.variables), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+  start = linen_state()
+  assert int(got.step) == 5
+  assert got.params["Dense_0"]["kernel"].dtype == jnp.bfloat16
+  assert not np.array_equal(
+    got.variables["batch_stats"]["BatchNorm_0"]["mean"], start.variables["batch_stats"]["BatchNorm_0"]["mean"]
+  )
+  logits = got.apply_fn({"params": got.masters(), **got.variables}, batch(0)[0], train=False)
+  assert logits.shape == (16, CLASSES)
+
+
+def test_ema_is_of_the_masters_in_f32():
+  state, _ = linen_steps(linen_state(ema_decay=0.9), 3)
+  want, _ = linen_steps(linen_state(), 3)
+  assert_same_bits(state.params, want.params)
+  averages = jax.tree.map(jnp.asarray, linen_state().masters())
+  one = linen_state()
+  for i in range(3):
+    one, _ = quick_jit(
+      lambda s, b: s.step_with(linen_loss, b, jax.random.fold_in(jax.random.key(1), s.step), has_aux=True, mutable=True)
+    )(one, batch(i))
+    averages = jax.tree.map(lambda a, m: 0.9 * a + 0.1 * m, averages, one.masters())
+  for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(averages), strict=True):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # one product fewer than the average above
+
+
+def layer_loss(variables, batch):
+  x, labels = batch
+  p = variables["params"]
+  x = mpo.fused_layer(nn.Dense(16))(p["Dense_0"], x.astype(jnp.bfloat16))
+  return cross_entropy(mpo.fused_layer(nn.Dense(CLASSES))(p["Dense_1"], nn.relu(x)), labels)
+
+
+@pytest.mark.parametrize("fused", ["auto", "layer", "off"])
+def test_three_ways_one_result(fused):
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.relu(nn.Dense(16)(x))
+      return nn.Dense(CLASSES)(x)
+
+  params = Plain().init(jax.random.key(0), batch(0)[0])["params"]
+  state = TrainState.create(apply_fn=Plain().apply, params=params, tx=make_tx(), fused=fused)
+  step = quick_jit(lambda state, batch: state.step_with(layer_loss, batch))
+  tx = make_tx()
+  low, opt_state = mpo.init(tx, params)
+
+  @quick_jit
+  def plain(low, opt_state, batch):
+    value, grads = jax.value_and_grad(lambda p: layer_loss({"params": p}, batch))(low)
+    updates, opt_state = tx.update(grads, opt_state, low)
+    return value, mpo.apply_updates(low, updates), opt_state
+
+  for i in range(3):
+    state, value = step(state, batch(i))
+    want, low, opt_state = plain(low, opt_state, batch(i))
+    assert_same_bits((value, state.params, state.opt_state), (want, low, opt_state))
+
+
+def test_collections_that_the_state_does_not_have():
+  model = Classifier()
+  variables = model.init(jax.random.key(0), batch(0)[0], train=False)
+  state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=make_tx())
+
+  def loss(v, batch):
+    return linen_loss({**v, "batch_stats": variables["batch_stats"]}, batch, jax.random.key(0))
+
+  with pytest.raises(ValueError, match=r"returns the collections \['batch_stats'\], and the state has \[\]"):
+    state.step_with(loss, batch(0), has_aux=True, mutable=True)
+
+
+class NNXClassifier(nnx.Module):
+  def __init__(self, rngs):
+    self.first, self.last = nnx.Linear(FEATURES, 16, rngs=rngs), nnx.Linear(16, CLASSES, rngs=rngs)
+    self.norm, self.dropout = nnx.BatchNorm(16, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+def nnx_loss(model, batch):
+  x, labels = batch
+  logits = model(x)
+  return cross_entropy(logits, labels), logits
+
+
+def nnx_steps(fused, count=5):
+  model = NNXClassifier(nnx.Rngs(0))
+  optimizer = Optimizer(model, make_tx(), fused=fused)
+
+  @nnx.jit
+  def step(model, optimizer, batch):
+    return optimizer.step_with(model, nnx_loss, batch, has_aux=True)
+
+  return model, optimizer, [step(model, optimizer, batch(i)) for i in range(count)]
+
+
+def test_nnx_with_batch_statistics_and_dropout():
+  model, optimizer, values = nnx_steps("auto")
+  want_model, want_optimizer, want_values = nnx_steps("off")
+  assert int(optimizer.step.get_value()) == 5
+  assert model.first.kernel.get_value().dtype == jnp.bfloat16
+  assert_same_bits(nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(nnx.state(want_model, nnx.Param)))
+  assert_same_bits(nnx.as_pure(optimizer.opt_state), nnx.as_pure(want_optimizer.opt_state))
+  assert_same_bits(values, want_values)
+  start = NNXClassifier(nnx.Rngs(0))
+  assert not np.array_equal(model.norm.mean.get_value(), start.norm.mean.get_value())
+  assert int(model.dropout.rngs.count.get_value()) == int(start.dropout.rngs.count.get_value()) + 5
+  masters = optimizer.masters(model)
+  assert {x.dtype.name for x in jax.tree.leaves(masters)} == {"float32"}
+
+
+def test_nnx_fused_layers_get_handles():
+  class Plain(nnx.Module):
+    def __init__(self, rngs):
+      self.first, self.last = nnx.Linear(FEATURES, 16, rngs=rngs), nnx.Linear(16, CLASSES, rngs=rngs)
+
+  def loss(handles, batch):
+    model = Plain(nnx.Rngs(0))
+    x = mpo.fused_layer(model.first)(handles["first"], batch[0].astype(jnp.bfloat16))
+    return cross_entropy(mpo.fused_layer(model.last)(handles["last"], nnx.relu(x)), batch[1])
+
+  losses = {}
+  for fused in ("layer", "auto"):
+    model = Plain(nnx.Rngs(0))
+    optimizer = Optimizer(model, make_tx(), fused=fused)
+
+    def of_model(model, batch):
+      return cross_entropy(model.last(nnx.relu(model.first(batch[0].astype(jnp.bfloat16)))), batch[1])
+
+    losses[fused] = [
+      float(optimizer.step_with(model, loss if fused == "layer" else of_model, batch(i))) for i in range(3)
+    ]
+  np.testing.assert_allclose(losses["layer"], losses["auto"], rtol=1e-2)  # not jitted: bf16 roundings may differ
+
+
+@pytest.mark.parametrize(
+  "make", [lambda **o: linen_state(**o), lambda **o: Optimizer(NNXClassifier(nnx.Rngs(0)), make_tx(), **o)]
+)
+def test_modes_that_there_are_not(make):
+  with pytest.raises(ValueError, match="fused has to be 'auto', 'layer' or 'off', but it is 'on'"):
+    make(fused="on")
+
+
+def test_importing_the_package_imports_neither_flax_nor_orbax():
+  code = "import sys, optax_mpo; assert not {'flax', 'orbax'} & set(sys.modules); optax_mpo.flax.TrainState"
+  subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,173 @@
+"""Errors about arguments and about coupled leaves: they name the cause, and every step that they recommend works."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_mpo as mpo
+
+PARAMS = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
+X = jnp.ones((2, 4))
+
+
+def loss(p, x):
+  return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]).astype(jnp.float32) ** 2)
+
+
+def made(tx):
+  return PARAMS, tx.init(PARAMS)
+
+
+# --- Extra arguments --------------------------------------------------------------------------------------------------
+
+EXTRA = {
+  "reduce_on_plateau": (lambda: optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()), ["value"]),
+  "polyak_sgd": (optax.polyak_sgd, ["value"]),
+  "momo": (lambda: optax.contrib.momo(), ["value"]),
+  "momo_adam": (lambda: optax.contrib.momo_adam(), ["value"]),
+  "lbfgs": (optax.lbfgs, ["value", "grad", "value_fn"]),
+  "linesearch": (
+    lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)),
+    ["value", "grad", "value_fn"],
+  ),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", EXTRA)
+def test_missing_extra_arguments_are_named(name, wrapped):
+  tx, needed = EXTRA[name][0](), EXTRA[name][1]
+  tx = mpo.compensated(tx) if wrapped else tx
+  params, state = mpo.init(tx, PARAMS) if wrapped else made(tx)
+  layer = mpo.fused_layer(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
+  fused = mpo.fused_value_and_update(lambda p, x: jnp.mean(layer(p, x) ** 2), tx)
+  for caller, step in (
+    ("value_and_update", mpo.value_and_update(loss, tx)),
+    ("fused_value_and_update", fused),
+    ("explain", functools.partial(mpo.explain, loss, tx)),
+  ):
+    with pytest.raises(TypeError, match=rf"^{caller}: tx.update needs the extra argument.*value_and_grad") as error:
+      step(params, state, X)
+    assert all(f"{n}={n}" in str(error.value) for n in needed), error.value
+
+  value, grad = jax.value_and_grad(loss)(params, X)  # what the message says to do
+  extra = {"value": value, "grad": grad, "value_fn": lambda p: loss(p, X)}
+  updates, _ = tx.update(grad, state, params, **{n: extra[n] for n in needed})
+  assert all(np.isfinite(np.asarray(u, np.float32)).all() for u in jax.tree.leaves(updates))
+
+
+def test_other_type_errors_are_those_of_the_transformation():
+  def update(grads, state, params=None):
+    raise TypeError("mine")
+
+  tx = optax.GradientTransformation(lambda p: (), update)
+  with pytest.raises(TypeError, match="mine"):
+    mpo.value_and_update(loss, tx)(PARAMS, (), X)
+
+
+# --- Arguments in the wrong order -------------------------------------------------------------------------------------
+
+
+def test_arguments_in_the_wrong_order_are_told_the_right_one():
+  tx = mpo.compensated(optax.adam(1e-2))
+  params, state = mpo.init(tx, PARAMS)
+  for call, right in (
+    (lambda: mpo.init(PARAMS, tx), "init: tx has to be.*a dict.*init(tx, params)"),
+    (lambda: mpo.convert(params, tx, state), "convert: tx .*convert(tx, params, opt_state)"),
+    (lambda: mpo.value_and_update(tx, loss), "value_and_update: loss_fn .*value_and_update(loss_fn, tx)"),
+    (lambda: mpo.value_and_update(loss, params), "value_and_update: tx .*value_and_update(loss_fn, tx)"),
+    (lambda: mpo.fused_value_and_update(tx, loss), "fused_value_and_update: loss_fn .*(loss_fn, tx)"),
+    (lambda: mpo.explain(tx, loss, params, state, X), "explain: loss_fn .*(loss_fn, tx, params, opt_state, *args)"),
+    (lambda: mpo.explain(loss, params, tx, state, X), "explain: tx .*(loss_fn, tx, params, opt_state, *args)"),
+    (lambda: mpo.master_params(state, params), "master_params: .*master_params(params, opt_state)"),
+    (lambda: mpo.compensated(8), "compensated: inner .* a int.*compensated(inner)"),
+    (lambda: mpo.quantized_state(8), "quantized_state: inner .* a int.*quantized_state(inner)"),
+    (lambda: mpo.loss_scaled(2.0**15), "loss_scaled: inner .* a float.*loss_scaled(inner)"),
+    (lambda: mpo.with_kernels(params), "with_kernels: tx .* a dict.*with_kernels(tx)"),
+    (lambda: mpo.cast(jnp.bfloat16, PARAMS), "cast: dtype .* a dict.*cast(params, dtype)"),
+    (lambda: mpo.init(tx, PARAMS, dtype=PARAMS), "init: dtype .* a dict"),
+  ):
+    pattern = right.replace("(", r"\(").replace(")", r"\)").replace("*args", r"\*args")
+    with pytest.raises(TypeError, match=pattern):
+      call()
+  with pytest.raises(
+    ValueError, match=r"lost_updates: bits .* a CompensatedState.*\(params, updates, bits, opt_state\)"
+  ):
+    mpo.lost_updates(params, PARAMS, state)
+
+  def swapped(grads, state, params):
+    updates, _ = tx.update(grads, state, params)
+    return mpo.apply_updates(updates, params)
+
+  with pytest.raises(TypeError, match=r"apply_updates: params\['a'\] is an update.*apply_updates\(params, updates\)"):
+    jax.jit(swapped)(params, state, params)
+
+
+def test_shardings_of_arguments_in_the_wrong_order():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  params, state = jax.device_put(mpo.init(mpo.compensated(optax.adam(1e-2)), PARAMS), everywhere)
+  with pytest.raises(TypeError, match=r"state_sharding\(params, opt_state\)"):
+    mpo.state_sharding(state, params)
+  mpo.state_sharding(params, state)
+  mpo.state_sharding(params, optax.sgd(0.1).init(params))  # a state without leaves is no mistake
+
+
+# --- Coupled leaves ---------------------------------------------------------------------------------------------------
+
+
+def twice_clipped():
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.clip_by_global_norm(0.5), optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+  ("make", "helps"),
+  [
+    (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), True),
+    (lambda: optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 2), True),
+    (twice_clipped, False),
+    (lambda: optax.flatten(optax.adam(0.1)), False),
+  ],
+)
+def test_two_passes_are_recommended_where_they_help(make, helps, monkeypatch):
+  monkeypatch.setattr("optax_mpo._updates.coupled.SMALL", 1)
+  tx = make()
+  params, state = made(tx)
+  for call in (mpo.value_and_update(loss, tx), functools.partial(mpo.explain, loss, tx)):
+    with pytest.raises(ValueError, match="couples") as error:
+      call(params, state, X)
+    assert ("two_pass=True" in str(error.value)) == helps
+    assert not any(word in str(error.value) for word in ("fused_layer", "adaptive_grad_clip"))
+  both = mpo.value_and_update(loss, tx, two_pass=True)
+  if helps:
+    jax.jit(both)(params, state, X)
+  else:
+    with pytest.raises(ValueError, match=r"two_pass: tx .*tx.update") as error:
+      both(params, state, X)
+    assert "two_pass=True" not in str(error.value)
+  updates, _ = tx.update(jax.grad(loss)(params, X), state, params)  # the step that is recommended besides
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_what_is_recommended_in_place_of_clipping_by_norm_works_in_scans():
+  """optax.clip steps a stack in its scan; optax.adaptive_grad_clip has to wait for the whole of it."""
+  stack, x = jnp.ones((3, 4, 4)), jnp.ones((2, 4))
+  stacked = mpo.fused_scan(lambda w, x, _: (jnp.tanh(x @ w), None))
+
+  def by_layers(p, x):
+    return jnp.mean(stacked(p["a"], x, None)[0] ** 2) + jnp.mean(mpo.fused_value(p["b"]) ** 2)
+
+  params = {"a": stack, "b": PARAMS["b"]}
+  coupled = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+  with pytest.raises(ValueError, match=r"optax.clip does.*one fused_layer.*tx.update") as error:
+    mpo.fused_value_and_update(by_layers, coupled)(params, coupled.init(params), x)
+  assert "adaptive_grad_clip" not in str(error.value)
+  clipped = optax.chain(optax.clip(1.0), optax.sgd(0.1))
+  mpo.fused_value_and_update(by_layers, clipped)(params, clipped.init(params), x)
+  whole = mpo.fused_layer(lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["a"])[0] @ p["b"])
+  one = mpo.fused_value_and_update(lambda p, x: jnp.mean(whole(p, x) ** 2), coupled)
+  one(params, coupled.init(params), x)
