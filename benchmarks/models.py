@@ -80,9 +80,15 @@ LM_SIZES = {
 }
 
 
+def along_last(p: jax.Array, x: jax.Array) -> jax.Array:
+  """A vector over the last axis of `x`, in f32, with as many axes."""
+  return jnp.expand_dims(p.astype(jnp.float32), range(x.ndim - 1))
+
+
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   x32 = x.astype(jnp.float32)
-  return (x32 * lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + 1e-6) * scale).astype(x.dtype)
+  norm = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + 1e-6)
+  return (norm * along_last(scale, x)).astype(x.dtype)
 
 
 def lm_block(config: LMConfig, p: PyTree, x: jax.Array) -> jax.Array:
@@ -95,7 +101,7 @@ def lm_block(config: LMConfig, p: PyTree, x: jax.Array) -> jax.Array:
   k = (h @ p["k"]).reshape(batch, context, kv_heads, depth)
   v = (h @ p["v"]).reshape(batch, context, kv_heads, depth)
   scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k).astype(jnp.float32) * depth**-0.5
-  causal = jnp.arange(context)[:, None] >= jnp.arange(context)
+  causal = jnp.arange(context)[:, None] >= jnp.arange(context)[None]
   weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1).astype(x.dtype)
   x = x + jnp.einsum("bhgqk,bkhd->bqhgd", weights, v).reshape(batch, context, config.width) @ p["out"]
   h = rms_norm(x, p["mlp_norm"])
@@ -186,8 +192,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def batch_norm(x: jax.Array, p: PyTree) -> jax.Array:
   """Batch statistics of `x: [batch, height, width, channels]`, as in training."""
   x32 = x.astype(jnp.float32)
-  mean, var = jnp.mean(x32, (0, 1, 2)), jnp.var(x32, (0, 1, 2))
-  return ((x32 - mean) * lax.rsqrt(var + 1e-5) * p["scale"] + p["bias"]).astype(x.dtype)
+  mean, var = (along_last(f(x32, (0, 1, 2)), x) for f in (jnp.mean, jnp.var))
+  norm = (x32 - mean) * lax.rsqrt(var + 1e-5)
+  return (norm * along_last(p["scale"], x) + along_last(p["bias"], x)).astype(x.dtype)
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -245,7 +252,7 @@ def resnet50(*, batch: int = 32, size: int = 224) -> Model:
 def vit_loss(heads: int, params: PyTree, batch: PyTree) -> jax.Array:
   images, labels = batch
   x = conv(images.astype(params["patch"].dtype), params["patch"], params["patch"].shape[0])
-  x = x.reshape(x.shape[0], -1, x.shape[-1]) + params["position"]
+  x = x.reshape(x.shape[0], -1, x.shape[-1]) + params["position"][None]
 
   @jax.checkpoint
   def block(x: jax.Array, p: PyTree) -> tuple[jax.Array, None]:

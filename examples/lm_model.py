@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
     wide = x.astype(jnp.float32)
     wide *= lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-    return wide.astype(x.dtype) * scale.astype(x.dtype)
+    return wide.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
 def dense(features: int, name: str) -> nn.Dense:
@@ -44,7 +44,7 @@ def rotate(x: jax.Array) -> jax.Array:
   """Turns the pairs of features of `x: [batch, time, heads, depth]` by angles that grow with time (RoPE)."""
   half = x.shape[-1] // 2
   frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies
+  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies[None, None]
   cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
   first, second = jnp.split(x, 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -19,31 +19,19 @@ os.environ["XLA_FLAGS"] = flags
 
 import functools  # noqa: E402
 
+import flax.linen  # noqa: E402
 import jax  # noqa: E402  # with the environment above
 import optax  # noqa: E402
 import pytest  # noqa: E402
 
 import optax_mpo  # noqa: E402
+from tests.helpers import relaxed, strict  # noqa: E402
 
 # The library leans on no implicit conversion and on no implicit broadcast to more axes, so that it works for users who
-# forbid them. Optax does; its functions run under JAX's own defaults, and ours, also within them, under the strict modes.
+# forbid them. Optax and Flax do: they run under JAX's own defaults, and our transformations within Optax's under the
+# strict modes again.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-
-def _under(dtypes, ranks, fun):
-  @functools.wraps(fun)
-  def under(*args, **kwargs):
-    with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion(ranks):
-      return fun(*args, **kwargs)
-
-  return under
-
-
-relaxed = functools.partial(_under, "standard", "allow")
-"""A function under JAX's own defaults, for code that is not ours: of Optax, of Flax, or of an example."""
-
-strict = functools.partial(_under, "strict", "raise")
 
 
 def _making(mode, make):
@@ -71,11 +59,29 @@ def _set_modes():
     for name in ("bias_correction", "tree_bias_correction"):
       if hasattr(module, name):
         setattr(module, name, relaxed(getattr(module, name)))
+  for name in ("init", "apply"):
+    setattr(flax.linen.Module, name, relaxed(getattr(flax.linen.Module, name)))
   for name in ("compensated", "quantized_state", "loss_scaled", "with_kernels"):
     setattr(optax_mpo, name, _making(strict, getattr(optax_mpo, name)))
 
 
 _set_modes()
+
+
+@pytest.fixture
+def default_promotion():
+  """JAX's own defaults, for tests of what implicit conversions do."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  """Examples in docstrings run under JAX's own defaults, as those who read them do."""
+  if not isinstance(item, pytest.DoctestItem):
+    return (yield)
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    return (yield)
 
 
 @pytest.fixture(autouse=True, scope="module")

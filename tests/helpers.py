@@ -15,6 +15,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 """The folder with README.md, docs, examples and benchmarks."""
 
 
+def _under(dtypes, ranks, fun):
+  @functools.wraps(fun)
+  def under(*args, **kwargs):
+    with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion(ranks):
+      return fun(*args, **kwargs)
+
+  return under
+
+
+relaxed = functools.partial(_under, "standard", "allow")
+"""A function under JAX's own defaults, for code that is not ours: of Optax, of Flax, or of an example."""
+
+strict = functools.partial(_under, "strict", "raise")
+
+
 def exact_jit(fun: Callable[..., Any], **options: Any) -> Any:
   """`jax.jit` without excess precision: XLA may otherwise skip roundings to bf16 in one of two programs."""
   return jax.jit(fun, compiler_options={"xla_allow_excess_precision": False, **options})

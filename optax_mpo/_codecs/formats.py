@@ -24,10 +24,11 @@ def is_low(leaf: Any) -> bool:
 
 def add(x: jax.Array, step: jax.Array) -> jax.Array:
   """Adds an update to weights, in the wider of two floating dtypes, whatever conversions JAX allows."""
-  if jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(step.dtype, jnp.floating) and x.dtype != step.dtype:
-    wider = max(x.dtype, step.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    return x.astype(wider) + step.astype(wider)
-  return x + step
+  floating = [dtype for dtype in (x.dtype, step.dtype) if jnp.issubdtype(dtype, jnp.floating)]
+  if not floating or x.dtype == step.dtype or any(jnp.iscomplexobj(a) for a in (x, step)):
+    return x + step
+  wider = max(floating, key=lambda dtype: jnp.finfo(dtype).bits)
+  return x.astype(wider) + step.astype(wider)
 
 
 def split(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, jax.Array | None]:

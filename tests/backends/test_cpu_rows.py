@@ -228,13 +228,15 @@ def test_other_transformations_of_a_step(monkeypatch):
   assert_same(jax.tree.map(lambda x: x[1], params), want)
 
   def scaled(size, params, state, grads):
-    new, _ = step(tx, params, state, jax.tree.map(lambda g: (g * size).astype(g.dtype), grads))
+    new, _ = step(tx, params, state, jax.tree.map(lambda g: (g.astype(size.dtype) * size).astype(g.dtype), grads))
     return new["w"].astype(jnp.float32)
 
   tangent = jax.jit(lambda s: jax.jvp(lambda s: scaled(s, *args), [s], [1.0])[1])
   got = tangent(jnp.float32(1.0))
   at_once(monkeypatch)
-  np.testing.assert_array_equal(got, jax.jit(lambda s: jax.jvp(lambda s: scaled(s, *args), [s], [1.0])[1])(1.0))
+  np.testing.assert_array_equal(
+    got, jax.jit(lambda s: jax.jvp(lambda s: scaled(s, *args), [s], [1.0])[1])(jnp.float32(1.0))
+  )
 
 
 @functools.cache

@@ -190,7 +190,7 @@ LAYERS, WIDTH, HIDDEN = 3, 128, 384
 
 
 def block(p, x, whole=lambda w: w):
-  return x + jax.nn.relu((x * p["scale"]) @ whole(p["up"])) @ whole(p["down"])
+  return x + jax.nn.relu((x * p["scale"][None]) @ whole(p["up"])) @ whole(p["down"])
 
 
 def scanned(params, x):

@@ -10,9 +10,12 @@ import pytest
 
 from benchmarks import accuracy
 from benchmarks.modes import MODES
-from tests.helpers import ROOT
+from tests.helpers import ROOT, relaxed
 
 README = (ROOT / "README.md").read_text()
+
+
+run = relaxed(exec)  # as those who read them do
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -24,16 +27,16 @@ def test_quickstart_runs():
   lines = [line for line in code.splitlines() if line.strip()]
   assert len(lines) <= 15
   names: dict = {}
-  exec(compile(code, "README.md", "exec"), names)
+  run(compile(code, "README.md", "exec"), names)
   assert names["params"]["w"].dtype == jnp.bfloat16
   # The first step of AdamW moves each weight by the learning rate (and its own decay, 1e-4 of that).
   moved = jax.tree.leaves(names["masters"])[1] - 0.1
   np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
-  exec(compile(automatic, "README.md", "exec"), names)
-  exec(compile(fused, "README.md", "exec"), names)
+  run(compile(automatic, "README.md", "exec"), names)
+  run(compile(fused, "README.md", "exec"), names)
   assert names["value"].shape == ()
   code = memory.replace("params, opt_state, x, y", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1))")
-  exec(compile(code, "README.md", "exec"), names)
+  run(compile(code, "README.md", "exec"), names)
   assert names["report"].parameter_count == 5
 
 
@@ -153,6 +156,6 @@ def test_the_accuracy_table_is_that_of_the_committed_json():
 def test_the_code_in_the_docs_runs(page):
   names: dict = {}
   for code in blocks("python", page.read_text()):
-    exec(compile(code, page.name, "exec"), names)
+    run(compile(code, page.name, "exec"), names)
   if page.stem == "memory":
     assert names["report"].devices == 8

@@ -112,9 +112,9 @@ def test_fused_layers():
   given, plain = states()
 
   def loss(p, x):
-    x = mpo.fused_layer(lambda p, x: x @ p["kernel"] + p["bias"])(p["layers"][0], x)
+    x = mpo.fused_layer(lambda p, x: x @ p["kernel"] + p["bias"][None])(p["layers"][0], x)
     return jnp.mean(
-      mpo.fused_layer(lambda p, x: x @ p["kernel"] + p["bias"])(p["layers"][1], x).astype(jnp.float32) ** 2
+      mpo.fused_layer(lambda p, x: x @ p["kernel"] + p["bias"][None])(p["layers"][1], x).astype(jnp.float32) ** 2
     )
 
   step = mpo.fused_value_and_update(loss, mpo.compensated(optax.adam(1e-2)))

@@ -46,7 +46,7 @@ def assert_equal_steps(loss_fn, tx, params, opt_state, batches, has_aux=False, s
 
 
 def block(p, x, key, bias):
-  h = x * p["scale"].astype(x.dtype) + bias
+  h = x * p["scale"].astype(x.dtype)[None, None] + bias[None]
   h = jax.nn.gelu(h @ p["up"]) @ p["down"]
   keep = jax.random.bernoulli(key, 0.9, h.shape)
   return x + jnp.where(keep, h / 0.9, 0).astype(x.dtype)
@@ -88,7 +88,7 @@ def model_loss(scan, remat, params, tokens, key):
     means = jnp.stack(means)
 
   def head(p, x, embedding, tokens):
-    logits = ((x * p["scale"].astype(x.dtype)) @ embedding.T).astype(jnp.float32)
+    logits = ((x * p["scale"].astype(x.dtype)[None, None]) @ embedding.T).astype(jnp.float32)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)
     return -jnp.mean(picked), jnp.argmax(logits, -1)
 
@@ -169,8 +169,8 @@ PLAIN = {
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
   def fn(p, x):
-    h = jax.nn.gelu(x @ p["up"] + p["bias"])
-    return x + (h @ p["down"]) * p["scale"], h.mean()
+    h = jax.nn.gelu(x.astype(p["up"].dtype) @ p["up"] + p["bias"][None])
+    return x + (h @ p["down"] * p["scale"][None]).astype(x.dtype), h.mean()
 
   def loss_fn(params, x):
     layer = mpo.fused_layer(fn, remat=remat)
@@ -198,7 +198,7 @@ def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
 @pytest.mark.parametrize("name", PLAIN)
 def test_transformations_without_compensation(name):
   def loss_fn(params, x):
-    layer = mpo.fused_layer(lambda p, x: jnp.tanh(x @ p["up"]) * p["scale"])
+    layer = mpo.fused_layer(lambda p, x: jnp.tanh(x @ p["up"]) * p["scale"][None])
     for p in params:
       x = layer(p, x)
     return jnp.sum(x**2)
@@ -304,7 +304,7 @@ def test_gradients_reach_the_inputs_of_a_scan_and_what_it_closes_over():
 
   def loss_fn(params, x):
     gate, offsets, first = mpo.fused_value((params["gate"], params["offsets"], params["first"]))
-    stack = mpo.fused_scan(lambda p, h, o: (jnp.tanh(h @ p * gate) + o, None))
+    stack = mpo.fused_scan(lambda p, h, o: (jnp.tanh(h @ p * gate[None]) + o[None], None))
     return jnp.sum(stack(params["stack"], x @ first, offsets)[0] ** 2)
 
   tx = optax.sgd(1e-2)

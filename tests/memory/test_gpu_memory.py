@@ -280,7 +280,7 @@ def fsdp_step(params, momentum, x):
       h = jnp.tanh(h @ w)
     return jnp.mean(h.astype(jnp.float32) ** 2)
 
-  momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, jax.grad(loss)(params))
+  momentum = jax.tree.map(lambda m, g: 0.9 * m + g.astype(m.dtype), momentum, jax.grad(loss)(params))
   return jax.tree.map(lambda p, m: p - (0.01 * m).astype(p.dtype), params, momentum), momentum
 
 

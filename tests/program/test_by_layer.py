@@ -83,7 +83,7 @@ APART = {
 MIXED = {
   "transpose": (lambda x: x.transpose(1, 0, 2), "sub"),
   "transpose_last": (lambda x: x.transpose(2, 1, 0), "sub"),
-  "sum": (lambda x: x - x.sum(0), "reduce_sum"),
+  "sum": (lambda x: x - x.sum(0)[None], "reduce_sum"),
   "mean_of_all": (lambda x: x - x.mean(), "reduce_sum"),
   "norm_of_all": (lambda x: x / jnp.linalg.norm(x), "reduce_sum"),
   "argmax": (lambda x: spread(jnp.argmax(x, 0).astype(jnp.float32)), "argmax"),

@@ -33,6 +33,8 @@ def found(loss, params, x=X, dtype=jnp.bfloat16, **options):
   return {row.name for row in rows if "in f32 at" in row.why}, rows
 
 
+pytestmark = pytest.mark.usefixtures("default_promotion")  # this is about implicit conversions
+
 W = {"w": jnp.ones((8, 8)), "b": jnp.zeros(8)}
 STACK = {"w": jnp.ones((3, 8, 8)), "b": jnp.zeros((3, 8))}
 
@@ -82,7 +84,7 @@ def test_a_weight_that_meets_an_f32_input_is_reported(name):
   names, rows = found(loss, params)
   assert names == {"params['w']"}
   assert "cast that to bfloat16, in Flax with dtype=jnp.bfloat16" in rows[1].why
-  assert "program/test_upcasts.py" in rows[1].why
+  assert "test_upcasts.py" in rows[1].why
   assert found(loss, params, X.astype(jnp.bfloat16))[0] == (
     names if name == "converted in a call" else set()
   )  # as it recommends
@@ -135,7 +137,8 @@ def test_layers_of_flax(dtype):
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = ["flax", "_release", "_explain", "_fused", "_layer", "_with_kernels", "_compensated", "_loss_scale"]
+MODULES = ["flax", "_stepping.value_and_update", "_stepping.explain", "_layers.fused_step", "_layers.layer"]
+MODULES += ["_transforms.with_kernels", "_transforms.compensated", "_transforms.loss_scale"]
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ class Linear:
   activation: str = dataclasses.field(metadata={"static": True})
 
   def __call__(self, x):
-    return getattr(jax.nn, self.activation)(x @ self.weight + self.bias)
+    return getattr(jax.nn, self.activation)(x @ self.weight + self.bias[None])
 
 
 def test_modules_that_are_pytrees():

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits, exact_jit
+from tests.helpers import assert_same_bits, exact_jit, relaxed
 
 STEPS, BATCH, CONTEXT, WIDTH, VOCAB, LAYERS = 50, 2, 4, 8, 11, 2
 
@@ -107,6 +107,7 @@ class NNXTransformer(nnx.Module):
 def nnx_transformer():
   graph, params, rest = nnx.split(NNXTransformer(nnx.Rngs(0)), nnx.Param, ...)
 
+  @relaxed
   def loss(params, batch):
     return cross_entropy(nnx.merge(graph, params, rest)(batch[:, :-1]), batch[:, 1:])
 
@@ -178,7 +179,7 @@ class ViT(nn.Module):
   @nn.compact
   def __call__(self, images):
     x = nn.Conv(WIDTH, (2, 2), (2, 2))(images).reshape(BATCH, 4, WIDTH)
-    x = x + self.param("position", nn.initializers.normal(0.02), (4, WIDTH))
+    x = x + self.param("position", nn.initializers.normal(0.02), (4, WIDTH))[None]
     x, _ = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)()(x, None)
     return nn.Dense(3)(nn.LayerNorm()(jnp.mean(x, 1)))
 

@@ -78,17 +78,17 @@ COUPLED = {"finite", "global_norm"}
 
 
 def dense(p, x):
-  return jnp.tanh(x @ p["w"] + p["b"])
+  return jnp.tanh(x @ p["w"] + p["b"][None])
 
 
 def gated(p, x):
-  return x + (x @ p["w"]) * jax.nn.sigmoid(x * p["scale"]) @ p["v"].T
+  return x + (x @ p["w"]) * jax.nn.sigmoid(x * p["scale"][None]) @ p["v"].T
 
 
 def normalised(p, x):
   y = x.astype(jnp.float32)
   y = (y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype)
-  return x + jax.jit(jax.nn.silu)((y * p["scale"]) @ p["w"]) @ p["v"]
+  return x + jax.jit(jax.nn.silu)((y * p["scale"][None]) @ p["w"]) @ p["v"]
 
 
 def shared_inside(p, x):

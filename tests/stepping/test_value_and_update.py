@@ -33,10 +33,11 @@ def stack(*lead):
 
 
 def block(p, x):
-  return x + jnp.tanh((x * p["scale"]) @ p["up"]) @ p["down"]
+  return x + jnp.tanh((x * p["scale"][None]) @ p["up"]) @ p["down"]
 
 
 def layers(p, x, block=block, **options):
+  x = x.astype(jax.tree.leaves(p)[0].dtype)
   return lax.scan(lambda x, p: (block(p, x), None), x, p, **options)[0]
 
 
@@ -72,7 +73,7 @@ def unrolled_remat_tied(p, x):
 
 @case({"in": normal(0, WIDTH, WIDTH), "layers": stack(LAYERS), "out": normal(3, WIDTH, 4)}, layers="in scan")
 def scanned(p, x):
-  return mean_square(layers(p["layers"], x @ p["in"]) @ p["out"])
+  return mean_square(layers(p["layers"], x.astype(p["in"].dtype) @ p["in"]) @ p["out"])
 
 
 @case({"layers": stack(LAYERS)}, layers="in scan")
@@ -141,12 +142,12 @@ def recurrent(p, x):
 
 @case({"w": normal(0, WIDTH), "unused": normal(1, WIDTH), "also": jnp.float32(2)}, unused="with a zero gradient")
 def unused(p, x):
-  return mean_square(x * p["w"])
+  return mean_square(x * p["w"][None])
 
 
 @case({"a": normal(0, WIDTH), "b": normal(1, WIDTH)})
 def one_gradient_for_two(p, x):
-  return jnp.sum((p["a"] + p["b"]).astype(jnp.float32) * x[0])
+  return jnp.sum((p["a"] + p["b"]).astype(jnp.float32) * x[0].astype(jnp.float32))
 
 
 @case({"s": normal(0), "w": normal(0, WIDTH, WIDTH)})
@@ -387,7 +388,7 @@ def test_explain_lists_leaves_that_are_updated_between_the_passes():
   tx = COUPLED["clip_by_global_norm"]()
 
   def loss(p, x):
-    return mean_square(jnp.concatenate([x] * 8, 1) @ p["w"] + p["b"]) + mean_square(p["c"])
+    return mean_square(jnp.concatenate([x] * 8, 1) @ p["w"] + p["b"][None]) + mean_square(p["c"])
 
   rows = mpo.explain(loss, tx, params, tx.init(params), batch(0), two_pass=True)
   assert {r.name: (r.stepped, r.gradient_bytes) for r in rows} == {

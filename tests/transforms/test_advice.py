@@ -15,7 +15,7 @@ X = jnp.ones((2, 4))
 
 
 def loss(p, x):
-  return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]).astype(jnp.float32) ** 2)
+  return jnp.mean((jnp.tanh(x.astype(p["a"].dtype) @ p["a"]) @ p["b"]).astype(jnp.float32) ** 2)
 
 
 def made(tx):
@@ -43,7 +43,7 @@ def test_missing_extra_arguments_are_named(name, wrapped):
   tx, needed = EXTRA[name][0](), EXTRA[name][1]
   tx = mpo.compensated(tx) if wrapped else tx
   params, state = mpo.init(tx, PARAMS) if wrapped else made(tx)
-  layer = mpo.fused_layer(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
+  layer = mpo.fused_layer(lambda p, x: jnp.tanh(x.astype(p["a"].dtype) @ p["a"]) @ p["b"])
   fused = mpo.fused_value_and_update(lambda p, x: jnp.mean(layer(p, x) ** 2), tx)
   for caller, step in (
     ("value_and_update", mpo.value_and_update(loss, tx)),

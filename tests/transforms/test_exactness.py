@@ -38,7 +38,8 @@ def make_params(seed: int = 0) -> dict:
 def loss_fn(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
   x = x.astype(params["layer0"]["w"].dtype)
   for i in range(len(WIDTHS) - 1):
-    x = jnp.tanh(x @ params[f"layer{i}"]["w"] + params[f"layer{i}"]["b"])
+    w, b = (params[f"layer{i}"][k].astype(x.dtype) for k in "wb")
+    x = jnp.tanh(x @ w + b[None])
   return jnp.mean(jnp.square(x.astype(jnp.float32) * params["temperature"].astype(jnp.float32) - y))
 
 

@@ -25,7 +25,7 @@ OPTIONS = {
 
 
 def layer(p, x):
-  return x + jnp.tanh((x * p["scale"]) @ whole(p["up"])) @ whole(p["down"])
+  return x + jnp.tanh((x * p["scale"][None]) @ whole(p["up"])) @ whole(p["down"])
 
 
 def whole(w):

@@ -43,7 +43,7 @@ def make_params():
 
 def loss_fn(params, x):
   def layer(x, p):
-    return x + jnp.tanh((x * p["scale"]) @ p["up"]) @ p["down"], None
+    return x + jnp.tanh((x * p["scale"][None]) @ p["up"]) @ p["down"], None
 
   x = x.astype(params["embed"].dtype) @ params["embed"]
   x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
@@ -52,7 +52,7 @@ def loss_fn(params, x):
 
 def fused_loss(params, x):
   def layer(p, x, _):
-    return x + jnp.tanh((x * p["scale"]) @ p["up"]) @ p["down"], None
+    return x + jnp.tanh((x * p["scale"][None]) @ p["up"]) @ p["down"], None
 
   embed = mpo.fused_value(params["embed"])
   x, _ = mpo.fused_scan(layer)(params["layers"], x.astype(jnp.bfloat16) @ embed)
