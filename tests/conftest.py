@@ -68,6 +68,20 @@ def _set_modes():
 _set_modes()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Of a test with `few(n)`, the fast tier runs n cases, spread over its table; the others are marked `full`."""
+  tables: dict = {}
+  for item in items:
+    if marker := item.get_closest_marker("few"):
+      tables.setdefault((item.path, item.originalname), (marker.args[0], []))[1].append(item)
+  for count, cases in tables.values():
+    chosen = {round(k * (len(cases) - 1) / max(count - 1, 1)) for k in range(count)}
+    for k, item in enumerate(cases):
+      if k not in chosen:
+        item.add_marker(pytest.mark.full)
+
+
 @pytest.fixture
 def default_promotion():
   """JAX's own defaults, for tests of what implicit conversions do."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import optax_mpo as mpo
+from optax_mpo._stepping.site import layer_step, of_groups
 
 ROOT = pathlib.Path(__file__).parent.parent
 """The folder with README.md, docs, examples and benchmarks."""
@@ -63,3 +64,15 @@ def ordinary_step(loss_fn: Callable[..., Any], tx: Any, **options: Any) -> Calla
     return value, mpo.apply_updates(params, updates), opt_state
 
   return step
+
+
+def one_layer(group: Any, length: int) -> Callable[..., Any]:
+  """The update of one layer of stacks along axis 0: `run(grads, params, states, shared, index)` as `group.step`.
+
+  Raises:
+    NotSeparableError: where a layer cannot be updated alone.
+  """
+  none = dict.fromkeys(group.leaves)
+  (whole,) = (site.step for site in of_groups([group], none, none))
+  layer = layer_step(whole, lambda stacks, _: list(stacks), whole.grads, [], length).step
+  return lambda grads, params, states, shared, index: layer.run(grads, params, states, [*shared, index])

@@ -6,20 +6,19 @@ put nothing off, is here.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from optax_mpo._backends import cpu_rows, step_weight
 from optax_mpo._core import order, trees, types
 from optax_mpo._layers import handles
-from optax_mpo._stepping.site import apply_all, of_group, of_groups, small_stacks
+from optax_mpo._program import jax_forms
+from optax_mpo._stepping import evaluate, planning
+from optax_mpo._stepping.site import Site, of_groups
 from optax_mpo._updates import by_leaf
 
 PyTree = Any
@@ -136,19 +135,25 @@ def is_float(x: Any) -> bool:
   return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+WORTH_A_BARRIER = 2**20
+"""The bytes of gradient for which the backward pass of a layer is made to wait.
+
+Less would save nothing that shows, and cost what XLA fuses over it.
+"""
+
+
 class Refs:
-  """The refs that a call reads and writes, and the slices of the update that step them.
+  """The refs of weights and states that a call reads and updates.
 
   Attributes:
     leaves: which leaves of the params.
-    groups: the groups in which they are stepped.
-    kernels: whether kernels of our own may step them.
+    groups: the groups in which they are updated.
     arguments: the refs of weights and of states, and the values that all groups share. All of this goes through the
       custom_vjp as an argument and no other way, since its backward rule may run in another trace.
   """
 
   def __init__(self, step: handles.Step, leaves: Sequence[int], groups: Sequence[by_leaf.Group]):
-    self.leaves, self.groups, self.kernels = leaves, groups, step.update.kernels
+    self.leaves, self.groups, self._kernels = leaves, groups, step.update.kernels
     self._states = [j for group in groups for j in group.states]
     self._shared = sorted({v for group in groups for v in group.shared})
     self.arguments = (
@@ -157,166 +162,96 @@ class Refs:
       [step.shared[v] for v in self._shared],
     )
 
-  def weights(self, arguments: Any, index: Any = ...) -> list[Any]:
+  def weights(self, arguments: Any) -> list[Any]:
     """Reads the weights."""
-    return [_layer_of(ref, index) for ref in arguments[0]]
+    return [ref[...] for ref in arguments[0]]
 
-  def _of(self, group: by_leaf.Group, arguments: Any) -> tuple[list[Any], list[Any]]:
-    """The refs of a group's weights and then states, and its shared values."""
-    params, states, shared = (
-      dict(zip(keys, part, strict=True))
-      for keys, part in zip((self.leaves, self._states, self._shared), arguments, strict=True)
-    )
-    refs = [*(params[i] for i in group.leaves), *(states[j] for j in group.states)]
-    return refs, [shared[v] for v in group.shared]
-
-  def values(self, arguments: Any) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
-    """Reads weights, states and shared values, each by its index."""
-    params, states, shared = arguments
-    return (
-      dict(zip(self.leaves, (ref[...] for ref in params), strict=True)),
-      dict(zip(self._states, (ref[...] for ref in states), strict=True)),
-      dict(zip(self._shared, shared, strict=True)),
-    )
-
-  def write(self, arguments: Any, params: dict[int, Any], states: dict[int, Any], onward: PyTree) -> PyTree:
-    """Writes weights and states, and returns `onward`, which XLA cannot have before that is done."""
-    refs = [*arguments[0], *arguments[1]]
-    new = [*(params[i] for i in self.leaves), *(states[j] for j in self._states)]
-    new, onward = order.barrier((new, onward))
-    for ref, value in zip(refs, new, strict=True):
-      ref[...] = value
-    return onward
-
-  def small_stacks(self, layers: int) -> list[by_leaf.Group]:
-    """The groups that are stepped after a scan over their layers, and not in it."""
-    sizes = [sum(ref.size for ref in self._of(group, self.arguments)[0][: len(group.leaves)]) for group in self.groups]
-    return [self.groups[k] for k in sorted(small_stacks(sizes, layers))]
-
-  def update(
-    self,
-    arguments: Any,
-    grads: dict[int, Any],
-    onward: PyTree,
-    groups: Sequence[by_leaf.Group] | None = None,
-  ) -> PyTree:
-    """Steps groups, and returns `onward`, which XLA cannot have before that is done.
+  def update(self, arguments: Any, grads: dict[int, Any], onward: PyTree) -> PyTree:
+    """Updates all weights, and returns `onward`, which XLA cannot have before that is done.
 
     Args:
       arguments: what came of `self.arguments` in this trace.
       grads: the gradients by leaf; missing ones are zero.
       onward: what the backward pass goes on with.
-      groups: which ones; None: all.
     """
-    refs, taken = [], []
-    groups = self.groups if groups is None else groups
-    for group in groups:
-      own, shared = self._of(group, arguments)
-      values, count = [ref[...] for ref in own], len(group.leaves)
-      gradients = [grads[i] if i in grads else jnp.zeros_like(v) for i, v in zip(group.leaves, values, strict=False)]
-      refs += own
-      taken.append((gradients, values[:count], values[count:], shared))
+    store, shared = self._read(arguments)
     none = dict.fromkeys(self.leaves)
-    steps = [site.step for site in of_groups(groups, none, none, self.kernels)]
-    values = [x for params, states in apply_all(steps, taken) for x in (*params, *states)]
-    new, onward = order.barrier((values, onward))
-    for ref, value in zip(refs, new, strict=True):
+    steps = [site.step for site in self._sites(none, none)]
+    gradients = [[grads.get(i, _zeros_like(store.leaves[i])) for i in group.leaves] for group in self.groups]
+    store.step(range(len(steps)), steps, gradients, shared, ())
+    return self._write(arguments, store, onward)
+
+  def update_within(
+    self,
+    arguments: Any,
+    backward: Callable[[list[Any], PyTree, PyTree], tuple[list[Any], dict[int, Any]]],
+    kept: PyTree,
+    cotangents: PyTree,
+    at_least: int = 0,
+  ) -> list[Any]:
+    """Runs a backward pass, in which each weight is updated as soon as its gradient is complete.
+
+    Args:
+      arguments: what came of `self.arguments` in this trace.
+      backward: `backward(weights, kept, cotangents)` returns what the backward pass goes on with, and the gradients by
+        leaf.
+      kept: what it needs of the forward pass, a tree of arrays.
+      cotangents: what it starts from, a tree of arrays.
+      at_least: bytes of gradient, for fewer of which the backward pass does not wait. With fewer in all, and on a JAX
+        whose programs cannot be taken apart, all weights are updated at its end.
+
+    Returns:
+      What the backward pass goes on with.
+
+    Raises:
+      ValueError: where layers are scanned and the update of their stack cannot be done for one of them alone.
+    """
+    store, shared = self._read(arguments)
+    # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
+    weights, cotangents = order.barrier(([store.leaves[i] for i in self.leaves], cotangents))
+    if sum(w.size * w.dtype.itemsize for w in weights) < at_least or jax_forms.misread_scan():
+      onward, grads = backward(weights, kept, cotangents)
+      return self.update(arguments, grads, onward)
+    store.leaves.update(zip(self.leaves, weights, strict=True))
+
+    def flat(weights: list[Any], kept: PyTree, cotangents: PyTree) -> tuple[list[Any], list[Any]]:
+      onward, grads = backward(weights, kept, cotangents)
+      return onward, [grads.get(i, _zeros_like(w)) for i, w in zip(self.leaves, weights, strict=True)]
+
+    inputs = (weights, kept, cotangents)
+    closed, (onward, _) = jax.make_jaxpr(flat, return_shape=True)(*inputs)
+    count = len(onward)
+    wanted = [i >= count for i in range(count + len(self.leaves))]
+    program = jax_forms.flatten_towards(closed, wanted, planning.FOLLOWED)
+    gradients = dict(zip(self.leaves, program.outputs[count:], strict=True))
+    sites = self._sites(gradients, dict(zip(self.leaves, program.inputs, strict=False)))
+    out = evaluate.run(program, sites, jax.tree.leaves(inputs), program.outputs[:count], store, shared, at_least)
+    for group, site in zip(self.groups, sites, strict=True):
+      if site.placed[0] == "at the end":
+        group.raise_mixed(site.placed[1])
+    return self._write(arguments, store, out)
+
+  def _sites(self, grads: dict[int, Any], weights: dict[int, Any]) -> list[Site]:
+    return of_groups(self.groups, grads, weights, self._kernels)
+
+  def _read(self, arguments: Any) -> tuple[evaluate.Whole, list[list[Any]]]:
+    """Reads weights and states, and returns them and what each group shares with others."""
+    params, states = ([ref[...] for ref in refs] for refs in arguments[:2])
+    shared = dict(zip(self._shared, arguments[2], strict=True))
+    leaves, states = dict(zip(self.leaves, params, strict=True)), dict(zip(self._states, states, strict=True))
+    return evaluate.Whole(leaves, states, self.groups), [[shared[v] for v in group.shared] for group in self.groups]
+
+  def _write(self, arguments: Any, store: evaluate.Whole, onward: PyTree) -> PyTree:
+    """Writes weights and states, and returns `onward`, which XLA cannot have before that is done."""
+    new = [*(store.leaves[i] for i in self.leaves), *(store.states[j] for j in self._states)]
+    new, onward = order.barrier((new, onward))
+    for ref, value in zip([*arguments[0], *arguments[1]], new, strict=True):
       ref[...] = value
     return onward
 
-  def update_layer(
-    self,
-    arguments: Any,
-    grads: dict[int, Any],
-    onward: Sequence[Any],
-    index: Any,
-    layers: int,
-    without: Sequence[by_leaf.Group] = (),
-  ) -> None:
-    """Steps one layer of stacks: writes its slices into their refs, one part of the update after the other.
 
-    XLA would make all new values of the layer before it writes the first, and together they are six times as large as
-    the gradients. So each part is read and written at an index that depends on what the part before has written, and
-    the first on what the layer hands on (else XLA reads new moments and weights in one kernel, and keeps both).
-    The groups `without` are left alone.
-    """
-    count = 0
-    done = order.first_elements([*onward, *grads.values()])
-    for group in (g for g in self.groups if g not in without):
-      refs, shared = self._of(group, arguments)
-      gradients = [
-        grads[i] if i in grads else types.zeros(types.struct(ref, 0))
-        for i, ref in zip(group.leaves, refs, strict=False)
-      ]
-      kernel = of_group(group, stacked=True) if self.kernels else None
-      rows = _rows_of(group, gradients[0], refs, shared, layers)
-      if kernel is not None or rows is not None:
-        in_parts = functools.partial(_write_layer_of, group.parts(), layers, count)
-        stacks = [ref[...] for ref in refs]
-        new = step_weight.step(in_parts, gradients[0], stacks, shared, index, done, kernel=kernel, rows=rows)
-        for ref, value in zip(refs, new, strict=True):
-          ref[...] = value
-        count += len(group.states) + 1
-        done = order.first_elements(refs)
-        continue
-      for part, outputs in group.parts():
-        count += 1
-        at = order.after(index, done, count)
-        new = part.run_layer([*gradients, *(_layer_of(ref, at) for ref in refs)], shared, at, layers)
-        for k, value in zip(outputs, new, strict=True):
-          _write_layer(refs[k], at, value)
-        done = order.first_elements([refs[k] for k in outputs])
-
-
-def _rows_of(
-  group: by_leaf.Group, grad: Any, refs: Sequence[Any], shared: Sequence[Any], layers: int
-) -> cpu_rows.Rows | None:
-  """The update of one layer of stacks by rows, if they are of one weight with 8-bit state."""
-  if len(group.leaves) != 1:
-    return None
-
-  def run(*values: Any) -> list[Any]:
-    inputs, (*known, index) = values[: len(refs) + 1], values[len(refs) + 1 :]
-    return group.run_layer(inputs, known, index, layers)
-
-  avals = [types.struct(grad), *(types.struct(ref, 0) for ref in refs)]
-  return cpu_rows.of_layer(run, avals, [*(types.struct(x) for x in shared), jax.ShapeDtypeStruct((), jnp.int32)])
-
-
-def _write_layer_of(
-  parts: Sequence[tuple[by_leaf.Group, list[int]]],
-  layers: int,
-  count: int,
-  grad: Any,
-  stacks: Sequence[Any],
-  shared: Sequence[Any],
-  index: Any,
-  done: Sequence[Any],
-) -> list[Any]:
-  """Steps one layer of stacks as `Refs.update_layer` does, in parts."""
-  stacks = list(stacks)
-  for k, (part, outputs) in enumerate(parts, start=1):
-    at = order.after(index, done, count + k)
-    layer = [lax.dynamic_index_in_dim(s, at, 0, False) for s in stacks]
-    for i, value in zip(outputs, part.run_layer([grad, *layer], shared, at, layers), strict=True):
-      stacks[i] = lax.dynamic_update_index_in_dim(stacks[i], value, at, 0)
-    done = order.first_elements([stacks[i] for i in outputs])
-  return stacks
-
-
-def _layer_of(ref: Any, index: Any) -> jax.Array:
-  """Reads a layer of a stack, or all of it where the index is an ellipsis."""
-  if index is Ellipsis or not types.is_split(ref):
-    return ref[index]
-  return lax.dynamic_index_in_dim(ref[...], index, 0, False)  # JAX does not index refs that lie on several devices
-
-
-def _write_layer(ref: Any, index: Any, value: jax.Array) -> None:
-  """Writes a layer of a stack."""
-  if types.is_split(ref):
-    ref[...] = lax.dynamic_update_index_in_dim(ref[...], value, index, 0)
-  else:
-    ref[index] = value
+def _zeros_like(x: Any) -> jax.Array:
+  return types.zeros(types.struct(x))
 
 
 def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:

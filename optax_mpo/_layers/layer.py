@@ -24,16 +24,10 @@ from jax import lax
 
 from optax_mpo._core import modules, order, types
 from optax_mpo._layers import fused_call, handles, microbatch
-from optax_mpo._program import jax_forms, pullbacks
-from optax_mpo._stepping import evaluate, planning
-from optax_mpo._stepping.site import of_groups
+from optax_mpo._program import pullbacks
 
 PyTree = Any
 Remat = bool | Callable[..., Any]
-
-# The bytes of gradient for which the backward pass of a layer is made to wait. Less would save nothing that shows, and
-# cost what XLA fuses over it.
-_WORTH_A_BARRIER = 2**20
 
 
 def fused_layer(
@@ -272,63 +266,20 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
     (pullback,) = traced
     step.stepped.update(refs.leaves)
     real = fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=fused_call.is_zero), pullback.out_avals)
-    # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
-    weights, real = order.barrier((refs.weights(arguments), real))
 
     def backward(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], dict[int, Any]]:
       grads, _, onward = pullback.backward(weights, [], kept, fused_call.all_cotangents(real, pullback.out_avals))
       return onward, fused_call.grads_by_leaf(refs.leaves, trained, grads)
 
-    small = sum(w.size * w.dtype.itemsize for w in weights) < _WORTH_A_BARRIER
-    if small or jax_forms.misread_scan():  # or a JAX whose programs cannot be taken apart: all weights at the end
-      onward, grads = backward(weights, kept, real)
-      onward = refs.update(arguments, grads, onward)
-    else:
-      onward = _step_within(refs, arguments, backward, weights, kept, real)
+    onward = refs.update_within(arguments, backward, kept, real, fused_call.WORTH_A_BARRIER)
     return jnp.float32(0), None, fused_call.spread(onward, active.value)
 
   layer.defvjp(layer_fwd, layer_bwd, symbolic_zeros=True)
   return layer(step.token, refs.arguments, [*call.arrays, *closed])
 
 
-def _step_within(
-  refs: fused_call.Refs,
-  arguments: Any,
-  backward: Callable[..., tuple[list[Any], dict[int, Any]]],
-  weights: list[Any],
-  kept: list[Any],
-  real: list[Any],
-) -> list[Any]:
-  """Runs the backward pass of a layer and steps each weight as soon as its gradient is complete.
-
-  Returns:
-    What the backward pass goes on with.
-  """
-
-  def flat(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], list[Any]]:
-    onward, grads = backward(weights, kept, real)
-    zeros = {i: types.zeros(w) for i, w in zip(refs.leaves, weights, strict=True) if i not in grads}
-    return onward, [(grads | zeros)[i] for i in refs.leaves]
-
-  closed, (onward, _) = jax.make_jaxpr(flat, return_shape=True)(weights, kept, real)
-  count = len(onward)
-  wanted = [i >= count for i in range(count + len(refs.leaves))]
-  program = jax_forms.flatten_towards(closed, wanted, planning.FOLLOWED)
-  of_leaf = dict(zip(refs.leaves, program.outputs[count:], strict=True))
-  sites = of_groups(refs.groups, of_leaf, dict(zip(refs.leaves, program.inputs, strict=False)), refs.kernels)
-  values, states, shared = refs.values(arguments)
-  store = evaluate.Whole(values | dict(zip(refs.leaves, weights, strict=True)), states, refs.groups)
-  env = dict(program.constants)
-  env.update(zip(program.inputs, jax.tree.leaves((weights, kept, real)), strict=True))
-  plan = planning.make_plan(program, sites, program.outputs[:count], _WORTH_A_BARRIER)
-  evaluate.evaluate(plan, env, store, [[shared[v] for v in group.shared] for group in refs.groups])
-  return refs.write(arguments, store.leaves, store.states, [jax_forms.value(a, env) for a in program.outputs[:count]])
-
-
 def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, unroll: int) -> PyTree:
   step, refs, trained = call.step, call.refs(), call.trained()
-  for group in refs.groups:
-    group.check_layers(layers)
   # What a scan returns has strong types, so that what it starts with must have too.
   carried = [lax.convert_element_type(c, c.dtype) for c in call.arrays_of(1)]
   scanned = call.arrays_of(2)
@@ -355,11 +306,11 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     return fused_call.checkpointed(apply, remat, prevent_cse=False)(weights, inputs, *constants)
 
   def scan(body: Callable[..., Any], carry: Any, xs: Any, backward: bool = False) -> Any:
-    return lax.scan(body, carry, (jnp.arange(layers, dtype=jnp.int32), xs), reverse=reverse != backward, unroll=unroll)
+    return lax.scan(body, carry, xs, length=layers, reverse=reverse != backward, unroll=unroll)
 
   @jax.custom_vjp
   def stack(token: Any, arguments: Any, carry: list[Any], xs: list[Any], constants: list[Any]) -> PyTree:
-    return scan(lambda c, ix: fun(refs.weights(arguments, ix[0]), constants, [*c, *ix[1]]), carry, xs)
+    return scan(lambda c, layer: fun(layer[0], constants, [*c, *layer[1]]), carry, (refs.weights(arguments), xs))
 
   def stack_fwd(token: Any, arguments: Any, carry: Any, xs: Any, constants: Any) -> tuple[PyTree, Any]:
     arguments, carry = fused_call.values(arguments), fused_call.values(carry)
@@ -370,11 +321,12 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     pullback = pullbacks.trace(fun, call.weights(without=0), constants, inputs, active)
     traced[:] = [pullback]
 
-    def body(carry: list[Any], ix: Any) -> tuple[list[Any], Any]:
-      out, kept = pullback.forward(refs.weights(arguments, ix[0]), constants, [*carry, *ix[1]])
+    def body(carry: list[Any], layer: Any) -> tuple[list[Any], Any]:
+      weights, x = layer
+      out, kept = pullback.forward(weights, constants, [*carry, *x])
       return out[:count], (out[count:], kept)
 
-    carry, (ys, kept) = scan(body, carry, xs)
+    carry, (ys, kept) = scan(body, carry, (refs.weights(arguments), xs))
     # The refs for the backward pass to write, what all layers share, their activations, and what gets a cotangent.
     static = fused_call.Static((tuple(active_constants), tuple(active_xs)))
     return (carry, ys), (arguments, constants, kept, static)
@@ -391,27 +343,28 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
       None if fused_call.is_zero(ct) or not fused_call.is_float(a) else ct
       for ct, a in zip(cotangents[1], avals[count:], strict=True)
     ]
-    sums = [types.zeros(c) for c, flag in zip(constants, active_constants, strict=True) if flag]
-    # The gradients of small weights are stacked after all, for one update of all layers.
-    small = refs.small_stacks(layers)
-    later = [i for group in small for i in group.leaves]
+    sizes = [len(ct_carry), sum(active_xs), sum(active_constants)]
 
-    def body(state: Any, ix: Any) -> Any:
-      (ct_carry, sums), (index, (kept, ct_ys)) = state, ix
-      weights = refs.weights(arguments, index)
-      ys = [types.zeros(a) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
-      real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if fused_call.is_float(a))]
-      grads, more, onward = pullback.backward(
-        weights, constants, order.in_order(kept), fused_call.all_cotangents(real, avals)
-      )
-      sums = [a + b for a, b in zip(sums, more, strict=True)]
-      of_leaf = fused_call.grads_by_leaf(refs.leaves, trained, grads)
-      refs.update_layer(arguments, of_leaf, onward, index, layers, small)
-      return (onward[: len(ct_carry)], sums), (onward[len(ct_carry) :], {i: of_leaf[i] for i in later if i in of_leaf})
+    def backward(weights: list[Any], kept: Any, cotangents: Any) -> tuple[list[Any], dict[int, Any]]:
+      kept, constants = kept
+      ct_carry, ct_ys = cotangents
+      sums = [types.zeros(c) for c, flag in zip(constants, active_constants, strict=True) if flag]
 
-    (ct_carry, sums), (ct_xs, stacked) = scan(body, (ct_carry, sums), (kept, ct_ys), backward=True)
-    if small:
-      ct_carry = refs.update(arguments, stacked, ct_carry, small)
+      def body(state: Any, layer: Any) -> Any:
+        (ct_carry, sums), (weights, kept, ct_ys) = state, layer
+        ys = [types.zeros(a) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
+        real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if fused_call.is_float(a))]
+        grads, more, onward = pullback.backward(
+          weights, constants, order.in_order(kept), fused_call.all_cotangents(real, avals)
+        )
+        sums = [a + b for a, b in zip(sums, more, strict=True)]
+        return (onward[: len(ct_carry)], sums), (onward[len(ct_carry) :], grads)
+
+      (ct_carry, sums), (ct_xs, grads) = scan(body, (ct_carry, sums), (weights, kept, ct_ys), backward=True)
+      return [*ct_carry, *ct_xs, *sums], fused_call.grads_by_leaf(refs.leaves, trained, grads)
+
+    onward = iter(refs.update_within(arguments, backward, (kept, constants), (ct_carry, ct_ys)))
+    ct_carry, ct_xs, sums = ([next(onward) for _ in range(size)] for size in sizes)
     in_carry = fused_call.spread(ct_carry, [fused_call.is_float(c) for c in carried])
     return (
       jnp.float32(0),

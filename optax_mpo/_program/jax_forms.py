@@ -239,7 +239,7 @@ def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozen
     if index == last:
       continue
     last = index
-    operation = _without_unused(program.operations[-index], needed)
+    operation = without_unused(program.operations[-index], needed)
     kept.append(operation)
     for atom in operation.inputs:
       if isinstance(atom, int) and atom not in needed and atom not in given:
@@ -249,7 +249,7 @@ def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozen
   return kept[::-1]
 
 
-def _without_unused(operation: Operation, needed: set[int]) -> Operation:
+def without_unused(operation: Operation, needed: set[int]) -> Operation:
   used = [v in needed for v in operation.outputs]
   cut = _CUTS.get(operation.name)
   return operation if cut is None or all(used) else cut(operation, used)

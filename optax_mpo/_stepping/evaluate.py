@@ -14,9 +14,9 @@ from jax import lax
 
 from optax_mpo._core import order
 from optax_mpo._program import jax_forms
-from optax_mpo._program.program import Program
+from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
-from optax_mpo._stepping.site import Step, apply_all
+from optax_mpo._stepping.site import Site, Step, apply_all
 
 
 class _Stepped:
@@ -121,6 +121,34 @@ class Parts(_Stepped):
 
 
 Store = Whole | Layer | Parts
+
+
+def run(
+  program: Program,
+  sites: list[Site],
+  inputs: Sequence[Any],
+  results: Sequence[Atom],
+  store: Store,
+  shared: Sequence[Sequence[Any]],
+  at_least: int = 0,
+) -> list[Any]:
+  """Runs a program and updates weights in it, each as soon as its gradient is complete.
+
+  Args:
+    program: makes gradients, and `results` besides.
+    sites: how weights are updated, with the atoms of their gradients.
+    inputs: the values of the program's inputs.
+    results: atoms of the program.
+    store: where the weights and the state of each site are; they are replaced there.
+    shared: for each site what its update shares with others.
+    at_least: bytes of gradient, as for `planning.make_plan`.
+
+  Returns:
+    The values of `results`.
+  """
+  env = dict(program.constants) | dict(zip(program.inputs, inputs, strict=True))
+  evaluate(planning.make_plan(program, sites, results, at_least), env, store, shared)
+  return [jax_forms.value(a, env) for a in results]
 
 
 def evaluate(plan: planning.Plan, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]]) -> None:

@@ -350,7 +350,7 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
       tuple(structs[2 * count : len(group.inputs)]),
       tuple(structs[len(group.inputs) :]),
       kernels=kernels,
-      kernel=of_group(group, stacked=False) if kernels else None,
+      kernel=_block_kernel(group) if kernels else None,
       small=_small_kernel(group) if kernels else None,
       rows=cpu_rows.of_group(group),
     )
@@ -368,13 +368,12 @@ def _small_kernel(group: Any) -> gpu_kernel.Kernel | None:
   return kernel if kernel is not None and not kernel.elements.block else None
 
 
-def of_group(group: Any, stacked: bool) -> gpu_kernel.Kernel | None:
-  """The kernel of a group of a `by_leaf.Update`, if there is one and it moves less than XLA's.
+def _block_kernel(group: Any) -> gpu_kernel.Kernel | None:
+  """The kernel of a group with one weight, if there is one and it moves less than XLA's.
 
-  XLA steps a weight that is no stack of layers with one kernel, unless blocks of its state get new scales.
+  XLA updates a weight that is no stack of layers with one kernel, unless blocks of its state get new scales.
   """
-  axes = [0] * len(group.inputs) if stacked else None
   kernel = None
   if len(group.leaves) == 1:
-    kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, axes)
-  return kernel if kernel is None or stacked or kernel.elements.block else None
+    kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, None)
+  return kernel if kernel is not None and kernel.elements.block else None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._core import modules, order, primitives, trees, wrapping
-from optax_mpo._program import jax_forms
+from optax_mpo._program import jax_forms, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import evaluate, first_pass, planning
 from optax_mpo._stepping.site import Site, of_groups
@@ -79,7 +79,8 @@ class Traced:
         )
     self.effects = closed.effects
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
-    self.program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], planning.FOLLOWED)
+    program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], planning.FOLLOWED)
+    self.program = residuals.without_weights(program, program.inputs[:count])
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def forward(self) -> Program:
@@ -214,14 +215,13 @@ def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: 
   else:
     groups = groups_of(update)
   shared = [[values[v] for v in group.shared] for group in groups]
-  plan = planning.make_plan(traced.program, traced.sites(groups, update.kernels), traced.results)
-  env = dict(traced.program.constants) | dict(zip(traced.program.inputs, inputs, strict=True))
+  sites = traced.sites(groups, update.kernels)
   store = evaluate.Whole(inputs[: len(traced.leaves)], list(old), groups)
-  evaluate.evaluate(plan, env, store, shared)
+  results = evaluate.run(traced.program, sites, inputs, traced.results, store, shared)
   for kept, new in ((store.leaves, new_weights), (store.states, new_states)):
     for i, value in new.items():
       kept[i] = value
-  return [jax_forms.value(a, env) for a in traced.results], store.leaves, store.states
+  return results, store.leaves, store.states
 
 
 def _ordinary(traced: Traced, update: by_leaf.Update, operands: Operands) -> Results:
@@ -275,10 +275,8 @@ def _first_pass(
     for part in passes.parts
   ]
   store = evaluate.Parts(len(sites))
-  env = dict(traced.program.constants)
-  env.update(zip(traced.program.inputs, [*traced.leaves, *traced.lifted], strict=True))
   shared = [[known[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
-  evaluate.evaluate(planning.make_plan(traced.program, sites, []), env, store, shared)
+  evaluate.run(traced.program, sites, [*traced.leaves, *traced.lifted], [], store, shared)
   parts = {
     v: x for part, xs in zip(passes.parts, store.values, strict=True) for v, x in zip(part.outputs, xs, strict=True)
   }

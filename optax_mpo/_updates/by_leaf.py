@@ -15,7 +15,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import optax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import apply
-from optax_mpo._core import trees, types, wrapping
+from optax_mpo._core import trees, wrapping
 from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -70,89 +70,14 @@ class Group:
     jax_forms.run(self.program, self.operations, env)
     return self._split([jax_forms.value(a, env) for a in self.outputs])
 
-  def step_layer(
-    self,
-    grads: Sequence[Any],
-    params: Sequence[Any],
-    states: Sequence[Any],
-    shared: Sequence[Any],
-    index: Any,
-    length: int,
-  ) -> tuple[list[Any], list[Any]]:
-    """The same for one layer of stacked leaves; all arrays but `shared` have lost their first axis, of size `length`.
-
-    Raises:
-      ValueError: where the update is not separable along the layers; the message names the leaves and the operation.
-    """
-    return self._split(self.run_layer([*grads, *params, *states], shared, index, length))
-
-  def run_layer(self, inputs: Sequence[Any], shared: Sequence[Any], index: Any, length: int) -> list[Any]:
-    """What `step_layer` returns, as one list, of all inputs in one list."""
-    env = self._known(shared)
-    axes: dict[int, int | None] = {}
-    for var, value in zip(self.inputs, inputs, strict=True):
-      env[var], axes[var] = value[None], 0
-    try:
-      by_layer.run(self.operations, self.program, env, axes, index, length)
-    except by_layer.NotSeparableError as error:
-      self._raise_mixed(str(error))
-    results = []
-    for atom in self.outputs:
-      axis = axes.get(atom) if isinstance(atom, int) else None
-      value = jax_forms.value(atom, env)
-      if axis is None:  # the same for every layer, so that the slice computed all of it
-        value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, 0), 0
-      if axis != 0:
-        self._raise_mixed("the state's layer axis moves")
-      results.append(value[0])
-    return results
-
-  def parts(self) -> list[tuple["Group", list[int]]]:
-    """Splits the slice into ones that can be run and written one after the other, as `by_layer.parts` does.
-
-    Returns:
-      Groups with the same inputs, of which new states stand in for old ones once they are written; and which of the
-      outputs each of them makes.
-    """
-    count = len(self.leaves)
-    places = {count + j: 2 * count + j for j in range(len(self.states))}
-    found = by_layer.parts(self.program, self.inputs, self.outputs, places, {*self.shared, *self.constants})
-    return [
-      (
-        dataclasses.replace(
-          self, inputs=p.inputs, outputs=tuple(self.outputs[k] for k in p.outputs), operations=p.operations
-        ),
-        list(p.outputs),
-      )
-      for p in found
-    ]
-
-  def check_layers(self, length: int) -> None:
-    """Raises ValueError where the leaves are no stacks of `length` layers or are not separable along them."""
-    program = self.program
-    count = len(self.leaves)
-    for var, name in zip(self.inputs[count:], self.names, strict=True):
-      shape = program.aval(var).shape
-      if not shape or shape[0] != length:
-        self._raise_mixed(f"{name} has shape {list(shape)}, with no entry for each of the {length} layers")
-
-    def one(index: Any, inputs: list[Any], shared: list[Any]) -> Any:
-      return self.step_layer(inputs[:count], inputs[count : 2 * count], inputs[2 * count :], shared, index, length)
-
-    jax.eval_shape(
-      one,
-      jax.ShapeDtypeStruct((), jnp.int32),
-      [types.struct(program.aval(v), 0) for v in self.inputs],
-      [types.struct(program.aval(v)) for v in self.shared],
-    )
-
   def _known(self, shared: Sequence[Any]) -> dict[int, Any]:
     return self.constants | dict(zip(self.shared, shared, strict=True))
 
   def _split(self, results: list[Any]) -> tuple[list[Any], list[Any]]:
     return results[: len(self.leaves)], results[len(self.leaves) :]
 
-  def _raise_mixed(self, why: str) -> None:
+  def raise_mixed(self, why: str) -> NoReturn:
+    """Raises ValueError: the leaves are stacks of layers whose update cannot be done for one layer alone."""
     raise ValueError(
       f"the update of the stacked weights {trees.listed(self.names[: len(self.leaves)])} cannot be done layer by "
       f"layer: {why}. Give each layer weights of its own (a list of trees, and fused_layer for each), use a "

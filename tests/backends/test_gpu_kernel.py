@@ -89,6 +89,7 @@ def computed(kernel, grad, stacks, shared, index=None):
     ("compact", (2, 4, 4096)),
   ],
 )
+@pytest.mark.few(2)
 def test_it_steps_one_layer_and_leaves_the_others(storage, shape):
   kernel, _, grad, stacks, shared = made(STORAGES[storage](), shape, stacked=True)
   index = shape[0] - 2
@@ -102,6 +103,7 @@ def test_it_steps_one_layer_and_leaves_the_others(storage, shape):
 @pytest.mark.parametrize(
   ("storage", "shape"), [("16 bits", (24, 96)), ("compact", (8, 256)), ("compact", (4096,)), ("compact", (3, 5, 128))]
 )
+@pytest.mark.few(2)
 def test_it_steps_a_weight_that_is_no_stack(storage, shape):
   kernel, _, grad, stacks, shared = made(STORAGES[storage](), shape, stacked=False)
   new = exact_jit(interpreted(kernel))(jnp.int32(0), grad, stacks, shared)
@@ -237,6 +239,7 @@ def layers(stacked, width=WIDTH, hidden=HIDDEN):
 
 @pytest.mark.parametrize("storage", ["16 bits", "compact"])
 @pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.few(2)
 def test_without_a_gpu_steps_are_what_they_are_without_kernels(case, storage):
   make, loss = LOSSES[case]
   tx = STORAGES[storage]()
@@ -283,6 +286,7 @@ def compiled(case, storage, folder):
 
 @pytest.mark.parametrize("storage", ["16 bits", "compact"])
 @pytest.mark.parametrize("case", ["auto scanned", "layer scanned"])
+@pytest.mark.few(1)
 def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path):
   report, text, _, (params, state) = compiled(case, storage, tmp_path)
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
@@ -302,6 +306,7 @@ def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path)
 
 
 @pytest.mark.parametrize("case", ["auto unrolled", "layer unrolled"])
+@pytest.mark.few(1)
 def test_on_a_gpu_weights_with_8_bit_state_are_stepped_at_the_floor(case, tmp_path):
   _, text, _, (params, state) = compiled(case, "compact", tmp_path)
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
@@ -328,6 +333,7 @@ def test_on_a_gpu_ordinary_updates_of_8_bit_state_are_at_the_floor(add, tmp_path
 
 @pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.few(3)
 def test_ordinary_updates_are_what_they_are_without_kernels(storage, add):
   tx, grads = STORAGES[storage](), layers(True)
   results = []

@@ -247,12 +247,14 @@ def check_derivative(transformed, route, stored, loss):
 
 @pytest.mark.parametrize("stored", ["8 bits", *(pytest.param(x, marks=pytest.mark.full) for x in ("16 bits", "fp16"))])
 @pytest.mark.parametrize("route", list(ROUTES)[1:])
+@pytest.mark.few(2)
 def test_steps_are_differentiated_like_ordinary_ones(route, stored):
   check_derivative(TRANSFORMATIONS["grad"], route, stored, scanned)
 
 
 @pytest.mark.parametrize("loss", [scanned, pytest.param(unrolled, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.few(2)
 def test_steps_are_differentiated_in_any_way(name, loss):
   check_derivative(TRANSFORMATIONS[name], "released", "8 bits", loss)
 

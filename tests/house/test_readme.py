@@ -150,12 +150,3 @@ def test_the_accuracy_table_is_that_of_the_committed_json():
   text = (ROOT / "docs/compact.md").read_text().split("<!-- benchmarks/results/accuracy.json -->\n")[1]
   want = ["| ".join([lm[:-2].rstrip() + " ", *digits.split("| ")[2:]]) for lm, digits in zip(*columns, strict=True)]
   assert text.split("\n\n")[0].splitlines()[2:] == want
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
-def test_the_code_in_the_docs_runs(page):
-  names: dict = {}
-  for code in blocks("python", page.read_text()):
-    run(compile(code, page.name, "exec"), names)
-  if page.stem == "memory":
-    assert names["report"].devices == 8

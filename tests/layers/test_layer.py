@@ -136,6 +136,7 @@ def is_matrix(path, leaf):
     if (name, scan) != ("adafactor", True)
   ],
 )
+@pytest.mark.few(2)
 def test_a_hundred_steps_equal_the_unfused_path(name, scan):
   """Matrices in bf16 with 16 bits, scales in f32."""
   tx = mpo.compensated(OPTIMIZERS[name]())
@@ -146,6 +147,7 @@ def test_a_hundred_steps_equal_the_unfused_path(name, scan):
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.few(2)
 def test_every_rematerialisation_equals_the_unfused_path(remat, scan):
   tx = mpo.compensated(optax.adamw(1e-2), bits=8)
   params, opt_state = init(tx, make_params(scan))
@@ -167,6 +169,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.few(1)
 def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
   def fn(p, x):
     h = jax.nn.gelu(x.astype(p["up"].dtype) @ p["up"] + p["bias"][None])

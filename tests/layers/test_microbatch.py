@@ -60,6 +60,7 @@ jit = functools.partial(
 
 
 @pytest.mark.parametrize("count", [2, 4, 12])
+@pytest.mark.few(1)
 def test_steps_are_those_of_the_whole_batch_up_to_the_order_of_summation(count):
   """In f32, where a sum of parts and a whole sum differ by rounding alone."""
   tx = optax.sgd(0.5, momentum=0.9)

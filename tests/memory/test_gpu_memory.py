@@ -168,6 +168,7 @@ def test_sixty_four_bit_types_stay_what_they_are():
 
 
 @pytest.mark.parametrize("target", list(gpu_targets.TARGETS))
+@pytest.mark.few(2)
 def test_every_target_compiles(target):
   report = gpu_memory(jax.grad(loss_fn), SHAPES, X, target=target.upper())
   assert (report.target, report.device_bytes) == (target, gpu_targets.TARGETS[target].memory)
@@ -194,6 +195,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.few(2)
 def test_persistent_bytes_are_exact_and_all_aliased(mode):
   tx, how, expected = MODES[mode]
 

@@ -167,13 +167,16 @@ def mixed(*arrays):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_the_examples_of_the_docs_compute_in_low_precision(page, no_promotion):
+@pytest.mark.few(1)
+def test_the_examples_of_the_docs_run_and_compute_in_low_precision(page, no_promotion):
   names = {}
   for code in blocks("python", page.read_text()):
     code = code.replace(
       "params, opt_state, x, y, target", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1)), target"
     )
     exec(compile(code, page.name, "exec"), names)
+  if page.stem == "memory":
+    assert names["report"].devices == 8
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -61,6 +61,7 @@ def turned_round(program) -> list[str]:
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.few(1)
 def test_loops_read_gradients_in_order(route, monkeypatch):
   model, tx = MODELS["mlp"](), mpo.compensated(optax.adamw(1e-2))
   weights, batch = given(model)
@@ -75,6 +76,7 @@ def test_loops_read_gradients_in_order(route, monkeypatch):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.few(2)
 def test_large_models_equal_f32_masters(name, route):
   model, inner = MODELS[name](), optax.adamw(1e-2, weight_decay=0.1)
   weights, batch = given(model)

@@ -146,6 +146,7 @@ def assert_equal_training(name, steps, **options):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.few(8)
 def test_training_equals_f32_masters(name):
   params = assert_equal_training(name, STEPS)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
@@ -183,16 +184,19 @@ def test_large_leaves_equal_f32_masters(name):
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "schedule_free"])
+@pytest.mark.few(1)
 def test_training_equals_f32_masters_without_fusion(name):
   assert_equal_training(name, STEPS, jit=unfused_jit)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.few(4)
 def test_training_equals_f32_masters_operation_by_operation(name):
   assert_equal_training(name, 4, jit=lambda fun: fun)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw_mask", "lion", "clip_chain", "multi_steps"])
+@pytest.mark.few(2)
 def test_optax_apply_updates_is_exact_in_training(name):
   assert_equal_training(name, STEPS, apply_updates=optax.apply_updates)
 
@@ -222,6 +226,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.few(3)
 def test_wrappers_around_compensated(wrapper):
   """The bits are seeded and found inside other transformations, and training does not change."""
   batches = make_batches(20)

@@ -37,6 +37,7 @@ def test_no_bytes_but_the_ones_promised(bits):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.few(6)
 def test_donation_scan_and_no_recompilation(name):
   """One compiled step serves all steps, every donated buffer is reused, and lax.scan accepts the state as its carry."""
   tx = mpo.compensated(OPTIMIZERS[name](), bits=16)
@@ -133,6 +134,7 @@ def test_injected_hyperparameters_can_be_set_without_recompiling():
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
+@pytest.mark.few(2)
 def test_vmap_over_an_ensemble_equals_a_loop(bits):
   # Momentum and the gradient of a square: XLA computes Adam's power b1**count in another way for a batch than for a
   # scalar, and sums a batched matrix product in another order, in plain f32 Optax as well.

@@ -15,6 +15,7 @@ from optax import contrib
 import optax_mpo as mpo
 from optax_mpo._transforms import state_kinds
 from optax_mpo._updates.by_leaf import Update
+from tests.helpers import one_layer
 
 SMALL = functools.partial(mpo.quantized_state, min_size=1)  # so that leaves of small tests are stored
 
@@ -217,6 +218,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.few(2)
 def test_wrappers(wrapper):
   tx = WRAPPERS[wrapper](lambda inner: mpo.compensated(SMALL(inner), bits=8))
   values, params, state = train(tx, 12)
@@ -245,6 +247,7 @@ def test_sharding_rules_reach_stored_leaves():
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.sgd(0.1, momentum=0.9), optax.lion(1e-3)])
+@pytest.mark.few(1)
 def test_stacks_of_layers_are_stepped_layer_by_layer(optimizer):
   layers = 3
   params = {"w": jnp.ones((layers, 4, 64)), "odd": jnp.ones((layers, 4, 50)), "scale": jnp.ones((layers, 64))}
@@ -262,10 +265,10 @@ def test_stacks_of_layers_are_stepped_layer_by_layer(optimizer):
   old_leaves, new_leaves = jax.tree.leaves(state), jax.tree.leaves(want)
   for i, name in enumerate(update.names):
     group = update.group([i], "test")
-    group.check_layers(layers)
+    run = one_layer(group, layers)
     key = re.findall(r"'(\w+)'", name)[0]
     step_layer = jax.jit(
-      lambda layer, *arrays, group=group: group.step_layer(*arrays, [shared[v] for v in group.shared], layer, layers)
+      lambda layer, *arrays, group=group, run=run: run(*arrays, [shared[v] for v in group.shared], layer)
     )
     for layer in range(layers):
       arrays = [grads[key][layer]], [params[key][layer]], [old_leaves[j][layer] for j in group.states]
@@ -276,6 +279,7 @@ def test_stacks_of_layers_are_stepped_layer_by_layer(optimizer):
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec()], ids=str)
+@pytest.mark.few(1)
 def test_sharded_state_equals_that_of_one_device_without_gathering(spec):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, spec)

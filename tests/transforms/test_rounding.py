@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_mpo as mpo
 from optax_mpo._codecs import bf16, stochastic_rounding
 from optax_mpo._updates.by_leaf import Update
+from tests.helpers import one_layer
 
 LESS_THAN_16 = (0, 4, 8)
 
@@ -134,16 +135,15 @@ def test_layers_round_as_their_stack_does():
   update = Update(tx, params, state, "test")
   shared, _ = update.run_shared()
   group = update.group([0], "test")
-  group.check_layers(layers)
+  run = one_layer(group, layers)
   leaves = jax.tree.leaves(state)
   for layer in range(layers):
-    (weight,), (kept,) = group.step_layer(
+    (weight,), (kept,) = run(
       [grads["w"][layer]],
       [params["w"][layer]],
       [leaves[j][layer] for j in group.states],
       [shared[v] for v in group.shared],
       jnp.int32(layer),
-      layers,
     )
     np.testing.assert_array_equal(weight, want["w"][layer])
     np.testing.assert_array_equal(kept, want_state.compensation["w"][layer])

@@ -1,0 +1,129 @@
+"""Makes what a scan stacks of its weights alone again, layer by layer, in the scan that reads it.
+
+Why: the derivative of a scan over layers without `jax.checkpoint` stacks all that the backward pass reads. What is made
+of weights alone, such as their casts to f32, is among it: a second copy of every weight, of 4 bytes each.
+
+How: by dataflow. A stacked result that depends on no carry, but on layers of scanned operands that are made of weights
+alone, is computed again in the body of the scan that reads it, from the same layers. The first scan is cut.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jax import lax
+from jax.extend import core
+
+from optax_mpo._core import types
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Atom, Operation, Program
+
+
+class _Read(NamedTuple):
+  """An operand of a scan, and whether the body reads one layer of it."""
+
+  operand: Atom
+  scanned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """How one layer of a stacked result is made: by operations of a body, from what they read."""
+
+  body: Program
+  operations: tuple[Operation, ...]
+  result: Atom
+  reads: dict[_Read, int]  # with the variable of the body
+
+  def make(self, env: dict[_Read, Any]) -> Any:
+    inner = dict(self.body.constants) | {var: env[read] for read, var in self.reads.items()}
+    jax_forms.run(self.body, self.operations, inner)
+    return jax_forms.value(self.result, inner)
+
+
+def without_weights(program: Program, weights: Iterable[int]) -> Program:
+  """Returns the program without stacked residuals that are made of weights alone.
+
+  Args:
+    program: the program of a loss and its gradients.
+    weights: the variables of the weights.
+  """
+  bits = dict.fromkeys(program.inputs, 2) | dict.fromkeys(weights, 1)
+  depends = jax_forms.dependencies(program, [bits[v] for v in program.inputs])
+  sources: dict[int, _Source] = {}
+  operations = list(program.operations)
+  for i, operation in enumerate(operations):
+    if operation.name == "scan":
+      operations[i] = _reading(program, operation, sources)
+      sources |= _sources(program, operation, depends)
+  if operations == program.operations:
+    return program
+  read = jax_forms.read_by(operations, program.outputs)
+  cut = [jax_forms.without_unused(o, read) if o.name == "scan" else o for o in operations]
+  return dataclasses.replace(program, operations=cut)
+
+
+def _sources(program: Program, operation: Operation, depends: dict[int, int]) -> dict[int, _Source]:
+  """The stacked results of a scan that are made of weights alone, by variable."""
+  consts, carry, _ = jax_forms.scan_counts(operation)
+  of_weights = [not isinstance(a, int) or depends[a] <= 1 for a in operation.inputs]
+  stacked = {v for v in operation.outputs[carry:] if v >= 0 and depends[v] == 1}
+  if not stacked:
+    return {}
+  body = jax_forms.flatten(jax_forms.scan_body(operation))
+  kinds = [0 if of else 1 for of in of_weights]
+  kinds[consts : consts + carry] = [1] * carry
+  inside = jax_forms.dependencies(body, kinds)
+  found = {}
+  for v, atom in zip(operation.outputs[carry:], body.outputs[carry:], strict=True):
+    if v not in stacked or not isinstance(atom, int) or inside[atom]:
+      continue
+    slice_ = jax_forms.slice_of(body, [atom], frozenset())
+    read = jax_forms.read_by(slice_, [atom])
+    reads = {
+      _Read(operand, k >= consts + carry): var
+      for k, (operand, var) in enumerate(zip(operation.inputs, body.inputs, strict=True))
+      if var in read
+    }
+    found[v] = _Source(body, tuple(slice_), atom, reads)
+  return found
+
+
+def _reading(program: Program, operation: Operation, sources: dict[int, _Source]) -> Operation:
+  """A scan that makes each layer of such a result itself, where it reads it."""
+  consts, carry, _ = jax_forms.scan_counts(operation)
+  first, length = consts + carry, operation.eqn.params["length"]
+  remade = {
+    k: sources[a]
+    for k, a in enumerate(operation.inputs)
+    if k >= first and isinstance(a, int) and a in sources and program.aval(a).shape[0] == length
+  }
+  if not remade:
+    return operation
+  body = core.jaxpr_as_fun(jax_forms.scan_body(operation))
+  kept = [a for k, a in enumerate(operation.inputs) if k not in remade]
+  added = list(dict.fromkeys(read for source in remade.values() for read in source.reads))
+
+  def scan(operands: Sequence[Any], read: Sequence[Any]) -> Any:
+    rest = iter(operands)
+    full = [None if k in remade else next(rest) for k in range(len(operation.inputs))]
+    known = dict(zip(added, read, strict=True))
+
+    def step(carried: Sequence[Any], xs: Any) -> Any:
+      scanned, layer = xs
+      given = [*full[:consts], *carried, *scanned]
+      for k, source in remade.items():
+        given[k] = source.make(known | layer)
+      out = body(*given)
+      return out[:carry], out[carry:]
+
+    xs = full[first:], {read: x for read, x in known.items() if read.scanned}
+    params = operation.eqn.params
+    return lax.scan(step, full[consts:first], xs, length, reverse=params["reverse"], unroll=params["unroll"])
+
+  atoms = [*kept, *(read.operand for read in added)]
+  structs = [types.struct(program.aval(a)) for a in atoms]
+  made, _ = jax_forms.trace(scan, structs[: len(kept)], structs[len(kept) :])
+  (again,) = made.operations
+  of = dict(zip(made.inputs, atoms, strict=True))
+  return dataclasses.replace(again, inputs=tuple(of[v] for v in again.inputs), outputs=operation.outputs)
