@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py                                  # both tasks, three seeds; a quarter of an hour
     python benchmarks/accuracy.py --tasks digits --seeds 5
 
-The learning rates are small and constant, since that is where low precision fails: an update under half of a weight's
-last place is dropped. Two tasks: the byte-level language model of examples/, on the source of Python's standard
+The learning rates are small and constant, since that is where low precision fails: an update of less than half an ulp
+of its weight is dropped. Two tasks: the byte-level language model of examples/, on the source of Python's standard
 library, and a small network on scikit-learn's digits. Prints a table per task and writes accuracy.json and accuracy.png
 to --output-dir.
 """
@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 import optax_mpo as mpo
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
+if __name__ == "__main__":  # a script does not have the root of the repository on its path
   sys.path.insert(0, str(ROOT))
 
 from examples import lm_data  # noqa: E402
@@ -42,7 +42,7 @@ PyTree = Any
 Loss = Callable[[PyTree, Any], jax.Array]
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
-# How params are cast for the forward pass and what wraps the optimizer; None keeps Optax as it is.
+# What wraps the optimizer in each mode. None: plain Optax.
 MODES: dict[str, Wrap | None] = {
   "fp32": None,
   "bf16": None,
@@ -74,13 +74,13 @@ class Task:
   """Something to train.
 
   Attributes:
-    init: a seed to f32 params.
+    init: `init(seed)` returns f32 params.
     loss: `loss(bf16 params, batch) -> f32[]`.
-    batches: `(seed, first step, steps)` to a tree of arrays `[steps, ...]`.
+    batches: `batches(seed, first step, steps)` returns a tree of arrays `[steps, ...]`.
     validation: batches to evaluate on.
-    steps: how many steps, a multiple of 10.
-    chunk: after how many of them it is evaluated.
-    learning_rate: of AdamW, constant.
+    steps: the number of steps, a multiple of 10.
+    chunk: the number of steps between evaluations.
+    learning_rate: AdamW's, constant.
   """
 
   init: Callable[[int], PyTree]
@@ -154,7 +154,7 @@ TASKS: dict[str, tuple[Callable[[int], Task], int]] = {"lm": (language_model, 10
 
 
 def train(task: Task, mode: str, seeds: Sequence[int]) -> list[list[float]]:
-  """Trains once per seed and returns the validation losses after each chunk, the final one last."""
+  """Trains once per seed. Returns the validation losses after each chunk, the final one last."""
   tx = optax.adamw(task.learning_rate, weight_decay=0.01)
   wrap = MODES[mode]
   if wrap:
@@ -175,7 +175,7 @@ def train(task: Task, mode: str, seeds: Sequence[int]) -> list[list[float]]:
     updates, state = tx.update(grads, state, params)
     return ((mpo if wrap else optax).apply_updates(params, updates), state), None
 
-  # Otherwise XLA may leave out roundings to bf16, in each program in its own way.
+  # Otherwise XLA may skip roundings to bf16, and different ones in each program.
   options = {"xla_allow_excess_precision": False}
   run = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches)[0], compiler_options=options)
   evaluate = jax.jit(lambda params, batch: task.loss(low(params), batch), compiler_options=options)
@@ -193,7 +193,7 @@ def train(task: Task, mode: str, seeds: Sequence[int]) -> list[list[float]]:
 def summary(losses: dict[str, list[list[float]]]) -> list[tuple[str, float, float, float]]:
   """Returns for each mode: mean final loss, its standard deviation over seeds, and the mean difference from fp32 in %.
 
-  Differences are taken seed by seed: all modes see the same data.
+  Differences are computed per seed: all modes see the same data.
   """
   final = {mode: np.array([run[-1] for run in runs]) for mode, runs in losses.items()}
   rows = []

@@ -1,8 +1,8 @@
-"""Fully sharded training steps (FSDP) for the memory benchmarks: weights, state and batch in parts, one on each device.
+"""Fully sharded training steps (FSDP) for the memory benchmarks: weights, state and batch are split over all devices.
 
-The rows of each matrix are split, or those of each matrix in a stack of layers, since 8-bit blocks run along the
-columns. XLA gathers a weight where the model uses it and scatters its gradient. Nothing of it needs devices: shapes on
-an abstract mesh are enough for `mpo.gpu_memory`.
+Each matrix is split by rows, also in a stack of layers, since 8-bit blocks run along the columns. XLA gathers a weight
+where the model uses it and scatters its gradient. No devices are needed: shapes on an abstract mesh are enough for
+`mpo.gpu_memory`.
 """
 
 import math
@@ -19,7 +19,7 @@ PyTree = Any
 
 
 def rows(leaf: Any, mesh: AbstractMesh) -> NamedSharding:
-  """The sharding of a weight: its rows over all devices, if they divide, and replicated if not."""
+  """The sharding of a weight: by rows over all devices, or replicated if the rows do not divide."""
   axis = max(leaf.ndim - 2, 0)
   if leaf.ndim >= 2 and leaf.shape[axis] % mesh.size == 0:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names[0]))
@@ -27,11 +27,11 @@ def rows(leaf: Any, mesh: AbstractMesh) -> NamedSharding:
 
 
 def shard(training: Training, batch: PyTree, devices: int) -> tuple[Any, PyTree, PyTree, PyTree]:
-  """Lays a training over `devices`.
+  """Shards a training over `devices`.
 
   Returns:
-    The jitted step, which takes params and state over and gives them back where they were, and what to call it with:
-    params, optimizer state and batch, ShapeDtypeStructs with shardings. A batch that does not split is replicated.
+    The jitted step, which donates params and state and keeps their shardings; and its arguments, ShapeDtypeStructs with
+    shardings: params, optimizer state and batch. A batch that does not split is replicated.
   """
   mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -48,7 +48,7 @@ def shard(training: Training, batch: PyTree, devices: int) -> tuple[Any, PyTree,
 
 
 def held_bytes(tree: PyTree) -> int:
-  """The bytes of a tree on one device; a uint4 takes half a byte."""
+  """The bytes of a tree on one device. A uint4 takes half a byte."""
 
   def leaf(x: Any) -> int:
     shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape

@@ -1,17 +1,17 @@
-"""What only a GPU can tell: real peak memory against `mpo.gpu_memory`, step times, bandwidth, exactness, training.
+"""Measures what needs a GPU: real peak memory against `mpo.gpu_memory`, step times, bandwidth, exactness, training.
 
-    benchmarks/run_gpu.sh                                             # all of it, in ten minutes on one card
-    benchmarks/run_gpu.sh results --resume                            # what a first call left, in a second one
+    benchmarks/run_gpu.sh                                             # everything, in ten minutes on one card
+    benchmarks/run_gpu.sh results --resume                            # a second call: what the first did not finish
     python benchmarks/gpu_check.py --models lm-350m --modes mpo-16-auto
 
-Needs jax for CUDA, optax and flax, and no network; flashoptim-jax is measured too, where it is installed. Each part
-runs in a process of its own, since a process cannot reset the peak that `memory_stats` counts: first the mode alone,
-for its peak, then in turn with Optax and f32 masters, for the ratio of times. `leaves-*` are the optimizer alone, with
-the bandwidth that it reaches as a share of that of a copy, measured in the same process. The parts come in the order
-of their worth; gpu_check.json in --output-dir is written after each. A part that fails, or for which no time is left
-(--seconds), is a row with an `error`, and --resume tries those again.
+Needs jax for CUDA, flatbuffers, optax and rich, and no network. flashoptim-jax and PyTorch are measured too if they are
+installed. Each part runs in a separate process, since a process cannot reset the peak that `memory_stats` counts. It
+runs the mode alone, for its peak, and then in turn with Optax and f32 masters, for the ratio of times. `leaves-*` are
+the optimizer alone, with its bandwidth as a fraction of that of a copy, measured in the same process. The most
+important parts run first, and gpu_check.json in --output-dir is written after each. A part that fails, or has no time
+left (--seconds), becomes a row with an `error`; --resume runs those again.
 
-On a CPU it runs as well, with small models: that tries the script, and nothing else.
+It also runs on a CPU, with small models. That tests the script and nothing else.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from rich.table import Table
 
 import optax_mpo as mpo
 
-if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
+if __name__ == "__main__":  # a script does not have the root of the repository on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import Model, language_model
@@ -45,7 +45,7 @@ from benchmarks.step_time import BASELINE, leaves
 PyTree = Any
 ROUNDS = 10
 PER_ROUND = 5
-"""Steps that are sent before any is waited for, as in training, where the host is ahead of the card."""
+"""Steps that are dispatched before waiting, as in training, where the host runs ahead of the card."""
 
 TRAINING_STEPS = {"gpu": 200, "cpu": 3}
 TRANSFORMATIONS = {"mpo-16-auto": (16, False, False), "mpo-compact-auto": (8, True, False)}  # bits, compact, kernels
@@ -63,17 +63,17 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 MAIN = ("mpo-16-auto", "mpo-compact-auto", "mpo-16-auto-kernels", "mpo-compact-auto-kernels")
 OTHERS = ("mpo-16", "mpo-16-layer-kernels")
-if importlib.util.find_spec("flashoptim_jax"):  # the rival of 8-bit state, where somebody has brought it
+if importlib.util.find_spec("flashoptim_jax"):  # another implementation of 8-bit state
   OTHERS += ("flash-24",)
 EXACTNESS = ("lm-tiny", "exactness")
 TORCH = "torch-f32"
-TRAINED = ("optax-f32", "mpo-16-auto", "mpo-compact-auto")  # on the text of the standard library
+TRAINED = ("optax-f32", "mpo-16-auto", "mpo-compact-auto")  # on the source of the standard library
 
 Part = tuple[str, str]
 
 
 def parts_of(platform: str, models: Sequence[str] | None, modes: Sequence[str] | None) -> list[Part]:
-  """The parts for a device, those of most worth first."""
+  """The parts for a device, the most important first."""
   if models or modes:
     return [(model, mode) for model in models or ["lm-350m"] for mode in modes or MAIN]
   if platform == "cpu":
@@ -92,7 +92,7 @@ def parts_of(platform: str, models: Sequence[str] | None, modes: Sequence[str] |
 
 
 def drawn(tree: PyTree) -> PyTree:
-  """Arrays of these shapes: drawn numbers, since a card can be faster on zeros, and tokens of 0 to 255."""
+  """Random arrays of these shapes, since a card can be faster on zeros. Integers are tokens from 0 to 255."""
   leaves, treedef = jax.tree.flatten(tree)
 
   @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -106,17 +106,17 @@ def drawn(tree: PyTree) -> PyTree:
 
 
 class Steps:
-  """A step with arrays of its own on the device."""
+  """A compiled step with its own arrays on the device."""
 
   def __init__(self, training: Training, batch: PyTree):
     self._step = jax.jit(training.step, donate_argnums=(0, 1))
-    # Before the arrays are there, so that what the compiler allocates to try kernels is in no peak.
+    # Compile before the arrays exist, so that buffers that the compiler allocates to try kernels are in no peak.
     self._step.lower(training.params, training.opt_state, batch).compile()
     self._params, self._batch = drawn(training.params), drawn(batch)
     self._state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), training.opt_state)
 
   def run(self) -> tuple[float, float]:
-    """Makes PER_ROUND steps; returns the seconds until the first is sent, and those of one step."""
+    """Makes PER_ROUND steps. Returns the seconds until the first is dispatched, and the seconds per step."""
     started, sent = time.perf_counter(), 0.0
     for _ in range(PER_ROUND):
       _, self._params, self._state = self._step(self._params, self._state, self._batch)
@@ -130,7 +130,7 @@ def tree_bytes(tree: PyTree) -> int:
 
 
 def copy_bandwidth(size: int) -> float:
-  """Bytes per second, read and written, of adding one to an array of `size` bytes."""
+  """Bytes read and written per second when adding one to an array of `size` bytes."""
   x = jnp.zeros(size // 4, jnp.float32)
   add = jax.jit(lambda x: x + 1, donate_argnums=0)
   x = jax.block_until_ready(add(x))
@@ -145,13 +145,13 @@ def copy_bandwidth(size: int) -> float:
 
 
 def peak_bytes() -> int | None:
-  """The most memory that arrays and programs of this process have taken; None on a CPU, which does not count it."""
+  """The peak memory of this process's arrays and programs; None on a CPU, which does not count it."""
   stats = jax.devices()[0].memory_stats()
   return stats.get("peak_bytes_in_use") if stats else None
 
 
 def measure(model_name: str, mode: str) -> dict[str, Any]:
-  """All figures of one model and mode."""
+  """Measures one model and mode."""
   model = MODELS[model_name]()
   training = MODES[mode].build(model, "adamw")
   on_gpu = jax.default_backend() == "gpu"
@@ -178,10 +178,11 @@ def measure(model_name: str, mode: str) -> dict[str, Any]:
 
 
 def exactness() -> dict[str, Any]:
-  """The share of weights and bits that differ after ten steps: fused from unfused, and masters from f32 Optax.
+  """The fraction of numbers that differ after ten steps.
 
-  The programs differ in what surrounds a matrix product, so XLA must not choose its algorithm by a race of times, and
-  must add in one order: `FIXED` sets this.
+  Params and state with gradient release are compared with those of the ordinary step, and the ordinary step's masters
+  with f32 Optax. The programs differ around their matrix products. So XLA must not choose algorithms by timing, and
+  must sum in a fixed order: `FIXED` sets both.
   """
   model = MODELS["lm-tiny"]()
   tokens = jax.random.randint(jax.random.key(1), model.batch.shape, 0, 256)
@@ -219,7 +220,7 @@ def exactness() -> dict[str, Any]:
 
 
 def initial(params: PyTree) -> PyTree:
-  """f32 weights to train from: ones in norms, and small normal numbers elsewhere."""
+  """Initial f32 weights: ones in norms, small normal numbers elsewhere."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf, x: jnp.ones(leaf.shape) if "norm" in str(path[-1]) else x, params, drawn(params)
   )
@@ -232,7 +233,7 @@ def standard_library() -> np.ndarray:
 
 
 def train(model_name: str, mode: str) -> dict[str, Any]:
-  """Losses of a training run on text; every mode sees the same weights and the same batches."""
+  """Trains on text and returns the losses. Every mode starts from the same weights and sees the same batches."""
   model = MODELS[model_name]()
   training = MODES[mode].build(model, "adamw")
   masters = initial(model.params)
@@ -298,7 +299,7 @@ def make_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def run_part(model: str, mode: str, seconds: float) -> dict[str, Any]:
-  """Runs a part in a process of its own; a row with an `error` where it fails or takes longer than `seconds`."""
+  """Runs a part in a separate process. Returns a row, with an `error` if it fails or takes longer than `seconds`."""
   row: dict[str, Any] = {"model": model, "mode": mode}
   if seconds < 15:
     return row | {"error": "no time left"}
@@ -318,7 +319,7 @@ def measure_part(model: str, mode: str) -> dict[str, Any]:
   if mode == "exactness":
     return exactness()
   if mode == TORCH:
-    from benchmarks import torch_rival  # where it is installed
+    from benchmarks import torch_rival  # needs PyTorch
 
     batch, context = (int(n) - k for k, n in enumerate(MODELS[model]().batch.shape))
     return {"model": model, "mode": mode} | torch_rival.measure("1.3b", batch, context, "cuda", ROUNDS, PER_ROUND)
@@ -333,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
   parser.add_argument("--resume", action="store_true", help="keep the rows that are there, and run what is missing")
   parser.add_argument("--seconds", type=float, default=570, help="no part goes on for longer than this after the start")
-  parser.add_argument("--one", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)  # in a process of its own
+  parser.add_argument("--one", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)  # for run_part
   args = parser.parse_args(argv)
   if args.one:
     print(json.dumps(measure_part(*args.one)))

@@ -1,10 +1,10 @@
-"""Holds what gpu_check.json measured against what was claimed before; prints a table. docs/gpu.md has it.
+"""Compares gpu_check.json with the claims made before the measurements. Prints the table that docs/gpu.md shows.
 
     python benchmarks/gpu_claims.py                      # benchmarks/results/gpu_check.json
     python benchmarks/gpu_claims.py results/gpu_check.json
 
-A claim is a row of CLAIMS: what is read from the rows of the JSON, and the bound. Bounds are not moved to fit a card. A
-claim whose rows are missing, or failed, is not measured: that is no success either. Ends with 1 unless all hold.
+A claim is an entry of CLAIMS: a figure computed from the rows of the JSON, and a bound. Bounds are not moved to fit a
+card. A claim whose rows are missing or failed counts as not measured. Exits with 1 unless all claims hold.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ COMMITTED = Path(__file__).parent / "results" / "gpu_check.json"
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """What is claimed of a card.
+  """A claim about a card.
 
   Attributes:
-    text: in words, with the bound.
-    measure: the figure, from the rows that were measured; raises KeyError or ValueError where they are missing.
-    holds: whether the figure is within the bound.
-    form: how the figure is printed.
+    text: the claim in words, with the bound.
+    measure: computes the figure from the rows. Raises KeyError, ValueError or StopIteration if rows are missing.
+    holds: whether a figure is within the bound.
+    form: the format of the figure.
   """
 
   text: str
@@ -43,12 +43,12 @@ def ratio(model: str, mode: str) -> Callable[[Rows], float]:
 
 
 def copy_share(mode: str) -> Callable[[Rows], float]:
-  """Of the optimizer alone, whatever the sizes of its leaves were."""
+  """The fraction of a copy's bandwidth that the optimizer alone reaches, for leaves of any size."""
   return lambda rows: next(r["copy_share"] for (_, m), r in rows.items() if m == mode and "copy_share" in r)
 
 
 def farthest_peak(mode: str) -> Callable[[Rows], float]:
-  """How far a peak is from its prediction at most, as a share, over models."""
+  """The largest relative difference between a peak and its prediction, over all models."""
   return lambda rows: max(
     abs(r["peak_bytes"] / r["predicted_bytes"] - 1)
     for (_, m), r in rows.items()
@@ -87,7 +87,7 @@ CLAIMS = (
 
 
 def judged(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-  """Of each claim its text, what was measured, and whether it holds: yes, no, or not measured."""
+  """Returns for each claim its text, the measured figure, and whether it holds: yes, no, or not measured."""
   rows: Rows = {(r["model"], r["mode"]): r for r in report["rows"] if "error" not in r}
   found = []
   for claim in CLAIMS:

@@ -1,11 +1,11 @@
-"""Reads an optimized XLA:GPU program, and tells what each kernel reads from memory and writes to it.
+"""Reads an optimized XLA:GPU program, and computes how many bytes each kernel reads and writes.
 
-Why: an optimizer's step is bound by memory. How many bytes it moves is known once XLA has chosen what it fuses, and
-that needs no GPU. A kernel reads each operand and writes each result once; what is sliced out of an operand, or written
-into one in place, counts with the size of the slice. Loops count with their number of turns.
+Why: an optimizer's step is bound by memory. How many bytes it moves is known once XLA has chosen its fusions, and that
+needs no GPU. A kernel reads each operand and writes each result once. A slice that is read from an operand, or written
+into one in place, counts with the size of the slice. Loops count with their trip count.
 
-What it cannot tell: caches (a number read by two kernels in a row counts twice) and how close a kernel comes to the
-bandwidth of the card.
+Limits: it knows nothing of caches (a number read by two kernels in a row counts twice), nor how close a kernel comes to
+the bandwidth of the card.
 """
 
 import collections
@@ -39,11 +39,11 @@ class Array:
 
   @property
   def size(self) -> int:
-    """The number of its elements."""
+    """The number of elements."""
     return math.prod(self.shape)
 
   def bytes(self, elements: int | None = None) -> float:
-    """The bytes of so many of its elements, or of all."""
+    """The bytes of this many elements, or of all."""
     return (self.size if elements is None else elements) * _bits(self.dtype) / 8
 
 
@@ -55,7 +55,7 @@ def _bits(dtype: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a program. `called` is the computation of a fusion, a call or a loop's body."""
+  """One line of a program. `called` is the computation of a fusion or a call, or the body of a loop."""
 
   name: str
   arrays: tuple[Array, ...]
@@ -66,14 +66,14 @@ class Instruction:
 
   @property
   def number(self) -> int:
-    """Which parameter, or which element of a tuple."""
+    """The index of a parameter or of a tuple element."""
     found = re.search(r"parameter\((\d+)\)|index=(\d+)", self.text)
     return int(found[1] or found[2]) if found else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """A list of instructions, each after those it uses; the result is `root`."""
+  """A list of instructions, each after the ones it uses. `root` is the result."""
 
   instructions: dict[str, Instruction]
   root: str
@@ -91,7 +91,7 @@ class Computation:
     return users
 
   def source(self, name: str) -> Instruction:
-    """What `name` is, seen through bitcasts."""
+    """The instruction that computes `name`, behind any bitcasts."""
     found = self.instructions[name]
     while found.opcode == "bitcast":
       found = self.instructions[found.operands[0]]
@@ -100,12 +100,12 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One kernel, as often as it is launched.
+  """One kernel, with the number of its launches.
 
   Attributes:
-    name: of the instruction.
-    opcode: XLA's: fusion, custom-call (a matrix product of cuBLAS), copy, ...
-    launches: how often it runs in one step.
+    name: the name of the instruction.
+    opcode: XLA's opcode: fusion, custom-call (a matrix product of cuBLAS), copy, ...
+    launches: how often it runs in one training step.
     read: bytes per launch.
     written: bytes per launch.
     of_state: whether it depends on the optimizer's state.
@@ -120,12 +120,12 @@ class Kernel:
 
   @property
   def bytes(self) -> float:
-    """All bytes that it moves in one step."""
+    """All bytes that it moves in one training step."""
     return self.launches * (self.read + self.written)
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """Returns the computations of a program by name, and the name of the one that runs."""
+  """Returns the computations of a program by name, and the name of the entry computation."""
   found: dict[str, Computation] = {}
   entry = name = root = ""
   lines: dict[str, Instruction] = {}
@@ -156,7 +156,7 @@ def _instruction(made: re.Match[str]) -> Instruction:
 
 
 def _arguments(rest: str) -> str:
-  """What stands before the parenthesis that closes the arguments."""
+  """The text before the parenthesis that closes the arguments."""
   depth = 1
   for i, character in enumerate(rest):
     depth += (character == "(") - (character == ")")
@@ -170,9 +170,9 @@ def kernels(text: str, state: Sequence[int]) -> list[Kernel]:
 
   Args:
     text: the program, as XLA:GPU dumps it after optimizations.
-    state: the numbers of the parameters that hold the optimizer's state. A kernel is `of_state` if anything it reads
-      is or depends on them. What a loop carries is of the state if it was before the loop: so weights that are stepped
-      in place are not.
+    state: the indices of the parameters that hold the optimizer's state. A kernel is `of_state` if anything it reads is
+      one of them or depends on one. Values carried through a loop depend on the state only if they did before the loop:
+      weights that a loop updates in place do not.
   """
   computations, entry = parse(text)
   main = computations[entry]
@@ -180,13 +180,13 @@ def kernels(text: str, state: Sequence[int]) -> list[Kernel]:
   return list(_walk(computations, main, marks, 1)[0])
 
 
-_Marks = list[bool]  # for each array of a value, whether it depends on the state
+_Marks = list[bool]  # for each array of a value: whether it depends on the state
 
 
 def _walk(
   computations: dict[str, Computation], computation: Computation, parameters: Sequence[_Marks], launches: int
 ) -> tuple[list[Kernel], _Marks]:
-  """Returns the kernels of a computation, and the marks of its result."""
+  """Returns the kernels of a computation and the marks of its result."""
   marks: dict[str, _Marks] = {}
   made: list[Kernel] = []
   for i in computation.instructions.values():
@@ -222,7 +222,7 @@ def _walk(
 
 def _element(computation: Computation, i: Instruction, marks: _Marks) -> _Marks:
   operand = computation.instructions[i.operands[0]]
-  if len(marks) != len(operand.arrays):  # a value that nothing is known of
+  if len(marks) != len(operand.arrays):  # the marks of this value are unknown
     return [any(marks)] * len(i.arrays)
   return marks[i.number : i.number + len(i.arrays)]  # tuples are flat after XLA's optimizations
 
@@ -244,11 +244,11 @@ def _traffic(computations: dict[str, Computation], outer: Computation, i: Instru
     return update, update
   if i.opcode in _SLICES:
     return i.arrays[0].bytes(), i.arrays[0].bytes()
-  if i.opcode.endswith("-start"):  # its result has its operands in it
+  if i.opcode.endswith("-start"):  # its result contains its operands
     moved = sum(a.bytes() for o in operands for a in o.arrays)
     return moved, moved
   results = [a for a in i.arrays if a.dtype not in ("token", "opaque")]
-  if i.opcode == "custom-call" and "step_weight" in i.text:  # our own: one layer of stacks that it writes in place
+  if i.opcode == "custom-call" and "step_weight" in i.text:  # our kernel: updates one layer of its stacks in place
     stacks = {int(number) for number in re.findall(r"\{\d+\}: \((\d+), \{\}\)", i.text)}
     read = sum(o.arrays[0].bytes() / (o.arrays[0].shape[0] if k in stacks else 1) for k, o in enumerate(operands))
     return read, sum(a.bytes() / a.shape[0] for a in results)
@@ -263,7 +263,7 @@ def _results(inner: Computation) -> Iterator[str]:
 
 
 def _needed(inner: Computation, in_place: Sequence[Instruction]) -> dict[str, int]:
-  """How many elements of each value in a fusion are needed for its results."""
+  """Returns how many elements of each value in a fusion its results need."""
   needed: dict[str, int] = {}
   results = set(_results(inner))
   for i in reversed(inner.instructions.values()):
@@ -286,7 +286,7 @@ def _needed(inner: Computation, in_place: Sequence[Instruction]) -> dict[str, in
 
 
 def summary(some: Sequence[Kernel], parameters: int) -> str:
-  """A table of kernels, for people."""
+  """Returns a readable table of kernels."""
   lines = [f"{'kernel':48} {'launches':>8} {'read':>8} {'written':>8}  bytes per parameter"]
   lines += [
     f"{k.name:48} {k.launches:8} {k.launches * k.read / parameters:8.3f} {k.launches * k.written / parameters:8.3f}"

@@ -1,7 +1,7 @@
-"""Models for the memory benchmarks, in plain JAX: decoder language models, a ResNet-50-like net, a ViT.
+"""Models for the memory benchmarks, in plain JAX: decoder language models, a ResNet-50-like net, ViTs.
 
-All of them exist as shapes only (`Model.params` makes ShapeDtypeStructs), so that a 70B model can be measured on a
-laptop. Weights are used in the dtype they come in; normalisations and losses compute in f32, as training code does.
+All of them exist as shapes only (`Model.params` holds ShapeDtypeStructs), so that a laptop can measure a 70B model.
+Weights are used in their own dtype; normalisations and losses compute in f32, as training code does.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ Shapes = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model as a benchmark sees it.
+  """A model to measure.
 
   Attributes:
     name: such as `lm-350m-scan`.
     params: a tree of f32 ShapeDtypeStructs.
     loss: `loss(params, batch) -> f32[]`.
     batch: a tree of ShapeDtypeStructs.
-    fused_loss: the same of handles, with fused layers; None where it is not written.
+    fused_loss: the same loss with fused layers, called with handles; None if there is none.
   """
 
   name: str
@@ -57,7 +57,7 @@ def stacked(shapes: Shapes, layers: int) -> Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
-  """A decoder: RMSNorm, causal attention with grouped keys where kv_heads < heads, SwiGLU."""
+  """A decoder: RMSNorm, causal attention (grouped-query if kv_heads < heads), SwiGLU."""
 
   layers: int
   width: int
@@ -81,7 +81,7 @@ LM_SIZES = {
 
 
 def along_last(p: jax.Array, x: jax.Array) -> jax.Array:
-  """A vector over the last axis of `x`, in f32, with as many axes."""
+  """Returns the vector `p` in f32, with leading axes so that it broadcasts over the last axis of `x`."""
   return jnp.expand_dims(p.astype(jnp.float32), range(x.ndim - 1))
 
 
@@ -124,7 +124,7 @@ def lm_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
 
 
 def lm_head(norm: jax.Array, head: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
-  """The mean next-token loss of the last layer's output."""
+  """The mean next-token loss from the last layer's output."""
   logits = (rms_norm(x, norm) @ head).astype(jnp.float32)
   picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
@@ -150,7 +150,7 @@ def lm_fused_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Arr
 
 
 def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes: Any) -> Model:
-  """Returns a decoder of one of LM_SIZES, with fields of its LMConfig changed."""
+  """Returns a decoder of one of LM_SIZES. `changes` replace fields of its LMConfig."""
   config = dataclasses.replace(LM_SIZES[size], **changes)
   width, kv_width = config.width, config.width // config.heads * (config.kv_heads or config.heads)
   block = {
@@ -182,7 +182,7 @@ def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes:
   return Model(name, params, next(losses), tokens, next(losses))
 
 
-# --- Vision models, the ground of the paper ---------------------------------------------------------------------------
+# --- Vision models, as in the paper -----------------------------------------------------------------------------------
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The ways to train that the benchmarks compare: what users would pick instead, and every mode of ours.
+"""The training modes that the benchmarks compare: ours, and the alternatives users would choose.
 
-A mode turns a model and the name of an optimizer into a training step and the shapes of its params and state. Add a
-mode by adding an entry to MODES.
+A mode turns a model and the name of an optimizer into a training step and the shapes of its params and state. To add a
+mode, add an entry to MODES.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """A training step with the shapes of what it takes.
+  """A training step with the shapes of its params and state.
 
   Attributes:
     step: `step(params, opt_state, batch) -> (loss, params, opt_state)`; the first two are meant to be donated.
@@ -42,7 +42,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-  """One way to train: `build(model, optimizer)` makes a Training; `exact` if it equals f32-master Optax bit for bit."""
+  """A training mode: `build(model, optimizer)` returns a Training. `exact`: equals f32-master Optax bit for bit."""
 
   label: str
   build: Callable[[Model, str], Training]
@@ -65,7 +65,7 @@ def optax_f32_master(model: Model, optimizer: str) -> Training:
 
 
 def optax_f32_master_and_copy(model: Model, optimizer: str) -> Training:
-  """A bf16 copy of the weights is kept from step to step, and not made anew in each."""
+  """A bf16 copy of the weights persists between steps, instead of a new cast in each step."""
   tx = OPTIMIZERS[optimizer]()
 
   def step(params, opt_state, batch):
@@ -93,10 +93,10 @@ def optax_bf16(model: Model, optimizer: str) -> Training:
 
 
 def flashoptim(master_weight_bits: int) -> Callable[[Model, str], Training]:
-  """flashoptim-jax with its default 8-bit moments; master_weight_bits counts the 16 of bf16 too."""
+  """flashoptim-jax with its default 8-bit moments. master_weight_bits includes the 16 bits of bf16."""
 
   def build(model: Model, optimizer: str) -> Training:
-    import flashoptim_jax  # a rival, for the benchmarks only
+    import flashoptim_jax  # only the benchmarks need it
 
     tx = {
       "adamw": lambda **k: flashoptim_jax.flash_adamw(3e-4, weight_decay=0.1, **k),
@@ -116,14 +116,14 @@ def flashoptim(master_weight_bits: int) -> Callable[[Model, str], Training]:
 
 
 def transformation(optimizer: str, bits: int, compact: bool, kernels: bool) -> optax.GradientTransformation:
-  """Our storage around an optimizer; `compact` with its state in 8 bits, `kernels` with kernels of our own."""
+  """Our storage around an optimizer. `compact`: 8-bit optimizer state. `kernels`: our own kernels."""
   inner = OPTIMIZERS[optimizer]()
   tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
   return mpo.with_kernels(tx) if kernels else tx
 
 
 def compensated(bits: int, compact: bool = False, kernels: bool = False) -> Callable[[Model, str], Training]:
-  """Our storage, unfused: a gradient tree, then the update."""
+  """Our storage with an ordinary step: a tree of gradients, then the update."""
 
   def build(model: Model, optimizer: str) -> Training:
     tx = transformation(optimizer, bits, compact, kernels)
@@ -139,7 +139,7 @@ def compensated(bits: int, compact: bool = False, kernels: bool = False) -> Call
 
 
 def fused_layers(bits: int, compact: bool = False, kernels: bool = False) -> Callable[[Model, str], Training]:
-  """Our storage, with every layer stepped inside the backward pass."""
+  """Our storage with gradient release by layers: each layer is updated inside the backward pass."""
 
   def build(model: Model, optimizer: str) -> Training:
     tx = transformation(optimizer, bits, compact, kernels)
@@ -152,9 +152,9 @@ def fused_layers(bits: int, compact: bool = False, kernels: bool = False) -> Cal
 
 
 def automatic(bits: int, compact: bool = False, kernels: bool = False) -> Callable[[Model, str], Training]:
-  """Our storage with gradients released: `value_and_update` on the same loss function.
+  """Our storage with automatic gradient release: `value_and_update` on the same loss function.
 
-  In two passes where the optimizer couples the leaves, and in one otherwise.
+  Takes two passes if the updates of parameters depend on each other, and one otherwise.
   """
 
   def build(model: Model, optimizer: str) -> Training:
@@ -193,4 +193,4 @@ MODES = {
 }
 
 WITH_COPY = {"optax-f32-copy": Mode("Optax, f32 master, bf16 copy kept", optax_f32_master_and_copy, exact=True)}
-"""For times alone: it holds 2 bytes per parameter more than `optax-f32`, and as many arrays as `mpo-16`."""
+"""For step times only: it holds 2 bytes per parameter more than `optax-f32`, and as many arrays as `mpo-16`."""

@@ -1,4 +1,4 @@
-"""Peak GPU memory of whole training steps, ours and what users would pick instead, without a GPU.
+"""Peak GPU memory of whole training steps, without a GPU: our modes and the alternatives users would choose.
 
     pip install -e '.[benchmarks]'
     python benchmarks/peak_memory.py                                        # everything; about half an hour on 2 cores
@@ -6,11 +6,11 @@
     python benchmarks/peak_memory.py --models lm-1.3b-fsdp8 lm-70b-fsdp8       # bytes of one of eight devices
     python benchmarks/peak_memory.py --list
 
-Each row is one step compiled by XLA:GPU (`optax_mpo.gpu_memory`) with params and optimizer state donated: its
-arguments, outputs and temporaries in bytes per parameter and GiB; for a model that is sharded over several devices, the
-bytes are those of one device, and per parameter those of all. Prints a table per optimizer and writes
-peak_memory.json and peak_memory.png to --output-dir. Rows that the JSON has already are kept unless --fresh is given
-or their mode or model is asked for by name.
+Each row is one step compiled by XLA:GPU (`optax_mpo.gpu_memory`) with params and optimizer state donated: the bytes of
+its arguments, its temporaries and in total. Tables show the total and the arguments in bytes per parameter, and the
+total in GiB. For a model sharded over several devices, bytes and GiB are those of one device, and bytes per parameter
+those of all. Prints a table per optimizer and target, and writes peak_memory.json and peak_memory.png to --output-dir.
+Rows already in the JSON are kept, unless --fresh is given or --models or --modes name them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from rich.table import Table
 
 import optax_mpo as mpo
 
-if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
+if __name__ == "__main__":  # a script does not have the root of the repository on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fsdp
@@ -57,12 +57,12 @@ MODELS: dict[str, Callable[[], Model]] = {
   "resnet50": resnet50,
   "vit-l16": lambda: vit("vit-l16"),
 }
-# Fully sharded over so many devices, and measured for another target than the others where the card matters.
+# Models that are fully sharded over several devices, and models with another target than the rest.
 DEVICES = {"lm-1.3b-fsdp8": 8, "lm-70b-fsdp8": 8}
 TARGETS = {"lm-70b-fsdp8": "h100"}
-# What cannot be sharded like the params (flashoptim-jax ravels its state) has no rows there.
+# The modes for sharded models. flashoptim-jax ravels its state, which then cannot be sharded like the params.
 SHARDED_MODES = ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
-# The other optimizers on models where they are used; the paper's SGD on a ResNet among them.
+# The other optimizers run on models where they are used, such as the paper's SGD on a ResNet.
 MODELS_OF = {
   "adamw": tuple(MODELS),
   "adamw-clip": ("lm-350m-unrolled", "lm-350m", "lm-1.3b"),
@@ -73,7 +73,7 @@ MODELS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One measured step; bytes are those of one of `devices`. `error` says why there are none."""
+  """One measured step. Bytes are those of one device. `error` says why there are none."""
 
   model: str
   parameters: int
@@ -110,7 +110,7 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
     else:
       args = (training.params, training.opt_state, model.batch)
       report = mpo.gpu_memory(training.step, *args, donate_argnums=(0, 1), target=target)
-  except Exception as error:  # a rival that does not compile is a row, not the end of the benchmark
+  except Exception as error:  # a mode that does not compile becomes a row; the benchmark goes on
     return dataclasses.replace(row, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
   return dataclasses.replace(
     row,
@@ -123,7 +123,7 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
 
 
 def make_tables(rows: Sequence[Row]) -> Iterable[Table]:
-  """One table per optimizer and target: bytes per parameter in all, of the held state in brackets, and GiB."""
+  """One table per optimizer and target: bytes per parameter in total (arguments in brackets), and GiB in total."""
   for optimizer, target in dict.fromkeys((row.optimizer, row.target) for row in rows):
     some = [row for row in rows if (row.optimizer, row.target) == (optimizer, target)]
     models = list(dict.fromkeys(row.model for row in some))
@@ -148,7 +148,7 @@ def describe(row: Row | None) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-  """Draws AdamW's language models: held state and what the step adds, per mode."""
+  """Draws the language models with AdamW: per mode, the arguments and what the step adds to them."""
   some = [row for row in rows if row.optimizer == "adamw" and row.model.startswith("lm") and not row.error]
   models, modes = list(dict.fromkeys(r.model for r in some)), list(dict.fromkeys(r.mode for r in some))
   if not some:

@@ -1,20 +1,25 @@
-"""Time of training steps, ours and what users would pick instead, interleaved in one run.
+"""Time of training steps, interleaved in one run: our modes and the alternatives users would choose.
 
     pip install -e '.[benchmarks]'
     python benchmarks/step_time.py                                          # half an hour and more on 2 CPU cores
     python benchmarks/step_time.py --models lm-8m --modes mpo-16 mpo-16-auto --rounds 20
     python benchmarks/step_time.py --list
 
-Each model is compiled in every mode, then all modes make two steps in turn, in an order that changes from round to
-round, so that whatever else the machine does meets all of them. The second one counts: it finds caches and the
-allocator as a step of its own left them, as in training. A row has the median and quartiles of the seconds, the median
-over rounds of the ratio to the first mode of the model (Optax with f32 masters), the seconds until a step is sent to
-the device (on a CPU some of it is computed by then), how many arrays go with it, the seconds to send a program that
-computes nothing with those arrays, which is the host's part, and the seconds to trace and to compile. `leaves-*` are
-the optimizer alone: the gradients are given. `lm-125m-short` sees 128 tokens, where other language models see 512 and
-more, so that much of its step is the optimizer. `adamw-clip` clips by global norm, which value_and_update does in two
-passes. Prints a table per model and optimizer and writes step_time.json and step_time.png to --output-dir; what is
-there of other models, from the same device and versions, is kept.
+Each model is compiled in every mode. Then, in each round, all modes make two steps in turn. The order of modes changes
+from round to round, so that other load on the machine affects all of them. Only the second step counts: it finds caches
+and the allocator as the same program left them, as in training. A row has:
+
+- the median and quartiles of the seconds per step
+- the ratio to the first mode of the model (Optax with f32 masters), as the median over rounds
+- the seconds until a step is dispatched to the device (on a CPU, some of it is computed by then)
+- how many arrays are passed to it
+- the seconds to dispatch a program that computes nothing with these arrays: the host's part
+- the seconds to trace and to compile
+
+`leaves-*` are the optimizer alone: the gradients are given. `lm-125m-short` sees 128 tokens per step and other language
+models 512 or more, so much of its step is the optimizer. `adamw-clip` clips by global norm, which value_and_update does
+in two passes. Prints a table per model and optimizer and writes step_time.json and step_time.png to --output-dir. Rows
+of other models from the same device and versions are kept.
 """
 
 import argparse
@@ -39,7 +44,7 @@ from rich.table import Table
 
 import optax_mpo as mpo
 
-if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
+if __name__ == "__main__":  # a script does not have the root of the repository on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import Model, f32, language_model
@@ -53,7 +58,7 @@ PyTree = Any
 
 @jax.custom_vjp
 def given_gradients(params: PyTree, grads: PyTree) -> jax.Array:
-  """A loss whose gradients are `grads`, at no cost."""
+  """A loss whose gradients are `grads`, without computing anything."""
   return jnp.zeros(())
 
 
@@ -64,7 +69,7 @@ given_gradients.defvjp(
 
 
 def leaves(count: int, *shape: int) -> Model:
-  """`count` leaves of a shape, and an optimizer to step them."""
+  """A model of `count` leaves of one shape whose gradients are its batch, to measure the optimizer alone."""
   params = {f"w{i}": f32(*shape) for i in range(count)}
   grads = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name in params}
   return Model(f"leaves-{count}x{math.prod(shape)}", params, given_gradients, grads)
@@ -74,11 +79,11 @@ def mlp(width: int, depth: int, batch: int) -> Model:
   def loss(params: PyTree, x: jax.Array) -> jax.Array:
     y = x.astype(params[0]["w"].dtype)
     for p in params:
-      y = jax.nn.relu(y @ p["w"] + p["b"])
+      y = jax.nn.relu(y @ p["w"] + p["b"][None])
     return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
   def fused_loss(params: PyTree, x: jax.Array) -> jax.Array:
-    layer = mpo.fused_layer(lambda p, y: jax.nn.relu(y @ p["w"] + p["b"]), remat=False)
+    layer = mpo.fused_layer(lambda p, y: jax.nn.relu(y @ p["w"] + p["b"][None]), remat=False)
     y = x.astype(jnp.bfloat16)
     for p in params:
       y = layer(p, y)
@@ -106,7 +111,7 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-1.3b": lambda: language_model("1.3b"),
 }
 ON_CPU = tuple(name for name in MODELS if name not in ("lm-350m", "lm-350m-unrolled", "lm-1.3b"))
-# Of these, whose steps take seconds on two CPU cores, fewer modes are measured.
+# On a CPU these are measured in fewer modes and with one optimizer: their steps take seconds on two cores.
 LARGE = {
   "lm-125m-short": ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto"),
   "lm-125m": ("optax-f32", "mpo-16", "mpo-16-auto", "mpo-compact", "mpo-compact-auto"),
@@ -117,7 +122,7 @@ COUPLED_MODES = ("optax-f32", "mpo-16", "mpo-16-auto", "mpo-compact", "mpo-compa
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One model, optimizer and mode; times in seconds. `error` says why there are none."""
+  """One model, optimizer and mode. Times are in seconds. `error` says why there are none."""
 
   model: str
   parameters: int
@@ -145,7 +150,7 @@ class Runner:
     started = time.perf_counter()
     lowered = self._step.lower(training.params, training.opt_state, model.batch)
     traced = time.perf_counter()
-    lowered.compile()  # which the jitted function finds when it is called, as users call it
+    lowered.compile()  # the jitted function, called as users call it, finds the compiled program
     self.trace, self.compile = traced - started, time.perf_counter() - traced
     rng = np.random.default_rng(0)
     self._params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.02, s.dtype), training.params)
@@ -155,7 +160,7 @@ class Runner:
     self._nothing = jax.jit(lambda *args: (jnp.zeros(()), *args[:2]), donate_argnums=(0, 1))
 
   def run(self) -> tuple[float, float]:
-    """Makes one step and returns the seconds until it is sent and until it is done."""
+    """Makes one step. Returns the seconds until it is dispatched and until it is done."""
     started = time.perf_counter()
     _, self._params, self._state = self._step(self._params, self._state, self._batch)
     sent = time.perf_counter() - started
@@ -163,7 +168,7 @@ class Runner:
     return sent, time.perf_counter() - started
 
   def send_nothing(self) -> float:
-    """Returns the seconds until a step that computes nothing is sent, with the arrays of one that does."""
+    """Returns the seconds to dispatch a program that takes the same arrays and computes nothing."""
     started = time.perf_counter()
     _, self._params, self._state = self._nothing(self._params, self._state, self._batch)
     sent = time.perf_counter() - started
@@ -172,17 +177,17 @@ class Runner:
 
 
 def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) -> list[Row]:
-  """Times all modes of one model in turn."""
+  """Times all modes of one model, in turn."""
   model = MODELS[model_name]()
   runners: dict[str, Runner] = {}
   rows = {mode: Row(model_name, model.count, mode, optimizer) for mode in modes}
   for mode in modes:
     try:
       runners[mode] = Runner(model, mode, optimizer)
-      for _ in range(2):  # not measured: the first calls allocate
+      for _ in range(2):  # not measured, since the first calls allocate
         runners[mode].run()
         runners[mode].send_nothing()
-    except Exception as error:  # a rival that does not run is a row, not the end of the benchmark
+    except Exception as error:  # a mode that does not run becomes a row; the benchmark goes on
       rows[mode] = dataclasses.replace(rows[mode], error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
       runners.pop(mode, None)
   names = list(runners)
@@ -191,7 +196,7 @@ def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) 
   host: dict[str, list[float]] = {mode: [] for mode in names}
   for i in range(rounds):
     for mode in np.random.default_rng(i).permutation(names):
-      runners[mode].run()  # not measured: in training the step before is one of the same program
+      runners[mode].run()  # not measured: in training, the previous step is one of the same program
       for kept, taken in zip((sent[mode], seconds[mode]), runners[mode].run(), strict=True):
         kept.append(taken)
       host[mode].append(runners[mode].send_nothing())
@@ -214,7 +219,7 @@ def measure(model_name: str, optimizer: str, modes: Sequence[str], rounds: int) 
 
 
 def _is_for_cpu(mode: str) -> bool:
-  """Whether a mode is another one on a CPU: there are no kernels there, and flashoptim-jax runs on GPUs alone."""
+  """Whether to measure a mode on a CPU: kernels make no difference there, and flashoptim-jax runs on GPUs only."""
   return not mode.endswith("-kernels") and not mode.startswith("flash")
 
 
@@ -242,8 +247,8 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def draw(path: Path, rows: Sequence[Row], device: str) -> None:
-  """Draws the ratios of AdamW, a group of bars per model."""
-  from matplotlib.figure import Figure  # here, so that a machine without it can use the rest
+  """Draws the ratios for AdamW, with a group of bars per model."""
+  from matplotlib.figure import Figure  # here, so that the rest works without it
 
   some = [row for row in rows if row.optimizer == "adamw" and not row.error]
   if not some:
@@ -265,7 +270,7 @@ def draw(path: Path, rows: Sequence[Row], device: str) -> None:
 
 
 def read_rows(path: Path, about: dict[str, str]) -> list[Row]:
-  """The rows of an earlier run, of the same device and versions. All modes of a model are of one run."""
+  """The rows of earlier runs, if from the same device and versions. All modes of a model are from one run."""
   found = json.loads(path.read_text()) if path.exists() else {}
   same = all(found.get(key) == value for key, value in about.items())
   return [Row(**row) for row in found["rows"]] if same else []

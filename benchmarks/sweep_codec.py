@@ -1,9 +1,13 @@
-"""Tries the codec on all 2^32 f32 bit patterns, for 16, 8 and 4 bits. Run: python benchmarks/sweep_codec.py
+"""Tests the codec on all 2^32 f32 bit patterns, for 16, 8 and 4 bits. Run: python benchmarks/sweep_codec.py
 
-Counts the patterns that break a law, prints the counts (with --output, writes them as JSON) and fails if there are
-any. The laws: with 16 bits every pattern but a NaN comes back as it is; with 8 and 4 bits the number that comes back
-is at most half a unit away (finite numbers stay finite) and splits to the same pair again; a NaN comes back as the
-canonical one, and its bf16 half is a NaN.
+Counts the patterns that break a law, prints the counts (with --output, writes them as JSON) and fails if there are any.
+The laws:
+
+- With 16 bits every pattern but a NaN comes back unchanged.
+- With 8 and 4 bits the number that comes back is at most half a unit away. Finite numbers stay finite, so just below
+  infinity it may be almost a unit away.
+- The number that comes back splits to the same pair again.
+- A NaN comes back as the canonical NaN, and its bf16 half is a NaN.
 """
 
 import argparse
@@ -25,7 +29,7 @@ INF = 0x7F80_0000
 
 
 def count_violations(start: jax.Array, bits: int) -> jax.Array:
-  """Returns how many of the CHUNK patterns from `start: uint32[]` on break a law."""
+  """Returns how many of the CHUNK patterns starting at `start: uint32[]` break a law."""
   pattern = start + jnp.arange(CHUNK, dtype=jnp.uint32)
   magnitude = pattern & 0x7FFF_FFFF
   is_nan = magnitude > INF
@@ -38,8 +42,8 @@ def count_violations(start: jax.Array, bits: int) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint16)
 
   unit = 1 << (16 - bits)
-  distance = jnp.abs(back_pattern.astype(jnp.int32) - pattern.astype(jnp.int32))  # signs are equal, or it is large
-  at_top = (magnitude >= INF - unit) & (magnitude < INF)  # kept from rounding to infinity, so up to a unit away
+  distance = jnp.abs(back_pattern.astype(jnp.int32) - pattern.astype(jnp.int32))  # large if the signs differ
+  at_top = (magnitude >= INF - unit) & (magnitude < INF)  # must not round to infinity, so almost a unit away
   wrong = (distance > jnp.where(at_top, unit - 1, unit // 2)) | (jnp.isfinite(back) != (magnitude < INF))
   nan_wrong = (back_pattern != 0x7FC0_0000) | ~jnp.isnan(low.astype(jnp.float32))
   drifts = (bits_of(low_again) != bits_of(low)) | (kept_again != kept)

@@ -1,7 +1,7 @@
-"""The language models of `benchmarks.models` in PyTorch, as people train them there: f32 weights, bf16 by autocast.
+"""The language models of `benchmarks.models` in PyTorch, trained as is usual there: f32 weights, bf16 by autocast.
 
-AdamW is torch's fused one, layers are recomputed in the backward pass, attention is torch's own. `gpu_check` runs this
-where PyTorch is installed; the project does not need it.
+AdamW is torch's fused one, each layer is recomputed in the backward pass, and attention is torch's own. `gpu_check`
+runs this if PyTorch is installed; the project does not need it.
 """
 
 import time
@@ -60,7 +60,7 @@ class Decoder(torch.nn.Module):
 
 
 def measure(size: str, batch: int, context: int, device: str, rounds: int, per_round: int) -> dict[str, Any]:
-  """Seconds of a step and peak bytes of training one of LM_SIZES."""
+  """Measures seconds per step and peak bytes of training one of LM_SIZES."""
   config = LM_SIZES[size]
   torch.manual_seed(0)
   with torch.device(device):

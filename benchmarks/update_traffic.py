@@ -1,17 +1,17 @@
-"""Bytes that an optimizer's step moves, kernel by kernel, as XLA:GPU compiles it; no GPU needed.
+"""Bytes that an optimizer's step moves, kernel by kernel, as compiled by XLA:GPU. Needs no GPU.
 
     pip install -e '.[benchmarks]'
     python benchmarks/update_traffic.py                 # all rows; some minutes each on 2 cores
     python benchmarks/update_traffic.py --models leaves lm-unrolled --modes mpo-16 mpo-compact --kernels
     python benchmarks/update_traffic.py --list
 
-An update is bound by memory. Its floor is arithmetic: each byte of the gradient (two per parameter, in bf16), of the
-weights and of the state read once, and all but the gradient written once. A row has what the kernels that read the
-optimizer's state, or anything computed from it, read and write (see benchmarks/hlo.py), as bytes per parameter and as a
-ratio to the floor of that mode; how many kernels those are; and the bytes that the whole step moves, forward and
-backward pass included. `leaves` and `small-leaves` are the optimizer alone, all of whose kernels count. Prints a table
-per model and writes update_traffic.json and update_traffic.png to --output-dir; rows that are there are kept (--fresh
-measures all anew).
+An update is bound by memory. Its floor is arithmetic: it reads the gradient (two bytes per parameter, in bf16), the
+weights and the state once, and writes all but the gradient once. The kernels of the update are those that read the
+optimizer's state or anything computed from it (see benchmarks/hlo.py). A row has the bytes that they move, per
+parameter and as a ratio to the floor of the mode; their number; and the bytes that the whole step moves, including the
+forward and backward pass. `leaves` and `small-leaves` are the optimizer alone, so all kernels count. Prints a table per
+model and writes update_traffic.json and update_traffic.png to --output-dir. Rows already in the JSON are kept, unless
+--fresh is given or --models or --modes name them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from rich.table import Table
 
 import optax_mpo as mpo
 
-if __name__ == "__main__":  # run as a script: the root of the repository is not on the path
+if __name__ == "__main__":  # a script does not have the root of the repository on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import hlo
@@ -59,19 +59,19 @@ GRADIENT = 2  # bytes per parameter: bf16
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One model and mode, AdamW. Bytes are per parameter, kernels are launches in one step.
+  """One model and mode with AdamW. Bytes are per parameter. Kernels are counted by launches in one step.
 
   Attributes:
     model: a key of MODELS.
-    parameters: how many it has.
-    leaves: in how many arrays.
+    parameters: the number of parameters.
+    leaves: the number of arrays that hold them.
     mode: a key of MODES.
-    target: the card it is compiled for. Where a step does not fit on it, XLA computes things twice to make it fit.
-    kernels: of the update.
-    moved: bytes that they read and write.
-    floor: the least that could be moved.
-    step_kernels: of the whole step.
-    step_moved: bytes that they read and write.
+    target: the card to compile for. If a step does not fit on it, XLA recomputes values to make it fit.
+    kernels: the kernels of the update.
+    moved: the bytes that they read and write.
+    floor: the fewest bytes that an update can move.
+    step_kernels: the kernels of the whole step.
+    step_moved: the bytes that they read and write.
     error: why there are no figures.
   """
 
@@ -89,17 +89,17 @@ class Row:
 
   @property
   def ratio(self) -> float:
-    """What is moved, as a multiple of the floor."""
+    """The bytes moved, as a multiple of the floor."""
     return self.moved / self.floor
 
 
 def kernels(model: Model, mode: str, target: str = "h200") -> tuple[list[hlo.Kernel], float]:
-  """Returns the kernels of a step with AdamW, and the bytes that its update has to move."""
+  """Returns the kernels of a step with AdamW, and the fewest bytes that its update can move."""
   training = MODES[mode].build(model, "adamw")
   step = jax.jit(training.step, donate_argnums=(0, 1))
   with tempfile.TemporaryDirectory() as folder:
     mpo.gpu_memory(step, training.params, training.opt_state, model.batch, target=target, dump_to=folder)
-    # What is compiled beside the step (constants that are folded) is small.
+    # The dump also has other programs (folded constants), which are small.
     text = max((p.read_text() for p in Path(folder).glob("*gpu_after_optimizations.txt")), key=len)
   params, state = jax.tree.leaves(training.params), jax.tree.leaves(training.opt_state)
   held = sum(math.prod(x.shape) * (0.5 if "int4" in x.dtype.name else x.dtype.itemsize) for x in (*params, *state))
@@ -108,7 +108,7 @@ def kernels(model: Model, mode: str, target: str = "h200") -> tuple[list[hlo.Ker
 
 
 def of_update(name: str, found: Sequence[hlo.Kernel]) -> list[hlo.Kernel]:
-  """Those of a step's kernels that are the optimizer's."""
+  """The kernels of a step that belong to the update."""
   return list(found) if name in ALONE else [k for k in found if k.of_state]
 
 
@@ -118,7 +118,7 @@ def measure(name: str, mode: str, target: str = "h200") -> Row:
   row = Row(name, model.count, len(jax.tree.leaves(model.params)), mode, target)
   try:
     found, floor = kernels(model, mode, target)
-  except Exception as error:  # a rival that does not compile is a row, not the end of the benchmark
+  except Exception as error:  # a mode that does not compile becomes a row; the benchmark goes on
     return dataclasses.replace(row, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
   update = of_update(name, found)
   return dataclasses.replace(
@@ -145,8 +145,8 @@ def make_table(rows: Sequence[Row]) -> Table:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-  """Draws what the updates move, a group of bars per model, with a line at each floor."""
-  from matplotlib.figure import Figure  # here, so that a machine without it can use the rest
+  """Draws the bytes that updates move, with a group of bars per model and a line at each floor."""
+  from matplotlib.figure import Figure  # here, so that the rest works without it
 
   some = [row for row in rows if not row.error]
   if not some:
@@ -169,7 +169,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 
 def modes_of(name: str, asked: Sequence[str] | None) -> list[str]:
-  """The modes in which a model is measured."""
+  """The modes to measure a model in."""
   return [mode for mode in asked or DEFAULT_MODES if not (name in ALONE and "-layer" in mode)]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of train_lm.py: one folder per storage mode, and the settings they were made with."""
+"""Checkpoints of train_lm.py: one folder per storage mode, with the settings of the run."""
 
 import dataclasses
 import json
@@ -20,12 +20,12 @@ PyTree = Any
 
 
 class SettingsError(Exception):
-  """The checkpoints in a folder are not those of this run, and why."""
+  """The checkpoints in a folder do not belong to this run. The message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Where a run is: what its next step takes, and the losses so far."""
+  """The progress of a run: the arguments of its next step, and the losses so far."""
 
   params: PyTree
   opt_state: PyTree
@@ -36,15 +36,15 @@ class RunCheckpoints:
   """The checkpoints of one run. Without a folder, nothing is saved.
 
   Args:
-    folder: where they are, or None.
-    settings: all that the numbers of the run depend on; a run with others cannot go on from these checkpoints.
-    every: after how many steps one is made.
-    keep: how many are kept.
-    resume: whether to go on from the last one; if not, there must be none.
-    console: where it says what it does.
+    folder: the folder of the checkpoints, or None.
+    settings: all settings that affect the results. A run with other settings cannot continue from these checkpoints.
+    every: the number of steps between checkpoints.
+    keep: how many checkpoints to keep.
+    resume: whether to continue from the last checkpoint. If False, there must be none.
+    console: where to print messages.
 
   Raises:
-    SettingsError: where there are checkpoints of other settings, or of any without `resume`.
+    SettingsError: if there are checkpoints with other settings, or any checkpoints without `resume`.
   """
 
   def __init__(
@@ -65,7 +65,7 @@ class RunCheckpoints:
       changed = [f"--{k.replace('_', '-')} was {before.get(k)}" for k in settings if before.get(k) != settings[k]]
       if changed:
         raise SettingsError(f"the checkpoints in {folder} are of another run: {', '.join(changed)}")
-    if jax.process_index() == 0:  # the others may read it at this moment
+    if jax.process_index() == 0:  # replaced at once, since other processes may be reading it
       file.with_suffix(".new").write_text(json.dumps(dict(settings), indent=1))
       file.with_suffix(".new").replace(file)
 
@@ -77,7 +77,7 @@ class RunCheckpoints:
       self._checkpointer.close()
 
   def restore(self, start: Progress) -> Progress:
-    """Returns the last progress that was saved, or `start`."""
+    """Returns the last saved progress, or `start`."""
     if self._checkpointer is None or not self._checkpointer.steps():
       return start
     like = (start.params, start.opt_state, self._padded(start.losses))
@@ -90,7 +90,7 @@ class RunCheckpoints:
     return Progress(params, opt_state, list(np.asarray(losses)[:step]))
 
   def save(self, progress: Progress, last: bool = False) -> None:
-    """Saves the progress, every so many steps and after the `last` one."""
+    """Saves the progress every `every` steps, and after the `last` one."""
     step = len(progress.losses)
     if self._checkpointer is None or not step or (step % self._every and not last):
       return
@@ -98,14 +98,14 @@ class RunCheckpoints:
       self._checkpointer.save(step, (progress.params, progress.opt_state, self._padded(progress.losses)))
 
   def _padded(self, losses: Sequence[Any]) -> jax.Array:
-    """The losses of all steps, f32[steps]; NaN for those to come."""
+    """The losses of all steps, f32[steps]; NaN for steps not made yet."""
     padded = np.full(self._steps, math.nan, np.float32)
     padded[: len(losses)] = [float(loss) for loss in losses]
     return jnp.asarray(padded)
 
 
 def _without_checkpoint(folder: Path) -> str:
-  """Says that there is nothing to go on from in a run's folder, and what lies beside it."""
+  """Returns a message: the run's folder has no checkpoint, and which folders beside it have some."""
   others = sorted(f.parent.name for f in folder.parent.glob("*/steps") if f.parent != folder and any(f.glob("[0-9]*")))
   hint = "If there should be one, look at --checkpoint-dir."
   if others:

@@ -1,4 +1,4 @@
-"""The settings of train_lm.py: what there is, what goes together, and the flags."""
+"""The settings of train_lm.py: their values, their checks, and the flags."""
 
 import argparse
 import dataclasses
@@ -16,14 +16,14 @@ SHARDS = ("none", "data", "fsdp")
 
 
 class UsageError(Exception):
-  """A setting that cannot work, with what to do about it."""
+  """A setting that cannot work. The message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The settings of a training; the flags of the same names say what they are.
+  """The settings of a training run. The flags of the same names describe them.
 
-  `warmup=None` is a tenth of the steps; `clip=None` is by element, or where nothing is fused by global norm.
+  `warmup=None` is a tenth of the steps. `clip=None` clips by element, or by global norm with `fused="off"`.
   """
 
   storage: str = "mpo16"
@@ -62,7 +62,7 @@ class Config:
     return self.clip or ("global" if self.fused == "off" else "element")
 
   def check(self) -> None:
-    """Raises `UsageError` for settings that no text could make work."""
+    """Raises `UsageError` for settings that are invalid for any text."""
     if self.resume and self.checkpoint_dir is None:
       raise UsageError("--resume needs the --checkpoint-dir to go on from")
     if self.num_processes > 1 and (self.coordinator_address is None or self.shard == "none"):
@@ -98,7 +98,7 @@ class Config:
       raise UsageError(f"--seed is {self.seed}: make it 0 or more and less than 2^32")
 
   def check_text(self, corpus: lm_data.Corpus) -> None:
-    """Raises `UsageError` where a window does not fit into the text."""
+    """Raises `UsageError` if a window does not fit into the text."""
     shortest = min(len(corpus.train), len(corpus.validation))
     if not shortest:
       raise UsageError("this Python has no standard library sources to train on: run one that was installed with them")
@@ -110,14 +110,14 @@ class Config:
 
 
 class OneLineParser(argparse.ArgumentParser):
-  """A parser whose errors are one line, without the usage, which is long here."""
+  """A parser whose errors are one line, without the long usage text."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The flags; those with a default take it from `Config`."""
+  """Returns the parser of the flags. Defaults come from `Config`."""
   parser = OneLineParser(
     prog="train_lm.py",
     description="Train a byte-level Transformer on the Python standard library, keeping its weights in a chosen way.",
@@ -194,7 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_folder(flag: str, name: str, *inside: str) -> Path:
-  """Makes a folder, before anything is trained for it."""
+  """Creates a folder, or raises `UsageError` before training starts."""
   path = Path(name, *inside)
   try:
     path.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The text that `train_lm.py` learns: the source of the Python standard library, as bytes.
 
-Every machine that runs Python has it, some ten megabytes, so nothing is downloaded. Left out are installed packages,
-tests and two folders of generated tables. Files are taken in sorted order and every 20th goes to validation, so that
-the two texts have no file in common and depend on nothing but the Python version.
+Every machine that runs Python has it, some ten megabytes, so nothing is downloaded. Installed packages, tests and two
+folders of generated tables are left out. Files are sorted, and every 20th is for validation. So the two texts have no
+file in common, and depend only on the Python version.
 """
 
 import pathlib
@@ -28,7 +28,7 @@ class Corpus(NamedTuple):
 
 
 def source_files(root: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the `.py` files below `root` that are not in one of the folders left out, in a fixed order."""
+  """Returns the `.py` files below `root` in a fixed order, without the folders in LEFT_OUT."""
   found = (path for path in root.rglob("*.py") if path.is_file())
   found = (path for path in found if LEFT_OUT.isdisjoint(path.relative_to(root).parts))
   return sorted(found, key=lambda path: path.relative_to(root).as_posix())
@@ -47,13 +47,13 @@ def _read(files: list[pathlib.Path]) -> np.ndarray:
 
 
 def training_batch(text: np.ndarray, batch: int, context: int, seed: int, step: int) -> np.ndarray:
-  """Returns `uint8[batch, context + 1]` windows at random places, a function of the seed and the step alone."""
+  """Returns `uint8[batch, context + 1]` windows at random places, which depend only on the seed and the step."""
   starts = np.random.default_rng((seed, step)).integers(0, len(text) - context, size=batch)
   return _windows(text, starts, context)
 
 
 def validation_batches(text: np.ndarray, batches: int, batch: int, context: int) -> list[np.ndarray]:
-  """Returns batches like those of `training_batch`, at places spread evenly over the text and always the same."""
+  """Returns batches like those of `training_batch`, at fixed places spread evenly over the text."""
   starts = np.linspace(0, len(text) - context - 1, batches * batch).astype(np.int64)
   return list(_windows(text, starts, context).reshape(batches, batch, context + 1))
 

@@ -1,8 +1,8 @@
-"""Where the arrays of train_lm.py lie: on one device, or on all devices of all processes.
+"""Places the arrays of train_lm.py: on one device, or on all devices of all processes.
 
-data: every device has all weights, and its part of each batch. fsdp: weights and optimizer state lie in parts, too, one
-on each device, and XLA gathers a weight where it is used. Of several processes, each holds its own devices' parts of
-arrays that are those of all; the program is the one that a single process would run on as many devices.
+data: every device has all weights and its part of each batch. fsdp: weights and optimizer state are sharded over the
+devices too, and XLA gathers a weight where it is used. With several processes, arrays are global, and each process
+holds the parts on its own devices. The program is the one that a single process would run on as many devices.
 """
 
 import math
@@ -21,7 +21,7 @@ PyTree = Any
 
 
 def start(config: Config) -> None:
-  """Makes this process one of several, as the settings say; call it before JAX is used."""
+  """Sets the number of CPU devices and connects the processes, if asked to. Call it before JAX is used."""
   try:
     if config.cpu_devices:
       jax.config.update("jax_num_cpu_devices", config.cpu_devices)
@@ -35,10 +35,10 @@ class Placement:
   """Where params, optimizer state and batches go.
 
   Args:
-    config: `shard` is one of none, data and fsdp.
+    config: its `shard` is one of none, data and fsdp.
 
   Raises:
-    UsageError: where a batch does not split over the devices.
+    UsageError: if a batch does not split over the devices.
   """
 
   def __init__(self, config: Config):
@@ -54,7 +54,7 @@ class Placement:
     self.mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
   def init(self, make_params: Callable[[], PyTree], init: Callable[[PyTree], Any]) -> tuple[PyTree, Any]:
-    """Returns params and optimizer state, made where they belong."""
+    """Returns params and optimizer state, created with their shardings."""
     if self.mesh is None:
       return jax.jit(init)(make_params())
     masters = jax.eval_shape(make_params)
@@ -65,19 +65,19 @@ class Placement:
     return jax.jit(init, out_shardings=shardings)(masters)
 
   def results(self, params: PyTree, opt_state: Any) -> Any:
-    """The shardings of what a step returns: a loss on all devices, and the rest where it was."""
+    """The shardings of a step's results: the loss is replicated, params and state stay where they are."""
     if self.mesh is None:
       return None
     return (NamedSharding(self.mesh, P()), *jax.tree.map(lambda a: a.sharding, (params, opt_state)))
 
   def batch(self, batch: np.ndarray) -> Any:
-    """Puts a batch, which every process has whole, in parts on the devices."""
+    """Splits a batch over the devices. Every process has the whole batch."""
     if self.mesh is None:
       return batch
     return jax.make_array_from_callback(batch.shape, NamedSharding(self.mesh, P("data")), lambda index: batch[index])
 
   def _sharding(self, leaf: Any) -> NamedSharding:
-    """The rows of a matrix, or of each matrix in a stack, one part to a device; 8-bit blocks run along the columns."""
+    """With fsdp, splits each matrix by rows, also in a stack of layers: 8-bit blocks run along the columns."""
     assert self.mesh is not None
     rows = leaf.ndim - 2
     if self._fsdp and rows >= 0 and leaf.shape[rows] % self.mesh.size == 0:

@@ -1,8 +1,8 @@
 """A small decoder-only Transformer in Flax Linen, for `train_lm.py`.
 
-Pre-norm blocks with RMSNorm, rotary positions, causal attention and a SwiGLU MLP, and an output layer of its own.
-Weights are created in f32 and computed with in bf16; the statistics of the norms, the softmax and the loss are f32.
-Handed bf16 weights, the model casts none of them, so that nothing here depends on how the weights are stored:
+Pre-norm blocks with RMSNorm, rotary positions, causal attention and a SwiGLU MLP, and an untied output layer. Weights
+are created in f32 and used in bf16; the statistics of the norms, the softmax and the loss are f32. If the weights are
+bf16 already, the model casts none of them. So nothing here depends on how the weights are stored:
 
     model = Transformer(layers=2, width=64, heads=2)
     params = init_params(model, jax.random.key(0))                    # f32
@@ -25,7 +25,7 @@ VOCABULARY = 256  # a token is a byte
 
 
 class RMSNorm(nn.Module):
-  """Divides by the root mean square over the last axis, taken in f32, and multiplies by a learned scale."""
+  """Divides by the root mean square over the last axis, computed in f32, and multiplies by a learned scale."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ def dense(features: int, name: str) -> nn.Dense:
 
 
 def rotate(x: jax.Array) -> jax.Array:
-  """Turns the pairs of features of `x: [batch, time, heads, depth]` by angles that grow with time (RoPE)."""
+  """Rotates pairs of features of `x: [batch, time, heads, depth]` by angles that grow with time (RoPE)."""
   half = x.shape[-1] // 2
   frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies[None, None]
@@ -51,7 +51,7 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """Softmax attention of `[batch, time, heads, depth]` arrays over the past; scores and softmax in f32."""
+  """Softmax attention of `[batch, time, heads, depth]` arrays over the past. Scores and softmax are f32."""
   time, depth = query.shape[1], query.shape[-1]
   scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * depth**-0.5
   scores = jnp.where(jnp.tril(jnp.ones((time, time), bool)), scores, -jnp.inf)
@@ -60,7 +60,7 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
 
 
 class Block(nn.Module):
-  """One layer: attention and MLP, each added to its input. `x: bf16[batch, time, width]` to the same."""
+  """One layer: attention and MLP, each added to its input. Takes and returns `bf16[batch, time, width]`."""
 
   heads: int
 
@@ -72,19 +72,19 @@ class Block(nn.Module):
     mixed = causal_attention(rotate(query), rotate(key), value).reshape(x.shape)
     x = x + dense(width, "attention_out")(mixed)
 
-    hidden = -(-width * 8 // 3 // 32) * 32  # 8/3 of the width, as SwiGLU has three matrices, in multiples of 32
+    hidden = -(-width * 8 // 3 // 32) * 32  # 8/3 of the width, since SwiGLU has three matrices; a multiple of 32
     gate, up = jnp.split(dense(2 * hidden, "gate_up")(RMSNorm(name="mlp_norm")(x)), 2, axis=-1)
     return x + dense(width, "mlp_out")(nn.silu(gate) * up)
 
 
 class Transformer(nn.Module):
-  """Predicts the next byte: `tokens: int[batch, time]` to logits `bf16[batch, time, 256]`.
+  """Predicts the next byte. Takes `tokens: int[batch, time]`, returns logits `bf16[batch, time, 256]`.
 
   Attributes:
     layers: the number of blocks.
     width: features per position; divisible by `heads`, with an even quotient.
     heads: attention heads.
-    scan: whether the blocks are one `lax.scan` over stacked params, which compiles in the time of a single block.
+    scan: whether the blocks are one `lax.scan` over stacked params, which compiles as fast as a single block.
     remat: whether the backward pass recomputes each block's activations instead of keeping them.
   """
 
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     x = nn.Embed(VOCABULARY, self.width, dtype=jnp.bfloat16, name="embedding")(tokens)
-    # Inside a scan nothing can be merged across iterations, so that the barriers against it are not needed.
+    # XLA cannot merge operations across iterations of a scan, so barriers against that are not needed.
     block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
     if self.scan:
       run = nn.scan(
@@ -120,19 +120,19 @@ def init_params(model: Transformer, key: jax.Array) -> PyTree:
 
 
 def next_byte_loss(model: Transformer, params: PyTree, windows: jax.Array) -> jax.Array:
-  """Mean cross entropy in nats, f32[], of every byte of `windows: uint8[batch, time + 1]` but the first."""
+  """Mean cross entropy in nats, f32[], of all bytes of `windows: uint8[batch, time + 1]` except the first."""
   tokens = windows.astype(jnp.int32)
   return cross_entropy(cast(jax.Array, model.apply({"params": params}, tokens[:, :-1])), tokens[:, 1:])
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Mean cross entropy in nats, taken in f32."""
+  """Mean cross entropy in nats, computed in f32."""
   log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
   return -jnp.mean(jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1))
 
 
 def fused_next_byte_loss(model: Transformer, params: PyTree, windows: jax.Array) -> jax.Array:
-  """`next_byte_loss` of fused layers: with handles for params, each steps its own weights in the backward pass."""
+  """`next_byte_loss` with fused layers. Called with handles, each layer updates its weights in the backward pass."""
   tokens = windows.astype(jnp.int32)
   embed, block = nn.Embed(VOCABULARY, model.width, dtype=jnp.bfloat16), Block(model.heads)
   x = mpo.fused_layer(embed)(params["embedding"], tokens[:, :-1])
@@ -152,7 +152,7 @@ def fused_next_byte_loss(model: Transformer, params: PyTree, windows: jax.Array)
 
 
 def largest_layer(model: Transformer, params: PyTree) -> int:
-  """How many params the largest fused layer has."""
+  """The number of parameters of the largest fused layer."""
   counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
   if model.scan:
     counts["layers"] //= model.layers
@@ -160,5 +160,5 @@ def largest_layer(model: Transformer, params: PyTree) -> int:
 
 
 def is_matrix(path: tuple[Any, ...]) -> bool:
-  """Whether a params path leads to a matrix and not to a norm's scale (which a scan over layers stacks to 2-D)."""
+  """Whether a path in the params leads to a matrix, not to a norm's scale (which is 2-D in a scan over layers)."""
   return path[-1].key != "scale"

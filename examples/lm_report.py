@@ -1,4 +1,4 @@
-"""What train_lm.py says in the end: bytes held per parameter, the table, the JSON and the plot of the losses."""
+"""The report of train_lm.py: bytes per parameter, the table, the JSON and the plot of the losses."""
 
 import json
 import math
@@ -20,11 +20,11 @@ PyTree = Any
 
 
 class Held(NamedTuple):
-  """What is held from step to step, in bytes per parameter.
+  """What persists between steps, in bytes per parameter.
 
   Attributes:
-    weights: weights in bf16.
-    master: weights in f32.
+    weights: bf16 weights.
+    master: f32 weights.
     compensation: compensation bits.
     optimizer: the rest of the optimizer state: AdamW's two moments, and a few scalars.
   """
@@ -40,7 +40,7 @@ class Held(NamedTuple):
 
 
 def count_bytes(tree: PyTree) -> float:
-  """Returns the bytes of a tree's arrays by the width of their dtypes, so that a uint4 counts half a byte."""
+  """Returns the bytes of a tree's arrays by the width of their dtypes: a uint4 counts half a byte."""
 
   def bits(dtype: jnp.dtype) -> int:
     return (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
@@ -49,12 +49,12 @@ def count_bytes(tree: PyTree) -> float:
 
 
 def count_parameters(params: PyTree) -> int:
-  """Returns how many numbers a tree holds."""
+  """Returns the number of elements in a tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def count_held(params: PyTree, opt_state: optax.OptState) -> Held:
-  """Counts what `params` and the whole of `opt_state` hold."""
+  """Counts the bytes of `params` and of all of `opt_state`."""
   leaves = jax.tree.leaves(params)
   parameters = count_parameters(params)
 
@@ -72,17 +72,17 @@ def count_held(params: PyTree, opt_state: optax.OptState) -> Held:
 
 
 class Run(NamedTuple):
-  """What came of one training.
+  """The results of one training run.
 
   Attributes:
     mode: the storage mode.
-    parameters: how many parameters the model has.
-    held: bytes per parameter.
+    parameters: the number of parameters of the model.
+    held: bytes per parameter that persist between steps.
     losses: f32[steps], the training loss of every step made, in nats per byte.
-    planned: the steps asked for.
-    tokens_per_second: bytes trained on per second, without the time to compile.
-    gradients: how large the gradients that exist at one time are, in bytes per parameter of the model.
-    validation_loss: nats per byte; NaN where there was no evaluation.
+    planned: the number of steps asked for.
+    tokens_per_second: bytes trained on per second, without compile time.
+    gradients: the size of the gradients that exist at one time, in bytes per parameter of the model.
+    validation_loss: nats per byte; NaN if there was no evaluation.
   """
 
   mode: str
@@ -96,17 +96,17 @@ class Run(NamedTuple):
 
   @property
   def train_loss(self) -> float:
-    """The mean of the last 20 steps."""
+    """The mean loss of the last 20 steps."""
     return float(np.mean(self.losses[-20:], dtype=np.float64))
 
 
 def reference_of(runs: Sequence[Run]) -> Run:
-  """Returns the run that the others are compared with: fp32, or the first where there is none."""
+  """Returns the run to compare the others with: fp32, or the first run if there is no fp32."""
   return next((run for run in runs if run.mode == "fp32"), runs[0])
 
 
 def compared(run: Run, reference: Run) -> str:
-  """Returns how far the training loss of a run is from the reference's, for the table."""
+  """Returns the difference of a run's training loss from the reference's, as text for the table."""
   if run is reference:
     return "-"
   if np.array_equal(run.losses, reference.losses):
@@ -124,7 +124,7 @@ NOTES = (
 
 
 def make_table(runs: Sequence[Run]) -> Table:
-  """The end table, one row per run."""
+  """The final table, with one row per run."""
   reference = reference_of(runs)
   several = len(runs) > 1
   table = Table(
@@ -157,7 +157,7 @@ def make_table(runs: Sequence[Run]) -> Table:
 
 
 def write_json(path: Path, config: dict[str, Any], runs: Sequence[Run]) -> None:
-  """Writes the settings and all numbers of all runs; numbers that are not finite become null."""
+  """Writes the settings and the figures of all runs. Figures that are not finite become null."""
 
   def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
@@ -195,19 +195,19 @@ COLORS = {
 
 
 def draw_losses(path: Path, runs: Sequence[Run]) -> None:
-  """Draws the training losses over the steps and, for several runs, how far they are from the reference's."""
+  """Draws the training losses and, for several runs, their differences from the reference."""
   reference, several = reference_of(runs), len(runs) > 1
   window = max(1, max(run.planned for run in runs) // 25)
 
   def smooth(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     size = min(window, len(losses))
     means = np.convolve(losses, np.full(size, 1 / size), "valid")
-    return np.arange(len(means)) + (size + 1) / 2, means  # each over the middle of its steps
+    return np.arange(len(means)) + (size + 1) / 2, means  # each mean at the middle of its steps
 
   figure = Figure(figsize=(12, 4.8) if several else (7.5, 4.8), layout="constrained")
   axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
   for run in runs:
-    # The reference lies below, wide and pale, so that a curve that coincides with it shows on top of it.
+    # The reference is drawn below, wide and pale, so that a curve that equals it stays visible.
     below = several and run is reference
     style = {"color": COLORS[run.mode], "linewidth": 5 if below else 1.5, "alpha": 0.3 if below else 1}
     label = f"{run.mode}: {run.held.total:.3g} bytes per parameter"

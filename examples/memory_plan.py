@@ -1,4 +1,4 @@
-"""Which ways to keep the weights, and which batch sizes, fit on a GPU that you do not have.
+"""Which storage modes and batch sizes fit on a GPU that you do not have.
 
     pip install -e '.[examples,gpu-memory]'               # from the root of the repository
     python examples/memory_plan.py --model llama3-8b --target h100
@@ -6,10 +6,9 @@
     python examples/memory_plan.py --model 1.3b --target rtx4090 --optimizer lion
 
 Compiles the training step of a decoder language model for the card (optax_mpo.gpu_memory), once for each storage and
-batch size, and prints the peak of each. With several devices the weights and the optimizer state are sharded over them
-(each leaf along its largest axis that divides), and the batch along its first axis: fully sharded data parallelism.
-What cannot fit, since what is held is more than the card's memory, is not compiled. Writes memory_plan.png to
---output-dir.
+batch size, and prints the peak of each. With several devices, training is fully sharded (FSDP): weights and optimizer
+state are split by the rows of each matrix, and the batch along its first axis. A step is not compiled if the state that
+persists between steps alone exceeds the card's memory. Writes memory_plan.png to --output-dir.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from rich.table import Table
 
 import optax_mpo as mpo
 
-if __name__ == "__main__":  # run as a script: the root of the repository, with the models, is not on the path
+if __name__ == "__main__":  # a script does not have the root of the repository, with the models, on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fsdp
@@ -42,7 +41,7 @@ STORAGES = ("optax-f32", "optax-bf16", "mpo-16", "mpo-8", "mpo-16-auto", "mpo-co
 
 
 class Cell(NamedTuple):
-  """One storage at one batch size, in bytes on one device. `peak` is None where the held state alone does not fit."""
+  """One storage at one batch size, in bytes on one device. `peak` is None if the held state alone does not fit."""
 
   storage: str
   batch: int
@@ -56,7 +55,7 @@ class Cell(NamedTuple):
 
 
 def plan(args: argparse.Namespace, storage: str, batch: int, memory: int) -> Cell:
-  """Measures one cell; `memory` is that of the card."""
+  """Measures one cell. `memory` is the card's memory in bytes."""
   model = language_model(args.model, batch=batch, context=args.context)
   training = MODES[storage].build(model, args.optimizer)
   step, params, opt_state, tokens = fsdp.shard(training, model.batch, args.devices)
@@ -90,7 +89,7 @@ def make_table(args: argparse.Namespace, cells: Sequence[Cell]) -> Table:
 
 
 def draw(path: Path, args: argparse.Namespace, cells: Sequence[Cell]) -> None:
-  """Draws bars of the peaks, held state and the rest, against the card's memory."""
+  """Draws the peaks as bars (held state, then the rest) against the card's memory."""
   figure = Figure(figsize=(max(7, 1.2 * len(args.batches) * len(args.storages) * 0.6), 4.5), layout="constrained")
   axes = figure.subplots()
   width = 0.85 / len(args.storages)
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
   try:
-    # An elementwise function compiles in a second and tells the card's memory, or what is wrong with the target.
+    # An elementwise function compiles in a second. It gives the card's memory, or an error about the target.
     probe = mpo.gpu_memory(lambda x: x + 1, jax.ShapeDtypeStruct((8,), "float32"), target=args.target)
   except (ValueError, ImportError, RuntimeError) as error:
     parser.error(str(error))

@@ -1,13 +1,13 @@
 r"""Trains an image classifier with Flax on scikit-learn's digits, with the weights stored as you choose.
 
-What a Flax user changes to train with optax_mpo, twice: for Linen (`TrainState`, with batch statistics and dropout) and
-for NNX (`Optimizer`, in `nnx.jit`). The data are 1797 images of handwritten digits, 8 x 8 pixels, that scikit-learn
-brings along; a fifth of them is held out. The storages are those of train_lm.py that Flax users will compare:
+Shows what a Flax user changes to train with optax_mpo, for Linen (`TrainState`, with batch statistics and dropout) and
+for NNX (`Optimizer`, in `nnx.jit`). The data are 1797 images of handwritten digits, 8 x 8 pixels, that come with
+scikit-learn; a fifth of them is held out. The storages are those of train_lm.py that Flax users will compare:
 
     fp32     f32 weights, which Flax casts to bf16 where it computes, and plain Optax: the usual mixed precision
-    mpo16    bf16 weights and the 16 bits that they lack
-    mpo8     bf16 weights and 8 more bits
-    compact  bf16 weights and 8 more bits, and AdamW's moments in 8 bits
+    mpo16    bf16 weights and 16 compensation bits: full f32 master weights
+    mpo8     bf16 weights and 8 compensation bits
+    compact  bf16 weights and 8 compensation bits, and AdamW's moments in 8 bits
 
     pip install -e '.[examples]'                                    # from the root of the repository
     python examples/train_digits.py                                 # Linen, mpo16
@@ -47,13 +47,13 @@ STORAGES = ("fp32", "mpo16", "mpo8", "compact")
 CLASSES = 10
 FEATURES = (32, 64)  # of the two convolutions
 DROPOUT = 0.3
-MOMENTUM = 0.9  # of the running averages: with the usual 0.99 they would still hold the start after a few epochs
+MOMENTUM = 0.9  # of the running averages: with the usual 0.99, initial values would still count after a few epochs
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The settings of a training; the flags of the same names say what they are."""
+  """The settings of a training run. The flags of the same names describe them."""
 
   model: str = "linen"
   storage: str = "mpo16"
@@ -74,7 +74,7 @@ class Digits(NamedTuple):
 
 
 def load_data() -> Digits:
-  """The split is the same for all seeds, so that their accuracies can be compared."""
+  """Loads the data. The split is the same for all seeds, so that their accuracies can be compared."""
   data: Any = load_digits()
   images, labels = (data.images[..., None] / 16).astype(np.float32), data.target.astype(np.int32)
   parts: Any = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
@@ -83,7 +83,7 @@ def load_data() -> Digits:
 
 
 def batches(digits: Digits, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """All batches of all epochs. What is left over of an epoch is dropped, as it would need a compilation of its own."""
+  """Yields all batches of all epochs. Drops the rest of an epoch, since a smaller batch would compile again."""
   count = len(digits.train_labels)
   for epoch in range(settings.epochs):
     order = np.random.default_rng((settings.seed, epoch)).permutation(count)
@@ -93,7 +93,7 @@ def batches(digits: Digits, settings: Settings) -> Iterator[tuple[np.ndarray, np
 
 
 def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-  """AdamW with a cosine decay, wrapped as the storage asks. The schedule is inside: it computes in f32."""
+  """AdamW with a cosine decay, wrapped for the storage. The schedule is inside the wrapper: it computes in f32."""
   tx = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, steps), weight_decay=1e-2)
   if settings.storage == "fp32":
     return tx
@@ -103,14 +103,14 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
 
 
 class Options(NamedTuple):
-  """What `TrainState.create` and `Optimizer` are told."""
+  """Keyword arguments for `TrainState.create` and `Optimizer`."""
 
   fused: Fused
   where: Callable[[Any, Any], bool] | None
 
   @classmethod
   def of(cls, settings: Settings) -> "Options":
-    # fp32 stands for what one has without optax_mpo: no weight goes low, and no step is fused.
+    # fp32 means training without optax_mpo: no weight is cast to bf16, and no gradient is released.
     return cls("off", lambda path, leaf: False) if settings.storage == "fp32" else cls(settings.fused, None)
 
 
@@ -119,27 +119,27 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class Trainer(Protocol):
-  """A model in training, the same to the loop for Linen and NNX."""
+  """A model in training, with one interface for Linen and NNX."""
 
   def step(self, images: np.ndarray, labels: np.ndarray) -> jax.Array:
     """Makes one step and returns the loss, f32[]."""
     ...
 
   def held(self) -> tuple[PyTree, PyTree]:
-    """The params and the optimizer state, as they are held from step to step."""
+    """The params and the optimizer state that persist between steps."""
     ...
 
   def masters(self) -> PyTree:
-    """The f32 weights that the params and the bits stand for."""
+    """The f32 master weights that the params and the bits represent."""
     ...
 
   def predict(self, images: np.ndarray) -> jax.Array:
-    """Logits bf16[n, 10] of the params, without dropout and with the running averages."""
+    """Logits bf16[n, 10], without dropout and with the running averages."""
     ...
 
 
-# dtype=bfloat16 says what Flax computes in: with the default, bf16 weights and f32 images would be computed in f32.
-# The convolutions have no bias, since the normalisation after them would take it away again.
+# dtype=bfloat16 sets what Flax computes in. By default it would compute bf16 weights and f32 images in f32. The
+# convolutions have no bias, since the normalisation after them would cancel it.
 
 
 class LinenModel(nn.Module):
@@ -155,7 +155,7 @@ class LinenModel(nn.Module):
 
 
 class LinenTrainer:
-  """The model in Linen: everything is in a `TrainState`, which a step takes and returns."""
+  """The model in Linen: a step takes and returns a `TrainState` that holds everything."""
 
   def __init__(self, settings: Settings, tx: optax.GradientTransformation):
     model = LinenModel()
@@ -178,7 +178,7 @@ class LinenTrainer:
       key = jax.random.fold_in(dropout_key, state.step)
       return state.step_with(loss_fn, images, labels, key, mutable=True)
 
-    self._step = jax.jit(step, donate_argnums=0)  # the new state takes over the memory of the old one
+    self._step = jax.jit(step, donate_argnums=0)  # the new state reuses the memory of the old one
     self._predict = jax.jit(
       lambda state, images: state.apply_fn({"params": state.params, **state.variables}, images, train=False)
     )
@@ -227,7 +227,7 @@ class NNXTrainer:
     def step(model: NNXModel, optimizer: Optimizer, images: jax.Array, labels: jax.Array) -> jax.Array:
       return optimizer.step_with(model, loss_fn, images, labels)
 
-    self._step = nnx.jit(step, donate_argnums=(0, 1))  # the new arrays take over the memory of the old ones
+    self._step = nnx.jit(step, donate_argnums=(0, 1))  # the new arrays reuse the memory of the old ones
     self._predict = nnx.jit(lambda model, images: model(images))
 
   def step(self, images: np.ndarray, labels: np.ndarray) -> jax.Array:
@@ -250,18 +250,18 @@ TRAINERS: dict[str, Callable[[Settings, optax.GradientTransformation], Trainer]]
 
 
 class Result(NamedTuple):
-  """What came of one training.
+  """The results of one training run.
 
   Attributes:
-    storage: how the weights were kept.
-    parameters: how many parameters the model has.
+    storage: how the weights were stored.
+    parameters: the number of parameters of the model.
     weight_bytes: bytes of the params.
     state_bytes: bytes of the optimizer state, compensation bits included.
     losses: f32[steps], the loss of every batch.
-    epoch_steps: how many steps an epoch has.
-    accuracy: the share of held-out images that the params classify right.
-    seconds: for all steps, compiling included.
-    masters: the f32 weights in the end.
+    epoch_steps: the number of steps per epoch.
+    accuracy: the fraction of held-out images that the params classify correctly.
+    seconds: the time of all steps, compilation included.
+    masters: the f32 weights after training.
   """
 
   storage: str
@@ -276,17 +276,17 @@ class Result(NamedTuple):
 
   @property
   def train_loss(self) -> float:
-    """The mean of the last epoch."""
+    """The mean loss of the last epoch."""
     return float(np.mean(self.losses[-self.epoch_steps :], dtype=np.float64))
 
 
 def train(settings: Settings, digits: Digits | None = None, console: Console | None = None) -> Result:
-  """Trains and evaluates one model. The result is a function of the settings, on one machine.
+  """Trains and evaluates one model. On one machine, the result depends only on the settings (except `seconds`).
 
   Args:
     settings: what to train.
     digits: the data, or None to load them.
-    console: where the progress bar goes; None for none.
+    console: where to show the progress bar, or None.
   """
   digits = load_data() if digits is None else digits
   epoch_steps = len(digits.train_labels) // settings.batch_size
@@ -305,7 +305,7 @@ def train(settings: Settings, digits: Digits | None = None, console: Console | N
     task = bar.add_task(settings.storage, total=steps, loss=math.nan)
     for images, labels in batches(digits, settings):
       losses.append(trainer.step(images, labels))
-      # The loss before this one: waiting for this one would leave the device idle until the next step is sent.
+      # Shows the previous loss: waiting for this one would leave the device idle until the next step is dispatched.
       bar.update(task, advance=1, loss=float(losses[max(len(losses) - 2, 0)]))
     jax.block_until_ready(trainer.held())
   seconds = time.perf_counter() - started
@@ -331,7 +331,7 @@ NOTES = (
 
 
 def make_table(results: Sequence[Result]) -> Table:
-  """The end table, one row per storage."""
+  """The final table, with one row per storage."""
   table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
   table.add_column("\nstorage", no_wrap=True)
   for header in ("\nweights", "\nstate", "bytes per\nparameter", "train\nloss", "test\naccuracy", "\nseconds"):
@@ -351,7 +351,7 @@ def make_table(results: Sequence[Result]) -> Table:
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The flags, with the defaults of `Settings`."""
+  """Returns the parser of the flags. Defaults come from `Settings`."""
   parser = argparse.ArgumentParser(
     prog="train_digits.py",
     description="Train an image classifier with Flax on scikit-learn's digits, keeping its weights in a chosen way.",
@@ -381,7 +381,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(settings: Settings, digits: Digits) -> str | None:
-  """Returns what is wrong with the settings and what to do about it, or None."""
+  """Returns a message about what is wrong with the settings and what to do, or None."""
   count = len(digits.train_labels)
   if settings.epochs < 1:
     return f"--epochs is {settings.epochs}: make it 1 or more"
@@ -395,7 +395,7 @@ def check(settings: Settings, digits: Digits) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns the exit code: 0, or 130 after Ctrl-C. Wrong flags exit with 2."""
+  """Runs the command line and returns the exit code: 0, or 130 after Ctrl-C. Wrong flags exit with code 2."""
   parser = make_parser()
   flags = vars(parser.parse_args(argv))
   storages = list(dict.fromkeys(flags.pop("storage")))
@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   wrong = check(Settings(**flags), digits)
   if wrong:
     parser.error(wrong)
-  # Rich takes 80 columns where it cannot ask a terminal, which breaks the notes into more lines than they need.
+  # Without a terminal Rich assumes 80 columns, which would break the notes into more lines than needed.
   console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
   console.print(
     f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, Flax {'NNX' if flags['model'] == 'nnx' else 'Linen'}. "

@@ -1,18 +1,18 @@
 r"""Trains a byte-level Transformer on the source of Python's standard library, with the weights stored as you choose.
 
-The main job of optax_mpo in one file: the same model, data and optimizer (AdamW with clipping, warmup and
-cosine decay), with the weights kept in one of six ways. All of them compute with bf16 weights; what differs is what is
-held from step to step, and what that costs (bytes per parameter of weights and optimizer state):
+Shows what optax_mpo is for: the same model, data and optimizer (AdamW with clipping, warmup and cosine decay), with the
+weights stored in one of six ways. All of them compute with bf16 weights. They differ in what persists between steps,
+and in what that costs (bytes per parameter of weights and optimizer state):
 
     fp32     12     f32 master weights, cast to bf16 in every step: the usual mixed precision
-    bf16      6     bf16 weights and plain Optax on them: cheap, and loses updates under half a last place
-    mpo16    12     bf16 weights and the 16 bits that they lack; the same numbers as fp32, to the last bit
-    mpo8     11     bf16 weights and 8 more bits
-    mpo4     10.5   bf16 weights and 4 more bits
-    compact   5.1   bf16 weights and 8 more bits, and AdamW's moments in 8 bits
+    bf16      6     bf16 weights and plain Optax on them: cheap, but loses updates of less than half an ulp
+    mpo16    12     bf16 weights and 16 compensation bits; the same numbers as fp32, to the last bit
+    mpo8     11     bf16 weights and 8 compensation bits
+    mpo4     10.5   bf16 weights and 4 compensation bits
+    compact   5.1   bf16 weights and 8 compensation bits, and AdamW's moments in 8 bits
 
-fp32 also has a bf16 copy of the weights during a step, 2 bytes more that are not counted since they are not kept. All
-but fp32 step each weight inside the backward pass, so that there is no tree of gradients (--fused auto).
+fp32 also has a bf16 copy of the weights during a step: 2 bytes more, which are not counted since they do not persist.
+All modes but fp32 update each weight inside the backward pass, so that there is no tree of gradients (--fused auto).
 
     pip install -e '.[examples]'                          # from the root of the repository
     python examples/train_lm.py                           # mpo16, about two minutes on two CPU cores
@@ -21,15 +21,15 @@ but fp32 step each weight inside the backward pass, so that there is no tree of 
     python examples/train_lm.py --clip global             # by the norm of all gradients, in two backward passes
     python examples/train_lm.py --fused off --clip global # with a tree of gradients
     python examples/train_lm.py --fused layer             # the loss written with fused layers
-    python examples/train_lm.py --checkpoint-dir runs/ckpt # and after whatever stopped it, the same with --resume
-    python examples/train_lm.py --shard fsdp --cpu-devices 4   # params and state in parts, one on each device
+    python examples/train_lm.py --checkpoint-dir runs/ckpt # to continue a stopped run, add --resume
+    python examples/train_lm.py --shard fsdp --cpu-devices 4   # params and state sharded over devices
     python examples/train_lm.py --layers 12 --width 768 --heads 12 --context 1024 --batch 32 --scan --remat \
       --learning-rate 6e-4                                # a size for a GPU
 
-Writes loss.png and results.json to --output-dir. Ctrl-C stops after the step at hand, still evaluates, prints the table
-and draws the plot for what has been trained, and exits with code 130. A second Ctrl-C does without the evaluation, a
-third without everything. With --checkpoint-dir, params, optimizer state and losses are saved as it runs, and --resume
-goes on from there to the last bit.
+Writes loss.png and results.json to --output-dir. Ctrl-C stops after the current step, still evaluates, prints the table
+and draws the plot for what has been trained, and exits with code 130. A second Ctrl-C skips the evaluation, and a third
+stops at once. With --checkpoint-dir, params, optimizer state and losses are saved during the run, and --resume
+continues from there with the same results, bit for bit.
 """
 
 import contextlib
@@ -64,13 +64,13 @@ PyTree = Any
 
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 
-# By default XLA may leave out roundings to bf16 where it fuses operations, in each program in its own way. Without that
-# freedom, programs that ask for the same roundings get the same numbers: so fp32 and mpo16 can be compared bit for bit.
+# By default XLA may skip roundings to bf16 where it fuses operations, and different ones in each program. Without that
+# freedom, programs with the same roundings give the same numbers, so fp32 and mpo16 can be compared bit for bit.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-  """AdamW with clipping, a warmup and a cosine decay to a tenth; no decay for the norms' scales."""
+  """AdamW with clipping, a warmup and a cosine decay to a tenth. The scales of norms have no weight decay."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0 if config.warmup_steps else config.learning_rate,
     config.learning_rate,
@@ -87,13 +87,13 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 class Storage(NamedTuple):
-  """One way to keep the weights.
+  """One way to store the weights.
 
   Attributes:
-    init: f32 params to `(params, opt_state)`, as they are held from step to step.
-    step: `(params, opt_state, batch)` to `(loss, params, opt_state)`, pure.
-    weights: the held params to the bf16 weights that the model computes with.
-    gradients: `(params, opt_state, batch)` to the bytes of gradients that exist at one time.
+    init: from f32 params to the `(params, opt_state)` that persist between steps.
+    step: from `(params, opt_state, batch)` to `(loss, params, opt_state)`; pure.
+    weights: from the stored params to the bf16 weights that the model computes with.
+    gradients: from `(params, opt_state, batch)` to the bytes of gradients that exist at one time.
   """
 
   init: Callable[[PyTree], tuple[PyTree, optax.OptState]]
@@ -103,9 +103,9 @@ class Storage(NamedTuple):
 
 
 def make_storage(mode: str, model: Transformer, tx: optax.GradientTransformation, fused: str) -> Storage:
-  """Returns how `mode` keeps and steps the weights; the model and `tx` are the same for all.
+  """Returns how `mode` stores and updates the weights. The model and `tx` are the same for all modes.
 
-  fp32 is fused in no case: it stands for what one has without optax_mpo.
+  fp32 means training without optax_mpo, so it never releases gradients.
   """
   loss_fn = functools.partial(next_byte_loss, model)
   compensated = mode not in ("fp32", "bf16")
@@ -120,7 +120,7 @@ def make_storage(mode: str, model: Transformer, tx: optax.GradientTransformation
     return params, tx.init(params)
 
   def weights(params: PyTree) -> PyTree:
-    # Not astype, which rounds ties to even: the codec rounds them away from zero, and fp32 and mpo16 are to be equal.
+    # Not astype, which rounds ties to even: the codec rounds them away from zero, and fp32 has to equal mpo16.
     return mpo.cast(params) if mode == "fp32" else params
 
   def step(params: PyTree, opt_state: optax.OptState, batch: Any) -> tuple[jax.Array, PyTree, optax.OptState]:
@@ -145,15 +145,15 @@ def make_storage(mode: str, model: Transformer, tx: optax.GradientTransformation
       leaves = mpo.explain(loss_fn, tx, params, opt_state, batch, two_pass=True)
     return max(leaf.gradient_bytes for leaf in leaves)
 
-  # Two passes are made only where the optimizer couples the leaves, as clipping by their global norm does.
+  # Two passes are made only if the updates of parameters depend on each other, as with clipping by global norm.
   return Storage(init, mpo.value_and_update(loss_fn, tx, two_pass=True), weights, largest_gradient)
 
 
 class Interrupts:
-  """Counts Ctrl-C: one asks the training to stop after its step, two ask the evaluation to stop as well.
+  """Counts Ctrl-C. One stops the training after the current step, two stop the evaluation as well.
 
-  An exception in their place could come between a step's call, which takes the params' memory, and the assignment of
-  the new ones, and then there would be nothing to evaluate. A third Ctrl-C does raise `KeyboardInterrupt`.
+  An exception could come between a step's call, which donates the params, and the assignment of the new ones. Then
+  there would be nothing to evaluate. A third Ctrl-C does raise `KeyboardInterrupt`.
   """
 
   def __init__(self) -> None:
@@ -166,8 +166,8 @@ class Interrupts:
 
   @contextlib.contextmanager
   def counted(self) -> Iterator[None]:
-    """Within the context Ctrl-C counts; outside the main thread, where Python gives no signals, nothing changes."""
-    # Where several processes train together, one that stops by itself would leave the others waiting.
+    """Counts Ctrl-C inside this context. Outside the main thread, which alone gets signals, it does nothing."""
+    # If several processes train together, one that stops alone would leave the others waiting.
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
       yield
       return
@@ -201,10 +201,10 @@ def train(
   interrupts: Interrupts,
   checkpoints: RunCheckpoints,
 ) -> tuple[Run, PyTree] | None:
-  """Trains `model` until the steps are done or Ctrl-C was pressed.
+  """Trains `model` until all steps are done or Ctrl-C is pressed.
 
   Returns:
-    The run without a validation loss, and the weights; None where no step was made.
+    The run without a validation loss, and the weights; None if no step was made.
   """
   params, opt_state = placement.init(lambda: init_params(model, jax.random.key(config.seed)), storage.init)
   parameters, held = count_parameters(params), count_held(params, opt_state)
@@ -213,7 +213,7 @@ def train(
   def batch_at(step: int) -> Any:
     return placement.batch(lm_data.training_batch(text, config.batch, config.context, config.seed, step))
 
-  # Both are donated: the new ones take over their memory.
+  # Params and state are donated: the new ones reuse their memory.
   results = placement.results(params, opt_state)
   jitted = jax.jit(storage.step, donate_argnums=(0, 1), out_shardings=results, compiler_options=COMPILER_OPTIONS)
   started = time.perf_counter()
@@ -225,7 +225,7 @@ def train(
 
   progress = checkpoints.restore(Progress(params, opt_state, []))
   params, opt_state, losses = progress.params, progress.opt_state, progress.losses
-  first = len(losses)  # steps that were made before
+  first = len(losses)  # steps of earlier runs
   tokens, started = config.batch * config.context, time.perf_counter()
   with make_progress(console) as bar:
     task = bar.add_task(config.storage, total=config.steps, completed=first, loss=math.nan, speed=0.0)
@@ -234,7 +234,7 @@ def train(
         break
       loss, params, opt_state = step_fn(params, opt_state, batch_at(step))
       losses.append(loss)
-      # The loss before this one: waiting for this one would leave the device idle until the next step is sent.
+      # Shows the previous loss: waiting for this one would leave the device idle until the next step is dispatched.
       shown = float(losses[max(step - 1, 0)])
       speed = (step + 1 - first) * tokens / (time.perf_counter() - started)
       bar.update(task, advance=1, loss=shown, speed=speed)
@@ -257,7 +257,7 @@ def evaluate(
   placement: lm_mesh.Placement,
   interrupts: Interrupts,
 ) -> float:
-  """Returns the mean loss over windows spread evenly over `text`, in nats per byte; NaN where Ctrl-C ended it."""
+  """Returns the mean loss over windows spread evenly over `text`, in nats per byte; NaN if stopped by Ctrl-C."""
   compiled = jax.jit(loss_fn, compiler_options=COMPILER_OPTIONS)
   losses = []
   for batch in lm_data.validation_batches(text, config.eval_batches, config.batch, config.context):
@@ -268,9 +268,9 @@ def evaluate(
 
 
 def open_checkpoints(config: Config, console: Console) -> RunCheckpoints:
-  """The checkpoints of a run, in a folder named after its storage; none without --checkpoint-dir."""
+  """Returns the checkpoints of a run, in a folder named after its storage. Without --checkpoint-dir there are none."""
   folder = make_folder("--checkpoint-dir", config.checkpoint_dir, config.storage) if config.checkpoint_dir else None
-  # A run can go on in other processes and on another mesh, in another order of sums.
+  # These may change: a run can continue in other processes and on another mesh, with another order of sums.
   free = {"output_dir", "eval_batches", "checkpoint_dir", "checkpoint_every", "keep", "resume"}
   free |= {"shard", "cpu_devices", "coordinator_address", "num_processes", "process_id"}
   settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
@@ -281,7 +281,7 @@ def open_checkpoints(config: Config, console: Console) -> RunCheckpoints:
 
 
 def train_all(config: Config, modes: Sequence[str], corpus: lm_data.Corpus, console: Console) -> tuple[list[Run], bool]:
-  """Trains one model per mode. Returns the runs there are, and whether all was done without an interruption."""
+  """Trains one model per mode. Returns the runs, and whether all finished without an interruption."""
   model = Transformer(config.layers, config.width, config.heads, config.scan, config.remat)
   loss_fn = functools.partial(next_byte_loss, model)
   placement = lm_mesh.Placement(config)
@@ -310,7 +310,7 @@ def describe_devices(config: Config) -> str:
 
 
 def train_and_report(config: Config, modes: Sequence[str], console: Console) -> bool:
-  """Trains, reports and writes the files. Returns whether it came to the end without an interruption."""
+  """Trains, reports and writes the files. Returns whether all finished without an interruption."""
   for mode in modes:
     dataclasses.replace(config, storage=mode).check()
   lm_mesh.start(config)
@@ -338,13 +338,13 @@ def train_and_report(config: Config, modes: Sequence[str], console: Console) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns the exit code: 0, or 130 after Ctrl-C. Wrong flags exit with 2."""
+  """Runs the command line and returns the exit code: 0, or 130 after Ctrl-C. Wrong flags exit with code 2."""
   parser = make_parser()
   flags = vars(parser.parse_args(argv))
   compare = flags.pop("compare", None)
   config = Config(**flags)
   modes = [config.storage] if compare is None else list(dict.fromkeys(compare)) or list(MODES)
-  # Rich takes 80 columns where it cannot ask a terminal, which is less than the table can need.
+  # Without a terminal Rich assumes 80 columns, which can be too few for the table.
   console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
   try:
     return 0 if train_and_report(config, modes, console) else INTERRUPTED

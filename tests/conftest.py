@@ -1,9 +1,9 @@
-"""Test-wide settings, made before JAX starts: the CPU only, eight of it for tests that shard, no fused multiply-adds.
+"""Settings for all tests, made before JAX starts: only CPUs, eight of them for sharding, and no fused multiply-adds.
 
-Which of a*b + c*d LLVM takes into a fused multiply-add differs from loop to loop, in plain Optax as here, and with it
-the last bit (docs/fused_layers.md); at its lowest level of optimization it even differs from one statement to the next.
-Without these instructions programs with the same operations have the same bits, however XLA fuses them.
-tests/house/test_multiply_add.py runs with them what is equal all the same.
+For a*b + c*d, LLVM chooses in each loop which product becomes part of a fused multiply-add, in plain Optax too. The
+choice affects the last bit (docs/fused_layers.md). At its lowest optimization level it even differs between statements.
+Without these instructions, programs with the same operations give the same bits, however XLA fuses them.
+tests/house/test_multiply_add.py runs those tests with them that must be equal anyway.
 """
 
 import os
@@ -14,7 +14,7 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
   flags += " --xla_force_host_platform_device_count=8"
 if "xla_cpu_max_isa" not in flags and "OPTAX_MPO_TEST_MULTIPLY_ADD" not in os.environ:
-  flags += " --xla_cpu_max_isa=AVX"  # ignored on other processors than x86
+  flags += " --xla_cpu_max_isa=AVX"  # has no effect on processors other than x86
 os.environ["XLA_FLAGS"] = flags
 
 import functools  # noqa: E402
@@ -27,22 +27,21 @@ import pytest  # noqa: E402
 import optax_mpo  # noqa: E402
 from tests.helpers import relaxed, strict  # noqa: E402
 
-# The library leans on no implicit conversion and on no implicit broadcast to more axes, so that it works for users who
-# forbid them. Optax and Flax do: they run under JAX's own defaults, and our transformations within Optax's under the
-# strict modes again.
+# The library relies on no implicit dtype or rank promotion, so that it works for users who forbid them. Optax and Flax
+# rely on them, so they run under JAX's defaults. Our transformations inside Optax's run under the strict modes again.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def _making(mode, make):
-  """A function that makes transformations or schedules, whose results run in a mode."""
+  """Wraps a function that makes transformations or schedules, so that its results run in a mode."""
 
   @functools.wraps(make)
   def made(*args, **kwargs):
-    result = make(*args, **kwargs)
+    result = mode(make)(*args, **kwargs)
     if isinstance(result, optax.GradientTransformation):
       return result._replace(init=mode(result.init), update=mode(result.update))
-    return mode(result) if callable(result) else result
+    return _making(mode, result) if callable(result) else result
 
   return made
 
@@ -84,14 +83,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def default_promotion():
-  """JAX's own defaults, for tests of what implicit conversions do."""
+  """JAX's defaults, for tests of implicit conversions."""
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-  """Examples in docstrings run under JAX's own defaults, as those who read them do."""
+  """Runs examples in docstrings under JAX's defaults, as readers do."""
   if not isinstance(item, pytest.DoctestItem):
     return (yield)
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -100,6 +99,6 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file():
-  """Each file starts with no compiled program: JAX keeps 8192, and then forgets the new ones instead of the old."""
+  """Clears compiled programs after each file: JAX keeps 8192, and then drops new ones instead of old ones."""
   yield
   jax.clear_caches()

@@ -1,4 +1,4 @@
-"""What tests of all folders share: compiling for equal bits, comparing them, the step that others are compared with."""
+"""Helpers for tests in all folders: compile for equal bits, compare bits, and the ordinary step to compare with."""
 
 import functools
 import pathlib
@@ -26,7 +26,7 @@ def _under(dtypes, ranks, fun):
 
 
 relaxed = functools.partial(_under, "standard", "allow")
-"""A function under JAX's own defaults, for code that is not ours: of Optax, of Flax, or of an example."""
+"""Runs a function under JAX's defaults, for code that is not ours: Optax, Flax, or an example."""
 
 strict = functools.partial(_under, "strict", "raise")
 
@@ -37,14 +37,14 @@ def exact_jit(fun: Callable[..., Any], **options: Any) -> Any:
 
 
 unfused_jit = functools.partial(exact_jit, xla_disable_hlo_passes="fusion")
-"""And without fusion: a fused loop is vectorised by its whole body, which can change the last bit of a sum."""
+"""Also without fusion: the vectorisation of a fused loop depends on its whole body, and can change a sum's last bit."""
 
 quick_jit = functools.partial(unfused_jit, xla_backend_optimization_level=0)
-"""And with LLVM at its lowest level, which compiles faster."""
+"""Also with LLVM at its lowest optimization level, which compiles faster."""
 
 
 def assert_same_bits(got: Any, want: Any) -> None:
-  """Trees are equal in structure, shapes, dtypes and every bit: NaN equals NaN, and -0.0 is not 0.0."""
+  """Asserts that trees are equal in structure, shapes, dtypes and every bit. NaN equals NaN; -0.0 differs from 0.0."""
   chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
     assert _raw(a).tobytes() == _raw(b).tobytes(), jax.tree_util.keystr(path)
@@ -56,7 +56,7 @@ def _raw(x: Any) -> np.ndarray:
 
 
 def ordinary_step(loss_fn: Callable[..., Any], tx: Any, **options: Any) -> Callable[..., Any]:
-  """The step of `jax.value_and_grad`, `tx.update` and `apply_updates`, which fused steps have to equal."""
+  """The step of `jax.value_and_grad`, `tx.update` and `apply_updates`, which gradient release has to equal."""
 
   def step(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
     value, grads = jax.value_and_grad(loss_fn, **options)(params, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Runs an optimized XLA:GPU program operation by operation, as far as updates of optimizers need it."""
+"""Runs an optimized XLA:GPU program operation by operation. Supports the operations of optimizer updates."""
 
 import re
 
@@ -18,7 +18,7 @@ PLAIN = {xla: getattr(lax, name or xla) for xla, _, name in (entry.partition(":"
 
 
 def run(text: str, arguments: list) -> list:
-  """Returns the results of a program."""
+  """Runs a program and returns its results."""
   computations, entry = hlo.parse(text)
   return _run(computations, computations[entry], arguments)
 
@@ -52,7 +52,7 @@ def _instruction(computations, i, values, arguments):
     case "bitcast" | "bitcast-convert" | "reshape" | "copy":
       value = values[0] if values[0].dtype == dtype else lax.bitcast_convert_type(values[0], dtype)
       return value.reshape(i.arrays[0].shape)
-    case "reduce":  # by the operation of a computation with one
+    case "reduce":  # only by maximum
       (axes,) = re.findall(r"dimensions=\{([\d,]*)\}", i.text)
       body = computations[i.called].instructions.values()
       assert [j.opcode for j in body] == ["parameter", "parameter", "maximum"]

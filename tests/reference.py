@@ -1,4 +1,4 @@
-"""What the codec should do, in NumPy float64 arithmetic and without a line of optax_mpo."""
+"""A reference for the codec, in NumPy float64 arithmetic and without optax_mpo."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ BF16_MAX = float.fromhex("0x1.fep127")
 
 
 def round_significand(x: np.ndarray, digits: int, smallest: float) -> np.ndarray:
-  """Rounds f32 numbers to `digits` binary digits, ties away from zero, with gradual underflow down to `smallest`."""
+  """Rounds f32 numbers to `digits` significand bits, ties away from zero, with gradual underflow to `smallest`."""
   wide = x.astype(np.float64)
   exponent = np.frexp(wide)[1]
   place = np.maximum(np.ldexp(1.0, exponent - digits), smallest)
@@ -16,13 +16,13 @@ def round_significand(x: np.ndarray, digits: int, smallest: float) -> np.ndarray
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-  """Rounds f32 to bf16 (8 digits, subnormal numbers in units of 2^-133), in float64; overflow gives infinity."""
+  """Rounds f32 to bf16 (8 significand bits, subnormals in units of 2^-133), in float64. Overflow gives infinity."""
   rounded = round_significand(x, 8, 2.0**-133)
   return np.where(np.abs(rounded) > BF16_MAX, np.copysign(np.inf, rounded), rounded)
 
 
 def to_stored(x: np.ndarray, bits: int) -> np.ndarray:
-  """Rounds f32 to what bf16 and `bits` compensation bits can hold, in float64; finite numbers stay finite."""
+  """Rounds f32 to bf16 and `bits` compensation bits, in float64. Finite numbers stay finite, except with 0 bits."""
   if bits == 16:
     return x.astype(np.float64)
   if bits == 0:

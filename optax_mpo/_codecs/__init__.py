@@ -1,1 +1,1 @@
-"""Numbers: one array in, one array out. Low precision with the bits that it cut off, and 8-bit blocks."""
+"""Codecs, one array in, one array out: low precision with compensation bits, and 8-bit blocks."""

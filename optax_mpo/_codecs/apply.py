@@ -1,7 +1,9 @@
-"""Adds updates to params, so that what `compensated` computed is what results.
+"""Adds updates to params so that the result is exactly what `compensated` computed.
 
-Why: Optax adds an f32 update to a bf16 weight in f32, and casts. The update of `compensated` leads to its new weight in
-that way too, but for a few pairs of old and new (`bf16` says which).
+Why: Optax adds an f32 update to a bf16 weight in f32, and casts. With an update of `compensated` this also gives its
+new weight, except for a few pairs of old and new weights (listed in `bf16`).
+
+How: within one trace the new weights are known (`known_weights`). Otherwise `formats.add_difference` handles the pairs.
 """
 
 from typing import Any
@@ -17,22 +19,23 @@ PyTree = Any
 
 
 def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
-  """Adds `updates` to `params`, like `optax.apply_updates`, and exactly for the updates of `compensated`.
+  """Adds `updates` to `params`, like `optax.apply_updates`, but exactly for the updates of `compensated`.
 
-  The weights that result are those `compensated` computed, to the last bit, at any ratio of old to new (outside of
-  `jit`, an update that overflows f32 excepted). `optax.apply_updates` adds in f32, which has 24 bits: where one step
-  makes a weight 65536 times smaller it can miss by up to 2^-13 of the old weight, and weights under 2^-100 by as much.
-  The compensation bits never move a weight, whichever function is used: a master weight always rounds to its param.
+  The new weights are those that `compensated` computed, bit for bit, at any ratio of old to new (except, outside of
+  `jit`, for an update that overflows f32). `optax.apply_updates` adds in f32, with 24 significand bits. If one update
+  makes a weight 65536 times smaller, it can miss by up to 2^-13 of the old weight; for a weight under 2^-100, by up to
+  2^-99. Compensation bits never move a weight, whichever function is used: a master weight always rounds to its param.
 
   Args:
-    params: a tree of arrays; `None` leaves are passed over.
+    params: a tree of arrays; `None` is skipped.
     updates: a tree of the same structure and shapes.
 
   Returns:
     Params of the same structure, shapes and dtypes.
 
   Raises:
-    ValueError: where structures or shapes differ, with the path of the leaf.
+    ValueError: if structures or shapes differ, with the path of the leaf.
+    TypeError: if the two arguments are swapped; noticed only while tracing.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo

@@ -1,17 +1,17 @@
 """Splits f32 into bf16 plus the bits it cut off, and joins them again.
 
-Why: a bf16 weight drops every update smaller than half of its last place, so mixed precision training keeps an f32
-master weight beside it. The master and the bf16 weight share their sign, exponent and first seven mantissa bits; this
-module stores those once, as the bf16 weight, and keeps only the rest.
+Why: a bf16 weight drops every update under half an ulp, so mixed-precision training keeps an f32 master weight beside
+it. Up to rounding, the two share their sign, exponent and first seven mantissa bits. This module stores those once, as
+the bf16 weight, and keeps only the rest.
 
-How: the bit pattern is rounded half away from zero to its upper 16 bits, and what follows is kept as a *signed offset*
-in two's complement, so that `join` is one shift, one sign extension and one addition. Rounding to even would be
-ambiguous at ties (two f32 numbers would get the same pair), truncation would bias every forward pass toward zero.
-With fewer than 16 bits the f32 is first rounded, the same way, to 16 + bits bits. Everything is integer work on the
-bit pattern: XLA may elide a float round trip, and XLA:CPU flushes subnormal numbers.
+How: the bit pattern is rounded half away from zero to its upper 16 bits. The rest is kept as a *signed offset* in two's
+complement, so that `join` is one shift, one sign extension and one addition. Rounding to even would be ambiguous at
+ties (two f32 numbers would give the same pair); truncation would bias every forward pass toward zero. With fewer than
+16 bits, the f32 is first rounded the same way to 16 + bits bits. `split` and `join` use only integer operations on the
+pattern: XLA may elide a float round trip, and XLA:CPU flushes subnormal numbers.
 
-Source: the layout follows Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381; the
-remainder idea without the tie bug is that of NVIDIA Apex's `store_param_remainders`.
+Source: the layout follows Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381. The
+idea of a remainder is from NVIDIA Apex's `store_param_remainders`, here without its bug at ties.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 BITS = (0, 4, 8, 16)
-"""The compensation widths there are, in bits per parameter."""
+"""The supported compensation widths, in bits per parameter."""
 
 _ALL = 0xFFFF_FFFF
 _MAGNITUDE = 0x7FFF_FFFF
@@ -37,15 +37,15 @@ def bits_dtype(bits: int) -> jnp.dtype:
 
 
 def dtype_bits(dtype: jnp.dtype) -> int:
-  """Returns how many compensation bits an array of `dtype` holds, or -1 where it is no dtype of compensation bits."""
+  """Returns how many compensation bits a `dtype` holds, or -1 if it is not a dtype of compensation bits."""
   return {bits_dtype(b): b for b in BITS if b}.get(jnp.dtype(dtype), -1)
 
 
 def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:
-  """Makes a function an operation: one compiled call outside of jit, a part of the caller inside, with a derivative.
+  """Decorates a function: compiled as one call outside of jit, inlined inside, with a derivative.
 
-  Integer operations have no derivative, and JAX would take it for zero without a word. The derivatives below pass
-  roundings straight through, as `astype` does, and take the bits for constants.
+  Integer operations have no derivative, and JAX silently takes it for zero. The derivatives below pass straight through
+  roundings, as `astype` does, and treat the bits as constants.
   """
 
   def decorate(fun: Any) -> Any:
@@ -71,10 +71,9 @@ def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: bf16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
-  With 16 bits every f32 but NaN comes back from `join` bit for bit: infinities, -0.0, subnormal numbers, and finite
-  numbers that are infinite in bf16. With 8 or 4 bits `x` is first rounded to the nearest number whose f32 pattern
-  ends in 8 or 12 zeros (ties away from zero, finite stays finite); such a number comes back as it is. A NaN comes
-  back as the canonical quiet NaN.
+  With 16 bits, `join` returns every f32 but NaN bit for bit: infinities, -0.0, subnormal numbers, and finite numbers
+  that are infinite in bf16. With 8 or 4 bits, `x` is first rounded to the nearest number whose f32 pattern ends in 8 or
+  12 zeros (ties away from zero, finite stays finite); `join` returns that number. NaN becomes the canonical quiet NaN.
   """
   pattern = lax.bitcast_convert_type(x, jnp.uint32)
   is_nan = (pattern & _MAGNITUDE) > _INF
@@ -98,9 +97,9 @@ def _round_jvp(bits: int, primals: Any, tangents: Any) -> Any:
 
 @operation(_round_jvp, static=(2,))
 def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
-  """Rounds `x: f32[*s]` to a number that `split` with `bits` keeps as it is, up or down in proportion -> f32[*s].
+  """Rounds `x: f32[*s]` stochastically to a number that `split` with `bits` keeps exactly -> f32[*s].
 
-  `random: u32[*s]` decides, by its upper bits. Finite stays finite, and what can be kept already does not change.
+  The upper bits of `random: u32[*s]` decide. Finite stays finite, and a number that can be kept does not change.
   """
   if bits == 16:
     return x
@@ -121,8 +120,8 @@ def _join_jvp(primals: Any, tangents: Any) -> Any:
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: bf16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
-  For every pair there is, the result rounds to `low`, so that the bits can only refine a weight and never move it:
-  pairs that `split` does not make (an infinity or a zero put beside the bits of another number) give `low` itself.
+  For every possible pair the result rounds to `low`: bits can refine a weight, but never move it. Pairs that `split`
+  does not make (an infinity or a zero with the bits of another number) give `low` itself.
   """
   upper = lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << 16
   if kept is None:
@@ -132,7 +131,7 @@ def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   offset = ((kept.astype(jnp.uint32) ^ half) - half) << (16 - bits)  # sign extension, modulo 2^32
   magnitude = upper & _MAGNITUDE
   negative = kept >= jnp.asarray(half, kept.dtype)
-  # Below zero there is no neighbour to have been rounded up from, and above infinity there is only NaN.
+  # No magnitude below zero could have been rounded up to zero, and above infinity there is only NaN.
   foreign = jnp.where(magnitude == 0, negative, (magnitude >= _INF) & ~(negative & (magnitude == _INF)))
   return lax.bitcast_convert_type(jnp.where(foreign, upper, upper + offset), jnp.float32)
 
@@ -142,28 +141,28 @@ def widen(low: jax.Array) -> jax.Array:
   return join(low, None)
 
 
-# What follows carries a new weight through `params + updates`.
+# The rest of this module carries a new weight through `params + updates`.
 #
-# Optax adds an f32 update to the bf16 weight and casts. u = new - old does the right thing there but for a few rare
-# pairs, in which no f32 number u has bf16(f32(old) + u) = new. `difference` and `add_difference` agree on a code for
-# those, chosen so that the plain addition of `optax.apply_updates` comes out near the new weight as well:
+# Optax adds an f32 update to the bf16 weight and casts. u = new - old gives the new weight, except for a few rare
+# pairs: for these, no f32 number u has bf16(f32(old) + u) = new. `difference` and `add_difference` share a code for
+# these pairs, chosen so that the plain addition of `optax.apply_updates` comes out near the new weight too:
 #
-# * |old| < 2^-100, where a difference may be subnormal, and XLA:CPU flushes it; and old = inf, a finite master that
-#   is infinite in bf16. Here u is the new weight itself, marked in the lowest bits. (Not the new weight unmarked: an
-#   update of zero has to mean "stay", since apply_if_finite and MultiSteps send those, and mpo.apply_updates has to
-#   be an addition for updates that come from elsewhere.)
+# * |old| < 2^-100: the difference may be subnormal, and XLA:CPU flushes it. Also old = inf: a finite master weight that
+#   is infinite in bf16. Here u is the new weight itself, marked in its lowest bits. (Unmarked would not do: an update
+#   of zero has to mean "stay", since apply_if_finite and MultiSteps send those, and mpo.apply_updates has to add
+#   updates that come from elsewhere.)
 # * old = 2^e and new = -k 2^(e-24), k odd, k < 256: the new weight has the other sign and is 2^16 times smaller, and
-#   u would need 25 bits. These use the numbers u = 2 new - old (1 + 2^-15), which no other new weight needs.
+#   u would need 25 bits. Here u = 2 new - old (1 + 2^-15), which no other new weight needs.
 #
-# No other pairs occur: a new weight is a sum of two f32 numbers, its master and an update, and with e the exponent
-# of old such a sum is a multiple of 2^(e-24). What is left are steps that overflow f32, |new - old| > 3.4e38.
+# No other pairs occur: a new weight is the sum of two f32 numbers, its master and an update. With e the exponent of
+# old, such a sum is a multiple of 2^(e-24). The only exception: updates that overflow f32, |new - old| > 3.4e38.
 #
-# Comparisons with zero are made on exponent fields: LLVM turns `bits & 0x7FFFFFFF == 0` into a float comparison, and
-# that takes a subnormal number for zero on XLA:CPU.
+# Comparisons with zero read the exponent field: LLVM turns `bits & 0x7FFFFFFF == 0` into a float comparison, which
+# takes a subnormal number for zero on XLA:CPU.
 
 _EXPONENT = 0x7F80_0000
 _MARK_NORMAL = 1
-_MARK_SUBNORMAL = 3  # the new weight's exponent field is 0; the code has 1 there, so that it is a normal number
+_MARK_SUBNORMAL = 3  # the new weight's exponent field is 0; the code sets it to 1, so that the code is a normal number
 
 
 def _is_marked(old: jax.Array) -> jax.Array:
@@ -181,7 +180,7 @@ def _difference_jvp(primals: Any, tangents: Any) -> Any:
 
 @operation(_difference_jvp)
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:
-  """Returns the update `u: f32[*s]` that leads from `old: bf16[*s]` to `new: bf16[*s]`; see `add_difference`."""
+  """Returns the update `u: f32[*s]` from `old: bf16[*s]` to `new: bf16[*s]`, for `add_difference`."""
   old32, new32 = widen(old), widen(new)
   u = new32 - old32
   lost = _is_power_of_two(old) & (jnp.abs(new32) < jnp.abs(old32) * 2.0**-16) & (old32 + u != new32)
@@ -200,7 +199,7 @@ def _add_difference_jvp(primals: Any, tangents: Any) -> Any:
 
 @operation(_add_difference_jvp)
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
-  """Adds `u: f32[*s]` to `old: bf16[*s]` -> `bf16[*s]`; gives back `new` where `u = difference(old, new)`."""
+  """Adds `u: f32[*s]` to `old: bf16[*s]` -> `bf16[*s]`; gives `new` if `u = difference(old, new)`."""
   old32 = widen(old)
   total = old32 + u
   inexact = (lax.bitcast_convert_type(total, jnp.uint32) & 0xFFFF) != 0

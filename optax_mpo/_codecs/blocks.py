@@ -1,28 +1,27 @@
-"""Stores optimizer state in 8 bits, by blocks: `f32[*s]` <-> 8-bit codes and one 16-bit scale for each block.
+"""Stores optimizer state in 8 bits, by blocks: `f32[*s]` <-> 8-bit codes and one 16-bit scale per block.
 
-Why: two f32 moments are 8 of the 12 bytes that AdamW holds per parameter, and they need neither the precision nor,
-within a row of weights, the range.
+Why: two f32 moments are 8 of the 12 bytes that AdamW holds per parameter. They do not need the precision of f32 nor,
+within a row of weights, its range.
 
-How: the last axis is cut into blocks. Each is divided by its largest magnitude, the *scale*, and every element becomes
-one of 256 levels, which lie closer together toward zero. Nothing else than the last axis is ever reshaped, so that
-leaves stay sharded and stacks of layers stay stacks.
+How: the last axis is cut into blocks. Each block is divided by its largest magnitude, the *scale*, and every element
+becomes one of 256 levels, which lie closer together toward zero. Only the last axis is ever reshaped, so that leaves
+stay sharded and stacks of layers stay stacks.
 
 * **Scales** are f32 patterns rounded to 16 bits: no sign, 8 bits of exponent, 8 of mantissa. That is bf16 with the sign
   bit, which a magnitude does not need, spent on precision. The range is that of f32.
 * **Levels.** Signed: t / (2 - |t|) for t = code / 127 or, below zero, code / 128; zero is zero. Non-negative:
-  2 t^2 / (1 + t) for t = (code + 1/2) / 255.5; there is no zero in a block that is not all zero, since a second moment
-  that rounds to zero under a first moment that does not would blow up the update. One takes a division to undo, the
-  other a square root. *Wide*, for signed numbers of which small ones must not become zero: the 8-bit floats of
+  2 t^2 / (1 + t) for t = (code + 1/2) / 255.5. No element is zero in a block that is not all zero: if a second moment
+  rounded to zero and the first did not, the update would blow up. Encoding takes a division for signed levels, a square
+  root for non-negative ones. *Wide*, for signed numbers whose small values must not become zero: the 8-bit floats of
   `float8_e4m3fn`, in 256ths of the largest, down to 7.6e-6 of it.
-* **Nothing sticks.** A moment that decays by 0.1% a step moves by less than half a level, and a 16-bit scale by less
-  than half of its last place: rounding to nearest would undo every such step. So scales, and values that move by less
-  than one level, are rounded up or down in proportion (that is, without bias), by a low-discrepancy sequence in the
-  step and the column; larger moves are rounded to nearest. What lies on a level stays there: storing it again changes
-  nothing.
-* **Nothing poisons.** A block with an element that is not finite stays what it was.
+* **No value gets stuck.** A moment that decays by 0.1% per step moves by less than half a level, and a 16-bit scale by
+  less than half an ulp: rounding to nearest would undo every such step. So scales, and values that move by less than
+  one level, are rounded up or down in proportion (that is, without bias), by a low-discrepancy sequence in step and
+  column. Larger moves are rounded to nearest. A value on a level stays there: storing it again changes nothing.
+* **Non-finite values are not stored.** A block with a non-finite element keeps its old state.
 
-Source: blocks with a scale each are those of Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
-arXiv:2110.02861; levels by companding for each kind of state those of FlashOptim, arXiv:2602.23349.
+Source: blocks with one scale each follow Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
+arXiv:2110.02861; levels by companding, one kind for each kind of state, follow FlashOptim, arXiv:2602.23349.
 """
 
 import functools
@@ -36,11 +35,11 @@ from jax import lax
 from optax_mpo._core import order
 
 BITS = (4, 8)
-"""The widths of codes there are."""
+"""The supported widths of codes, in bits."""
 
 Kind = Literal["signed", "nonnegative", "wide"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""The kinds of numbers there are codes for."""
+"""The kinds of numbers that have codes."""
 
 _SCALE_SHIFT = 15  # of an f32 pattern without its sign, the upper 16 bits are kept
 _LARGEST_SCALE = 0xFEFF  # the largest finite one
@@ -49,12 +48,12 @@ _LARGEST_SCALE = 0xFEFF  # the largest finite one
 class Quantized(NamedTuple):
   """An array in blocks along its last axis; see `dequantize`.
 
-  It says all that there is to know about itself: codes are signed integers for signed numbers, unsigned ones for
-  non-negative numbers and floats for wide ones; the block size, a power of two, follows from the two shapes.
+  It describes itself: codes are signed integers for signed numbers, unsigned ones for non-negative numbers and floats
+  for wide ones. The block size, a power of two or the whole axis, follows from the two shapes.
 
   Attributes:
-    values: codes, `int8[*s]`, `uint8[*s]`, `int4[*s]`, `uint4[*s]` or `float8_e4m3fn[*s]`, of the shape of the array.
-    scales: `uint16[*s[:-1], blocks]`, upper halves of the f32 patterns of the blocks' largest magnitudes.
+    values: codes, `int8[*s]`, `uint8[*s]`, `int4[*s]`, `uint4[*s]` or `float8_e4m3fn[*s]`, in the array's shape.
+    scales: `uint16[*s[:-1], blocks]`, the f32 patterns of the blocks' largest magnitudes, without sign, upper 16 bits.
   """
 
   values: jax.Array
@@ -67,14 +66,14 @@ def codes_dtype(bits: int, kind: Kind) -> jnp.dtype:
 
 
 def kind_of(dtype: jnp.dtype) -> Kind:
-  """Returns the kind of numbers that codes of a dtype stand for."""
+  """Returns the kind of numbers that codes of a dtype store."""
   if jnp.issubdtype(dtype, jnp.floating):
     return "wide"
   return "signed" if jnp.issubdtype(dtype, jnp.signedinteger) else "nonnegative"
 
 
 def blocks(length: int, block_size: int) -> int:
-  """Returns how many blocks an axis of `length` has."""
+  """Returns the number of blocks in an axis of `length`."""
   return -(-length // block_size)
 
 
@@ -91,24 +90,24 @@ def block_size_of(length: int, count: int) -> int:
 
 
 def _top(negative: Any, dtype: jnp.dtype) -> Any:
-  """The magnitude of the last code, whose level is 1; there is one more below zero than above."""
+  """The magnitude of the last code, whose level is 1. Signed codes have one more below zero than above."""
   info = jnp.iinfo(dtype)
   return jnp.where(negative, np.float32(-int(info.min)), np.float32(info.max)) if info.min else np.float32(info.max)
 
 
-_WHOLE = 1.5 * 2**23  # a number to whose pattern that of a small one is added, rounded to a whole one
+_WHOLE = 1.5 * 2**23  # added to a small number, it leaves the nearest integer in the lower bits of the pattern
 
 
 def _pattern(x: jax.Array) -> jax.Array:
-  """Returns i32[*s], whose lower bits are those of the whole number nearest to `x: f32[*s]` between -2^22 and 2^22.
+  """Returns i32[*s], with the integer nearest to `x: f32[*s]`, from -2^22 to 2^22, in its lower bits.
 
-  A conversion would do, but XLA has it answer for NaN and infinities too, in several instructions.
+  `astype` would do, but XLA makes it handle NaN and infinities too, which takes several instructions.
   """
   return lax.bitcast_convert_type(x + np.float32(_WHOLE), jnp.int32)
 
 
 def _greater(x: jax.Array, y: Any) -> jax.Array:
-  """The greater of two numbers that are no NaN: for those XLA:CPU's maximum takes more than one instruction."""
+  """The greater of two numbers, none a NaN. XLA:CPU's maximum handles NaN, and takes more than one instruction."""
   return jnp.where(x > y, x, y)
 
 
@@ -127,7 +126,7 @@ def _spread(per_block: jax.Array, length: int) -> jax.Array:
 
 
 def _block_max(x: jax.Array, count: int) -> jax.Array:
-  """The largest entry of each block of `x: i32[*s]`, no negative ones -> i32[*s[:-1], count]."""
+  """The largest entry of each block of `x: i32[*s]`, without negative entries -> i32[*s[:-1], count]."""
   *lead, length = x.shape
   if count > 1:
     size = block_size_of(length, count)
@@ -138,10 +137,10 @@ def _block_max(x: jax.Array, count: int) -> jax.Array:
   return jnp.max(x, axis=-1, keepdims=True)
 
 
-# One compiled call outside of jit, a part of the caller inside.
+# Compiled as one call outside of jit, inlined inside.
 @functools.partial(jax.jit, inline=True)
 def dequantize(stored: Quantized) -> jax.Array:
-  """Returns the numbers that `stored` stands for, f32[*s]."""
+  """Returns the numbers in `stored`, f32[*s]."""
   codes, dtype = stored.values.astype(jnp.float32), stored.values.dtype
   kind = kind_of(dtype)
   if kind == "wide":
@@ -157,9 +156,9 @@ def dequantize(stored: Quantized) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def quantize(x: jax.Array, dtype: jnp.dtype, block_size: int) -> Quantized:
-  """Rounds `x: f32[*s]`, of one axis or more, to the nearest that codes of `dtype` can store.
+  """Rounds `x: f32[*s]`, of one axis or more, to the nearest numbers that codes of `dtype` can store.
 
-  Entries that are not finite become zero, and negative ones where the codes have no sign.
+  Non-finite entries are taken for zero, and so are negative ones if the codes have no sign.
   """
   count = blocks(x.shape[-1], block_size)
   x = jnp.where(jnp.isfinite(x), x, 0)
@@ -173,21 +172,21 @@ def quantize(x: jax.Array, dtype: jnp.dtype, block_size: int) -> Quantized:
 def largest_of(x: jax.Array, old: Quantized) -> jax.Array:
   """Returns the largest magnitude in each block of what `requantize(x, old, ...)` would store, f32[*s[:-1], blocks].
 
-  It is no finite number where an element of the block is none.
+  It is not finite if an element of the block is not finite.
   """
   return _largest_magnitude(x, old.values.dtype, old.scales.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest: jax.Array | None = None) -> Quantized:
-  """Stores `x: f32[*s]` in the place and in the form of `old`, in a way that lets it move by less than a level a step.
+  """Stores `x: f32[*s]` in the format of `old`, rounded so that values can move by less than a level per step.
 
   Args:
-    x: the new numbers. A block of them in which one is not finite stays what it is in `old`.
-    old: what was stored before.
-    step: i32[], which chooses among the roundings.
-    salt: which array this is, so that not all of them round alike.
-    largest: `largest_of(x, old)`, where it is at hand.
+    x: the new numbers. A block with a non-finite one keeps its codes and scale from `old`.
+    old: the state before.
+    step: i32[], the step count, which selects the rounding.
+    salt: a number for this array, so that not all arrays round alike.
+    largest: `largest_of(x, old)`, if it is known already.
   """
   dtype, length = old.values.dtype, x.shape[-1]
   if largest is None:
@@ -196,23 +195,23 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
   scale_dither = _dither(step, salt, old.scales.shape[-1]) >> (32 - _SCALE_SHIFT)
   scales = _pack_scales(largest, _by_columns(scale_dither, x.ndim))
 
-  # Divided by the exact maximum, not the stored one: so the codes of a block that only decays stay what they are.
+  # Divided by the exact maximum, not the stored one, so that a block that only decays keeps its codes.
   dither = _dither(step, salt + 1, length)
   if kind_of(dtype) == "wide":
     codes = _encode_wide(x, largest, _by_columns(dither, x.ndim), old.values)
   else:
     dither >>= 24
     ways = _ways((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256), dtype)
-    ways = order.held(ways, dither.astype(jnp.uint16))  # once for each column, and not for each element
+    ways = order.held(ways, dither.astype(jnp.uint16))  # once per column, not per element
     codes = _encode(x, largest, dtype, _by_columns(ways, x.ndim), old.values)
   return Quantized(jnp.where(_spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
 
 
 def _largest_magnitude(x: jax.Array, dtype: jnp.dtype, count: int) -> jax.Array:
-  """The largest magnitude in each block, f32[*s] -> f32[*s[:-1], count]; no finite number if an element is none.
+  """The largest magnitude in each block, f32[*s] -> f32[*s[:-1], count]; not finite if an element is not.
 
-  As whole numbers, which patterns of magnitudes are sorted like, those that are not finite above all others: XLA:CPU
-  reduces them where they are made, and floating ones in a library, from an array that it has to write for that.
+  Patterns of magnitudes, as integers, sort like the magnitudes, with non-finite ones last. XLA:CPU reduces integers in
+  the loop that makes them. For floats it calls a library, and has to write them to an array first.
   """
   pattern = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFF_FFFF
   if kind_of(dtype) == "nonnegative":
@@ -228,14 +227,14 @@ def _pack_scales(largest: jax.Array, dither: jax.Array) -> jax.Array:
 def _encode(
   x: jax.Array, scale: jax.Array, dtype: jnp.dtype, ways: Any = None, old: jax.Array | None = None
 ) -> jax.Array:
-  """Returns the codes of `x`: to nearest, but those that move by less than one from `old` are rounded up by `ways`.
+  """Returns the codes of `x`, rounded to nearest; those that move by less than one from `old`, rounded by `ways`.
 
   Args:
     x: the numbers, f32[*s].
     scale: the largest magnitudes of their blocks.
-    dtype: of the codes.
-    ways: `_ways` of how far a number has to have come from one level to the next, in (0, 1), to be rounded up.
-    old: the codes before.
+    dtype: the dtype of the codes.
+    ways: from `_ways`. A number is rounded up from this fraction, in (0, 1), of the distance between two levels on.
+    old: the old codes.
   """
   signed, top = kind_of(dtype) == "signed", _top(x < 0, dtype)
   position = (_signed_position if signed else _nonnegative_position)(x, scale, top)
@@ -249,23 +248,23 @@ def _encode(
   return _pattern(lower + is_past.astype(jnp.float32)).astype(dtype)
 
 
-_WIDE_TOP = 256  # the code of the largest: a power of two, so that what lies on a level stays there
-_WIDE_DROPPED = 20  # bits of an f32 pattern that a float8_e4m3fn has not
+_WIDE_TOP = 256  # the code of the largest magnitude: a power of two, so that a value on a level stays there
+_WIDE_DROPPED = 20  # bits of an f32 pattern that float8_e4m3fn does not have
 _WIDE_FIXED = 2.0**-6  # codes below this lie 2^-9 apart
 
 
 def _encode_wide(
   x: jax.Array, scale: jax.Array, dither: jax.Array | None = None, old: jax.Array | None = None
 ) -> jax.Array:
-  """Returns wide codes of `x: f32[*s]`: to nearest, but those that move by less than one from `old` in proportion.
+  """Returns wide codes of `x: f32[*s]`, rounded to nearest; those that move by less than one from `old`, by `dither`.
 
-  What is not zero does not become zero. The upper bits of the pattern of a magnitude number its codes.
+  Nonzero numbers do not become zero. The upper bits of a magnitude's pattern are the number of its code.
 
   Args:
     x: the numbers.
     scale: the largest magnitudes of their blocks, f32[*s[:-1], blocks].
-    dither: u32 by columns, with as many axes as `x`.
-    old: the codes before.
+    dither: u32, by columns, with as many axes as `x`.
+    old: the old codes.
   """
 
   def pattern(magnitude: jax.Array) -> jax.Array:
@@ -290,59 +289,59 @@ def _encode_wide(
 
 
 def _signed_position(x: jax.Array, scale: jax.Array, top: Any) -> jax.Array:
-  """Where `x: f32[*s]` lies between the levels of signed codes, f32[*s] from -top to top."""
-  # The halves of numbers close to the largest there are do not overflow; next to none at all is no division by zero.
+  """The position of `x: f32[*s]` between the levels of signed codes: a fractional code, f32[*s] from -top to top."""
+  # Halves of numbers near the f32 maximum do not overflow; `tiny` avoids a division by zero.
   half = _spread(jnp.maximum(scale * np.float32(0.5), np.finfo(np.float32).tiny), x.shape[-1])
   return x / (half + jnp.abs(x) * np.float32(0.5)) * top
 
 
 def _nonnegative_position(x: jax.Array, scale: jax.Array, top: Any) -> jax.Array:
-  """Where `x: f32[*s]` lies between the levels of codes without a sign, f32[*s] from -1/2 to top."""
-  # Twice by the root, since the reciprocal of the largest scales is subnormal, and XLA:CPU would flush it.
+  """The position of `x: f32[*s]` between the levels of non-negative codes, f32[*s] from -1/2 to top."""
+  # Multiplied by the root twice: the reciprocal of the largest scales is subnormal, and XLA:CPU would flush it.
   root = _spread(jnp.where(scale > 0, lax.rsqrt(scale), 0), x.shape[-1])
   level = _greater(x, np.float32(0)) * root * root
   return (level + jnp.sqrt(level * (level + 8))) * ((top + np.float32(0.5)) / 4) - np.float32(0.5)
 
 
 def _is_past_signed(part: jax.Array, way: Any, lower: jax.Array, top: Any) -> jax.Array:
-  """Whether `level(lower + part)` has come `way` from `level(lower)` to `level(lower + 1)`, but without a level.
+  """Whether `level(lower + part)` is at least the fraction `way` from `level(lower)` to `level(lower + 1)`.
 
-  On the right is how much levels curve: away from zero on both sides of it.
+  No level is computed. The right side is how much the levels curve: away from zero on both sides of it.
   """
   curve = part * (1 - way)
   return (part - way) * (2 * top - jnp.abs(lower)) >= jnp.where(lower < 0, -curve, curve)
 
 
 def _is_past_nonnegative(part: jax.Array, way: Any, lower: jax.Array, top: np.float32) -> jax.Array:
-  """The same for codes without a sign and one of `_ways`."""
+  """The same for non-negative codes, with `way` from `_ways`."""
   size = top + np.float32(0.5)
-  t = lower * (1 / size)  # but for 1/2 / size
+  t = lower * (1 / size)  # without the 1/2 / size
   slope = t + (1 + np.float32(0.5) / size)
   rest = (lower + np.float32(0.5)) * (t + (2 + np.float32(0.5) / size))
   return part * (rest + part * slope) >= way * (rest + slope)
 
 
 def _ways(way: Any, dtype: jnp.dtype) -> Any:
-  """Corrects f32[*s] for what `_is_past_nonnegative` leaves out, that t grows within a step: to 0.06 / top of one.
+  """Corrects thresholds f32[*s]: `_is_past_nonnegative` neglects that t grows between two levels.
 
-  Where t grows, a way is shorter by `way * (1 - way) / (1 + t)` of the growth of t. It is done here, by columns, with
-  one number in place of 1 / (1 + t), which lies between 1/2 and 1.
+  This growth shortens a way by `way * (1 - way) / (1 + t)` of the growth. It is corrected here, by columns, with one
+  number in place of 1 / (1 + t), which lies between 1/2 and 1. The remaining error is 0.06 / top of a level.
   """
   if kind_of(dtype) == "signed":
     return way
   return way - np.float32(0.72) / (_top(False, dtype) + np.float32(0.5)) * (way * (1 - way))
 
 
-# The two-dimensional Weyl sequence of the plastic number: step times one constant, column times the other, modulo 1.
+# The two-dimensional Weyl sequence of the plastic number: step times one constant plus column times another, modulo 1.
 _STEP, _COLUMN, _SALT = 0xC13F_A9A9, 0x91E1_0DA5, 0x9E37_79B9
 
 
 def _by_columns(x: jax.Array, ndim: int) -> jax.Array:
-  """`[length]` as `[1, ..., length]`, to be spread over rows."""
+  """`[length]` as `[1, ..., length]`, to broadcast over rows."""
   return lax.expand_dims(x, range(ndim - 1))
 
 
 def _dither(step: jax.Array, salt: int, length: int) -> jax.Array:
-  """Returns u32[length], spread evenly over columns and over steps."""
+  """Returns u32[length], spread evenly over columns and steps."""
   start = step.astype(jnp.uint32) * jnp.uint32(_STEP) + jnp.uint32(salt * _SALT & 0xFFFF_FFFF)
   return start + lax.iota(jnp.uint32, length) * jnp.uint32(_COLUMN)

@@ -1,4 +1,4 @@
-"""Casts params to low precision, with the rounding of the compensation codecs."""
+"""Casts params to low precision, rounding as the compensation codecs do."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,26 +17,27 @@ def cast(
   dtype: Any = jnp.bfloat16,
   where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
 ) -> PyTree:
-  """Casts the f32 leaves of `params` to `dtype`, rounding as the compensation codec does (half away from zero).
+  """Casts the f32 leaves of `params` to `dtype`, rounding half away from zero as the compensation codec does.
 
-  In float16, what rounds beyond 65504 becomes infinite, as `astype` makes it.
+  In float16, numbers that round beyond 65504 become infinite, as with `astype`.
 
-  These are the weights that `init` makes for bits=16 and bits=0. With 8 or 4 bits a master weight is first rounded to
-  what those hold, and about one weight in 512 or 32 comes to lie in the middle between two bf16 numbers and rounds up.
+  The result equals the weights that `init` makes for bits=16 and bits=0. With 8 or 4 bits, `init` first rounds master
+  weights to what those bits hold. About one weight in 512 (8 bits) or 32 (4 bits) then lies halfway between two bf16
+  numbers and rounds up instead of down.
 
   Args:
-    params: a tree of arrays. Leaves of other dtypes than f32 stay as they are.
+    params: a tree of arrays. Leaves of dtypes other than f32 are not cast.
     dtype: the low precision, bfloat16 or float16.
-    where: `where(path, leaf) -> bool` says which f32 leaves go low, with JAX's key paths
-      (`jax.tree_util.keystr(path)` makes a string of one). None: all of them.
+    where: `where(path, leaf) -> bool` selects the f32 leaves to cast, by JAX's key paths (`jax.tree_util.keystr(path)`
+      gives a string). None: all of them.
 
   Returns:
-    A tree of the same structure and shapes. Outside of jit, leaves that stay as they are are copied, so that the result
-    can be donated.
+    A tree of the same structure and shapes. Outside of jit, leaves that are not cast are copied, so that the result can
+    be donated.
 
   Raises:
-    ValueError: for another dtype.
-    TypeError: for a float64 leaf that is to be cast, and where `dtype` is none.
+    ValueError: if `dtype` is neither bfloat16 nor float16.
+    TypeError: if `dtype` is not a dtype, or a leaf to cast is float64.
 
   Memory: 2 bytes per parameter that is cast, and the copies.
 
@@ -54,7 +55,7 @@ def cast(
 
 
 def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None, caller: str) -> list[tuple[Any, bool]]:
-  """Returns the leaves, each with whether it is to go low."""
+  """Returns each leaf and whether to cast it."""
   try:
     jnp.dtype(dtype)
   except (TypeError, ValueError):  # NumPy tries to read a structure out of a dict

@@ -1,4 +1,4 @@
-"""What `compensated` checks before every update: that params, state and gradients belong together."""
+"""Checks of `compensated` before every update: params, state and gradients have to belong together."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ PyTree = Any
 def check_update(
   updates: optax.Updates, compensation: PyTree, params: PyTree, bits: int
 ) -> tuple[list[Any], list[Any]]:
-  """Returns the leaves of the compensation and of the updates, in the order of the params' leaves, all checked."""
+  """Returns the checked leaves of the compensation and of the updates, in the order of the params' leaves."""
   remake = "Make the state anew with optax_mpo.init(tx, params), or pass the params it was made for."
   kept = trees.flatten_like(params, compensation, "compensated: the state's compensation", remake)
   grads = trees.flatten_like(
@@ -60,5 +60,5 @@ def raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None
 
 
 def bits_or_none(kept: Any) -> jax.Array | None:
-  """What the compensation holds for a leaf. A wrapper that splits it may leave a tree there, without bits at most."""
+  """Returns the bits kept for a leaf, or None for a tree without leaves, which a wrapper may leave there."""
   return kept if jax.tree.leaves(kept) else None

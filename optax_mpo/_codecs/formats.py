@@ -1,4 +1,4 @@
-"""The low-precision formats there are, bf16 and fp16, behind one set of names."""
+"""The low-precision formats, bf16 and fp16, behind one set of names."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def is_format(dtype: Any) -> bool:
 
 
 def is_low(leaf: Any) -> bool:
-  """Whether a leaf is in one of the formats."""
+  """Whether the dtype of a leaf is one of the formats."""
   return leaf.dtype in _CODECS
 
 
 def add(x: jax.Array, step: jax.Array) -> jax.Array:
-  """Adds an update to weights, in the wider of two floating dtypes, whatever conversions JAX allows."""
+  """Adds an update to weights, in the wider of their floating dtypes, whatever promotion JAX allows."""
   floating = [dtype for dtype in (x.dtype, step.dtype) if jnp.issubdtype(dtype, jnp.floating)]
   if not floating or x.dtype == step.dtype or any(jnp.iscomplexobj(a) for a in (x, step)):
     return x + step
@@ -51,7 +51,7 @@ def step(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Returns the update `f32[*s]` from `old[*s]` to the new `master: f32[*s]`, the new param, and the bits to keep.
 
-  `random: u32[*s]` rounds what the bits do not hold up or down in proportion; without it, to nearest.
+  With `random: u32[*s]`, the master is rounded stochastically to what the bits can hold; without, to nearest.
   """
   codec: Any = _CODECS[old.dtype]
   if random is not None:
@@ -69,5 +69,5 @@ def difference(old: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
-  """Adds `u: f32[*s]` to `old[*s]`, so that the updates of `step` lead to where they should."""
+  """Adds `u: f32[*s]` to `old[*s]`, and gives the param of `step` for the update of `step`, unless f32 overflows."""
   return _CODECS[old.dtype].add_difference(old, u)

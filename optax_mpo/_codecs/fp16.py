@@ -1,16 +1,16 @@
 """Splits f32 into fp16 plus the bits it cut off, and joins them again: `bf16` for the other half precision.
 
-Why: GPUs before Ampere have fast fp16 and no bf16; the paper's V100 runs use it. fp16 has 11 binary digits and a narrow
-range: an f32 has 13 bits more, and below 2^-14 fp16 loses digits one by one.
+Why: GPUs before Ampere have fast fp16 and no bf16; the V100 runs of the paper cited in `bf16` use it. fp16 has 11
+significand bits, 13 fewer than f32, and a narrow range: below 2^-14 it loses significand bits one by one.
 
-How: from 2^-14 on as in `bf16`, on the bit pattern: it is rounded half away from zero to its upper 19 bits, and the
-signed offset is kept; 13 bits hold all of it, with fewer the number is first rounded to 13 - bits bits less. Below
-2^-14 fp16 is a fixed-point format, in units of 2^-24, and so are the bits: the distance in units of 2^-(24 + bits).
-Beside a zero they have the sign of the number, since an addition that ends in zero gives 0.0 and never -0.0.
+How: from 2^-14 on, as in `bf16`, the bit pattern is rounded half away from zero to its upper 19 bits, and the signed
+offset is kept. 13 bits hold all of it; with fewer, the lowest 13 - bits bits are rounded off first. Below 2^-14, fp16
+is a fixed-point format in units of 2^-24, and the bits hold the distance in units of 2^-(24 + bits). Beside a zero they
+have the sign of the number, since an addition that ends in zero gives 0.0 and never -0.0.
 
-With 16 bits every f32 of a magnitude from 2^-17 (7.6e-6) to 65504 comes back bit for bit, and what is smaller to 2^-41
-(4.5e-13). With 8 bits the error is at most 2^-19 of a number, or 2^-33 (1.2e-10) below 2^-14. What rounds to infinity
-in fp16, from 65520 on, is infinite in the master as well: fp16 training that gets there has diverged.
+With 16 bits, every f32 of magnitude 2^-17 (7.6e-6) to 65504 comes back bit for bit, and a smaller one to within 2^-41
+(4.5e-13). With 8 bits, the error is at most 2^-19 of a number, or 2^-33 (1.2e-10) below 2^-14. Numbers that round to
+infinity in fp16, from 65520 on, are infinite in the master too: fp16 training that gets there has diverged.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ from optax_mpo._codecs import bf16
 _ALL = 0xFFFF_FFFF
 _MAGNITUDE = 0x7FFF_FFFF
 _INF = 0x7F80_0000
-_CUT = 13  # the bits of an f32 pattern that fp16 has not
-_REBIAS = (127 - 15) << 10  # between the exponents of an f32 pattern, cut to 10 bits of mantissa, and an fp16 pattern
+_CUT = 13  # the bits of an f32 pattern that fp16 does not have
+_REBIAS = (127 - 15) << 10  # from the exponent bias of f32 to that of fp16, in patterns with 10 bits of mantissa
 _SMALLEST_NORMAL = (127 - 14) << 23
 _OVERFLOW = (127 + 15) << 23 | 0x7F_F000  # 65520, which rounds to infinity
 _LOW_SMALLEST_NORMAL, _LOW_INF, _LOW_NAN = 0x0400, 0x7C00, 0x7E00
@@ -41,20 +41,20 @@ def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: f16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
-  `low` is `x` rounded to fp16, ties away from zero (with 8 or 4 bits, of `x` rounded to what those hold).
+  `low` is `x` rounded to fp16, ties away from zero (with 8 or 4 bits, after rounding `x` to what those hold).
   """
   pattern = lax.bitcast_convert_type(x, jnp.uint32)
   magnitude = pattern & _MAGNITUDE
   dropped = max(_CUT - bits, 0)
 
-  # From 2^-14 on: the pattern, without what even the bits cannot hold, in the nearest multiple of 2^13.
+  # From 2^-14 on: the pattern, rounded to what the bits can hold, then to the nearest multiple of 2^13.
   rounded = magnitude
   if 0 < bits < _CUT:
     rounded = (magnitude + (1 << (dropped - 1))) >> dropped << dropped
   normal = (rounded + (1 << (_CUT - 1))) >> _CUT
   normal_offset = (rounded.astype(jnp.int32) - (normal << _CUT).astype(jnp.int32)) >> dropped
 
-  # Below: whole units of 2^-(24 + bits), which a f32 can count exactly.
+  # Below: whole units of 2^-(24 + bits), which an f32 can count exactly.
   scaled = jnp.minimum(jnp.abs(x), 2.0**-14) * jnp.float32(2.0 ** (24 + bits))
   units = jnp.floor(scaled)
   units = (units + (scaled - units >= 0.5).astype(jnp.float32)).astype(jnp.int32)
@@ -82,7 +82,7 @@ def _join_jvp(primals: Any, tangents: Any) -> Any:
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: f16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
-  For every pair there is, the result rounds to `low`: pairs that `split` does not make give `low` itself.
+  For every possible pair the result rounds to `low`. Pairs that `split` does not make give `low` itself.
   """
   pattern = lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32)
   sign, magnitude = pattern >> 15 << 31, pattern & 0x7FFF
@@ -91,7 +91,7 @@ def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   if kept is not None and bits:
     half = 1 << (bits - 1)
     offset = (kept.astype(jnp.int32) ^ half) - half
-    offset = jnp.where((magnitude == 0) & (offset == -half), 0, offset)  # no number has this
+    offset = jnp.where((magnitude == 0) & (offset == -half), 0, offset)  # `split` never makes this
   is_fixed = (magnitude < _LOW_SMALLEST_NORMAL) | ((magnitude == _LOW_SMALLEST_NORMAL) & (offset < 0))
   dropped, limit = max(_CUT - bits, 0), 1 << (_CUT - 1)
 
@@ -119,9 +119,9 @@ def _round_jvp(bits: int, primals: Any, tangents: Any) -> Any:
 
 @bf16.operation(_round_jvp, static=(2,))
 def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
-  """Rounds `x: f32[*s]` to a number that `split` with `bits` keeps as it is, up or down in proportion -> f32[*s].
+  """Rounds `x: f32[*s]` stochastically to a number that `split` with `bits` keeps exactly -> f32[*s].
 
-  `random: u32[*s]` decides, by its upper bits. What is in the range of fp16 stays there, and what can be kept already
+  The upper bits of `random: u32[*s]` decide. A number in the range of fp16 stays there, and a number that can be kept
   does not change.
   """
   pattern = lax.bitcast_convert_type(x, jnp.uint32)
@@ -141,7 +141,7 @@ def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Arra
 
 
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:
-  """Returns the update `u: f32[*s]` that leads from `old: f16[*s]` to `new: f16[*s]`; see `reached`."""
+  """Returns the update `u: f32[*s]` from `old: f16[*s]` to `new: f16[*s]`; see `reached`."""
   return widen(new) - widen(old)
 
 
@@ -151,11 +151,11 @@ def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def reached(old: jax.Array, u: jax.Array, low: jax.Array, kept: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-  """Returns the param that the update `u: f32[*s]`, from `old` to `low: f16[*s]`, leads to, and its bits.
+  """Returns the param that results from adding `u: f32[*s]`, the update to `low: f16[*s]`, to `old`, and its bits.
 
-  Two fp16 numbers of very different size may differ by more than 24 binary digits, and then the addition misses `low`
-  by up to 2^-25 of `old`. The bits were made for `low`, and the number that results becomes its own master. It takes a
-  step that makes a weight about a thousand times smaller.
+  The difference of two fp16 numbers of very different size may need more than 24 bits. Then the addition misses `low`
+  by up to 2^-25 of `old`. The bits were made for `low`, so they are cleared, and the resulting param becomes its own
+  master. This takes an update that makes a weight about a thousand times smaller.
   """
   result = add_difference(old, u)
   if kept is None:

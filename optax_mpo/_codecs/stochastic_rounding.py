@@ -1,11 +1,11 @@
-"""Random numbers for stochastic rounding: a hash of the seed, the step, the leaf and the element, and no state.
+"""Random numbers for stochastic rounding: a hash of the seed, the step, the leaf and the element, without state.
 
-Why: where a weight keeps few bits, rounding to nearest drops every update under half of its last place. Rounded up or
-down at random, in proportion, weights are right on average. A training has to be the same each time, on one device as
-on many, and stepped layer by layer as all at once: so each element's number depends on nothing but where it is.
+Why: if a weight keeps few bits, rounding to nearest drops every update under half an ulp. Rounded up or down at random,
+in proportion, weights are right on average. Training has to give the same result every time, on one device or many,
+updated layer by layer or all at once. So an element's number depends only on its place, the step and the seed.
 
-How: lowbias32, an integer hash of full avalanche, of the element's index with a key that is a hash of the rest. It is
-elementwise in iotas, so that it needs no communication where arrays are sharded.
+How: lowbias32, an integer hash with full avalanche, of the element's index and a key that is a hash of the rest. It is
+elementwise in iotas, so sharded arrays need no communication.
 
 Source: C. Wellons, "Prospecting for Hash Functions", 2018, for lowbias32.
 """
@@ -25,12 +25,12 @@ def _hash(x: jax.Array) -> jax.Array:
 
 
 def random_bits(seed: int, step: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array:
-  """Returns u32[*shape], as good as independent of those for any other seed, step or leaf.
+  """Returns u32[*shape], in practice independent of those for any other seed, step or leaf.
 
   Args:
     seed: any Python int.
     step: i32[].
-    leaf: which leaf of the params.
+    leaf: the index of a leaf of the params.
     shape: its shape.
   """
   key = jnp.uint32(seed & 0xFFFF_FFFF)

@@ -1,1 +1,1 @@
-"""What the rest stands on: trees and their names, buffers, types of arrays, primitives, hints for XLA."""
+"""The base of all other folders: trees and their names, buffers, array types, primitives, hints for XLA."""

@@ -1,11 +1,11 @@
-"""Arrays with buffers of their own, so that what a function returns can be donated whole.
+"""Gives arrays buffers of their own, so that everything a function returns can be donated.
 
-Why: JAX refuses to donate one buffer twice, and to donate one deletes every array that shares it. Outside of `jit` a
-leaf that a function passes through is its argument: f32 params that stay in f32, or a state that starts as a copy of
+Why: JAX refuses to donate a buffer twice, and donating it deletes every array that shares it. Outside of `jit`, a leaf
+that a function passes through is the argument itself: f32 params that stay in f32, or a state that starts as a copy of
 the params (`optax.schedule_free`, `optax.lookahead`).
 
-How: buffers are compared by their addresses, and a leaf whose buffer is taken already is copied. Under `jit` there is
-nothing to do: each result has a buffer of its own.
+How: compare buffers by address, and copy a leaf whose buffer is taken already. Under `jit` there is nothing to do: each
+result has its own buffer.
 """
 
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ Tree = TypeVar("Tree")
 
 
 def own(tree: Tree, others: Any) -> Tree:
-  """Returns `tree` with copies in place of the arrays that share a buffer with each other or with a leaf of `others`.
+  """Returns `tree`, with copies of the arrays that share a buffer with an earlier leaf or with a leaf of `others`.
 
   Memory: that of the copies.
   """
@@ -34,7 +34,7 @@ def own(tree: Tree, others: Any) -> Tree:
 
 
 def _addresses(leaf: Any) -> list[tuple[int, int]]:
-  """The device and the address of each buffer of an array; none for what is no array that exists."""
+  """Device and address of each buffer of an array; empty for tracers, deleted arrays and non-arrays."""
   if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_deleted():
     return []
   return [(shard.device.id, shard.data.unsafe_buffer_pointer()) for shard in leaf.addressable_shards]

@@ -1,6 +1,6 @@
-"""What is Flax's: modules used as functions, and states whose leaves are in variables.
+"""Support for Flax: modules used as functions, and trees whose leaves are in NNX variables.
 
-Flax is not imported: who has a module or a state has it loaded.
+Flax is not imported here: a caller who passes a module or a state has loaded it.
 """
 
 import sys
@@ -15,8 +15,10 @@ PyTree = Any
 def as_function(fn: Any, who: str) -> Callable[..., Any]:
   """Returns a function `f(params, *inputs, **kwargs)` for a function, a Flax Linen module or an NNX module.
 
+  For an NNX module with state besides its params, `f` takes `(params, state)` first and returns `(out, new state)`.
+
   Raises:
-    TypeError: for anything else.
+    TypeError: if `fn` is not callable.
   """
   linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
   if linen is not None and isinstance(fn, linen.Module):
@@ -51,7 +53,7 @@ def _nnx_function(module: Any, nnx: Any) -> Callable[..., Any]:
 
 
 def variables(tree: PyTree) -> list[Any]:
-  """The variables of NNX in a tree, such as an `nnx.State`, a module or an optimizer; each once."""
+  """The NNX variables in a tree, such as an `nnx.State`, a module or an optimizer; each once."""
   nnx = sys.modules.get("flax.nnx")
   if nnx is None:
     return []
@@ -60,16 +62,16 @@ def variables(tree: PyTree) -> list[Any]:
 
 
 def pure(tree: PyTree) -> PyTree:
-  """Returns a tree without the variables of NNX around its leaves, so that two of them have one structure."""
+  """Returns `tree` with NNX variables replaced by their values, so that two such trees have the same structure."""
   return sys.modules["flax.nnx"].as_pure(tree) if variables(tree) else tree
 
 
 def in_form_of(original: PyTree, tree: PyTree) -> PyTree:
-  """Returns the leaves of `tree`, which is made of `pure(original)`, in the variables of `original`."""
+  """Returns the leaves of `tree`, which was made from `pure(original)`, in the variables of `original`."""
   return jax.tree.structure(original).unflatten(jax.tree.leaves(tree)) if variables(original) else tree
 
 
 def in_variables_of(original: PyTree, tree: PyTree) -> PyTree:
-  """Returns `tree` with each leaf in a variable of the kind that `original` has, if it has any."""
+  """Returns `tree` with each leaf in a variable of the type of `original`'s first one, if it has any."""
   found = variables(original)
   return jax.tree.map(type(found[0]), tree) if found else tree

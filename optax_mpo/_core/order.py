@@ -1,11 +1,11 @@
-"""What XLA is to keep in order: which value is computed first, and how a slice lies in memory.
+"""Tells XLA what to keep in order: which value to compute first, and how an array lies in memory.
 
-Why: in a scan over layers, XLA would make all new values of a layer before it writes the first of them into its stack.
-Optimization barriers do not prevent that, since XLA takes them out early, and what nobody uses at once. And the
-backward pass of a layer may want an activation transposed; XLA then transposes those of all layers, before the loop.
+Why: in a scan over layers, XLA would compute all new values of a layer before it writes the first into its stack.
+Optimization barriers do not prevent this: XLA removes them early, and removes unused values at once. And if the
+backward pass of a layer needs an activation transposed, XLA transposes those of all layers, before the loop.
 
-How: operations that are lowered in one way for one device, and in another for several, over which the numbers that they
-are given may be spread: there they must not make the devices wait for each other.
+How: primitives with one lowering for a single device and another for several. On several devices their operands may be
+sharded, and they must not make the devices wait for each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,49 +21,49 @@ from optax_mpo._core import primitives, types
 PyTree = Any
 
 SMALL = 2**16
-"""Elements of a weight, of which the caches hold all that its step needs."""
+"""Elements. All that the update of a weight of this size needs fits into the caches."""
 
-_HELD = 2**10  # elements of a weight, of which it costs more to hold something than to compute it anew
+_HELD = 2**10  # elements; for smaller arrays, computing twice costs less than `held`
 
 
 def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
-  """Returns `index`, i32[] and less than 2^30, as a value that XLA knows only when the numbers `done` are there.
+  """Returns `index`, i32[] below 2^30, as a value that XLA knows only after the scalars `done`.
 
-  On several devices it may know it before, but not that it is `index`: what is read there and was just written is read
-  again all the same.
+  On several devices XLA may know it earlier, but not that it equals `index`. So it still reads again what was just
+  written there.
 
   Args:
-    index: what is returned.
-    done: numbers of any dtype, without axes.
-    count: another one for each call with the same index.
+    index: the value to return.
+    done: scalars of any dtype.
+    count: a different number for each call with the same index.
   """
   return _after.bind(index, *done, count=count)
 
 
 def after_use(index: jax.Array, values: Sequence[Any]) -> jax.Array:
-  """Returns `index`, i32[], on one CPU as a value that XLA knows only when the arrays `values` are there.
+  """Returns `index`, i32[]; on one CPU, as a value that XLA knows only after the arrays `values`.
 
-  XLA:CPU takes barriers out before it decides what comes first. Where it might write into a stack before the last of
-  those who read it, it would copy the stack: all layers, for each of them.
+  XLA:CPU removes barriers before it orders operations. If it could write into a stack before the last read of the old
+  values, it would copy the stack: all layers, for each layer.
   """
   return _after_use.bind(index, *first_elements(values))
 
 
 def first_elements(arrays: Sequence[Any]) -> list[jax.Array]:
-  """A number of each array or ref, but for those that are split over devices: JAX would not take one out."""
+  """One element of each array or ref, except empty ones and those split over devices, which JAX refuses to index."""
   return [x[(0,) * x.ndim] for x in arrays if x.size and not types.is_split(x)]
 
 
 def in_order(values: PyTree) -> list[Any]:
-  """Returns arrays, of which the floating ones have their axes in order in memory, where that is on one device."""
+  """Returns arrays; on one device, the floating-point ones are row-major, with their axes in order in memory."""
   floating = [jnp.issubdtype(v.dtype, jnp.floating) for v in values]
   return [_row_major.bind(v) if is_float else v for v, is_float in zip(values, floating, strict=True)]
 
 
 def barrier(values: PyTree) -> PyTree:
-  """`lax.optimization_barrier`, also for arrays of which some differ from device to device inside of a `shard_map`.
+  """`lax.optimization_barrier`, also inside a `shard_map` where only some arrays differ between devices.
 
-  JAX refuses to put those into one barrier, so that each kind has its own, and waits for no other kind.
+  JAX refuses to put such arrays into one barrier. So each kind gets its own, and does not wait for the others.
   """
   leaves, treedef = jax.tree.flatten(values)
   kinds: dict[Any, list[int]] = {}
@@ -76,35 +76,35 @@ def barrier(values: PyTree) -> PyTree:
 
 
 def tie(values: PyTree) -> PyTree:
-  """A `barrier`, but on CPUs nothing: what XLA:CPU does first it decides when it has taken the barriers out.
+  """A `barrier`; nothing on CPUs, since XLA:CPU orders operations after it has removed barriers.
 
-  All that one would do there is to have gradients transposed that are wanted as they lie.
+  There a barrier would only make XLA transpose gradients that are wanted as they lie.
   """
   leaves, treedef = jax.tree.flatten(values)
   return treedef.unflatten(_tie.bind(*leaves))
 
 
 def laid_out(x: jax.Array) -> jax.Array:
-  """Returns a gradient `x`, with its axes in order in memory, on a CPU where it is large and comes out transposed.
+  """Returns a gradient `x`; on one CPU, with its axes in order in memory if it is large and comes out transposed.
 
-  Derivatives of products do. XLA:CPU would have each loop that reads such a gradient, as those of two moments do, turn
-  it round in passing, a number from each cache line: three times the time of one that reads in order. Where it is
-  written, turning it round costs once. Any other gradient is left alone, as XLA may compute it within those loops.
+  Derivatives of products come out transposed. XLA:CPU would transpose such a gradient in each loop that reads it, for
+  instance for each of two moments, one element per cache line: three times as slow as reading in order. Transposing it
+  where it is written costs only once. Any other gradient is left alone, since XLA may compute it within those loops.
   """
   return _laid_out.bind(x) if x.ndim > 1 and x.size >= SMALL else x
 
 
 def held(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns `x: f32[*s]`, as something that XLA:CPU computes once, where it is used more than once.
+  """Returns `x: f32[*s]` as a value that XLA:CPU computes only once, even if it is used several times.
 
-  XLA:CPU puts what is cheap into each loop that uses it. New weights and their bits are two loops, so that both would
-  compute the new master weight, and the old weights would be copied first, since both loops need them and write into
-  their place: of a layer in a scan the whole stack. A division is not cheap; that this one is by one is known to LLVM
-  alone, which takes it out.
+  XLA:CPU repeats cheap operations in each loop that uses them. New weights and their bits are two loops, so both would
+  compute the new master weight. And the old weights would be copied first, since both loops read them and write in
+  their place; in a scan, the whole stack. XLA takes a division for expensive, so `x` is divided by one. Only LLVM sees
+  that the divisor is one, and removes the division.
 
   Args:
-    x: what is returned.
-    like: of a dtype of 16 bits, [*s]; any array that `x` is computed from.
+    x: the value to return.
+    like: [*s], of a 16-bit dtype: any array that `x` is computed from.
   """
   return _held.bind(x, like) if x.size >= _HELD else x
 
@@ -148,15 +148,15 @@ def _in_order(x: Any) -> Any:
 
 
 def _lay_out(lower: Callable[..., Any], context: Any, x: Any) -> Any:
-  # What is exported to be kept must not have this constraint, of which JAX does not promise that XLA will know it.
+  # Not in exported programs: JAX does not promise that a later XLA knows this constraint.
   is_kept = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
   return lower(_in_order if _is_for_one(context) and not is_kept and _comes_transposed(x) else _first)
 
 
 def _comes_transposed(x: Any) -> bool:
-  """Whether a value of a program that is being lowered comes out of a transposition."""
+  """Whether a value in a program that is being lowered comes from a transposition."""
   while True:
-    operation = getattr(x.owner, "operation", x.owner)  # a block without a name, for an argument of a function
+    operation = getattr(x.owner, "operation", x.owner)  # a function's argument has a block, without a name
     name = getattr(operation, "name", "")
     if name not in ("stablehlo.reshape", "stablehlo.broadcast_in_dim"):
       return name == "stablehlo.transpose"

@@ -1,11 +1,11 @@
-"""Makes the JAX primitives of this package, each with all the rules that JAX's transformations ask for.
+"""Makes the JAX primitives of this package, each with all the rules that JAX's transformations need.
 
-Why: a primitive without a batching or a JVP rule works until a user maps or differentiates a training step, and then
+Why: a primitive without a batching or JVP rule works until a user maps or differentiates a training step. Then it
 fails with an error that names something internal.
 
-How: a primitive is given by a function in plain JAX, which says what it computes; implementation, batching and JVP are
-those of that function. What differs from machine to machine is the lowering alone. Most primitives return operands as
-they are and only tell XLA something; for these, derivatives pass straight through and a mapped axis stays where it is.
+How: a function in plain JAX says what a primitive computes, and gives its implementation, batching and JVP. Only the
+lowering differs between backends. Most primitives return their operands and only tell XLA something; their derivatives
+pass straight through, and a mapped axis stays where it is.
 """
 
 import functools
@@ -19,12 +19,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 MADE: dict[str, Primitive] = {}
-"""All primitives of this package, by name, for the test that goes over them."""
+"""All primitives of this package by name, for the test that covers them."""
 
 Lowering = Callable[..., Any]
-"""`lowering(lower, context)` returns `lower(fun)`, of the function in plain JAX that a program is to run there.
+"""`lowering(lower, context, *operands, **params)` returns `lower(fun)`; the program runs `fun`, in plain JAX.
 
-It is handed the operands and the params as well, and may put a context manager around `lower`.
+It may put a context manager around `lower`.
 """
 
 
@@ -40,12 +40,12 @@ def make(
   """Makes a primitive that computes what `plain` does, with the derivatives of `plain`.
 
   Args:
-    name: of the primitive.
+    name: the name of the primitive.
     abstract: `abstract(*avals, **params)` returns the types of the results.
-    plain: `plain(*operands, **params)` computes them anywhere.
-    lowerings: how it is lowered, by platform; None: on all others.
+    plain: `plain(*operands, **params)` computes them on any backend.
+    lowerings: its lowerings by platform; None stands for all others.
     multiple_results: whether it returns a list.
-    depends_on_operands: whether lowerings look at operands, so that none is used again for others of the same type.
+    depends_on_operands: whether a lowering looks at its operands; then it is not reused for others of the same type.
   """
   primitive = MADE[name] = Primitive(name)
   primitive.multiple_results = multiple_results
@@ -85,7 +85,7 @@ def make(
 
 
 def jvp_of(fun: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-  """`jax.jvp` of `fun(*primals)`, with tangents of which some are symbolic zeros."""
+  """`jax.jvp` of `fun(*primals)`, where some tangents may be symbolic zeros."""
   active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero | SymbolicZero)]
 
   def of_active(*values: Any) -> Any:
@@ -100,13 +100,13 @@ def jvp_of(fun: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[A
 def make_hint(
   name: str, lowerings: dict[str | None, Lowering], *, all_operands: bool = False, depends_on_operands: bool = False
 ) -> Primitive:
-  """Makes a primitive that returns its first operand, or all of its operands, and tells XLA something by its lowering.
+  """Makes a primitive that returns its first operand, or all operands, and whose lowering tells XLA something.
 
   Args:
-    name: of the primitive.
-    lowerings: as for `make`. What they return works for operands with any further axes.
-    all_operands: whether all operands are returned, as a list. If not, the others are of the shape of the first one,
-      and only say what it is computed from or what is to be there before.
+    name: the name of the primitive.
+    lowerings: as for `make`. They work for operands with any further axes.
+    all_operands: whether it returns all operands, as a list. If not, the others have the shape of the first one, and
+      only say what it is computed from or has to wait for.
     depends_on_operands: as for `make`.
   """
 
@@ -136,7 +136,7 @@ def make_hint(
 
 
 def _like_first(x: jax.Array, axis: int | None, first: jax.Array, first_axis: int | None) -> jax.Array:
-  """Makes an operand of one with a mapped axis, or without, that has one exactly if the first operand has."""
+  """Gives an operand a mapped axis if the first operand has one, and removes it if not."""
   if first_axis is None:
     return x if axis is None else jax.lax.index_in_dim(x, 0, axis, keepdims=False)  # the hint holds for any member
   if axis is None:

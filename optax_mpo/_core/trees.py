@@ -1,4 +1,4 @@
-"""Names for the leaves of a tree, and the checks every public function makes on the trees it is given."""
+"""Names for the leaves of a tree, and the checks that every public function makes on its trees."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ KeyPath = tuple[Any, ...]
 
 
 def name(path: KeyPath, root: str = "params") -> str:
-  """Returns a leaf's name as one would write it in Python, such as `params['head']['w']`."""
+  """Returns a leaf's name as written in Python, such as `params['head']['w']`."""
   return root + jax.tree_util.keystr(path)
 
 
@@ -29,8 +29,7 @@ def flatten_like(tree: PyTree, other: PyTree, what: str, hint: str, root: str = 
   """Returns `other`'s subtrees at the leaves of `tree`.
 
   Raises:
-    ValueError: where the two trees differ in structure; the message says where, in terms of `root`, and ends in
-      `hint`.
+    ValueError: if the structures differ. The message says where, in terms of `root`, and ends in `hint`.
   """
   try:
     return jax.tree.structure(tree).flatten_up_to(other)
@@ -42,7 +41,7 @@ def flatten_like(tree: PyTree, other: PyTree, what: str, hint: str, root: str = 
 
 def _first_difference(tree: PyTree, other: PyTree, root: str) -> str:
   def names(t: PyTree) -> list[str]:
-    # Leaves and leafless nodes (None, MaskedNode) alike, so that either can be reported.
+    # Also nodes without leaves (None, MaskedNode), so that they can be reported too.
     return [name(path, root) for path, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=_is_leafless)]
 
   ours, theirs = names(tree), names(other)
@@ -64,16 +63,16 @@ def _inside(inner: str, outer: str) -> bool:
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-  """Joins names for an error message, the first few of them."""
+  """Joins the first `most` names for an error message, and counts the others."""
   names = list(names)
   return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_trainable(leaf_name: str, leaf: Any) -> None:
-  """Raises where `leaf` is not a bfloat16, float16 or float32 array, the dtypes an optimizer is wrapped around.
+  """Checks that `leaf` is a bfloat16, float16 or float32 array; only these are trained.
 
   Raises:
-    TypeError: for leaves that are not arrays, and for any other dtype.
+    TypeError: if it is not an array, or has another dtype.
   """
   if not is_array(leaf):
     raise TypeError(

@@ -1,6 +1,6 @@
-"""The types of arrays: shapes and dtypes, and where a mesh has explicit or manual axes how they lie over it.
+"""The types of arrays: shape, dtype and, where a mesh has explicit or manual axes, the sharding over them.
 
-JAX keeps the latter in an array's type, so that a function that is traced with shapes alone does not fit the array.
+JAX keeps that sharding in an array's type, so a function traced with shapes alone does not accept the array.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def struct(x: Any, without: int | None = None) -> jax.ShapeDtypeStruct:
-  """The type of an array, of what a ref holds, or of a type, without one of its axes if that is named."""
+  """The type of an array, a ref or a type, as a `ShapeDtypeStruct`, less the axis `without` if given."""
   aval = _type(x)
   keep = [i for i in range(len(aval.shape)) if i != without]
   sharding, manual = _typed(aval, AxisType.Explicit, AxisType.Manual), getattr(aval, "manual_axis_type", None)
@@ -24,7 +24,7 @@ def struct(x: Any, without: int | None = None) -> jax.ShapeDtypeStruct:
 
 
 def zeros(like: Any) -> jax.Array:
-  """Zeros of the type of an array, or of a type."""
+  """Zeros of the type of `like`, an array or a type."""
   aval = _type(like)
   new = jnp.zeros(aval.shape, aval.dtype, device=_typed(aval, AxisType.Explicit))
   varying = getattr(getattr(aval, "manual_axis_type", None), "varying", ())
@@ -32,7 +32,7 @@ def zeros(like: Any) -> jax.Array:
 
 
 def is_split(x: Any) -> bool:
-  """Whether JAX knows that an array, or what a ref holds, lies in parts on several devices."""
+  """Whether the type of an array, or of what a ref holds, splits it over several devices."""
   sharding = _typed(_type(x), AxisType.Explicit)
   return sharding is not None and any(sharding.spec)
 
@@ -45,7 +45,7 @@ def _type(x: Any) -> Any:
 
 
 def _typed(aval: Any, *kinds: AxisType) -> Any:
-  """The sharding that is part of a type, where its mesh has axes of certain kinds."""
+  """The sharding in a type, if its mesh has axes of one of these kinds; else None."""
   sharding = getattr(aval, "sharding", None)
   axes = getattr(getattr(sharding, "mesh", None), "axis_types", ())
   return sharding if any(kind in axes for kind in kinds) else None

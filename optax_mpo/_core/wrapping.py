@@ -1,4 +1,4 @@
-"""What everything that takes an Optax transformation asks of it, and of its state, first."""
+"""The first checks that every wrapper of an Optax transformation makes on it and on its state."""
 
 import contextvars
 from typing import Any, TypeVar
@@ -14,14 +14,14 @@ State = TypeVar("State")
 def as_transformation(
   tx: Any, caller: str, name: str = "inner", usage: str = "inner"
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns `tx`, the argument `name` of `caller(usage)`, as a transformation that may be given extra arguments.
+  """Returns `tx`, the argument `name` of `caller(usage)`, as a transformation that accepts extra arguments.
 
   The arrays that its `init` makes have buffers of their own, so that params and state can be donated together.
 
   Raises:
-    TypeError: where it is none.
+    TypeError: if it is not a transformation.
   """
-  if isinstance(tx, optax.MultiSteps):  # no GradientTransformation, but with its two methods
+  if isinstance(tx, optax.MultiSteps):  # not a GradientTransformation, but has its two methods
     steps: Any = tx
     tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)
   if not isinstance(tx, optax.GradientTransformation):
@@ -33,7 +33,7 @@ def as_transformation(
 
 
 def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
-  """Raises TypeError where `loss_fn`, an argument of `caller(usage)`, cannot be called."""
+  """Raises TypeError if `loss_fn`, an argument of `caller(usage)`, is not callable."""
   if not callable(loss_fn):
     raise TypeError(
       f"{caller}: loss_fn has to be a function, but it is a {type(loss_fn).__name__}. Call {caller}({usage})."
@@ -44,7 +44,7 @@ _for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_fo
 
 
 def state_shapes(tx: optax.GradientTransformation, params: Any) -> Any:
-  """Returns the state that `tx.init(params)` would make, as ShapeDtypeStructs, to compare another one with."""
+  """Returns the state that `tx.init(params)` would make, as ShapeDtypeStructs, for comparison with another state."""
   token = _for_shapes.set(True)
   try:
     return jax.eval_shape(tx.init, params)
@@ -53,15 +53,15 @@ def state_shapes(tx: optax.GradientTransformation, params: Any) -> Any:
 
 
 def is_for_shapes() -> bool:
-  """Whether `init` runs for `state_shapes`, so that nobody will train with what it makes."""
+  """Whether `init` runs for `state_shapes`, so that its result is not used for training."""
   return _for_shapes.get()
 
 
 def own_state(state: Any, kind: type[State], caller: str) -> State:
-  """Returns `state`.
+  """Returns `state`, checked.
 
   Raises:
-    TypeError: where it is not of the kind that the wrapper's `init` makes.
+    TypeError: if it is not of the type that the wrapper's `init` makes.
   """
   if not isinstance(state, kind):
     raise TypeError(

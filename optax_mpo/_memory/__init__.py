@@ -1,1 +1,1 @@
-"""Peak memory of a step on a GPU that need not be there."""
+"""Peak GPU memory of a training step, without a GPU."""

@@ -1,4 +1,4 @@
-"""Runs XLA:GPU in a process of its own, and says what is missing where that does not work. See `gpu_memory` for why."""
+"""Runs XLA:GPU in a separate process, and says what is missing if that fails. `gpu_memory` explains why."""
 
 import importlib.metadata
 import json
@@ -24,9 +24,9 @@ def _installed(package: str) -> str | None:
 
 
 def _plugin() -> tuple[int, str, list[str | None]]:
-  """Returns the CUDA of the plugin that is there or should be, jaxlib's version, and those of the plugin's parts."""
+  """Returns the plugin's CUDA version (installed, or to install), jaxlib's version, and those of its two packages."""
   version = _installed("jaxlib") or jax.__version__
-  # Both exist for every JAX here. From 0.11 on JAX's own default is the newer.
+  # Every supported JAX has plugins for both CUDA versions. From JAX 0.11 on its own default is the newer one.
   choices = (12, 13) if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (0, 11) else (13, 12)
   parts = {cuda: [_installed(f"jax-cuda{cuda}-{part}") for part in ("plugin", "pjrt")] for cuda in choices}
   cuda = next((cuda for cuda in choices if any(parts[cuda])), choices[0])
@@ -34,7 +34,7 @@ def _plugin() -> tuple[int, str, list[str | None]]:
 
 
 def install_command() -> str:
-  """Returns the command that installs what `gpu_memory` needs beside this JAX, for this Python."""
+  """Returns the command that installs what `gpu_memory` needs in addition to this JAX, for this Python."""
   cuda, version, _ = _plugin()
   compiler = "nvidia-cuda-nvcc-cu12" if cuda == 12 else "nvidia-cuda-nvcc nvidia-nvvm"
   packages = f"jax-cuda{cuda}-plugin=={version} jax-cuda{cuda}-pjrt=={version} {compiler} flatbuffers"
@@ -42,10 +42,10 @@ def install_command() -> str:
 
 
 def check_toolchain() -> None:
-  """Raises where what compiles for a GPU is not installed.
+  """Checks that JAX's CUDA plugin, of jaxlib's version, and flatbuffers are installed.
 
   Raises:
-    ImportError: with the command to install it.
+    ImportError: if they are not. The message has the command to install them.
   """
   cuda, version, parts = _plugin()
   python = ".".join(str(n) for n in sys.version_info[:2])
@@ -67,21 +67,21 @@ def check_toolchain() -> None:
 def run(
   folder: pathlib.Path, request: dict[str, Any], module: bytes | bytearray, card: gpu_targets.Target | None
 ) -> dict[str, int]:
-  """Compiles, and returns XLA's sizes. Its dump is then in `folder`.
+  """Compiles the function and returns XLA's sizes. Leaves XLA's dump in `folder`.
 
   Args:
-    folder: an empty one.
+    folder: an empty folder.
     request: see `worker`.
-    module: the function, as `jax.export` writes it.
-    card: which to compile for; None: the local one.
+    module: the function, as `jax.export` serializes it.
+    card: the card to compile for; None for the local one.
 
   Raises:
-    RuntimeError: where it does not compile, or the process dies.
-    ValueError: where the arguments' layout does not fit the target.
+    RuntimeError: if the function does not compile, or the process dies.
+    ValueError: if the layout of the arguments does not fit the target.
   """
   (folder / "request.json").write_text(json.dumps(request))
   (folder / "module.bin").write_bytes(module)
-  # JAX's settings stay here: the plugin needs its own, and the compilation cache would give no dump.
+  # Drop JAX's settings: the plugin needs its own, and a hit in the compilation cache would give no dump.
   environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
   environment |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0", "PYTHONWARNINGS": "ignore"}
   environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

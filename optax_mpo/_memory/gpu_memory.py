@@ -1,21 +1,21 @@
 """Peak memory of a jitted function on a GPU you do not have.
 
-Why: how much memory a training step takes is known only once XLA has compiled it for the card it runs on: XLA:CPU
-keeps f32 copies of bf16 weights and schedules otherwise, and adding up array sizes knows nothing of temporaries. But
-XLA:GPU needs no GPU to compile, and what it says of buffers then is what it would allocate.
+Why: the memory of a training step is known only after XLA has compiled it for its card. XLA:CPU keeps f32 copies of
+bf16 weights and schedules differently, and a sum of array sizes misses the temporaries. But XLA:GPU needs no GPU to
+compile, and it then reports the buffers it would allocate.
 
-Method: the function is traced and lowered for CUDA here, in the caller's process, with `jax.export`. A second process
-compiles what came out for a named card with JAX's CUDA plugin (`jax.experimental.topologies`), and reports XLA's
-memory analysis and its dump of the buffers.
+Method: the caller's process traces the function and lowers it for CUDA with `jax.export`. A second process compiles the
+result for a named card with JAX's CUDA plugin (`jax.experimental.topologies`). It returns XLA's memory analysis and its
+dump of the buffers.
 
-Why two processes: the plugin can be asked for a card that is not there only if JAX started with JAX_PLATFORMS=cpu. A
-process that started JAX without that, on a machine without a GPU, has thrown the plugin out for good (its version
-check fails; measured on JAX 0.10.2 and 0.12.0.1), and there is no public way to bring it back. The second process has
-settings of its own, so that those of the caller do not matter and the caller's backend is never touched.
+Why two processes: the plugin can compile for an absent card only if JAX started with JAX_PLATFORMS=cpu. If JAX started
+without it on a machine without a GPU, it has dropped the plugin for good (the plugin's version check fails; measured on
+JAX 0.10.2 and 0.12.0.1), and no public API brings it back. The second process starts from its own settings and gets
+only those of the caller that change the compilation. The caller's backend is never touched.
 
-Why `jax.export`: it is JAX's public way to carry a lowered function over. Layouts come along by the names of mesh
-axes, so that a function laid out over CPU devices or over an `AbstractMesh` fits the target's devices; donation is
-carried beside it. The bytes are the same as from lowering directly for the target's devices, to the last one (tested).
+Why `jax.export`: it is JAX's public way to hand over a lowered function. It keeps layouts by the names of mesh axes, so
+a function laid out over CPU devices or an `AbstractMesh` fits the target's devices. Donation is passed separately. The
+bytes are exactly those of lowering directly for the target's devices (tested).
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from optax_mpo._core import modules, trees
 from optax_mpo._memory import compiling, gpu_targets, parameters, xla_dump
 from optax_mpo._memory.report import MemoryReport
 
-# Settings of JAX that change how a lowered function is compiled; all others are in what was lowered.
+# JAX settings that change how a lowered function is compiled. All others are already part of the lowered function.
 _COMPILE_CONFIG = (
   "jax_enable_x64",
   "jax_compiler_enable_remat_pass",
@@ -56,46 +56,47 @@ def gpu_memory(
   compiler_options: Mapping[str, Any] | None = None,
   dump_to: str | pathlib.Path | None = None,
 ) -> MemoryReport:
-  """Compiles `fn` for a GPU, which need not be there, and reports the memory it takes.
+  """Compiles `fn` for a GPU, without needing one, and reports the memory it takes.
 
-  Nothing is run, no array is put on a device, and the process keeps the backend it has. It takes some seconds, nearly
-  all of them XLA's; the result is the same each time. (On a machine with the plugin and without a GPU, JAX itself
-  prints an error about the plugin the first time it is used, unless JAX_PLATFORMS=cpu is set. It does no harm here.)
+  Runs nothing, puts no array on a device, and leaves the backend of the process as it is. Takes some seconds, nearly
+  all of them in XLA; the result is deterministic. (On a machine with the plugin but without a GPU, JAX itself prints an
+  error about the plugin on first use, unless JAX_PLATFORMS=cpu is set. It is harmless here.)
 
   Args:
-    fn: a function, or one that is jitted already, by `jax.jit` or `nnx.jit`. A jitted one keeps its own donated and
-      static arguments, and its shardings.
-    *args: what `fn` is called with: trees of arrays or of `jax.ShapeDtypeStruct`. Only shapes, dtypes and shardings
-      are read.
-    donate_argnums: as in `jax.jit`. For plain functions.
+    fn: a plain function, or one jitted with `jax.jit` or `nnx.jit`. A jitted one keeps its own donated and static
+      arguments, and its shardings.
+    *args: the arguments of `fn`: trees of arrays or of `jax.ShapeDtypeStruct`. Only shapes, dtypes and shardings are
+      read.
+    donate_argnums: as in `jax.jit`. For plain functions only.
     target: `"h100"` (80 GB SXM), `"h200"`, `"a100-80gb"`, `"a100-40gb"`, `"l40s"`, `"rtx4090"`, `"a10"`, or `"local"`
       for the card in this machine.
-    devices: how many of them `fn` is spread over. Arguments say how by a `NamedSharding`, over a
-      `jax.sharding.AbstractMesh` or over a mesh of any devices, such as CPU ones, with that many places; the target's
-      devices stand in for them in order. Arguments without a sharding are replicated.
-    params_argnum: which argument holds the parameters, for the bytes per parameter. In an NNX module or state they are
-      its `nnx.Param`s; in a train state (Flax's, this library's or any object with `params`) and in Linen's variables
-      what is under that name; in other trees all arrays but Optax's states, random keys and counters.
-    params: in its place, what the parameters are, where those rules do not tell: a tree, or a function of `*args` that
-      returns one, such as `lambda run, batch: run["weights"]`. All arrays in it are counted.
-    compiler_options: XLA's, as in `jax.jit`. The environment's XLA_FLAGS count too.
-    dump_to: a folder to leave XLA's dump in, for a closer look: the optimized program is the file that ends in
-      `gpu_after_optimizations.txt`, and the instructions of its kernels are in those that end in `.ptx`. It is made
-      where it is not there, and has to be empty.
+    devices: how many of these cards `fn` runs on. Arguments are laid out by a `NamedSharding` over a mesh of this size:
+      a `jax.sharding.AbstractMesh`, or a mesh of any devices, such as CPU devices. The target's devices replace them in
+      order. Arguments without a sharding are replicated.
+    params_argnum: which argument holds the parameters, for the bytes per parameter. In an NNX module or state these are
+      its `nnx.Param`s. In a train state (Flax's, this library's or any object with `params`) and in Linen's variables
+      they are what is stored under `params`. In other trees they are all arrays except Optax's states, random keys and
+      counters.
+    params: the parameters themselves, where those rules do not find them: a tree, or a function of `*args` that returns
+      one, such as `lambda run, batch: run["weights"]`. All arrays in it are counted.
+    compiler_options: XLA options, as in `jax.jit`. XLA_FLAGS in the environment apply too.
+    dump_to: a folder that receives XLA's dump, for a closer look. The file that ends in `gpu_after_optimizations.txt`
+      is the optimized program; files that end in `.ptx` hold the instructions of its kernels. The folder is created if
+      it does not exist, and has to be empty.
 
   Returns:
     A `MemoryReport`, with sizes for one device.
 
   Raises:
-    ValueError: for an unknown target, a function that does not trace or cannot be lowered for CUDA, layouts that do
-      not have `devices` places, a `dump_to` that is not empty, and settings that contradict each other.
-    TypeError: for arguments that are not arrays.
-    ImportError: where JAX's CUDA plugin is not installed or of another version, with the command that installs it.
-    RuntimeError: where XLA does not compile it.
+    ValueError: for an unknown target, a function that does not trace or cannot be lowered for CUDA, layouts over
+      another number of devices, a `dump_to` that is not empty, and settings that contradict each other.
+    TypeError: if `fn` is not a function, or an argument is not an array or has another sharding than a `NamedSharding`.
+    ImportError: if JAX's CUDA plugin is missing or of another version. The message has the command to install it.
+    RuntimeError: if XLA does not compile the function, or JAX has no backend in this process.
 
-  Memory: what it leaves out is what the GPU's libraries choose when they run: workspace of matrix products and
-  convolutions (up to 32 MiB where XLA measures and picks another algorithm), CUDA's context, fragmentation. An
-  argument that `fn` does not use is counted, since it is there. Memory of the host is not counted.
+  Memory: the report leaves out what the GPU's libraries choose at run time: workspace of matrix products and
+  convolutions (up to 32 MiB where XLA measures and picks another algorithm), CUDA's context, fragmentation. It counts
+  arguments that `fn` does not use, since they exist. It does not count host memory.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax_mpo as mpo
@@ -182,7 +183,7 @@ def _name(fn: Any) -> str:
 
 
 def _roots(fn: Any, count: int) -> list[str]:
-  """Names for the arguments of `fn`, for errors."""
+  """Returns names for the arguments of `fn`, for error messages."""
   try:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     named = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
@@ -195,10 +196,10 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
   """Returns the arguments as ShapeDtypeStructs.
 
   Args:
-    fn: for names in errors.
+    fn: for names in error messages.
     args: the arguments.
-    devices: what shardings have to be over.
-    static: whether leaves that are no arrays may be static arguments, which are left to `jit`.
+    devices: how many devices shardings have to cover.
+    static: whether leaves that are not arrays may be static arguments, which are left to `jit`.
   """
 
   def struct(root: str, path: Any, leaf: Any) -> Any:
@@ -225,7 +226,7 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
     weak = bool(getattr(leaf, "weak_type", False))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak)
 
-  shared = {id(variable): None for variable in modules.variables(args)}  # NNX's, which stay one where they are one
+  shared = {id(variable): None for variable in modules.variables(args)}  # shared NNX variables stay shared
 
   def structs_of(root: str, path: Any, node: Any) -> Any:
     if id(node) not in shared:
@@ -270,10 +271,10 @@ def _parameter_count(args: tuple[Any, ...], params_argnum: int | None, params: A
 
 
 class _Traced:
-  """A traced function instead of a jitted one, for `jax.export`: what NNX traces is lowered otherwise."""
+  """Passes a traced function to `jax.export` in place of a jitted one: NNX's traced functions lower differently."""
 
   def __init__(self, traced: Any):
-    self._traced: jax.stages.Traced = getattr(traced, "traced", traced)  # NNX wraps it
+    self._traced: jax.stages.Traced = getattr(traced, "traced", traced)  # NNX has a wrapper around it
 
   def trace(self, *_: Any, **__: Any) -> jax.stages.Traced:
     return self._traced
@@ -294,8 +295,8 @@ def _lower(
   """Lowers for CUDA.
 
   Returns:
-    The lowered function with flat arguments and results; the indices of the donated arguments; the arguments' names;
-    and the bytes of the arrays it captured.
+    The lowered function with flat arguments and results; the indices of the donated arguments; the argument names; and
+    the bytes of the arrays that the function captured.
   """
   try:
     lowerable = _Traced(jitted.trace(*structs))
@@ -322,7 +323,7 @@ def _lower(
   if exported.nr_devices not in (1, devices):
     _raise_other_devices(f"{_name(fn)} is laid out over {exported.nr_devices}", exported.nr_devices, devices)
   infos = jax.tree.leaves(traced.args_info)
-  # An argument that is not used is not passed on by jit, so that its memory is not there for an output to take.
+  # jit drops unused arguments, so no output can reuse their memory.
   donated = [i for i in exported.module_kept_var_idx if infos[i].donated]
   names: list[str] = list(traced.jaxpr.jaxpr.debug_info.arg_names or ())
   if len(names) != len(infos) or not all(names):
@@ -338,7 +339,7 @@ def _lower(
 
 
 def _check_backend(cause: Exception) -> None:
-  """Raises where the cause of an error is that JAX has no backend at all in this process."""
+  """Raises a RuntimeError if the cause of an error is that JAX has no backend in this process."""
   try:
     jax.default_backend()
   except Exception:
@@ -350,7 +351,7 @@ def _check_backend(cause: Exception) -> None:
 
 
 def _check_no_options(jitted: Any, structs: tuple[Any, ...]) -> None:
-  """Raises where a jitted function has compiler options: they are not part of what is exported."""
+  """Raises a ValueError if a jitted function has compiler options: an export does not contain them."""
   leaves, treedef = jax.tree.flatten(structs)
   arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
 
@@ -363,13 +364,13 @@ def _check_no_options(jitted: Any, structs: tuple[Any, ...]) -> None:
   try:
     jax.eval_shape(call, *(jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in arrays))
   except ValueError as error:
-    # JAX does not say whether a jitted function has options, but refuses it inside another one if it has.
+    # JAX does not tell whether a jitted function has options, but refuses to call one that has inside another one.
     if "compiler_options" in str(error):
       raise ValueError(
         f"gpu_memory: {_name(jitted)} is jitted with compiler_options, which cannot be read from it. Leave them out "
         "there and pass them to gpu_memory(..., compiler_options=...)."
       ) from error
-  except Exception:  # it traces by itself; whatever keeps it from being called inside another function is no concern
+  except Exception:  # it traces by itself, so other errors of a call inside another function do not matter
     pass
 
 

@@ -1,12 +1,11 @@
-"""The GPUs that `gpu_memory` compiles for by name, as the figures XLA:GPU reads of a card.
+"""The GPUs that `gpu_memory` knows by name, with the figures that XLA:GPU reads of a card.
 
-Why: without a card, XLA wants a `stream_executor.GpuTargetConfigProto`. It holds what the compiler decides by: the
-compute capability, the number of cores, shared memory, L2 cache, and the memory there is.
+Why: without a card, XLA needs a `stream_executor.GpuTargetConfigProto`. It holds the figures that the compiler decides
+by: compute capability, number of cores, shared memory, L2 cache and device memory.
 
 Sources: for H100, H200 and A100 the files under xla/backends/gpu/target_config/specs of the XLA project; for the other
-cards CUDA's deviceQuery. `memory` is what the driver reports to programs, which is less than what is printed on the
-box, and varies by some hundred MiB between driver versions: 143156 MiB for H200, 45373 for L40S, 24081 for RTX 4090,
-22516 for A10.
+cards CUDA's deviceQuery. `memory` is what the driver reports to programs. It is less than the nominal size, and varies
+by some hundred MiB between driver versions: 143156 MiB for H200, 45373 for L40S, 24081 for RTX 4090, 22516 for A10.
 """
 
 import dataclasses
@@ -14,19 +13,19 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What XLA:GPU has to know of a card.
+  """What XLA:GPU has to know about a card.
 
   Attributes:
-    name: as the driver calls it.
+    name: the driver's name for the card.
     compute: the compute capability, major and minor.
     cores: streaming multiprocessors.
     memory: bytes of device memory the driver reports.
     l2: bytes of L2 cache.
-    shared: bytes of shared memory a multiprocessor has.
+    shared: bytes of shared memory of a multiprocessor.
     shared_optin: bytes of shared memory a block can ask for.
-    threads: threads a multiprocessor can hold.
+    threads: the most threads a multiprocessor can hold.
     fpus: 32-bit floating-point units of a multiprocessor.
-    bandwidth: of the memory, in bytes a second.
+    bandwidth: memory bandwidth, in bytes per second.
     clock: in GHz.
   """
 
@@ -44,7 +43,7 @@ class Target:
 
   @property
   def config(self) -> str:
-    """The card as the text of a GpuTargetConfigProto."""
+    """The card as a GpuTargetConfigProto in text format."""
     major, minor = self.compute
     feature = "ACCELERATED_FEATURES" if major == 9 else "NONE"
     return f"""
@@ -92,10 +91,10 @@ LOCAL = "local"
 
 
 def find(target: str) -> Target | None:
-  """Returns the card of that name, or None for the local one.
+  """Returns the card of that name, or None for the local card.
 
   Raises:
-    ValueError: for another name; the message lists those known.
+    ValueError: for an unknown name. The message lists the known ones.
   """
   key = target.lower() if isinstance(target, str) else target
   if key == LOCAL:

@@ -1,11 +1,11 @@
-"""Which arrays of an argument are a model's parameters, and how many numbers they hold.
+"""Finds which arrays of an argument are a model's parameters, and counts their elements.
 
-Why: a train state holds moments, counts and statistics beside the params. Counted with them, a model that takes 12
-bytes per parameter seems to take 4.
+Why: a train state holds moments, counts and statistics beside the params. If they were counted too, a model that takes
+12 bytes per parameter would seem to take 4.
 
-How: by what the objects say of themselves. An NNX variable is a `Param` or it is not; a train state and Linen's
-variables have their params under that name; Optax's states are named tuples whose names end in `State`. Arrays that
-nothing is said of are parameters, but for random keys and counters.
+How: by types and names. In NNX, parameters are variables of type `Param`. A train state and Linen's variables have them
+under the name `params`. Optax's states are named tuples whose type names end in `State`. All other arrays are
+parameters, except random keys and counters.
 """
 
 import sys
@@ -21,7 +21,7 @@ PyTree = Any
 
 
 def size(tree: PyTree) -> int:
-  """Returns how many numbers there are in all arrays of `tree`, shared NNX variables counted once."""
+  """Returns the number of elements in all arrays of `tree`. Shared NNX variables count once."""
   found = modules.variables(tree) or [tree]
   return sum(leaf.size for leaf in jax.tree.leaves(found) if trees.is_array(leaf))
 
@@ -42,7 +42,7 @@ def of(tree: PyTree) -> PyTree:
 
 
 def _params_in(node: Any) -> PyTree:
-  """What a train state or Linen's variables have under the name of params; None for all else."""
+  """Returns the `params` of a train state or of Linen's variables; None for anything else."""
   if isinstance(node, Mapping):
     return node.get("params")
   params = None if trees.is_array(node) else getattr(node, "params", None)

@@ -1,4 +1,4 @@
-"""What `gpu_memory` finds out, as a value: figures in bytes, a table, a chart, JSON."""
+"""The result of `gpu_memory`: sizes in bytes, as a table, a chart or JSON."""
 
 import dataclasses
 import json
@@ -7,24 +7,24 @@ import pathlib
 import re
 from typing import Any
 
-_LARGEST = 10  # buffers that the table shows
+_LARGEST = 10  # how many buffers the table shows
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-  """A piece of the memory that a program needs, on one device.
+  """A part of the memory that a program needs, on one device.
 
   Attributes:
-    name: of an argument, as in `params['w']`; else of the instruction that writes it, in the compiled program.
-    kind: `"argument"`, `"output"` (outputs that take an argument's place are not listed) or `"temporary"`.
-    bytes: what it adds to the total. Temporaries share memory where their times allow, so that a temporary may be
-      larger than what is laid to it here.
+    name: the argument, such as `params['w']`, or else the instruction of the compiled program that writes the buffer.
+    kind: `"argument"`, `"output"` (without outputs that reuse an argument's memory) or `"temporary"`.
+    bytes: how much the buffer adds to the total. Temporaries share memory if they live at different times, so a
+      temporary may be larger than its `bytes`.
     shape: dtype and shape on one device, such as `bf16[8,128]`.
     op_name: the JAX operation, such as `jit(step)/transpose(jvp())/dot_general`. Empty for arguments.
-    source: the line of your code it comes from, as in `model.py:12 in loss`. Empty for arguments.
-    at_peak: False for space that is empty at the moment of the peak: it is there because something needs it at another
-      moment, or because of how the compiler packed the buffers.
-    reused: whether an output takes the place of this argument, which was donated.
+    source: the line of your code that it comes from, such as `model.py:12 in loss`. Empty for arguments.
+    at_peak: False for space that is unused at the moment of the peak. It exists because something needs it at another
+      time, or because of how the compiler packed the buffers.
+    reused: whether an output reuses the memory of this donated argument.
   """
 
   name: str
@@ -39,26 +39,25 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-  """The memory that a compiled function needs on a GPU. All sizes are bytes on one device, unless they say otherwise.
+  """The memory that a compiled function needs on a GPU. Sizes are bytes on one device unless stated otherwise.
 
   `str(report)` is a table.
 
   Attributes:
-    target: as it was asked for, such as `"h100"`.
+    target: the target as the caller named it, in lower case, such as `"h100"`.
     device: the card's full name.
-    devices: on how many of them the function runs.
+    devices: how many devices the function runs on.
     device_bytes: the memory of one card, as its driver reports it.
-    argument_bytes: the arguments, and arrays that the function captured from around it.
+    argument_bytes: the arguments, and arrays that the function captured.
     output_bytes: the results.
-    aliased_bytes: results that take the place of donated arguments, so that they need no memory of their own.
-    temporary_bytes: all that is needed while the function runs: activations, gradients, workspace.
-    parameter_count: how many numbers there are in the argument that holds the parameters, over all devices. None where
-      the caller named none.
-    jax_version: of the JAX whose compiler was asked.
-    buffers: what the memory is made of, the largest first. Empty where XLA's dump could not be read.
-    without_triton: whether XLA's own tiles for Triton matrix products, which it measures where there is a GPU, did not
-      fit a shape, so that all products were left to cuBLAS. Temporaries then differ by some percent. To compare like
-      with like, compile all with `compiler_options={"xla_gpu_enable_triton_gemm": False}`.
+    aliased_bytes: results that reuse the memory of donated arguments, so that they need none of their own.
+    temporary_bytes: everything else the function needs while it runs: activations, gradients, workspace.
+    parameter_count: how many parameters there are, over all devices. None if the caller named no parameters.
+    jax_version: the JAX version that compiled the function.
+    buffers: what the memory consists of, the largest first. Empty if XLA's dump could not be read.
+    without_triton: whether all matrix products were left to cuBLAS. Without a GPU to measure on, XLA uses default tiles
+      for Triton, and these may not fit a shape. Temporaries then differ by some percent. For a fair comparison compile
+      all functions with `compiler_options={"xla_gpu_enable_triton_gemm": False}`.
   """
 
   target: str
@@ -81,7 +80,7 @@ class MemoryReport:
 
   @property
   def parameters(self) -> int | None:
-    """The same as `parameter_count`, under the name that `explain` has for it."""
+    """The same as `parameter_count`, under the name that `explain` uses."""
     return self.parameter_count
 
   @property
@@ -89,25 +88,25 @@ class MemoryReport:
     """Whether the total is at most the card's memory.
 
     Leave a margin of about 1 GiB: CUDA's context and its libraries take memory too. JAX takes 75% of the card by
-    default, so that for more, XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 has to be set where the function runs.
+    default. For more, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 where the function runs.
     """
     return self.total_bytes <= self.device_bytes
 
   @property
   def bytes_per_parameter(self) -> float | None:
-    """`total_bytes`, summed over all devices, by parameter. None where the caller did not name the parameters."""
+    """`total_bytes` over all devices, divided by the number of parameters. None if the caller named no parameters."""
     return self.per_parameter(self.total_bytes)
 
   def per_parameter(self, device_bytes: int) -> float | None:
-    """Returns a size on one device, such as `report.temporary_bytes`, summed over all devices, by parameter.
+    """Converts a size on one device, such as `report.temporary_bytes`, to bytes per parameter over all devices.
 
-    So a function that shards all it holds has the same figure on 1 device and on 8, and one that replicates all has
-    8 times as much.
+    A function that shards everything has the same figure on 1 device and on 8. One that replicates everything has 8
+    times as much on 8 devices.
     """
     return device_bytes * self.devices / self.parameter_count if self.parameter_count else None
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the fields and what is derived of them, as JSON has it."""
+    """Returns the fields and the figures derived from them, ready for JSON."""
     derived = {"total_bytes": self.total_bytes, "bytes_per_parameter": self.bytes_per_parameter, "fits": self.fits}
     fields = dataclasses.asdict(self)
     buffers = fields.pop("buffers")
@@ -161,10 +160,10 @@ class MemoryReport:
     """Draws the report as a stacked bar against the card's memory.
 
     Args:
-      path: of the image to write. Its suffix says the format: `.png`, `.svg`, `.pdf`.
+      path: the image file to write. Its suffix sets the format: `.png`, `.svg`, `.pdf`.
 
     Raises:
-      ModuleNotFoundError: where matplotlib is not installed.
+      ModuleNotFoundError: if matplotlib is not installed.
     """
     try:
       from matplotlib.figure import Figure
@@ -195,7 +194,7 @@ class MemoryReport:
 
 
 def _described(buffer: Buffer) -> str:
-  """A buffer's place in the user's program, short enough for a line of the table."""
+  """Returns a buffer's place in the user's program, short enough for a line of the table."""
   operation = "/".join(buffer.op_name.split("/")[-2:]) or buffer.name
   path, _, rest = buffer.source.rpartition("/")
   return f"{operation}, {rest or path}" if buffer.source else operation

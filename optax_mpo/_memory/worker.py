@@ -1,11 +1,12 @@
-"""The process in which `gpu_memory` compiles: reads a request, runs XLA:GPU, writes what came of it. Run as a script.
+"""The process in which `gpu_memory` compiles: reads a request, runs XLA:GPU, writes the result. Run as a script.
 
-Why a process of its own: see `gpu_memory`. It gets the request in the folder named by its only argument:
+`gpu_memory` explains why this is a separate process. Its only argument is a folder with the request:
 
-  request.json   the target's text (null: the local card), the topology, the donated arguments, the compiler options
-  module.bin     the function, lowered for CUDA, as `jax.export` writes it
+  request.json   the target's text (null: the local card), the topology, the donated arguments, the compiler options,
+                 JAX's settings, and whether to dump the kernels
+  module.bin     the function, lowered for CUDA, as `jax.export` serializes it
 
-It leaves there `result.json`, with XLA's figures or with an error and the stage it happened in, and XLA's dump.
+It writes `result.json` there, with XLA's figures, or an error and the stage where it happened; and XLA's dump.
 """
 
 import itertools
@@ -26,7 +27,7 @@ SIZES = ("argument", "output", "alias", "temp")
 
 
 def mesh_axes(module: str) -> list[tuple[str, int]]:
-  """Returns names and sizes of the axes of the mesh that a lowered module is laid out over; none: []."""
+  """Returns the names and sizes of the mesh axes of a lowered module; [] without a mesh."""
   for axes in re.findall(r"sdy\.mesh @\S+ = <\[([^\]]*)\]", module):
     found = re.findall(r'"([^"]+)"\s*=\s*(\d+)', axes)
     if found:
@@ -35,7 +36,7 @@ def mesh_axes(module: str) -> list[tuple[str, int]]:
 
 
 def shardings(exported: Any, devices: list[Any]) -> tuple[NamedSharding, list[NamedSharding]]:
-  """Returns the replicated sharding over the target's devices and those of the arguments, where it is the default."""
+  """Returns the replicated sharding over the target's devices, and the argument shardings (by default replicated)."""
   axes = mesh_axes(exported.mlir_module()) if exported.nr_devices > 1 else []
   names = tuple(axis for axis, _ in axes) or ("devices",)
   grid = np.array(devices).reshape([size for _, size in axes] or [len(devices)])
@@ -43,7 +44,7 @@ def shardings(exported: Any, devices: list[Any]) -> tuple[NamedSharding, list[Na
     replicated = NamedSharding(Mesh(grid, names), PartitionSpec())
     return replicated, [replicated] * len(exported.in_avals)
   error = None
-  # The module tells names and sizes, but not the types of the axes.
+  # The module has the names and sizes of the axes, but not their types.
   for types in itertools.product((AxisType.Auto, AxisType.Explicit, AxisType.Manual), repeat=len(names)):
     replicated = NamedSharding(Mesh(grid, names, axis_types=types), PartitionSpec())
     try:
@@ -54,7 +55,7 @@ def shardings(exported: Any, devices: list[Any]) -> tuple[NamedSharding, list[Na
 
 
 def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
-  """Compiles what `folder` asks for, noting in `stage` how far it got."""
+  """Compiles the request in `folder`, and records in `stage` how far it got."""
   request = json.loads((folder / "request.json").read_text())
   for name, value in request["config"].items():
     jax.config.update(name, value)
@@ -70,18 +71,18 @@ def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
     jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=s)
     for aval, s in zip(exported.in_avals, laid_out, strict=True)
   ]
-  # Without arguments only the results can say where the function runs.
+  # Without arguments, only the results can tell which devices the function runs on.
   results: dict[str, Any] = {} if args else {"out_shardings": replicated}
 
   stage[0] = "compile"
   step = jax.jit(exported.call, donate_argnums=request["donated"], keep_unused=True, **results)
   options = {
-    "xla_llvm_disable_expensive_passes": True,  # what comes after the buffers are known: a fifth of the time
+    "xla_llvm_disable_expensive_passes": True,  # these run after buffer assignment, and take a fifth of the time
     **request["options"],
     "xla_dump_to": str(folder / "dump"),
     "xla_dump_hlo_as_text": True,
   }
-  if request["kernels"]:  # since JAX 0.12 XLA writes them down where it is asked to
+  if request["kernels"]:  # since JAX 0.12, XLA dumps PTX only on request
     options["xla_dump_emitter_re"] = "ptx"
   program, without_triton = compiled(step.lower(*args), options)
   stats: Any = program.memory_analysis()
@@ -89,10 +90,10 @@ def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
 
 
 def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, bool]:
-  """Compiles, without Triton's matrix products where those do not work out, and returns whether that was so.
+  """Compiles, and compiles again without Triton's matrix products if they fail. Returns whether it did.
 
-  Triton's tiles are chosen by measuring. Without a GPU XLA takes default ones, and where those do not fit a shape (a
-  ViT's 6272 x 768, say) it fails. All products then go to cuBLAS, as those that Triton does not win go anyway.
+  XLA chooses Triton's tiles by measuring. Without a GPU it takes default tiles, and fails if these do not fit a shape,
+  such as a ViT's 6272 x 768. Then all products go to cuBLAS, as those where Triton is slower always do.
   """
   try:
     return lowered.compile(options), False
@@ -108,7 +109,7 @@ def main() -> None:
   stage = ["start"]
   try:
     result = compile_request(folder, stage)
-  except Exception as error:  # whatever it is, the process that asked has to tell it
+  except Exception as error:  # the calling process reports it, whatever it is
     result = {"stage": stage[0], "error": f"{type(error).__name__}: {error}"}
   (folder / "result.json").write_text(json.dumps(result))
 

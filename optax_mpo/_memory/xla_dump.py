@@ -1,15 +1,14 @@
-"""Reads from XLA's dump which buffers make the peak: their names, sizes, operations and source lines.
+"""Reads from XLA's dump which buffers make up the peak: their names, sizes, operations and source lines.
 
-XLA:GPU places all temporaries of a program in one allocation. Its size is the peak, and many values share a place in
-it, one after the other. Here every byte of that allocation is laid to one value: to the one that is there at the
-moment of the peak, else (space that packing leaves open at that moment, but that another one needs) to the largest
-that is ever there. So the sizes add up to the allocation.
+XLA:GPU places all temporaries of a program in one allocation. Its size is the peak, and values that live at different
+times share its bytes. This module assigns every byte to one value: to the value that occupies it at the peak, or, if it
+is unused at the peak, to the largest value that ever occupies it. So the sizes add up to the allocation.
 
-Three texts are read, written beside each other with the prefix `...gpu_after_optimizations`:
+It reads three files with the common prefix `...gpu_after_optimizations`:
 
-  -buffer-assignment.txt   the allocations, and the values in them with place and size
+  -buffer-assignment.txt   the allocations, and the values in them with offset and size
   -live-range.txt          the values alive at the peak
-  .txt                     the program: an operation's name and stack frames
+  .txt                     the program: names and stack frames of operations
 """
 
 import bisect
@@ -36,8 +35,8 @@ _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-  name: str  # of the instruction, without the index into a tuple
-  index: str  # that index: "{}", "{1}"
+  name: str  # the instruction, without the index into a tuple
+  index: str  # the index into a tuple: "{}", "{1}"
   size: int
   offset: int
   shape: str
@@ -59,12 +58,13 @@ def read(folder: pathlib.Path, temporary_bytes: int, argument_names: Sequence[st
   """Returns the buffers of the program in a dump, the largest first.
 
   Args:
-    folder: where XLA dumped.
-    temporary_bytes: as XLA reports for the program; of several programs in the dump, the one that has them is read.
-    argument_names: one for every parameter of the program.
+    folder: XLA's dump.
+    temporary_bytes: the size of the program's temporaries, as XLA reports it. If the dump has several programs, the one
+      that comes closest to this size is read.
+    argument_names: one name for each parameter of the program.
 
   Returns:
-    Arguments, outputs and temporaries. Empty where the dump is not of the form known here.
+    Arguments, outputs and temporaries. Empty if the dump has an unknown format.
   """
   programs = [(path, _allocations(path)) for path in sorted(folder.glob("*-buffer-assignment.txt"))]
   if not programs:
@@ -101,7 +101,7 @@ def read(folder: pathlib.Path, temporary_bytes: int, argument_names: Sequence[st
 
 
 def read_device(folder: pathlib.Path) -> tuple[str, int]:
-  """Returns the name and the bytes of memory of the card that a dump says the program was compiled for."""
+  """Returns the name and the memory in bytes of the card that the program was compiled for, from a dump."""
   text = "".join(path.read_text(errors="replace") for path in sorted(folder.glob("*gpu_target_config.pbtxt"))[:1])
   name = re.search(r'device_description_str: "([^"]*)"', text)
   memory = re.search(r"device_memory_size: (\d+)", text)
@@ -119,7 +119,7 @@ def _allocations(path: pathlib.Path) -> list[_Allocation]:
       name, index, size, offset, shape = value.groups()
       found[-1].values.append(_Value(name, index or "{}", int(size), int(offset), shape))
     elif found and not line.strip():
-      break  # the allocations end here; what follows lists the values' uses
+      break  # end of the allocations; the uses of the values follow
   return found
 
 
@@ -143,7 +143,7 @@ def _live_at_peak(path: pathlib.Path) -> set[str]:
 
 
 def _shares(allocation: _Allocation, live: set[str], describe: "_Descriptions") -> list[tuple[_Value, int, bool]]:
-  """Lays each byte of an allocation to a value, and returns (value, bytes, whether it is alive at the peak)."""
+  """Assigns each byte of an allocation to a value. Returns (value, bytes, whether it is alive at the peak)."""
   places: dict[tuple[int, int], list[_Value]] = collections.defaultdict(list)
   for value in allocation.values:
     places[value.offset, value.size].append(value)
@@ -156,7 +156,7 @@ def _shares(allocation: _Allocation, live: set[str], describe: "_Descriptions") 
   for not_alive, negative_size, offset, values, alive in sorted(claims, key=lambda c: c[:3]):
     size = free.take(offset, offset - negative_size)
     if size:
-      # Of the names that one buffer goes by (a loop's state and what is written to it), the one that says most.
+      # A buffer has several names, such as a loop's state and the value written to it. Take one with a description.
       same = [v for v in values if not alive or v.shape == alive[0].shape]
       named = [v for v in alive if describe(v.name)[1]] or [v for v in same if describe(v.name)[1]] or alive or values
       shares.append((named[0], size, not not_alive))
@@ -164,13 +164,13 @@ def _shares(allocation: _Allocation, live: set[str], describe: "_Descriptions") 
 
 
 class _Free:
-  """The stretches of an allocation that no value has claimed yet."""
+  """The intervals of an allocation that no value has claimed yet."""
 
   def __init__(self, size: int):
     self._starts, self._ends = [0], [size]
 
   def take(self, start: int, end: int) -> int:
-    """Claims what is free between start and end, and returns how many bytes that are."""
+    """Claims the free bytes between start and end, and returns how many they are."""
     i = max(bisect.bisect_right(self._starts, start) - 1, 0)
     taken = 0
     while i < len(self._starts) and self._starts[i] < end:
@@ -187,7 +187,7 @@ class _Free:
 
 
 class _Descriptions:
-  """Finds an instruction's operation, such as `transpose(jvp())/dot_general`, and the user's line it comes from."""
+  """Finds an instruction's JAX operation, such as `transpose(jvp())/dot_general`, and its line in the user's code."""
 
   def __init__(self, path: pathlib.Path):
     self._instructions: dict[str, str] = {}
@@ -205,13 +205,13 @@ class _Descriptions:
     self._files, self._functions = tables["FileNames"], tables["FunctionNames"]
     self._locations = {i: _fields(row) for i, row in tables["FileLocations"].items()}
     self._frames = {i: _fields(row) for i, row in tables["StackFrames"].items()}
-    # The text gives a frame's parent by its number plus one, so that 1 stands for none.
+    # If no frame has the parent 0, the dump gives a frame's parent as its number plus one, so that 1 means none.
     self._shift = 0 if any(frame.get("parent_frame_id") == 0 for frame in self._frames.values()) else 1
 
   def __call__(self, name: str) -> tuple[str, str]:
     line = self._instructions.get(name, "")
     operation = _OP_NAME.search(line)
-    # The worker calls the exported function; the outermost names are of that call.
+    # The outermost names belong to the worker's call of the exported function.
     return re.sub(r"^jit\([^/]*\)/call_exported/?", "", operation[1]) if operation else "", self._source(line)
 
   def _source(self, line: str) -> str:
@@ -223,7 +223,7 @@ class _Descriptions:
     return "{}:{} in {}".format(*own[0]) if own else ""
 
   def _stack(self, number: int) -> list[tuple[str, int, str]]:
-    """Returns (file, line, function) of a frame and of those around it, the innermost first."""
+    """Returns (file, line, function) of a frame and of its callers, the innermost first."""
     stack = []
     while (frame := self._frames.get(number)) and len(stack) < len(self._frames):
       location = self._locations.get(frame.get("file_location_id", 0), {})
@@ -245,6 +245,6 @@ def _is_library(file: str) -> bool:
 
 
 def _short(shape: str) -> str:
-  """Removes what a shape says of its layout: f32[8,4]{1,0} is f32[8,4]."""
+  """Removes the layout from a shape: f32[8,4]{1,0} becomes f32[8,4]."""
   shape = re.sub(r"/\*.*?\*/", "", re.sub(r"\{[^}]*\}", "", shape))
   return shape if len(shape) <= 60 else shape[:57] + "..."

@@ -1,1 +1,1 @@
-"""Jaxprs as data, and what is known of them."""
+"""Jaxprs as data, and analyses of them."""

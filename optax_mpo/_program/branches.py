@@ -1,11 +1,11 @@
-"""Turns the `cond`s of a program into their branches and a select.
+"""Replaces each `cond` of a program by its branches and a select.
 
-Why: what is inside a branch cannot be cut away from the rest of it. `optax.apply_if_finite` around clipping, and
-`optax.MultiSteps`, compute the norm of all gradients inside of one. With the branches in the open that norm is a value
+Why: an operation inside a branch cannot be separated from the rest of it. `optax.apply_if_finite` around clipping, and
+`optax.MultiSteps`, compute the norm of all gradients inside a branch. With the branches inlined, that norm is a value
 like any other, and the update can be taken apart.
 
-How: all branches are computed, and `select_n` takes the results of one of them: the same bits. That takes the time of
-the other branches, so it is only for updates that cannot be taken apart otherwise.
+How: compute all branches, and pick the results of one with `select_n`: the same bits. This costs the time of the other
+branches, so it is used only for updates that cannot be taken apart otherwise.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from optax_mpo._program.program import Operation, Program
 
 
 def has_branches(program: Program) -> bool:
-  """Whether there is a `cond` in the program."""
+  """Whether the program has a `cond`."""
   return any(operation.bodies for operation in program.operations)
 
 
 def opened(program: Program) -> Program:
-  """Returns a program without `cond`s. The variables of `program` keep their numbers, and new ones are added."""
+  """Returns a program without `cond`s. Variables of `program` keep their numbers; new ones are added."""
   new = dataclasses.replace(program, operations=[], constants=dict(program.constants), avals=list(program.avals))
   for operation in program.operations:
     _append(new, operation)
@@ -46,7 +46,7 @@ def _append(new: Program, operation: Operation) -> None:
 
 
 def _inlined(new: Program, body: Program, operands: list[int]) -> list[int]:
-  """Adds the operations of a branch; returns the variables of its results."""
+  """Adds the operations of a branch, and returns the variables of its results."""
   named = dict(zip(body.inputs, operands, strict=True))
   for var, value in body.constants.items():
     named[var] = new.new(body.aval(var))
@@ -63,7 +63,7 @@ def _inlined(new: Program, body: Program, operands: list[int]) -> list[int]:
 
 
 def _variable(new: Program, atom: Any) -> int:
-  """A variable that holds an atom: for a literal, a constant of its dtype."""
+  """A variable that holds an atom; a literal becomes a constant of its dtype."""
   if isinstance(atom, int):
     return atom
   var = new.new(atom.aval)

@@ -1,14 +1,14 @@
-"""Runs the update of a stack of layers for one layer at a time, where that is provably the same.
+"""Runs the update of a stack of layers for one layer at a time, where the result is provably the same.
 
 Why: the weights of scanned layers are stacked, `[layers, ...]`, and so are their moments. The backward pass of the scan
-has the gradient of one layer at a time, and the weights should be stepped then and there. The update that Optax wrote
-is for the whole stack. Tracing it anew for one layer could mean something else: a weight decay mask by rank would see
-scales as scalars, adafactor would factor other axes.
+has the gradient of one layer at a time, and should update that layer's weights at once. But Optax's update is for the
+whole stack. Traced again for one layer, it could mean something else: a weight decay mask by rank would see scales as
+scalars, adafactor would factor other axes.
 
-How: the operations of the update are run one by one on arrays whose layer axis has size 1, and for each it is known
-where that axis goes: kept by elementwise operations, moved by a transpose, a batch axis of a product. An operation that
-mixes the layers (a sum over that axis, say) or that is not known is refused, with its name. Arrays that do not depend
-on the layer are cut at the layer's index where they meet ones that do.
+How: run the operations of the update one by one on arrays whose layer axis has size 1 (a few, for rows), and track that
+axis: elementwise operations keep it, a transpose moves it, in a product it may be a batch axis. An operation that mixes
+layers (a sum over that axis, say) or is not known is refused by name. Arrays that do not depend on the layer are sliced
+at its index where they meet ones that do.
 """
 
 import dataclasses
@@ -37,27 +37,27 @@ _REDUCTIONS = frozenset(
 )
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
 
-Axis = int | None  # where an array's layer axis is, if it has one
+Axis = int | None  # the position of an array's layer axis, or None
 
 
 class NotSeparableError(Exception):
-  """An update of stacked layers that one layer alone cannot be stepped with. The message names the operation."""
+  """An update of stacked layers that cannot be run for one layer alone. The message names the operation."""
 
 
 class _Layer:
-  """One layer of a stack, or some in a row: which is the first, of how many, and how many."""
+  """One layer of a stack of `length`, or `size` consecutive ones, from `index` on."""
 
   def __init__(self, index: Any, length: int, size: int):
     self.index, self.length, self.size = index, length, size
 
   def cut(self, value: Any, axis: int) -> Any:
-    """Cuts an array that does not depend on the layer down to this one."""
-    if value.shape[axis] == 1:  # one for all of them, if there are several
+    """Slices this layer out of an array that does not depend on the layer."""
+    if value.shape[axis] == 1:  # the same for all layers, or there is only one
       return value
     return lax.dynamic_slice_in_dim(value, self.index, self.size, axis)
 
   def shape(self, shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    """The shape of an array of all layers, for this one."""
+    """The shape for this layer, from the shape for all layers."""
     return (*shape[:axis], self.size, *shape[axis + 1 :])
 
 
@@ -70,19 +70,19 @@ def run(
   length: int,
   size: int = 1,
 ) -> None:
-  """Runs operations for one layer, or for some in a row.
+  """Runs operations for one layer, or for several consecutive ones.
 
   Args:
-    operations: what to run, in order.
-    program: where they are from.
-    env: the values of variables, read and written; with layer axes of `size`.
-    axes: the layer axis of each variable in `env`, read and written; a missing one has none.
-    index: i32[], which layer.
+    operations: the operations, in order.
+    program: the program they are from.
+    env: the values of variables, read and written; their layer axes have length `size`.
+    axes: the layer axis of each variable in `env`, read and written; a missing variable has none.
+    index: i32[], the first layer to run.
     length: the number of layers.
-    size: how many are run.
+    size: the number of layers to run.
 
   Raises:
-    NotSeparableError: where an operation mixes layers.
+    NotSeparableError: if an operation mixes layers or is not known.
   """
   layer = _Layer(index, length, size)
 
@@ -100,12 +100,12 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A part of an update, which is run and written before the next one is read.
+  """A part of an update, run and written before the next part is read.
 
   Attributes:
-    inputs: the variables of gradients, weights and states. New states stand in for old ones that are written already.
-    outputs: which of the outputs of the update it makes.
-    operations: what it runs.
+    inputs: the variables of gradients, weights and states. A new state that is already written replaces the old one.
+    outputs: the indices of the update's outputs that it makes.
+    operations: its operations.
   """
 
   inputs: tuple[int, ...]
@@ -122,14 +122,14 @@ def parts(
 ) -> list[Part]:
   """Splits an update into parts that can be run and written one after the other, each over what it has read.
 
-  Why: on GPUs XLA writes into stacks with a kernel for each, and would make all new values before the first of them. A
-  new moment that is written and read again takes the place of the old one, where nothing else needs that.
+  Why: XLA:GPU writes each stack in a kernel of its own, and would compute all new values before the first write. If
+  nothing later needs an old moment, the new one is written first, and then read again in its place.
 
   Args:
-    program: of the update.
+    program: the program of the update.
     inputs: the variables of gradients, weights and states.
     outputs: the atoms of new weights and states.
-    places: for each output that is a new state, which of the inputs it takes the place of.
+    places: for each output that is a new state, the index of the input that it replaces.
     given: the variables that are known besides the inputs.
   """
 
@@ -193,20 +193,20 @@ def _elementwise(
 def _barrier(
   operation: Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
-  # Rows are stepped on CPUs alone, where XLA takes barriers out when it has looked for what is computed twice.
+  # Only CPUs update by rows, and XLA:CPU removes barriers once it has eliminated common subexpressions.
   return values if layer.size > 1 else jax_forms.run_operation(operation, values), axes
 
 
 def _constraint(
   operation: Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
-  return values, axes  # how the stack should be laid out over devices says nothing about one layer
+  return values, axes  # the sharding of a stack says nothing about one layer
 
 
 def _laid_out(
   operation: Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
-  # A layer's gradient comes by itself. Rows are cut out of one that lies in order already.
+  # The backward pass makes a layer's gradient by itself; rows are sliced from a gradient that is already in order.
   return values if layer.size > 1 else [order.laid_out(*values)], axes
 
 
@@ -319,7 +319,7 @@ def _sort(
 def _bitcast_convert_type(
   operation: Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
-  # A conversion to a narrower type adds a last axis, one to a wider type takes it away; the others stay.
+  # A conversion to a narrower type adds a last axis, one to a wider type removes it; the other axes stay.
   if operation.eqn.outvars[0].aval.ndim == axes[0]:
     raise _mixes(operation)
   return jax_forms.run_operation(operation, values), axes

@@ -1,14 +1,14 @@
-"""An update as what it computes for one element, for a kernel that steps a weight in one pass.
+"""Describes an update by what it computes for one element, for a kernel that updates a weight in one pass.
 
-Why: on GPUs XLA makes one kernel of an elementwise update, but not where its results are written into stacks of layers,
-nor where blocks of state get a scale from their largest element: then it reads and writes everything twice.
+Why: XLA:GPU makes one kernel of an elementwise update, except where it writes the results into stacks of layers, or
+where blocks of state get a scale from their largest element. There it reads and writes everything twice.
 
-How: the operations of an update are followed from its inputs, and each value is told apart by what it is one of for
-each *element* of the weight, for each *block* of elements along the last axis, or for all of it (*scalar*). Reshapes
-between those forms do nothing. What comes out is a list of nodes without shapes. Anything else is refused by name.
+How: follow the operations of an update from its inputs. Each value is per *element* of the weight, per *block* of
+elements along the last axis, or a *scalar* for the whole weight. Reshapes that keep the kind do nothing. The result is
+a list of nodes without shapes. Anything else is refused by name.
 
-XLA rewrites divisions and constants before it compiles: (a / b) / c to a / (b * c), for one. The nodes are written as
-XLA writes them, so that a kernel of them computes the very numbers; tests hold them against XLA's own program.
+XLA rewrites divisions and constants before it compiles, for example (a / b) / c to a / (b * c). The nodes are rewritten
+the same way, so that a kernel computes the same bits. Tests compare them with XLA's own program.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ Kind = Literal["element", "block", "scalar"]
 
 
 class NotElementwiseError(Exception):
-  """An update that is no function of single elements and blocks. The message says why."""
+  """An update that is not a function of single elements and blocks. The message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-  """A value: "input" and "literal" with a number in `params`, or an operation on other nodes.
+  """A value: an "input", a "literal", or an operation on other nodes.
 
   Attributes:
-    name: of the operation.
-    args: the nodes that it is made from.
-    dtype: of the value.
-    kind: what it is one of.
-    params: which input; the number; or what else the operation needs.
+    name: "input", "literal" or the name of the operation.
+    args: the nodes it is computed from.
+    dtype: the dtype of the value.
+    kind: per element, per block, or scalar.
+    params: the index of the input, or the value of the literal; None for an operation.
   """
 
   name: str
@@ -55,9 +55,9 @@ class Source:
 
   Attributes:
     var: the variable.
-    kind: what it has one entry of.
-    columns: whether it has entries for one row of the weight alone, all rows alike.
-    counted: whether those are their own places in the row, 0, 1, 2 and so on: no array has to be read for them.
+    kind: per element, per block, or scalar.
+    columns: whether it has entries for one row of the weight only, the same for all rows.
+    counted: whether these are their own indices in the row, 0, 1, 2 and so on, so that no array has to be read.
   """
 
   var: int
@@ -71,12 +71,12 @@ class Elements:
   """An update of one weight.
 
   Attributes:
-    nodes: in an order in which they can be computed.
-    outputs: the nodes that are the new weight and the new states, in their order.
-    sources: what the nodes "input" stand for: the gradient, the weight, its states, and what is known beside them.
-    block: elements in a block; 0 where there are no blocks.
-    length: of the weight's last axis.
-    hoisted: operations on scalars and on numbers for one row, to be run beforehand.
+    nodes: the nodes, in an order in which they can be computed.
+    outputs: the nodes of the new weight and the new states, in their order.
+    sources: what the "input" nodes refer to: the gradient, the weight, its states, and other known values.
+    block: elements in a block; 0 if there are no blocks.
+    length: the length of the weight's last axis.
+    hoisted: operations on scalars and on values for one row, to be run before the kernel.
   """
 
   nodes: tuple[Node, ...]
@@ -87,9 +87,9 @@ class Elements:
   hoisted: tuple[Operation, ...]
 
   def compute(self, values: Sequence[Any], shapes: dict[Kind, tuple[int, ...]]) -> list[Any]:
-    """Computes the outputs from arrays in the place of the sources, of the shapes that each kind has.
+    """Computes the outputs from arrays for the sources, in the given shape for each kind.
 
-    The shape of an element is that of a block with another last axis, or the two are the same.
+    The shapes for elements and for blocks differ in the last axis at most.
     """
     env: list[Any] = []
 
@@ -146,21 +146,21 @@ def take_apart(
   """Takes the update of one weight apart.
 
   Args:
-    program: where the operations are from.
+    program: the program of the operations.
     operations: the update.
     inputs: the variables of the gradient, the weight and its states.
-    given: the variables of what is known beside them.
+    given: the other variables that are known.
     outputs: the new weight and states.
-    shape: of the weight.
+    shape: the shape of the weight.
 
   Raises:
-    NotElementwiseError: where it is no function of single elements and blocks.
+    NotElementwiseError: if it is not a function of single elements and blocks.
   """
   return _Builder(program, shape, inputs).build(operations, inputs, given, outputs)
 
 
 class _Builder:
-  """Makes nodes of operations."""
+  """Turns operations into nodes."""
 
   def __init__(self, program: Program, shape: tuple[int, ...], inputs: Sequence[int]):
     self.program, self.shape, self.size = program, shape, math.prod(shape)
@@ -174,13 +174,13 @@ class _Builder:
     self.nodes: list[Node] = []
     self.known: dict[Node, int] = {}
     self.joined: set[int] = set()  # nodes that XLA joins with another one
-    self.env: dict[int, int] = {}  # the node of a variable
+    self.env: dict[int, int] = {}  # variable -> node
 
   def _is_by_block(self, shape: tuple[int, ...]) -> bool:
     return len(shape) == len(self.shape) and shape[:-1] == self.shape[:-1] and shape != self.shape
 
   def kind(self, shape: tuple[int, ...]) -> tuple[Kind, bool] | None:
-    """What an array of a shape has an entry of, and whether it is for the columns alone."""
+    """The kind of an array of this shape, and whether it holds one row only; None for any other shape."""
     size = math.prod(shape)
     if size == 1 and self.size > 1 and shape != self.shape:
       return "scalar", False
@@ -208,7 +208,7 @@ class _Builder:
       if self.program.aval(var).shape != self.shape and not self._is_by_block(self.program.aval(var).shape):
         raise NotElementwiseError(f"an array of shape {list(self.program.aval(var).shape)} goes into it")
       self._add_source(sources, var)
-    known = {v for v in given if v in read}  # beforehand
+    known = {v for v in given if v in read}  # before the kernel runs
     for operation in operations:
       reads = {a for a in operation.inputs if isinstance(a, int)}
       if operation.name == "iota":
@@ -231,13 +231,13 @@ class _Builder:
     return self._without_unused(found, len(inputs))
 
   def _without_unused(self, elements: Elements, inputs: int) -> Elements:
-    """Drops the nodes that nothing needs, and numbers the others anew; the inputs are sources all the same."""
+    """Drops the nodes that nothing needs and renumbers the others; sources that are inputs stay in any case."""
     needed = set(elements.outputs)
     for i in range(len(elements.nodes) - 1, -1, -1):
       if i in needed:
         needed.update(elements.nodes[i].args)
     if needed & self.joined:
-      # The XLA of JAX 0.10 joins them all the same, and that of JAX 0.12 does not.
+      # The XLA of JAX 0.10 joins them even so, that of JAX 0.12 does not.
       raise NotElementwiseError("XLA would join a product or quotient that is used twice with others, or would not")
     number: dict[int, int] = {}
     sources, nodes = list(elements.sources[:inputs]), []
@@ -253,14 +253,14 @@ class _Builder:
     return dataclasses.replace(elements, nodes=tuple(nodes), outputs=outputs, sources=tuple(sources))
 
   def _is_inside(self, operation: Operation) -> bool:
-    """Whether an operation is left to the kernel though it could be run beforehand, for which XLA takes a launch."""
+    """Whether the kernel runs an operation that could run before it, where XLA would need a launch for it."""
     if operation.name == "broadcast_in_dim":
       return math.prod(self.program.aval(operation.inputs[0]).shape) == 1
     whole = all(jnp.issubdtype(self.program.aval(v).dtype, jnp.integer) for v in operation.outputs if v >= 0)
     return whole and operation.name in _COMPUTE
 
   def _add_counted(self, sources: list[Source], operation: Operation) -> None:
-    """Adds the places in a row, or those of its blocks."""
+    """Adds the indices of the elements of a row, or of its blocks, as a source."""
     (var,) = operation.outputs
     shape, dimension = self.program.aval(var).shape, operation.eqn.params["dimension"]
     kind = self.kind(shape)
@@ -270,7 +270,7 @@ class _Builder:
     self.env[var] = self.make("input", (), self.program.aval(var).dtype, len(sources) - 1, kind[0])
 
   def _is_small(self, var: int) -> bool:
-    """Whether a variable is a scalar, or has numbers for one row."""
+    """Whether a variable is a scalar, or has values for one row only."""
     shape = self.program.aval(var).shape
     return self.kind(shape) is not None and math.prod(shape) <= self.length
 
@@ -318,11 +318,11 @@ class _Builder:
   def _check_broadcast(
     self, operation: Operation, old: tuple[int, ...], new: tuple[int, ...], dimensions: tuple[int, ...]
   ) -> None:
-    """Raises where a broadcast does something else than to repeat scalars, blocks over their elements, or rows."""
+    """Raises unless a broadcast repeats scalars, blocks over their elements, or rows."""
     kind, size = self.kind(old), math.prod(new)
     if kind is not None and (kind[0] == "scalar" or math.prod(old) == size):
       return
-    # Axes that grow: the last one, from a block to its elements; or all before the row.
+    # These axes may grow: the last one, from a block to its elements; or those before the row.
     grows = [axis for axis in range(len(new)) if axis not in dimensions or old[dimensions.index(axis)] != new[axis]]
     if kind is not None and kind[0] == "block" and grows == [len(new) - 1] and new[-1] == self.block:
       return
@@ -352,7 +352,7 @@ class _Builder:
   # --- As XLA writes it -----------------------------------------------------------------------------------------------
 
   def make(self, name: str, args: tuple[int, ...], dtype: Any, params: Any = None, kind: Kind | None = None) -> int:
-    """Adds a node, or finds the one that is the same."""
+    """Adds a node, or finds an equal one."""
     if kind is None:
       kinds = {self.nodes[a].kind for a in args}
       kind = "element" if "element" in kinds else "block" if "block" in kinds else "scalar"
@@ -397,14 +397,14 @@ class _Builder:
     return self._joined("mul", args, dtype)
 
   def _joined(self, name: str, args: tuple[int, ...], dtype: Any) -> int | None:
-    """(a op c) op d for two numbers c and d is a op (c op d)."""
+    """Rewrites (a op c) op d, with literals c and d, to a op (c op d)."""
     for one, other in (args, args[::-1]):
       inner = self.nodes[one]
       if self._number(other) is None or inner.name != name:
         continue
       for a, c in (inner.args, inner.args[::-1]):
         if self._number(c) is not None:
-          # A sum of whole numbers is exact either way, and so is a product with a power of two, of normal numbers.
+          # Exact either way: a sum of whole numbers, and a product of normal numbers with a power of two.
           if not (self.nodes[a].name in ("floor", "min") if name == "add" else self._is_power_of_two(c)):
             self.joined.add(one)
           c, d = np.asarray(self._number(c), dtype), np.asarray(self._number(other), dtype)

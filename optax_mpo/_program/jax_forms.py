@@ -1,11 +1,11 @@
-"""Programs: jaxprs flattened into lists of operations that can be inspected, cut into slices and run.
+"""Flattens jaxprs into programs: lists of operations that can be inspected, cut into slices and run.
 
-Why: both fused routes take a training step apart, down to single leaves. They need to know what an operation depends
-on, and to run some operations and not others.
+Why: gradient release, automatic or by layers, takes a training step apart, down to single leaves. It needs to know what
+an operation depends on, and to run some operations and not others.
 
-How: `flatten` traces nothing; it copies a jaxpr into a `Program` with its nested calls (jit, custom_jvp_call, ...)
-inlined, and numbers in place of jaxpr variables. `dependencies` is a forward pass with one bit per input, `slice_of` a
-backward one. Everything that depends on how a JAX version writes a jaxpr down is in this module.
+How: `flatten` traces nothing. It copies a jaxpr into a `Program`, inlines its nested calls (jit, custom_jvp_call, ...)
+and numbers its variables. `dependencies` is a forward pass with bit sets of inputs, `slice_of` a backward pass.
+Everything that depends on how a JAX version writes jaxprs is in this module.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ from optax_mpo._program.program import Atom, Operation, Program
 
 _PACKAGE = pathlib.PurePath(__file__).parents[1]
 
-# The calls that mean no more than the operations in them, once nothing is to be differentiated.
+# Calls that mean no more than the operations in them, once nothing is to be differentiated.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "remat"})
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
   """Traces `fun(*args)`, and returns its program and the tree of shapes that it returns.
 
-  The arguments may be ShapeDtypeStructs. What `fun` closes over is among the constants.
+  The arguments may be ShapeDtypeStructs. Arrays that `fun` closes over become constants.
   """
   closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
   return flatten(closed), out
 
 
 def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
-  """Copies a jaxpr into a program, with the calls named in `calls` inlined."""
+  """Copies a jaxpr into a program, and inlines the calls named in `calls`."""
   program = Program(source=closed)
 
   def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], caller: Any) -> list[Atom]:
@@ -82,7 +82,7 @@ def _called(eqn: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-  """Returns a closed or open jaxpr as an open one and its constants."""
+  """Returns a closed or open jaxpr as an open one, and its constants."""
   consts = getattr(jaxpr, "consts", ())
   return getattr(jaxpr, "jaxpr", jaxpr), consts
 
@@ -104,7 +104,7 @@ def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -
     with eqn.ctx.manager if hasattr(eqn, "ctx") else contextlib.nullcontext():
       results = eqn.primitive.bind(*values, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
-  # Run as a jaxpr of its own, an operation keeps the line and the scope it was written in, for profiles and reports.
+  # Run as a jaxpr of its own, an operation keeps its line of code and its name scope, for profiles and reports.
   named = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)}
   jaxpr = core.Jaxpr((), list(named), eqn.outvars, [eqn], debug_info=_no_debug_info())
   return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*named.values())
@@ -125,31 +125,31 @@ def call(program: Program, *args: Any) -> list[Any]:
 
 
 def call_source(program: Program, *args: Any) -> list[Any]:
-  """The same, but in such a way that it is differentiated as its author wrote it, with custom derivatives."""
+  """The same, but differentiated as its author wrote it, with custom derivatives."""
   assert program.source is not None
-  consts = list(program.constants.values())[: len(program.source.consts)]  # those of calls come after them
+  consts = list(program.constants.values())[: len(program.source.consts)]  # those of inlined calls come after these
   return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
 
 
 def operand(atom: Atom, env: dict[int, Any]) -> Any:
-  """The value of an atom, to run an operation on: a literal's is a number of its dtype, with `jax_enable_x64` too."""
+  """The value of an atom as an operand; a literal becomes a NumPy array of its dtype, also with `jax_enable_x64`."""
   return env[atom] if isinstance(atom, int) else np.asarray(atom.val, atom.aval.dtype)
 
 
 def value(atom: Atom, env: dict[int, Any]) -> Any:
-  """The value of an atom: a literal's is an array of its dtype."""
+  """The value of an atom; a literal becomes a JAX array of its dtype."""
   return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, atom.aval.dtype)
 
 
-# --- What depends on what ---------------------------------------------------------------------------------------------
+# --- Dependencies -----------------------------------------------------------------------------------------------------
 
 
 def dependencies(program: Program, inputs: Sequence[int]) -> dict[int, int]:
-  """Returns for every variable the union of the bit sets of the inputs it depends on.
+  """Returns, for every variable, the union of the bit sets of the inputs it depends on.
 
   Args:
     program: the program.
-    inputs: a bit set for each of its inputs.
+    inputs: a bit set for each input of the program.
   """
   deps = dict.fromkeys(program.constants, 0)
   deps.update(zip(program.inputs, inputs, strict=True))
@@ -196,7 +196,7 @@ def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
     found = output_bits(body, dependencies(body, [*inputs[:consts], *carried, *inputs[consts + carry :]]))
     grown = [a | b for a, b in zip(carried, found[:carry], strict=True)]
     if grown == carried:
-      return grown + found[carry:]  # a result of the carry needs its first value too, be it to start from
+      return grown + found[carry:]  # a carried result needs its initial value too
     carried = grown
 
 
@@ -205,7 +205,7 @@ def _closed(jaxpr: Any) -> Any:
 
 
 def scan_counts(operation: Operation) -> tuple[int, int, int]:
-  """How many of a scan's operands are constants, carry and scanned."""
+  """The numbers of a scan's constant, carried and scanned operands."""
   params = operation.eqn.params
   if "num_consts" in params:
     consts, carry = params["num_consts"], params["num_carry"]
@@ -218,16 +218,15 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
 
 
 def read_by(operations: Iterable[Operation], outputs: Iterable[Atom] = ()) -> set[int]:
-  """The variables that operations, and a program with these outputs, read."""
+  """The variables that `operations` read, and those among `outputs`."""
   atoms = [a for operation in operations for a in operation.inputs]
   return {a for a in [*atoms, *outputs] if isinstance(a, int)}
 
 
 def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozenset[int]) -> list[Operation]:
-  """Returns the operations that `outputs` need beyond the variables `given`, in an order in which they can run.
+  """Returns the operations that make `outputs` when the variables `given` are known, in an order in which they can run.
 
-  Operations that keep several values apart (`cond`, `scan`, `optimization_barrier`) are cut down to the results that
-  are needed.
+  Operations that keep several values apart (`cond`, `scan`, `optimization_barrier`) are cut down to the needed results.
   """
   needed = {a for a in outputs if isinstance(a, int)} - given
   makers = program.makers
@@ -260,7 +259,7 @@ def _cut_barrier(operation: Operation, used: list[bool]) -> Operation:
 
 
 def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
-  """A `cond` with the results that are used alone, and the operands that those need."""
+  """A `cond` with only the results that are used, and the operands that they need."""
   sliced, read = [], set()
   for body in operation.bodies:
     outputs = [a for a, keep in zip(body.outputs, used, strict=True) if keep]
@@ -281,7 +280,7 @@ def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
 
 
 def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
-  """A `scan` with the results that are used, as far as JAX's own rule for it cuts; or whole, which is as correct."""
+  """A `scan` with only the results that are used, as far as JAX's own rule cuts it; else whole, also correct."""
   rule: Any = partial_eval.dce_rules.get(operation.eqn.primitive)
   if rule is None or misread_scan():
     return operation
@@ -289,7 +288,7 @@ def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
     used_inputs, eqn = rule(used, operation.eqn)
   except TypeError:  # from JAX 0.11 on, it also asks which operands may be written to
     used_inputs, eqn = rule(used, [True] * len(operation.inputs), operation.eqn)
-  kept = {id(v) for v in eqn.outvars}  # what is used, and the carry that it needs
+  kept = {id(v) for v in eqn.outvars}  # the used results, and the carry that they need
   outputs = _kept(operation.outputs, [id(v) in kept for v in operation.eqn.outvars])
   return Operation(eqn, _kept(operation.inputs, used_inputs), outputs, operation.caller)
 
@@ -316,7 +315,7 @@ def where(operation: Operation) -> str:
   return f"`{operation.name}`"
 
 
-# --- What JAX there is ------------------------------------------------------------------------------------------------
+# --- JAX versions -----------------------------------------------------------------------------------------------------
 
 KNOWN = "JAX 0.10.2 to 0.12"
 _NOT_THERE = (AttributeError, KeyError, TypeError, ValueError)
@@ -324,7 +323,7 @@ _NOT_THERE = (AttributeError, KeyError, TypeError, ValueError)
 
 @functools.cache
 def _sample() -> Any:
-  """A derivative with all that `flatten_towards` and the callers of `scan_counts` and `scan_body` rely on."""
+  """A derivative with everything that `flatten_towards` and the callers of `scan_counts` and `scan_body` rely on."""
 
   def loss(w: jax.Array, x: jax.Array) -> jax.Array:
     def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
@@ -336,7 +335,7 @@ def _sample() -> Any:
 
 
 def misread_scan() -> str:
-  """Says what of a scan is not where it is looked for; nothing where all is."""
+  """Says what in a scan is not where this module expects it; empty if all is."""
   scans = [operation for operation in flatten(_sample()).operations if operation.name == "scan"]
   try:
     for operation in scans:
@@ -351,7 +350,7 @@ def misread_scan() -> str:
 
 
 def check_forms(caller: str) -> None:
-  """Raises NotImplementedError where this JAX writes programs down in another way than is known here."""
+  """Raises NotImplementedError if this JAX writes jaxprs in a way that this module does not know."""
   misread = misread_scan()
   if misread:
     raise NotImplementedError(
@@ -364,10 +363,10 @@ def check_forms(caller: str) -> None:
 
 
 def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparent: frozenset[str]) -> Program:
-  """Copies a jaxpr into a program and inlines the calls in which `wanted` outputs are made, and no others.
+  """Copies a jaxpr into a program, and inlines only the calls that make `wanted` outputs.
 
   A wanted output is followed back through the operations named in `transparent`. A `remat` call is inlined together
-  with the barrier on its operands that it stands for.
+  with the barrier that it implies on its operands.
   """
   program = Program(source=closed)
 
@@ -422,7 +421,7 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
 
 
 def _is_inlined(eqn: Any) -> bool:
-  """Whether a call means no more than its operations, so that no sharding or compiler option of its own is lost."""
+  """Whether a call means no more than its operations: inlining it loses no derivative, sharding or compiler option."""
   if eqn.primitive.name not in CALLS or eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
     return False
   shardings = [*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ())]
@@ -430,7 +429,7 @@ def _is_inlined(eqn: Any) -> bool:
 
 
 def _kept_apart(eqn: Any) -> Sequence[bool]:
-  """Which operands of a call go through a barrier, so that what it recomputes is not merged with the first time."""
+  """Which operands of a call go through a barrier, so that XLA does not merge its recomputation with the first run."""
   apart = eqn.params.get("prevent_cse", False) if eqn.params.get("differentiated") else False
   return [apart] * len(eqn.invars) if isinstance(apart, bool) else list(apart)
 
@@ -445,7 +444,7 @@ def scan_body(operation: Operation) -> core.ClosedJaxpr:
 
 
 def consists_of(eqn: Any, names: frozenset[str]) -> bool:
-  """Whether an operation is one of `names`, or a call of nothing else."""
+  """Whether an operation is one of `names`, or a call that contains nothing else."""
   if eqn.primitive.name in CALLS:
     return all(consists_of(e, names) for e in _called(eqn)[0].eqns)
   return eqn.primitive.name in names

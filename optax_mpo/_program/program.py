@@ -7,7 +7,7 @@ from typing import Any
 from jax.core import Tracer
 from jax.extend import core
 
-Atom = Any  # an int, which numbers a variable of the program, or a core.Literal
+Atom = Any  # an int, the number of a variable of the program, or a core.Literal
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -15,12 +15,12 @@ class Operation:
   """One operation of a program: a jaxpr equation, with its variables numbered.
 
   Attributes:
-    eqn: the equation, for its primitive, its params and where it came from.
+    eqn: the equation, for its primitive, its params and its line of code.
     inputs: an atom for each operand.
-    outputs: a variable for each result; -1 for one that nobody uses.
+    outputs: a variable for each result; -1 for an unused one.
     caller: the equation of the outermost call it was inlined from, or None.
-    bodies: the branches of a `cond`, as programs; where a slice has cut some results off, they no longer are those of
-      the equation, and nor are the inputs and outputs.
+    bodies: the branches of a `cond`, as programs. If a slice has removed results, bodies, inputs and outputs differ
+      from those of the equation.
   """
 
   eqn: Any
@@ -40,12 +40,12 @@ class Program:
   """A flat list of operations.
 
   Attributes:
-    inputs: the variables that come in.
-    outputs: the atoms that go out.
-    operations: in an order in which they can run.
+    inputs: the input variables.
+    outputs: the output atoms.
+    operations: the operations, in an order in which they can run.
     constants: the values of variables that are known beforehand.
     avals: the shape and dtype of every variable.
-    source: the jaxpr that it was copied from, whose calls have derivatives of their own.
+    source: the jaxpr that it was copied from, with the custom derivatives of its calls.
   """
 
   inputs: list[int] = dataclasses.field(default_factory=list)
@@ -60,7 +60,7 @@ class Program:
     return self.avals[atom] if isinstance(atom, int) else atom.aval
 
   def new(self, aval: Any) -> int:
-    """Adds a variable."""
+    """Adds a variable, and returns its number."""
     self.avals.append(aval)
     return len(self.avals) - 1
 
@@ -71,9 +71,9 @@ class Program:
 
   @property
   def traced(self) -> dict[int, Any]:
-    """The constants that are traced, and so may be differentiated or mapped."""
+    """The constants that are tracers, and so may be differentiated or mapped."""
     return {v: x for v, x in self.constants.items() if isinstance(x, Tracer)}
 
   def replaced(self, constants: dict[int, Any]) -> "Program":
-    """The same program, with other values for some of its constants."""
+    """The same program with other values for some of its constants."""
     return dataclasses.replace(self, constants=self.constants | constants)

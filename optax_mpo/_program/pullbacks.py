@@ -1,11 +1,11 @@
-"""The forward pass of a function with what its backward pass needs, less what the weights can give again.
+"""Splits a function into forward and backward pass, without keeping residuals that its weights can give again.
 
-Why: what JAX keeps for the backward pass of a layer includes its weights and what was made from weights alone: a cast
-to f32, a transpose. In a fused step that would hold a second copy of every weight, of its value before the step.
+Why: JAX's residuals for the backward pass of a layer include its weights and values made from weights alone: a cast to
+f32, a transpose. With gradient release they would be a second copy of every weight, from before its update.
 
-How: `jax.vjp` is traced, and its residuals are sorted by dataflow. Those that depend on the inputs are kept. Those that
-depend on weights and constants alone are dropped and computed again, by the slice of the program that makes them.
-`jax.checkpoint` around the function decides what else is a residual, with its policies; here nothing knows of it.
+How: trace `jax.vjp`, and sort its residuals by dataflow. Those that depend on the inputs are kept. Those that depend on
+weights and constants alone are dropped and recomputed, by the slice of the program that makes them. `jax.checkpoint`
+around the function, with its policies, decides what else is a residual; this module need not know.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Pullback:
 
   Attributes:
     out_treedef: the structure of what the function returns.
-    out_avals: the shapes of the leaves of that.
-    stored: how many arrays `forward` wants to be kept.
+    out_avals: the types of its leaves.
+    stored: how many arrays `forward` returns to be kept.
   """
 
   out_treedef: Any
@@ -38,7 +38,7 @@ class Pullback:
   _backward: Program
   _vjp_treedef: Any
   _residuals: tuple[Any, ...]  # atoms
-  _kept: dict[int, int]  # variable -> its place among the kept
+  _kept: dict[int, int]  # variable -> its place among the kept arrays
   _slice: tuple[Operation, ...]
 
   def forward(self, weights: Sequence[Any], constants: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], Any]:
@@ -71,13 +71,13 @@ def trace(
   inputs: Sequence[Any],
   active: Sequence[Sequence[bool]],
 ) -> Pullback:
-  """Traces `fun(weights, constants, inputs)` and what its derivative needs.
+  """Traces `fun(weights, constants, inputs)` and its derivative.
 
   Args:
     fun: takes three lists of arrays.
-    weights: arrays or their shapes: what can be had again in the backward pass and may change from call to call.
-    constants: what is the same in all calls, such as what the function closed over.
-    inputs: what nothing but this call knows.
+    weights: arrays or their shapes: available again in the backward pass, and may change from call to call.
+    constants: the same in all calls, such as arrays that the function closed over.
+    inputs: known in this call only.
     active: for each of the three, which arrays are differentiated.
   """
   groups = (weights, constants, inputs)

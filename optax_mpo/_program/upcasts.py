@@ -1,12 +1,12 @@
-"""Finds the products that are computed in f32 because a low-precision weight meets an f32 input.
+"""Finds the products that run in f32 because a low-precision weight meets an f32 input.
 
-Why: JAX promotes, and so does Flax with `dtype=None`: the product of a bf16 weight and an f32 input runs in f32, at a
-fraction of the speed and with twice the memory for what comes out, without a word.
+Why: JAX promotes, and so does Flax with `dtype=None`: the product of a bf16 weight and an f32 input silently runs in
+f32, at a fraction of the speed and with twice the memory for its result.
 
-How: weights are followed through the program of a loss function, with its loops, branches and calls, to the products
-that they are in. Either the weight was converted on the way, or the other operand has more bits. A product of bf16
-operands that is summed in f32 (`preferred_element_type`) is none of these; its derivative has an f32 operand, which is
-why the program is that of the loss alone.
+How: follow weights through the program of a loss function, its loops, branches and calls, to the products that use
+them. A product counts if the weight was converted on the way, or if the other operand has more bits. A product of bf16
+operands that accumulates in f32 (`preferred_element_type`) does not count. Its derivative has an f32 operand, so only
+the program of the loss is searched.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"))
-# What a weight is followed through: operations that move its elements, and change none.
+# A weight is followed through these: they move or convert its elements.
 _MOVES = frozenset(
   """convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice rev copy copy_p pad
   optimization_barrier sharding_constraint reduce_precision name""".split()
@@ -26,18 +26,18 @@ _MOVES = frozenset(
 
 
 class _Weight(NamedTuple):
-  """What a variable is: the weight of this leaf, converted to more bits or as it was."""
+  """A variable that is the weight of this leaf, perhaps converted to more bits."""
 
   leaf: int
   converted: bool
 
 
 def products(program: Program, low: Mapping[int, int]) -> dict[int, str]:
-  """Returns for each weight that is in a product of more bits than its own the line of code of the first such product.
+  """Returns, for each weight in a product of more bits than its own, the operation and line of code of the first one.
 
   Args:
     program: the program of a loss function, without its derivative.
-    low: the index of each input that is a low-precision weight, by its variable.
+    low: the low-precision weights: the variable of an input -> the index of its leaf.
   """
   found: dict[int, str] = {}
   _follow(program, {variable: _Weight(i, False) for variable, i in low.items()}, found)
@@ -45,7 +45,7 @@ def products(program: Program, low: Mapping[int, int]) -> dict[int, str]:
 
 
 def _follow(program: Program, known: dict[int, _Weight], found: dict[int, str]) -> list[_Weight | None]:
-  """Follows the weights that are known of the inputs; returns what is known of the outputs."""
+  """Follows the weights known among the inputs, and returns those known among the outputs."""
 
   def weight(atom: Atom) -> _Weight | None:
     return known.get(atom) if isinstance(atom, int) else None
@@ -66,7 +66,7 @@ def _follow(program: Program, known: dict[int, _Weight], found: dict[int, str]) 
           known[after] = _Weight(w.leaf, new_bits > bits or (w.converted and new_bits == bits))
     else:
       for body in _bodies(operation):
-        # A loop's or a branch's body takes the last of the operands, a call's all of them.
+        # The body of a loop or a branch takes the last operands, that of a call all of them.
         given = weights[len(weights) - len(body.inputs) :]
         inside = {v: w for v, w in zip(body.inputs, given, strict=True) if w is not None}
         results = _follow(body, inside, found)
@@ -82,7 +82,7 @@ def _bits(program: Program, atom: Atom) -> int:
 def _bodies(operation: Operation) -> Iterator[Program]:
   for name, param in operation.eqn.params.items():
     for x in param if isinstance(param, tuple | list) else (param,):
-      if not isinstance(x, core.ClosedJaxpr | core.Jaxpr) or name == "cond_jaxpr":  # of a while loop, and a scalar
+      if not isinstance(x, core.ClosedJaxpr | core.Jaxpr) or name == "cond_jaxpr":  # a while loop's condition, a scalar
         continue
       body = jax_forms.flatten(x if isinstance(x, core.ClosedJaxpr) else core.ClosedJaxpr(x, ()))
       if len(body.inputs) <= len(operation.inputs):

@@ -1,4 +1,4 @@
-"""Weights with 8-bit state are stepped by rows on CPUs: the same bits, in place, and only where that is possible."""
+"""On CPUs, weights with 8-bit state are updated by rows: in place, with the same bits, and only where possible."""
 
 import collections
 import functools
@@ -18,9 +18,9 @@ from optax_mpo._backends import cpu_rows
 
 pytestmark = pytest.mark.full
 
-# Without these XLA computes every operation by itself and as it is, so that the same operations have the same results.
-# (algsimp makes of a division by a scalar a product with its inverse where the scalar comes into the loop, and of two
-# divisions one where it does not.)
+# With fusion and algsimp off, XLA computes every operation separately and unchanged, so that the same operations give
+# the same results. (algsimp turns a division by a scalar that enters the loop into a product with its inverse. If the
+# scalar does not enter the loop, it merges two divisions into one.)
 EXACT = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion,algsimp"}
 OPTIMIZERS = {
   "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
@@ -34,7 +34,7 @@ OPTIMIZERS = {
 
 
 def mixed() -> optax.GradientTransformation:
-  """The gradients of both leaves of `begin` are needed, whole, to step either."""
+  """An optimizer whose update of each leaf of `begin` needs the whole gradients of both."""
 
   def update(updates, params):
     del params
@@ -61,7 +61,7 @@ def step(tx, params, state, grads):
 
 
 def loss(params, grads):
-  """A loss of which `grads` are the gradients."""
+  """A loss whose gradients are `grads`."""
   return sum(
     jnp.vdot(p.astype(jnp.float32), g.astype(jnp.float32)) for p, g in zip(params.values(), grads.values(), strict=True)
   )
@@ -120,38 +120,38 @@ def test_all_forms_of_weights_are(bits, dtype, monkeypatch):
 
 
 def test_no_array_of_the_weight_is_made(monkeypatch):
-  """What the step holds is what some rows need, and no f32 array of the weight."""
+  """Temporaries are those of some rows. There is no f32 array of the whole weight."""
   tx = compact(optax.adamw(1e-2))
   args = begin(tx, 4096, 2048)
   size = args[0]["w"].size
   memory = compiled(tx, *args).memory_analysis()
-  assert memory.temp_size_in_bytes < 20 * cpu_rows.ELEMENTS + 4 * size  # and gradient and weight as integers
+  assert memory.temp_size_in_bytes < 20 * cpu_rows.ELEMENTS + 4 * size  # plus gradient and weight as integers
   at_once(monkeypatch)
   assert compiled(tx, *args).memory_analysis().temp_size_in_bytes > 8 * size
 
 
 def test_nothing_is_computed_twice():
-  """Divisions and roots are what takes longest: one for each level, code and weight; and dithers are for columns."""
+  """Divisions and roots take longest: there is one for each level, code and weight. Dither is computed per column."""
   tx = compact(optax.adamw(1e-2))
   program = text(compiled(tx, *begin(tx, 1024, 1024)))
   found = collections.Counter(re.findall(r"= f32\[512,1024\]\S* (divide|sqrt|rsqrt)\(", program))
-  # Levels of two moments, codes of the first, Adam's quotient, and the one by one that holds new master weights.
+  # Levels of two moments, codes of the first, Adam's quotient, and `order.held` of the new master weights.
   assert found == {"divide": 5, "sqrt": 2}
-  assert len(re.findall(r"= f32\[1024\]\S* divide\(", program)) == 2  # what holds two moments' dithers
+  assert len(re.findall(r"= f32\[1024\]\S* divide\(", program)) == 2  # `order.held` of the dither of two moments
 
 
 @pytest.mark.parametrize(
   ("make", "shape"),
   [
-    (lambda: compact(optax.adamw(1e-2)), (1024, 256)),  # fits as it is
+    (lambda: compact(optax.adamw(1e-2)), (1024, 256)),  # too small to need rows
     (lambda: compact(optax.adamw(1e-2)), (2**20,)),  # one row
-    (lambda: compact(optax.adamw(1e-2)), (1021, 1024)),  # rows that do not divide
+    (lambda: compact(optax.adamw(1e-2)), (1021, 1024)),  # the number of rows does not divide
     (lambda: mpo.compensated(optax.adamw(1e-2)), (1024, 1024)),  # no 8-bit state
     (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), bits=4), bits=8), (1024, 1024)),
     (lambda: compact(optax.adamw(1e-2), bits=4), (1024, 1024)),
-    (lambda: compact(optax.adamw(1e-2), rounding="stochastic"), (1024, 1024)),  # random numbers of the whole
+    (lambda: compact(optax.adamw(1e-2), rounding="stochastic"), (1024, 1024)),  # random numbers for the whole weight
     (lambda: compact(optax.lamb(1e-2)), (1024, 1024)),  # a norm of the weight
-    (lambda: compact(mixed()), (1024, 1024)),  # leaves are coupled through whole gradients
+    (lambda: compact(mixed()), (1024, 1024)),  # updates of leaves depend on each other's whole gradients
   ],
 )
 def test_everything_else_is_stepped_at_once(make, shape):
@@ -191,7 +191,7 @@ def test_layers_of_a_scan_are_stepped_as_the_whole_is(route, name, shape, monkey
       step = mpo.value_and_update(scanned_loss, tx)
     else:
       step = mpo.fused_value_and_update(scanned_fused_loss, tx)
-    # Only algsimp takes out the constraints on layouts that fused layers have; and lion divides by no scalar.
+    # With fused layers algsimp stays on: only it removes their layout constraints, and lion divides by no scalar.
     options = EXACT if route == "auto" else EXACT | {"xla_disable_hlo_passes": "fusion"}
     step, new = jax.jit(step, compiler_options=options), args
     for _ in range(3):
@@ -210,7 +210,7 @@ def test_all_cores_step_rows():
   tx = compact(optax.adamw(1e-2))
   program = text(compiled(tx, *begin(tx, 1024, 1024)))
   assert "outer_dimension_partitions" in program
-  assert "xla_cpu_small_call" not in program  # XLA of JAX 0.12 runs those on one core
+  assert "xla_cpu_small_call" not in program  # JAX 0.12's XLA runs these on one core
 
 
 def test_a_norm_outside_of_compensated_leaves_rows_apart():
@@ -219,7 +219,7 @@ def test_a_norm_outside_of_compensated_leaves_rows_apart():
 
 
 def test_other_transformations_of_a_step(monkeypatch):
-  """Outside of jit, under vmap and under jvp the update is computed as it is."""
+  """Under vmap and under jvp, the update gives the same results."""
   tx = compact(optax.adamw(1e-2))
   args = begin(tx, 1024, 512)
   two = jax.tree.map(lambda x: jnp.stack([x, x]), args)
@@ -241,7 +241,7 @@ def test_other_transformations_of_a_step(monkeypatch):
 
 @functools.cache
 def on_two_devices() -> str:
-  """The optimized program of a sharded step, on two CPU devices, in a process of its own."""
+  """Returns the optimized program of a sharded step on two CPU devices, compiled in a separate process."""
   program = """
 import functools, jax, jax.numpy as jnp, optax, optax_mpo as mpo
 mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

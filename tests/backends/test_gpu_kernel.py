@@ -1,4 +1,4 @@
-"""The kernel that steps a weight: where it reads and writes, what it leaves to XLA, and what XLA makes of a step."""
+"""The kernel that updates a weight: where it reads and writes, what it leaves to XLA, and how XLA compiles a step."""
 
 import collections
 import functools
@@ -34,7 +34,7 @@ STORAGES = {"16 bits": EXACT, "8 bits": EIGHT, "0 bits": PLAIN, "compact": compa
 
 
 def made(tx, shape, stacked, dtype=jnp.bfloat16):
-  """The kernel of a weight of this shape, what it takes, and what the update does with that, operation by operation."""
+  """Returns the kernel of a weight of this shape, its group in the update, and its arguments."""
   params, state = mpo.init(tx, {"w": jax.random.normal(jax.random.key(0), shape)})
   grad = jax.random.normal(jax.random.key(1), shape).astype(dtype)
   _, state = jax.jit(tx.update)({"w": grad}, state, params)  # a state that is not all zero
@@ -47,7 +47,7 @@ def made(tx, shape, stacked, dtype=jnp.bfloat16):
 
 
 def exact_jit(fun, static=(), without="fusion"):
-  """Without fusion, and so without fused multiply-adds, which XLA:CPU puts where it likes."""
+  """`jax.jit` without fusion, so that XLA:CPU cannot form fused multiply-adds."""
   options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": without}
   return jax.jit(fun, static_argnums=static, compiler_options=options)
 
@@ -61,7 +61,7 @@ def bits(x):
 
 
 def computed(kernel, grad, stacks, shared, index=None):
-  """What the kernel's nodes make of a whole weight, or of one layer."""
+  """Evaluates the kernel's nodes for a whole weight, or for one layer."""
   elements = kernel.elements
   env = dict(kernel.program.constants) | dict(zip(kernel.given, shared, strict=True))
   jax_forms.run(kernel.program, elements.hoisted, env)
@@ -73,7 +73,7 @@ def computed(kernel, grad, stacks, shared, index=None):
   shapes = {"element": (grad.size // block, block), "block": (grad.size // block, 1), "scalar": ()}
   values = []
   for source, x in zip(elements.sources, arrays, strict=True):
-    if source.columns:  # for one row: repeated over all
+    if source.columns:  # one row, repeated for all rows
       x = jnp.tile(x.reshape(-1), grad.size // elements.length)
     values.append(x.reshape(shapes[source.kind]))
   return [x.reshape(old.shape) for x, old in zip(elements.compute(values, shapes), stacks, strict=True)]
@@ -135,7 +135,7 @@ def test_launches_hold_no_more_arrays_than_a_kernel_is_given():
 
 
 def test_on_a_gpu_small_weights_are_batched(tmp_path):
-  """63 vectors in two launches, in place, each byte read and written once; what has no tiles is left to XLA."""
+  """63 vectors take two launches, in place, and each byte is read and written once. XLA updates what has no tiles."""
   tx = mpo.with_kernels(EXACT())
   sizes = [512] * 60 + [256, 2**16, 128, 1000, 96]
   params, state = jax.eval_shape(lambda: mpo.init(tx, [jnp.zeros(n) for n in sizes]))
@@ -148,13 +148,13 @@ def test_on_a_gpu_small_weights_are_batched(tmp_path):
   text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
   kernels = hlo.kernels(text, [])
   assert len([k for k in kernels if k.name.startswith(("pallas_call", "step_weights"))]) == 2
-  assert sum(k.launches for k in kernels) <= 6  # 1000 and 96 by themselves, and two for the number of the step
+  assert sum(k.launches for k in kernels) <= 6  # 1000 and 96 alone, and two for the step count
   assert 1 <= sum(k.bytes for k in kernels) / (26 * sum(sizes)) < 1.01
   assert report.aliased_bytes >= 12 * sum(sizes)
 
 
 def test_what_it_computes_for_8_bit_state_is_the_update():
-  """But for a division by a number, which XLA makes a product, and (a / b) / c, which it makes a / (b * c)."""
+  """Except for divisions by a constant, which XLA turns into products, and (a / b) / c, which becomes a / (b * c)."""
   kernel, group, grad, stacks, shared = made(compact(), (8, 256), stacked=False)
   expected = exact_jit(group.step)([grad], stacks[:1], stacks[1:], shared)
   for found, one in zip(
@@ -272,7 +272,7 @@ def test_two_passes_are_what_they_are_without_kernels():
 
 
 def compiled(case, storage, folder):
-  """A step as it is compiled for a GPU: the report, XLA's program, and the PTX of all kernels."""
+  """Compiles a step for a GPU. Returns the report, XLA's program, the PTX of all kernels, and params and state."""
   make, loss = LOSSES[case]
   tx = STORAGES[storage]()
   shapes = jax.eval_shape(lambda: mpo.init(tx, layers("scanned" in case, 1024, 3072)))
@@ -294,12 +294,12 @@ def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path)
   first = len(jax.tree.leaves(params))
   kernels = hlo.kernels(text, range(first, first + len(jax.tree.leaves(state))))
   ours = [k for k in kernels if k.name.startswith(("pallas_call", "step_weight"))]
-  assert [k.launches for k in ours] == [LAYERS] * 2  # the scale is small, and stepped after the scan
-  # Beside them, the scale's and what depends on the number of the step: nothing for each leaf or layer.
+  assert [k.launches for k in ours] == [LAYERS] * 2  # the scale is small, and updated after the scan
+  # The other kernels are the scale's and those of the step count: none for each leaf or layer.
   assert sum(k.launches for k in kernels if k.of_state) <= 2 * LAYERS + 6
   moved = sum(k.bytes for k in kernels if k.of_state)
   assert 1 <= moved / (2 * held + 2 * count) < 1.01
-  # No stack is copied, and no new values are held beside it: only the gradients of a layer.
+  # No stack is copied, and no new values exist beside the old ones: temporaries are the gradients of a layer.
   assert report.aliased_bytes >= held - 1024
   assert report.temporary_bytes < 40e6
   assert not [k for k in kernels if k.opcode == "copy" and k.bytes > 2e6]
@@ -327,7 +327,7 @@ def test_on_a_gpu_ordinary_updates_of_8_bit_state_are_at_the_floor(add, tmp_path
   mpo.gpu_memory(step, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path)
   text = max((p.read_text() for p in tmp_path.glob("*gpu_after_optimizations.txt")), key=len)
   moved = sum(k.bytes for k in hlo.kernels(text, [])) / (2048 * 1024)
-  # Optax's own function adds the difference to the old weights, which have to be kept for it.
+  # optax.apply_updates adds the difference to the old weights, so these have to be kept.
   assert 12.25 <= moved < (12.26 if add is mpo.apply_updates else 25)
 
 
@@ -400,7 +400,7 @@ def test_small_leaves_of_a_fused_step_are_stepped_together():
 
 @pytest.mark.parametrize(("case", "launches"), [("auto unrolled", 1), ("layer unrolled", 0)])
 def test_on_a_gpu_small_leaves_of_a_fused_step_take_one_launch(case, launches, tmp_path):
-  """Of each layer there is but one, which a layer of its own steps when it is done."""
+  """By layers there is no common launch: each layer has one small leaf, and updates it when the layer is done."""
   _, text, _, (params, _) = compiled(case, "16 bits", tmp_path)
   small = [k for k in hlo.kernels(text, []) if k.name.startswith(("pallas_call", "step_weights"))]
   assert [k.launches for k in small] == [1] * launches
@@ -412,7 +412,7 @@ FLOATS = re.compile(r"\b((?:div|sqrt|rsqrt|rcp|fma|mul|add|sub)\.[a-z0-9_.]*f32)
 
 
 def test_its_instructions_are_those_of_xla(tmp_path):
-  """Both divide and take roots by the same approximations, and neither joins a product and a sum: so the bits agree."""
+  """Both use the same approximations for divisions and roots, and no fused multiply-adds, so the bits agree."""
   _, _, ours, _ = compiled("auto scanned", "16 bits", tmp_path / "ours")
   tx = EXACT()
   params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((1024, 3072))}))
@@ -424,7 +424,7 @@ def test_its_instructions_are_those_of_xla(tmp_path):
   mpo.gpu_memory(unfused, params, state, params, target="h200", donate_argnums=(0, 1), dump_to=tmp_path / "xla")
   found = []
   for text in (ours, "\n".join(p.read_text() for p in (tmp_path / "xla").glob("*.ptx"))):
-    # Of the kernels, the one that takes roots; a thread of it steps as many elements as it takes roots.
+    # Take the kernel with square roots. Each of its threads updates as many elements as it takes roots.
     (entry, *_) = [e for e in re.split(r"\.entry", text) if "sqrt" in e]
     counts = collections.Counter(FLOATS.findall(entry))
     elements = sum(n for name, n in counts.items() if name.startswith("sqrt"))
@@ -434,7 +434,7 @@ def test_its_instructions_are_those_of_xla(tmp_path):
 
 
 def test_with_8_bit_state_too_its_instructions_are_those_of_xla(tmp_path):
-  """No exponential, logarithm or fused multiply-add, of which the two would have different ones."""
+  """Neither has an exponential, a logarithm or a fused multiply-add, in which the two could differ."""
   params, state = jax.eval_shape(lambda: mpo.init(compact(), {"w": jnp.zeros((1024, 3072))}))
   found = []
   for name, tx in (("ours", mpo.with_kernels(compact())), ("xla", compact())):

@@ -1,4 +1,4 @@
-"""What the update moves, in the step that XLA:GPU compiles: the floor, where one kernel can step a weight."""
+"""Bytes that the update moves, in a step compiled by XLA:GPU: the floor, if one kernel can update a weight."""
 
 import pytest
 
@@ -58,7 +58,7 @@ backend_config={"known_trip_count":{"n":"8"}}
 @pytest.mark.parametrize(("state", "of_state"), [([0], [True, True]), ([1], [True, False]), ([2], [False, True])])
 def test_what_kernels_read_and_write(state, of_state):
   stepped, last = hlo.kernels(PROGRAM, state)
-  # In the loop a row of the stack is read and written in place, and the gradient read: eight times.
+  # The loop runs eight times. Each time it reads and writes a row of the stack in place, and reads the gradient.
   assert (stepped.name, stepped.launches, stepped.read, stepped.written) == ("stepped", 8, 64 + 4 + 32, 64)
   assert (last.name, last.launches, last.read, last.written) == ("last", 1, 512 + 64, 32 + 64)
   assert [stepped.of_state, last.of_state] == of_state
@@ -71,7 +71,7 @@ def test_a_loop_of_unknown_length_is_an_error():
 
 
 def moved(model, mode):
-  """Bytes of the update, as a multiple of its floor, the kernels that make them up, and the bytes of the whole step."""
+  """Returns the update's bytes as a multiple of the floor, its number of large kernels, and the bytes of the step."""
   found, floor = update_traffic.kernels(model, mode)
   update = found if model.fused_loss is None else [k for k in found if k.of_state]
   large = [k for k in update if k.bytes > 1e-3 * floor]
@@ -92,11 +92,11 @@ def test_so_it_is_inside_the_backward_pass(mode):
   model = language_model("125m", layers=1, width=512, heads=8, hidden=1408, vocab=4096, context=256, scan=False)
   ratio, _, whole = moved(model, mode)
   assert 1 <= ratio < 1.01
-  # Of the whole step, 66 bytes per parameter, reading f32 masters to make bf16 copies of them is a part.
+  # A whole step moves 66 bytes per parameter. With Optax, part of that is reading f32 masters to make bf16 copies.
   assert whole < 0.95 * moved(model, "optax-f32")[2]
 
 
 @pytest.mark.full
 def test_quantised_state_takes_two_passes():
-  """The largest of a block is known only when all of it is computed. With two passes 16.4 bytes are the least."""
+  """The maximum of a block is known only after all of it is computed. With two passes the least is 16.4 bytes."""
   assert moved(leaves(2, 2048, 2048), "mpo-compact")[0] < 1.495

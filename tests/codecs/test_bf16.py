@@ -1,4 +1,4 @@
-"""The codec, against a reference in float64 and against its own laws. `benchmarks/sweep_codec.py` tries all 2^32."""
+"""The bf16 codec against a float64 reference and its own laws. `benchmarks/sweep_codec.py` tests all 2^32 patterns."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ NANS = np.array([0x7F800001, 0x7F808000, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF, 0xF
 
 
 def sample(count: int = 1 << 18, seed: int = 0) -> np.ndarray:
-  """Every exponent with random mantissas, the numbers around each bf16 number and tie, and the special numbers."""
+  """All exponents with random mantissas, numbers around bf16 numbers and ties, and the special numbers."""
   rng = np.random.default_rng(seed)
   patterns = rng.integers(0, 1 << 32, count, dtype=np.uint64).astype(np.uint32)
   near = (rng.integers(0, 1 << 17, count).astype(np.uint32) << 15) + rng.integers(-3, 4, count).astype(np.uint32)
@@ -43,7 +43,7 @@ join = jax.jit(bf16.join)
 def test_split_and_join_round_as_the_reference_does(bits):
   x = sample()
   low, kept = split(x, bits)
-  # The upper half is the stored number rounded once more.
+  # The upper half is the stored number, rounded once more.
   stored = reference.to_stored(x, bits)
   np.testing.assert_array_equal(np.asarray(join(low, kept)).astype(np.float64), stored)
   np.testing.assert_array_equal(np.asarray(low).astype(np.float64), reference.to_bf16(stored.astype(np.float32)))
@@ -71,8 +71,8 @@ def test_nan_stays_nan(bits):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_every_pair_joins_to_a_number_that_rounds_to_its_upper_half(bits):
-  # All 2^16 upper halves, each with the extreme bits and random ones: also the pairs that split never makes, which
-  # arise when a weight is changed from outside and its bits are not.
+  # All 2^16 upper halves, each with extreme and random bits. Some are pairs that split never makes. They arise when
+  # other code changes a weight but not its bits.
   low = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
   edge = 1 << (bits - 1)
   rng = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def test_shapes_and_dtypes(shape, bits):
 
 
 def opposites(count: int = 1 << 16) -> list[tuple[str, np.ndarray, np.ndarray]]:
-  """Master weights and updates at every ratio of old to new, cancellation above all."""
+  """Master weights and updates at every ratio of old to new, above all with cancellation."""
   rng = np.random.default_rng(0)
 
   def pick(low: int, high: int) -> np.ndarray:
@@ -125,8 +125,8 @@ def test_add_difference_leads_to_the_new_weight_at_any_ratio(name, master, updat
     return old, new, bf16.difference(old, new)
 
   old, new, u = step(master, update)
-  got = jax.jit(bf16.add_difference)(old, u)  # compiled apart, so that the update really passes through memory
-  # An update that overflows f32 is the one exception.
+  got = jax.jit(bf16.add_difference)(old, u)  # a separate program, so that the update passes through memory
+  # The only exception is an update that overflows f32.
   with np.errstate(invalid="ignore"):
     in_range = np.abs(np.asarray(new, np.float64) - np.asarray(old, np.float64)) < 3.39e38
   in_range |= bits_of(old) == bits_of(new)
@@ -152,7 +152,7 @@ def test_add_difference_is_addition_for_other_updates():
   rng = np.random.default_rng(3)
   old = jnp.asarray(rng.normal(size=10_000).astype(ml_dtypes.bfloat16))
   u = jnp.asarray(rng.normal(size=10_000) * 10.0 ** rng.uniform(-6, 2, 10_000), jnp.float32)
-  # In f32 as well: the sum of a bf16 and an f32 number, rounded once to f32 and once to bf16.
+  # The sum of a bf16 and an f32 number, rounded once to f32 and once to bf16.
   total = np.asarray(old, np.float32) + np.asarray(u)
   np.testing.assert_array_equal(np.asarray(bf16.add_difference(old, u), np.float64), reference.to_bf16(total))
 

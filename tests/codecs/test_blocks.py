@@ -1,4 +1,4 @@
-"""The block codec: round trips, range, decay, bad numbers, odd shapes; with the rival's companding as a yardstick."""
+"""The block codec: round trips, range, decay, bad numbers and odd shapes, compared with FlashOptim's companding."""
 
 import functools
 
@@ -38,28 +38,28 @@ def decayed(q: blocks.Quantized, step: jax.Array, beta: float) -> blocks.Quantiz
 @pytest.mark.parametrize("bits", blocks.BITS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-  ("length", "block_size", "blocks"), [(96, 32, 3), (100, 32, 4), (33, 32, 2), (5, 32, 1), (128, 128, 1), (1, 2, 1)]
+  ("length", "block_size", "count"), [(96, 32, 3), (100, 32, 4), (33, 32, 2), (5, 32, 1), (128, 128, 1), (1, 2, 1)]
 )
-def test_an_array_says_how_it_is_stored(bits, kind, length, block_size, blocks):
+def test_an_array_says_how_it_is_stored(bits, kind, length, block_size, count):
   x = numbers(kind, (3, 2, length))
   q = stored(x, kind, bits, block_size)
   assert q.values.shape == x.shape
-  assert q.scales.shape == (3, 2, blocks)
+  assert q.scales.shape == (3, 2, count)
   assert q.values.dtype == ("int" if kind == "signed" else "uint") + str(bits)
   assert q.scales.dtype == jnp.uint16
-  # Every block by itself gives the same as the whole: no element sees another block.
+  # Each block alone gives the same as the whole array: blocks are independent.
   for i in range(0, length, block_size):
     part = stored(x[..., i : i + block_size], kind, bits, block_size)
     np.testing.assert_array_equal(blocks.dequantize(q)[..., i : i + block_size], blocks.dequantize(part))
 
 
 def test_codes_are_those_of_the_formula():
-  """In float64, from the module's description alone."""
+  """The reference is float64 arithmetic, written from the module's description."""
   rng = np.random.default_rng(1)
   for kind in KINDS:
     x = np.asarray(numbers(kind, (8, 32)), np.float64) * 10.0 ** rng.uniform(-9, 9, (8, 1))
     mantissa, exponent = np.frexp(np.abs(x).max(-1, keepdims=True))
-    scale = np.ldexp(np.floor(mantissa * 2**9 + 0.5) / 2**9, exponent)  # nine digits, one of them before the point
+    scale = np.ldexp(np.floor(mantissa * 2**9 + 0.5) / 2**9, exponent)  # nine significand bits
     if kind == "signed":
       t = np.concatenate([np.arange(-128, 0) / 128, np.arange(128) / 127])
       levels = t / (2 - np.abs(t))
@@ -87,7 +87,7 @@ def test_range_is_that_of_f32(kind, size):
   y = blocks.dequantize(stored(x, kind))
   assert bool(jnp.isfinite(y).all())
   np.testing.assert_allclose(y.max(-1), x.max(-1), rtol=2.0**-9)
-  # Half of the widest step between levels: that at the top.
+  # Half of the widest gap between levels, which is at the top.
   assert float(jnp.abs(y - x).max() / size) < 0.5 * {"signed": 2 / 127, "nonnegative": 1.5 / 255}[kind] + 2.0**-9
 
 
@@ -104,7 +104,7 @@ def test_zeros_are_zero_and_small_second_moments_are_not():
   x = zeros.at[0, 0].set(1.0)
   np.testing.assert_array_equal(blocks.dequantize(stored(x, "signed")), x)
   y = blocks.dequantize(stored(x, "nonnegative"))
-  assert bool((y[0, 1:] > 0).all())  # they are divided by
+  assert bool((y[0, 1:] > 0).all())  # optimizers divide by them
   assert float(y[0, 1:].max()) < 2e-5
   np.testing.assert_array_equal(y[1], zeros[1])
 
@@ -119,8 +119,8 @@ def test_bad_numbers_poison_nothing(kind, bad):
   good = blocks.requantize(x * 2, q, jnp.int32(0), 0)
   y, want = blocks.dequantize(new), blocks.dequantize(good)
   assert bool(jnp.isfinite(y).all())
-  np.testing.assert_array_equal(y[1, :32], blocks.dequantize(q)[1, :32])  # its block as it was
-  np.testing.assert_array_equal(y[1, 32:], want[1, 32:])  # and the others as if nothing happened
+  np.testing.assert_array_equal(y[1, :32], blocks.dequantize(q)[1, :32])  # the bad number's block is unchanged
+  np.testing.assert_array_equal(y[1, 32:], want[1, 32:])  # other blocks are not affected
   np.testing.assert_array_equal(jnp.delete(y, 1, 0), jnp.delete(want, 1, 0))
   assert bool(jnp.isfinite(blocks.dequantize(stored(worse, kind))).all())
 
@@ -133,7 +133,7 @@ def test_small_negative_second_moments_become_nothing():
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "uint4", "uint8"])
 def test_numbers_are_rounded_in_proportion(dtype, negative):
-  """How far a number has come from one level to the next is what it is compared with, for all levels and all ways."""
+  """A number rounds up if its fraction of the gap between two levels exceeds the threshold, for all levels."""
   dtype, f32 = jnp.dtype(dtype), np.float32
   signed = jnp.issubdtype(dtype, jnp.signedinteger)
   top = float(jnp.iinfo(dtype).max) + (negative and signed)
@@ -149,7 +149,7 @@ def test_numbers_are_rounded_in_proportion(dtype, negative):
   ways = np.linspace(0.01, 0.99, 99)[:, None]
   lower = np.arange(-top, 0) if negative and signed else np.arange(top)
   is_past = blocks._is_past_signed if signed else blocks._is_past_nonnegative
-  slack = 0.06 / top + 1e-4  # what `_ways` promises, and what f32 makes of it
+  slack = 0.06 / top + 1e-4  # the error bound of `_ways`, and f32 rounding
   for shift in (-slack, slack):
     x = level(lower) + (ways + shift).clip(0, 1) * (level(lower + 1) - level(lower))
     part = jnp.asarray(position(x) - lower, f32)
@@ -171,7 +171,7 @@ def test_numbers_are_rounded_in_proportion(dtype, negative):
   ],
 )
 def test_without_gradients_blocks_decay_as_floats_do(kind, beta, bound):
-  """Over 1000 steps, or until a factor of 1e-25 is left of them: the relative error of every element."""
+  """Checks the relative error of every element over 1000 steps, or until they decayed to 1e-25 of their start."""
   q = stored(numbers(kind, (32, 100)), kind)
   start = np.asarray(blocks.dequantize(q), np.float64)
   for step in range(min(1000, int(np.log(1e-25) / np.log(beta)))):
@@ -184,10 +184,10 @@ def test_without_gradients_blocks_decay_as_floats_do(kind, beta, bound):
 
 @pytest.mark.parametrize(("kind", "beta"), [("signed", 0.9), ("signed", 0.99), ("nonnegative", 0.999)])
 def test_elements_decay_beside_ones_that_do_not(kind, beta):
-  """An element whose gradients have ended, in a block that lives on: rounding to nearest would keep it for good."""
+  """Elements get no more gradients while others in their block do. Rounding to nearest would freeze them."""
   x = jnp.ones((32, 32)).at[:, 1::2].set(0.5)
   q = stored(x, kind)
-  steps = int(np.log(0.25) / np.log(beta))  # until a quarter is left
+  steps = int(np.log(0.25) / np.log(beta))  # decays to a quarter
 
   @jax.jit
   def step_fn(q, step):
@@ -202,7 +202,7 @@ def test_elements_decay_beside_ones_that_do_not(kind, beta):
 
 
 def test_averages_are_unbiased():
-  """The second moment of noise, which nearest rounding overstates: it takes the large squares and not the decay."""
+  """The second moment of noise. Nearest rounding would overstate it: it keeps the large squares and drops the decay."""
   rng = np.random.default_rng(0)
   q, exact = stored(jnp.full((16, 64), 1.0), "nonnegative"), np.full((16, 64), 1.0)
   step_fn = jax.jit(lambda q, g2, t: blocks.requantize(0.999 * blocks.dequantize(q) + 0.001 * g2, q, t, 0))
@@ -229,7 +229,7 @@ def test_rounding_depends_on_the_step_alone():
 
 
 def softsign_int8(x: np.ndarray) -> np.ndarray:
-  """The round trip of a row of 32 first moments as FlashOptim stores them."""
+  """The round trip of rows of 32 first moments in FlashOptim's format."""
   scale = np.abs(x).max(-1, keepdims=True)
   y = x / np.where(scale > 0, scale, 1)
   t = np.floor(127 * 2 * y / (1 + np.abs(y)) + 0.5) / 127
@@ -237,7 +237,7 @@ def softsign_int8(x: np.ndarray) -> np.ndarray:
 
 
 def sqrt_uint8(x: np.ndarray) -> np.ndarray:
-  """The same for second moments."""
+  """The round trip of rows of 32 second moments in FlashOptim's format."""
   root = np.sqrt(x)
   scale = root.max(-1, keepdims=True)
   t = np.floor(255 * root / np.where(scale > 0, scale, 1) + 0.5) / 255
@@ -245,7 +245,7 @@ def sqrt_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def text() -> np.ndarray:
-  """A walk over 128 symbols with uneven odds, so that rows of the moments differ in size."""
+  """A random walk over 128 symbols with uneven probabilities, so that rows of the moments differ in size."""
   rng = np.random.default_rng(0)
   odds = rng.dirichlet(1 / np.arange(1, 129), size=128).cumsum(-1)
   walk, draws = [0], rng.random(20_000)
@@ -256,7 +256,7 @@ def text() -> np.ndarray:
 
 @functools.cache
 def moments(b2: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """The moments of a small language model in training with Adam, at five times; its matrices' only."""
+  """The moments of a small language model's matrices at five times during training with Adam."""
   rng, tokens = np.random.default_rng(0), text()
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = {"embed": (128, 64), "hidden": (512, 128), "head": (128, 128)}

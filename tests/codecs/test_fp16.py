@@ -34,7 +34,7 @@ def numbers(count: int = 200_000) -> np.ndarray:
 
 
 def to_fp16(x: np.ndarray) -> np.ndarray:
-  """Rounds float64 to fp16, ties away from zero, by arithmetic."""
+  """Rounds float64 to fp16 values, ties away from zero, in float64 arithmetic."""
   place = 2.0 ** np.maximum(np.frexp(x)[1] - 11, -24)
   rounded = np.copysign(np.floor(np.abs(x) / place + 0.5) * place, x)
   return np.where(np.abs(rounded) > 65504, np.copysign(np.inf, rounded), rounded)
@@ -49,7 +49,7 @@ def test_sixteen_bits_are_exact_from_two_to_the_minus_17_on():
   np.testing.assert_array_equal(np.asarray(fp16.split(x, 0)[0], np.float64), to_fp16(x.astype(np.float64)))
   np.testing.assert_array_equal(back[large].view(np.uint32), x[large].view(np.uint32))
   np.testing.assert_allclose(back[~large].astype(np.float64), x[~large], rtol=0, atol=2.0**-41)
-  assert np.abs(back[~large].astype(np.float64) - x[~large]).max() > 2.0**-42  # the bound says something
+  assert np.abs(back[~large].astype(np.float64) - x[~large]).max() > 2.0**-42  # the bound is tight
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -104,7 +104,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_can_be_kept(bits):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_updates_lead_to_their_weights_or_the_bits_say_so(bits):
-  """At every ratio of old to new, with both ways to apply them: the master always rounds to the param."""
+  """At any ratio of old to new, with both `apply_updates`: the master always rounds to the param."""
   rng = np.random.default_rng(2)
   old = (rng.normal(size=1 << 15) * 2.0 ** rng.integers(-24, 12, 1 << 15)).astype(np.float32)
   new = (rng.normal(size=1 << 15) * 2.0 ** rng.integers(-24, 12, 1 << 15)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_updates_lead_to_their_weights_or_the_bits_say_so(bits):
 
 
 def test_sixteen_bit_training_follows_f32_masters():
-  """Bit for bit, for weights that stay in the exact range; the rival casts with the codec's rounding."""
+  """Bit for bit, for weights that stay in the exact range. The reference casts with the codec's rounding."""
   rng = np.random.default_rng(0)
   w = {"w": jnp.asarray(rng.uniform(0.5, 2, (32, 16)), jnp.float32)}
   data = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)

@@ -1,4 +1,4 @@
-"""The wide code: 8-bit floats by blocks, for numbers of which small ones must not become zero."""
+"""The wide code: blocks of 8-bit floats, for arrays whose small numbers must not become zero."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax_mpo as mpo
 from optax_mpo._codecs import blocks
 
 DTYPE = jnp.dtype(jnp.float8_e4m3fn)
-FLOOR = 2.0**-17  # of the largest in a block
+FLOOR = 2.0**-17  # relative to the largest number in a block
 
 
 def stored(x: jax.Array) -> blocks.Quantized:
@@ -24,12 +24,12 @@ def numbers(seed: int = 0) -> jax.Array:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 3e38, 1.17])
 def test_every_code_comes_back(scale):
-  """Storing what lies on a level changes nothing, to nearest or in proportion, at any scale."""
+  """A number on a level is stored exactly, with nearest and with proportional rounding, at any scale."""
   patterns = jnp.arange(256, dtype=jnp.uint8)
   codes = jax.lax.bitcast_convert_type(patterns, DTYPE)
-  used = np.abs(np.asarray(codes, np.float32)) <= 256  # the codes above are not used
+  used = np.abs(np.asarray(codes, np.float32)) <= 256  # larger codes are not used
   levels = jnp.where(used, codes.astype(jnp.float32) / 256, 0).reshape(8, 32)
-  levels = jnp.concatenate([levels, jnp.ones((8, 1))], 1)[:, 1:].at[:, 0].set(1.0)  # each block has its largest
+  levels = jnp.concatenate([levels, jnp.ones((8, 1))], 1)[:, 1:].at[:, 0].set(1.0)  # the largest number of each block
   largest = blocks.dequantize(blocks.quantize(jnp.full((8, 32), scale, jnp.float32), DTYPE, 32))[:, :1]
   x = levels * largest
   q = stored(x)
@@ -59,7 +59,7 @@ def test_what_is_not_zero_does_not_become_zero():
   assert (back[[1, 2]] == 0).all()
   np.testing.assert_array_equal(back[[3, 4, 5, 6]], [FLOOR, -FLOOR, FLOOR, -FLOOR])
   q = stored(x)
-  for step in range(20):  # nor when it decays, which is where most small values come from
+  for step in range(20):  # nor in a decay, where most small values come from
     q = blocks.requantize(blocks.dequantize(q) * 0.5, q, jnp.int32(step), 0)
   assert (np.asarray(blocks.dequantize(q))[0][[3, 4, 5, 6]] != 0).all()
 
@@ -79,7 +79,7 @@ def test_a_block_of_zeros_and_one_that_is_not_finite():
 
 @pytest.mark.parametrize("beta", [0.9, 0.99, 0.999, 0.9999])
 def test_a_decay_does_not_stick(beta):
-  """Beside an element that stays, the others decay as in f32 on average."""
+  """Beside an element that stays, the others decay as in f32, on average."""
   x = jnp.abs(numbers(1)).at[:, ::32].set(2.0)
   moving = (jnp.arange(96) % 32 != 0)[None]
 
@@ -87,11 +87,11 @@ def test_a_decay_does_not_stick(beta):
     y = blocks.dequantize(q)
     return blocks.requantize(jnp.where(moving, y * beta, y), q, i, 0), None
 
-  steps = int(np.ceil(np.log(0.5) / np.log(beta)))  # to a half
+  steps = int(np.ceil(np.log(0.5) / np.log(beta)))  # decays to a half
   q, _ = jax.jit(lambda q: jax.lax.scan(step, q, jnp.arange(steps)))(stored(x))
   start, end = np.asarray(blocks.dequantize(stored(x))), np.asarray(blocks.dequantize(q))
   large = (start > 2.0 * 2**-10) & np.asarray(moving)
-  # The first move of an element comes half a level early on average: a level is 1/16 to 1/8 of the number.
+  # An element's first move comes half a level early on average. A level is 1/16 to 1/8 of the number.
   assert abs(np.mean(end[large] / start[large]) / beta**steps - 1) < 0.1
 
 
@@ -141,7 +141,7 @@ def test_it_trains_as_f32_state_does_in_all_routes():
   inner = state.inner_state.inner_state
   assert (inner["m"]["w"].values.dtype, inner["v"]["w"].values.dtype) == (DTYPE, jnp.uint8)
   np.testing.assert_allclose(plain, want, rtol=0.02)
-  np.testing.assert_allclose(released, plain, rtol=0.005)  # a last bit of a gradient may change a rounding
+  np.testing.assert_allclose(released, plain, rtol=0.005)  # the last bit of a gradient may change a rounding
 
 
 def test_large_leaves_are_stepped_by_rows_like_others():

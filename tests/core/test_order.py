@@ -1,4 +1,4 @@
-"""What is computed in which order, and how often."""
+"""The order of computations, and that nothing is computed twice."""
 
 import re
 
@@ -19,7 +19,7 @@ def test_what_is_held_is_what_it_was(dtype):
   bits = np.random.default_rng(0).integers(0, 2**32, SHAPE, np.uint32)
   bits[0, :6] = 0, 0x8000_0000, 0x7F80_0000, 0xFF80_0000, 0x3F80_0000, 0x0080_0000
   x = jnp.asarray(bits.view(np.float32))
-  x = jnp.where(jnp.isnan(x) | (jnp.abs(x) < 2.0**-126), 1, x)  # XLA:CPU flushes subnormal numbers, in any division
+  x = jnp.where(jnp.isnan(x) | (jnp.abs(x) < 2.0**-126), 1, x)  # XLA:CPU flushes subnormal numbers in divisions
   like = jax.random.normal(jax.random.key(0), SHAPE).astype(dtype)
   held = jax.jit(order.held)(x, like)
   np.testing.assert_array_equal(np.asarray(held).view(np.uint32), np.asarray(x).view(np.uint32))
@@ -64,7 +64,7 @@ def test_a_released_step_is_differentiated_and_mapped():
     return optax.apply_updates(params, updates)["v"]
 
   want, got = (jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(params, x))))(x) for f in (ordinary, released))
-  np.testing.assert_allclose(got, want, rtol=1e-6)  # a derivative, whose sums XLA orders as it likes
+  np.testing.assert_allclose(got, want, rtol=1e-6)  # XLA may order the sums of a derivative differently
   stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
   want, got = (jax.jit(jax.vmap(f, (0, None)))(stacked, x) for f in (ordinary, released))
-  np.testing.assert_allclose(got, want, rtol=1e-6)  # likewise: products of batches
+  np.testing.assert_allclose(got, want, rtol=1e-6)  # or those of products of batches

@@ -1,4 +1,4 @@
-"""Our primitives, and the steps that are made of them, under JAX's transformations."""
+"""Our primitives, and training steps that use them, under JAX's transformations."""
 
 import functools
 
@@ -35,7 +35,7 @@ def pure(grad, stacks, shared, index, waits):
 STEP = {"pure": pure, "kernel": None, "rows": None, "stacks": 2, "waits": 1}
 TOGETHER = {"pures": (pure, pure), "kernels": (None, None), "counts": ((2, 1), (2, 1))}
 
-# Operands and params of each primitive.
+# The operands and params of each primitive.
 EXAMPLES = {
   "after": ([jnp.int32(2), number(0), number(1)], {"count": 3}),
   "after_use": ([jnp.int32(2), number(0), number(1)], {}),
@@ -54,7 +54,7 @@ def test_every_primitive_has_an_example():
 
 @pytest.fixture(params=sorted(EXAMPLES))
 def primitive(request):
-  """A primitive as a function from a list of operands to a list of results, in plain JAX likewise, and operands."""
+  """A primitive as a function from operands to a list of results, the same function in plain JAX, and operands."""
   operands, params = EXAMPLES[request.param]
   made = primitives.MADE[request.param]
 
@@ -75,7 +75,7 @@ def floating(values):
 
 
 def assert_same(got, want):
-  """Up to the last bits, where a fused multiply-add or a vectorised sine makes a difference."""
+  """Compares up to the last bits, which a fused multiply-add or a vectorised sine can change."""
   for x, y in zip(got, want, strict=True):
     assert x.dtype == y.dtype
     np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-6, atol=1e-6)
@@ -89,7 +89,7 @@ def test_it_computes_what_it_says(primitive):
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_it_is_mapped(primitive, jit):
-  """Over each operand alone, over all but that one and over all, along the first and the last axis."""
+  """Maps over each operand alone, over all but one and over all, along the first and the last axis."""
   fun, plain, operands = primitive
   wrap = jax.jit if jit else lambda f: f
   places = range(len(operands))
@@ -113,7 +113,7 @@ def test_it_is_mapped_twice_and_in_a_loop(primitive):
 
 
 def objective(fun, operands):
-  """A number, as a function of the floating-point operands."""
+  """Returns a scalar function of the floating-point operands, and these operands."""
   places = floating(operands)
 
   def of_floats(*values):
@@ -170,7 +170,7 @@ def test_a_hint_is_transposed(name):
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
 
-X = jax.random.normal(jax.random.key(1), (3, 4, 32))  # a batch for each of three members
+X = jax.random.normal(jax.random.key(1), (3, 4, 32))  # a batch for each of three ensemble members
 
 
 def make_params(layers, scale, width=32):
@@ -207,7 +207,7 @@ ROUTES = {
 
 
 def make(route, stored, rate, loss, clipped, params):
-  """A step by a route, with params and state."""
+  """Returns a step of one kind, with params and state."""
   inner = optax.adamw(rate)
   tx = STORED[stored](optax.chain(optax.clip_by_global_norm(0.05), inner) if clipped else inner)
   low, state = mpo.init(tx, params, dtype=jnp.float16 if stored == "fp16" else jnp.bfloat16)
@@ -215,7 +215,7 @@ def make(route, stored, rate, loss, clipped, params):
 
 
 def trained(route, stored, loss, clipped):
-  """What is differentiated: the loss after a step, and that of the step, by all that goes into it."""
+  """The function to differentiate: the loss of a step plus the loss after it, as a function of all its inputs."""
 
   def fun(rate, x, scale):
     step, params, state = make(route, stored, rate, loss, clipped, make_params(2, scale, 16))
@@ -237,7 +237,7 @@ TRANSFORMATIONS = {
 
 
 def check_derivative(transformed, route, stored, loss):
-  # A hyperparameter that the transformation closes over, the data and the first weights.
+  # Derivatives by a hyperparameter that the transformation closes over, by the data and by the initial weights.
   fun = functools.partial(trained, stored=stored, loss=loss, clipped=route == "two passes")
   got, want = (jax.tree.leaves(jax.jit(lambda r=r: transformed(fun(r)))()) for r in (route, "ordinary"))
   assert all(np.any(np.abs(y) > 1e-4) for y in want)
@@ -264,7 +264,7 @@ def stacked_params(layers, width):
 
 
 def elementwise(params, x):
-  """A loss whose gradients are made without sums over the batch or over features, which vmap would order anew."""
+  """A loss whose gradients need no sums over the batch or over features: vmap would change their order."""
   x = x.astype(params["layers"].dtype)
   y, _ = lax.scan(lambda y, w: (y * w[:4] + x, None), x, params["layers"])
   return (
@@ -286,7 +286,7 @@ CASES = [
   [pytest.param(*c, marks=[pytest.mark.full] * (c[1:] != ("released", "8 bits"))) for c in CASES],
 )
 def test_ensembles_are_trained_like_their_members(loss, route, stored):
-  """Bit for bit where no sum is ordered anew: products of matrices and norms are, in a batch or in another program."""
+  """Bit for bit, unless a sum changes its order, as in matrix products and norms, in a batch or another program."""
   check_ensemble(loss, route, stored, 3, 32)
 
 
@@ -294,7 +294,7 @@ def test_ensembles_are_trained_like_their_members(loss, route, stored):
 @pytest.mark.parametrize("route", list(ROUTES)[:3])
 @pytest.mark.parametrize("loss", [scanned, unrolled])
 def test_ensembles_of_large_weights(loss, route):
-  """Weights that are updated by rows on a CPU, but not under `vmap`."""
+  """Large weights are updated by rows on a CPU, but not under `vmap`."""
   check_ensemble(loss, route, "8 bits", 1 if loss is unrolled else 2, 736)
 
 
@@ -346,5 +346,5 @@ def test_fused_steps_are_mapped_in_a_loop_and_refuse_the_rest_by_name():
     jax.grad(lambda x: step(*one, x)[0])(X[0])
   with pytest.raises(mpo.FusedError, match="cannot be differentiated"):
     jax.grad(jax.checkpoint(lambda x: step(*one, x)[0]))(X[0])
-  value, *_ = jax.jit(jax.checkpoint(step))(*one, X[0])  # nothing is differentiated
+  value, *_ = jax.jit(jax.checkpoint(step))(*one, X[0])  # remat without a derivative works
   np.testing.assert_array_equal(value, alone[0][0])

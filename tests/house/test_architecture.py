@@ -1,4 +1,4 @@
-"""The house rules that a test can hold: which folder may import which, where private JAX may appear, and sizes."""
+"""Architecture rules: which folder may import which, where private JAX may appear, and file sizes."""
 
 import ast
 import pathlib
@@ -8,8 +8,8 @@ import optax_mpo
 
 PACKAGE = pathlib.Path(optax_mpo.__file__).parent
 
-# Each folder, with the folders of this package and the outside packages that its modules may import.
-# The folders stand in the order of floors: each imports those above it only.
+# For each folder: the folders of this package and the outside packages that its modules may import. A folder may import
+# only folders that are listed before it.
 GROUND = {"_core"}
 FLOORS = {
   "_core": (set(), {"jax", "optax"}),
@@ -30,7 +30,7 @@ DOORS = {  # what users import
 
 
 def imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
-  """Returns the rooms of this package, and the outside packages, that a module imports anywhere."""
+  """Returns the folders of this package and the outside packages that a module imports anywhere."""
   own, outside = set(), set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -87,7 +87,7 @@ def test_private_jax_stays_in_one_module():
 
 
 def test_primitives_are_made_by_one_module():
-  """With all rules that JAX asks for."""
+  """This module gives them all rules that JAX needs."""
   assert modules_with(" Primitive(") == ["_core/primitives.py"]
 
 

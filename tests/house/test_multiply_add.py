@@ -1,7 +1,7 @@
-"""With fused multiply-adds, as processors have them: what equals f32 masters in spite of them.
+"""Tests that must equal f32 masters even with fused multiply-adds, which real processors have.
 
-All other tests run without these instructions (tests/conftest.py says why). XLA reads that flag once in a process, so
-that these are run in others.
+All other tests run without these instructions (tests/conftest.py says why). XLA reads the flag once per process, so
+these tests run in separate processes.
 """
 
 import os

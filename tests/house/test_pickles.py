@@ -1,4 +1,4 @@
-"""Pickles: those of before the modules moved into folders load, and those of now name no module but `optax_mpo`."""
+"""Pickles from before the modules moved into folders still load, and new ones name no module but `optax_mpo`."""
 
 import base64
 import pickle
@@ -13,7 +13,7 @@ import pytest
 
 import optax_mpo as mpo
 
-# Weights in f32 and the state of one step, pickled by the commit before the move.
+# Params and state after one step, pickled by the commit before the move.
 OF_VERSION_0_1_0 = (
   b"c-obdU1-x#7>1Mn(9LQ0gDt{P3S-bpiKs(SWV05T7^%84bTSEP`jgJ)r^$&f&azI}X60PDvny}BQBbg;D0;bT@zUX?UhDO)>vz&+224>yo|A"
   b"-g@}Bp5zoZ%3Y=s!-Xb{ZaBRH;Fif(g)q!}env1+I)8ir^Syk9U%lBSx-up~q_2o5_d367}6?vf3{Gpi)a7RWl8AxWO)6RSiH<8Tq#dWpUgC"

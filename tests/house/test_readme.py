@@ -1,4 +1,4 @@
-"""The code in the README and the docs runs as it stands, and the README's numbers are those of the committed JSON."""
+"""The code in the README and the docs runs as written, and the README's numbers match the committed JSON."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.helpers import ROOT, relaxed
 README = (ROOT / "README.md").read_text()
 
 
-run = relaxed(exec)  # as those who read them do
+run = relaxed(exec)  # under JAX's defaults, as for readers
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -29,7 +29,7 @@ def test_quickstart_runs():
   names: dict = {}
   run(compile(code, "README.md", "exec"), names)
   assert names["params"]["w"].dtype == jnp.bfloat16
-  # The first step of AdamW moves each weight by the learning rate (and its own decay, 1e-4 of that).
+  # AdamW's first step moves each weight by the learning rate (and by weight decay, 1e-4 of that).
   moved = jax.tree.leaves(names["masters"])[1] - 0.1
   np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
   run(compile(automatic, "README.md", "exec"), names)
@@ -58,12 +58,12 @@ def test_ci_takes_its_test_command_from_the_readme():
 
 MARK = "<!-- benchmarks/results/peak_memory.json -->\n"
 COLUMNS = ("lm-350m-unrolled", "lm-350m", "lm-1.3b", "lm-8.8b")
-PAGES = {"README.md": 10, "docs/fused_layers.md": 4, "docs/automatic.md": 3, "docs/compact.md": 3}  # with so many rows
+PAGES = {"README.md": 10, "docs/fused_layers.md": 4, "docs/automatic.md": 3, "docs/compact.md": 3}  # page: rows
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_memory_tables_are_those_of_the_committed_json(page):
-  """A row is named after its mode in benchmarks/modes.py; a cell has the peak and, in brackets, what is held."""
+  """A row is named after its mode in benchmarks/modes.py. A cell has the peak and, in brackets, the held state."""
   rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
   found = {(r["mode"], r["model"]): r for r in rows if r["optimizer"] == "adamw" and r["target"] == "h200"}
   modes = {mode.label: name for name, mode in MODES.items()}

@@ -1,4 +1,4 @@
-"""The core with `jax_enable_x64`: the same programs, the same dtypes and the same bits as without it."""
+"""With `jax_enable_x64`, the library gives the same programs, dtypes and bits as without it."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ ROUTES = {
   "fused scan": lambda tx: mpo.fused_value_and_update(fused, tx),
   "microbatches": lambda tx: mpo.fused_value_and_update(in_parts, tx),
 }
-# With x64, Optax itself computes schedules and the bias corrections of Adam in float64: its masters are the reference.
+# With x64, Optax itself computes schedules and Adam's bias corrections in float64, so its masters are the reference.
 WIDER = {
   "adamw": lambda: optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10)),
   "adafactor": lambda: optax.adafactor(1e-2),
@@ -93,7 +93,7 @@ STORED = {
 
 
 def train(make_tx, route, steps=3, dtype=jnp.bfloat16, **sizes):
-  """Params, state and losses as NumPy arrays, after some steps."""
+  """Makes some steps. Returns params, state, masters and losses as NumPy arrays."""
   tx = make_tx()
   params, state = mpo.init(tx, make_params(**sizes), dtype=dtype)
   step = jax.jit(ROUTES[route](tx))
@@ -112,7 +112,7 @@ def assert_equal(got, want):
 
 
 def check(run):
-  """`run()` is the same with and without x64, and has nothing of 64 bits."""
+  """Asserts that `run()` gives the same with and without x64, and nothing with 64 bits."""
   want = run()
   with jax.enable_x64(True):
     got = run()
@@ -145,7 +145,7 @@ def test_other_transformations(name, route):
 @pytest.mark.parametrize("route", ["ordinary", "released", "fused scan"])
 @pytest.mark.few(1)
 def test_large_weights_with_8_bit_state(route):
-  """By rows."""
+  """Weights large enough to be updated by rows."""
   check(lambda: train(lambda: STORED["8-bit state"](ALIKE["rmsprop"]()), route, 2, layers=2, width=736))
 
 
@@ -169,7 +169,7 @@ def test_training_is_that_of_optax_with_f32_masters(name, route):
       masters, state = step(masters, state, make_batch())
     got = train(lambda: STORED["16 bits"](WIDER[name]()), route)
   for x, y in zip(jax.tree.leaves(got[2]), jax.tree.leaves(masters), strict=True):
-    # Of (a / b) / c XLA makes a / (b * c), but in a scan not where b was converted from float64.
+    # XLA turns (a / b) / c into a / (b * c), but not in a scan where b was converted from float64.
     np.testing.assert_allclose(x, y, rtol=0, atol=0 if route == "ordinary" else 1e-7)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
 
@@ -197,7 +197,7 @@ def test_loss_scaling_in_fp16(dynamic):
 
 
 def test_nothing_is_computed_in_64_bits():
-  """But for what Optax and the loss function compute, which here is nothing."""
+  """Optax and the loss function could compute in 64 bits, but here they do not."""
   for stored in STORED:
     with jax.enable_x64(True):
       tx = STORED[stored](optax.sgd(0.5, momentum=0.5))

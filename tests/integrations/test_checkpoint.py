@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips of every form, other meshes, damage, and errors that name the leaf."""
+"""Checkpoints: exact round trips in every precision, other meshes, damage, and errors that name the leaf."""
 
 import json
 import shutil
@@ -140,7 +140,7 @@ def test_codes_of_other_levels_are_named(tmp_path):
     file = tmp_path / f"{step}/about/metadata"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
   with Checkpointer(tmp_path) as checkpoints:
-    _, restored = checkpoints.restore({"exact": tree["exact"]}, 1)  # has no such codes
+    _, restored = checkpoints.restore({"exact": tree["exact"]}, 1)  # has no codes
     np.testing.assert_array_equal(restored["exact"], tree["exact"])
     with pytest.raises(ValueError, match=r"\.nu\.values of step 2 .* has codes from before"):
       checkpoints.restore(tree)
@@ -164,7 +164,7 @@ DAMAGES = {
 }
 
 
-# Where one read fails, Orbax closes its event loop, and tensorstore's other reads complain to nobody.
+# If one read fails, Orbax closes its event loop, and the errors of tensorstore's other reads cannot be raised.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(tmp_path, damage):
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(tmp_path):
 
 
 def test_checksums_find_what_a_reader_would_not(tmp_path, monkeypatch):
-  """Two elements that change places, say: Orbax has no quarrel with that."""
+  """For example elements in another order, which Orbax does not notice."""
   with Checkpointer(tmp_path) as checkpoints:
     checkpoints.save(1, {"w": jnp.arange(8.0)})
     restore = checkpoints._manager.restore

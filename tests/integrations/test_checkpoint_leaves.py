@@ -1,4 +1,4 @@
-"""Checkpoints of leaves of every kind: each comes back as it was, or is an error that names it."""
+"""Checkpoints of leaves of every kind: each is restored exactly, or raises an error that names it."""
 
 import jax
 import jax.numpy as jnp

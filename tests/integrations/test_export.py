@@ -1,4 +1,4 @@
-"""Master weights as safetensors files: every bit of them, and errors that say which weight is meant."""
+"""Master weights as safetensors files: exact to the bit, and errors that name the weight."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Train states for Linen and optimizers for NNX: the same numbers as the functions, in all three fused modes."""
+"""Train states for Linen and optimizers for NNX: the same results as the functions, for each value of `fused`."""
 
 import subprocess
 import sys
@@ -17,8 +17,8 @@ from tests.helpers import assert_same_bits, quick_jit, relaxed
 
 CLASSES, FEATURES = 3, 8
 
-# AdamW makes a full step of a gradient that is zero but for rounding (a bias before BatchNorm), and fused loops round
-# in orders of their own.
+# AdamW makes a full step from a gradient that is zero except for rounding (a bias before BatchNorm), and fused loops
+# round in another order.
 
 
 def batch(i):
@@ -73,7 +73,7 @@ def test_linen_with_batch_statistics_dropout_and_aux():
   got, values = linen_steps(linen_state())
   want, unfused = linen_steps(linen_state(fused="off"))
   assert_same_bits((got.params, got.opt_state, values), (want.params, want.opt_state, unfused))
-  # The same step fused is another program, in which XLA may sum a mean in another order.
+  # The step with gradient release is another program, in which XLA may sum a mean in another order.
   for a, b in zip(jax.tree.leaves(got.variables), jax.tree.leaves(want.variables), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5)
   start = linen_state()
@@ -99,7 +99,7 @@ def test_ema_is_of_the_masters_in_f32():
     averages = jax.tree.map(lambda a, m: 0.9 * a + 0.1 * m, averages, one.masters())
   for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(averages), strict=True):
     assert a.dtype == jnp.float32
-    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # one product fewer than the average above
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # it has one product fewer than the average above
 
 
 def layer_loss(variables, batch):
@@ -210,7 +210,7 @@ def test_nnx_fused_layers_get_handles():
     losses[fused] = [
       float(optimizer.step_with(model, loss if fused == "layer" else of_model, batch(i))) for i in range(3)
     ]
-  np.testing.assert_allclose(losses["layer"], losses["auto"], rtol=1e-2)  # not jitted: bf16 roundings may differ
+  np.testing.assert_allclose(losses["layer"], losses["auto"], rtol=1e-2)  # without jit, bf16 roundings may differ
 
 
 @pytest.mark.parametrize(

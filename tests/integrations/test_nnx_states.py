@@ -1,4 +1,4 @@
-"""States of Flax NNX, with variables around their leaves, wherever a tree of params or of optimizer state is taken."""
+"""Flax NNX states, with variables around their leaves, work wherever a tree of params or optimizer state does."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def make(tx=None):
 
 
 def states(tx=None):
-  """Params and optimizer state in variables, as NNX has them, and without."""
+  """Returns params and optimizer state with NNX's variables and without."""
   model, optimizer = make(tx)
   params, opt_state = nnx.state(model, nnx.Param), optimizer.opt_state
   return (params, opt_state), (nnx.as_pure(params), nnx.as_pure(opt_state))
@@ -67,7 +67,7 @@ def test_convert_keeps_the_variables():
 
 
 def test_a_run_that_is_only_shapes_is_restored_and_converted():
-  """The model and its optimizer never exist in the old form but as shapes."""
+  """In the old precision, the model and its optimizer exist only as shapes."""
   model, optimizer = nnx.eval_shape(lambda: make(optax.chain(mpo.compensated(optax.adam(1e-2)))))
   params, opt_state = nnx.state(model, nnx.Param), optimizer.opt_state
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((params, opt_state)))

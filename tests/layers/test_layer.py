@@ -1,11 +1,12 @@
-"""Fused layers equal the unfused step bit for bit, for every kind of layer, input and output.
+"""Fused layers equal the ordinary step bit for bit, for every kind of layer, input and output.
 
-The rival is the same loss function with arrays, `jax.value_and_grad`, `tx.update` and `mpo.apply_updates`, jitted.
+The ordinary step is the same loss function with arrays, `jax.value_and_grad`, `tx.update` and `mpo.apply_updates`,
+jitted.
 
-Scanned layers are stepped one at a time, in a loop of another shape than the unfused update's. There LLVM is free to
-choose which product of a*b + c*d it takes into a fused multiply-add, in plain Optax as here, so that moving averages
-can differ in a last bit. These are compared with XLA's fusion off, where no operation is joined to another. So are
-layers of a megabyte and more, whose backward pass is divided by the steps of its weights.
+Scanned layers are updated one at a time, in a loop of another shape than that of the ordinary update. There LLVM may
+choose another product of a*b + c*d for a fused multiply-add, in plain Optax too, so moving averages can differ in the
+last bit. These cases are compared with XLA's fusion off, so that no operations are merged. So are layers of a megabyte
+and more, where weight updates divide the backward pass.
 """
 
 import functools
@@ -27,7 +28,7 @@ LAYERS, WIDTH, VOCAB, TIME, STEPS = 2, 8, 7, 5, 100
 
 
 def assert_equal_steps(loss_fn, tx, params, opt_state, batches, has_aux=False, scanned=False):
-  """Runs both kinds of step from the same start, each on its own results, and compares every value and the end."""
+  """Runs both kinds of step from the same start, each on its own results. Compares all losses and the final results."""
   jit = quick_jit if scanned else exact_jit
   fused = jit(mpo.fused_value_and_update(loss_fn, tx, has_aux=has_aux))
   plain = jit(ordinary_step(loss_fn, tx, has_aux=has_aux))
@@ -42,7 +43,7 @@ def assert_equal_steps(loss_fn, tx, params, opt_state, batches, has_aux=False, s
   return got
 
 
-# --- A small Transformer-like model with everything in it -------------------------------------------------------------
+# --- A small Transformer-like model with all features -----------------------------------------------------------------
 
 
 def block(p, x, key, bias):
@@ -71,7 +72,7 @@ def make_params(scan):
 
 
 def model_loss(scan, remat, params, tokens, key):
-  """A tied embedding, a position that every block closes over, dropout keys, integer inputs, and aux outputs."""
+  """Has a tied embedding, a position that every block closes over, dropout keys, integer inputs and aux outputs."""
   embedding, position = mpo.fused_value((params["embedding"], params["position"]))
   x = embedding[tokens]
   bias = position.astype(x.dtype)
@@ -97,7 +98,7 @@ def model_loss(scan, remat, params, tokens, key):
 
 
 def batches(count):
-  # Keys of an implementation that XLA has an operation for: threefry would be most of the time to compile.
+  # XLA has an operation for this kind of key. With threefry, most of the compile time would go to the keys.
   rng = np.random.default_rng(0)
   keys = [jax.random.key(i, impl="unsafe_rbg") for i in range(count)]
   return [(rng.integers(0, VOCAB, (4, TIME), np.int32), key) for key in keys]
@@ -128,7 +129,7 @@ def is_matrix(path, leaf):
 
 @pytest.mark.parametrize(
   ("name", "scan"),
-  # adafactor takes norms over a whole stack, which one layer cannot: it is refused there (layers/test_misuse.py).
+  # Scanned adafactor is refused, since it needs norms over the whole stack (program/test_by_layer.py).
   [
     pytest.param(name, scan, marks=[pytest.mark.slow] * (scan and name != "adamw"))
     for name in OPTIMIZERS
@@ -138,7 +139,7 @@ def is_matrix(path, leaf):
 )
 @pytest.mark.few(2)
 def test_a_hundred_steps_equal_the_unfused_path(name, scan):
-  """Matrices in bf16 with 16 bits, scales in f32."""
+  """Matrices are bf16 with 16 bits, scales are f32."""
   tx = mpo.compensated(OPTIMIZERS[name]())
   params, opt_state = init(tx, make_params(scan), where=is_matrix)
   loss_fn = functools.partial(model_loss, scan, True)
@@ -179,7 +180,7 @@ def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
     layer = mpo.fused_layer(fn, remat=remat)
     x, first = layer(params["a"], x)
     y, second = layer(params["b"], x)
-    return jnp.mean(y**2) + first * second
+    return jnp.mean(y**2) + (first * second).astype(y.dtype)
 
   def weights(key):
     up, down = jax.random.split(jax.random.key(key))
@@ -243,11 +244,11 @@ def test_without_jit_and_with_donation():
   step = mpo.fused_value_and_update(loss_fn, tx, has_aux=True)
   eager = step(params, opt_state, *batch)
   donated = jax.jit(step, donate_argnums=(0, 1))(*jax.tree.map(jnp.copy, (params, opt_state)), *batch)
-  # Operation by operation bf16 rounds more often than compiled, by two of its units; the bits then have other weights.
+  # Without jit, bf16 rounds after every operation, which can differ by two ulps. Then the bits belong to other weights.
   got, want = ((value, mpo.master_params(params, state)) for value, params, state in (eager, donated))
   chex.assert_trees_all_close(got[0][0], want[0][0], rtol=2**-7)
-  chex.assert_trees_all_close(got[1], want[1], atol=1e-2 * 2**-6)  # the learning rate times an error of the gradient
-  assert_same_bits(opt_state, init(tx, make_params(True))[1])  # pure from outside
+  chex.assert_trees_all_close(got[1], want[1], atol=1e-2 * 2**-6)  # learning rate times gradient error
+  assert_same_bits(opt_state, init(tx, make_params(True))[1])  # the inputs are unchanged
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -303,7 +304,7 @@ def test_scan_carries_and_ys_of_any_kind_and_reverse():
 
 
 def test_gradients_reach_the_inputs_of_a_scan_and_what_it_closes_over():
-  """Weights of other layers feed the carry, xs and a closed-over array of a scan."""
+  """Weights of other layers feed the carry, the xs and a closed-over array of a scan."""
 
   def loss_fn(params, x):
     gate, offsets, first = mpo.fused_value((params["gate"], params["offsets"], params["first"]))
@@ -371,7 +372,7 @@ def test_handles_are_indexed_like_the_params():
     layer = mpo.fused_layer(lambda p, x: x @ p["w"])
     for p in params["layers"]:
       x = layer(p, x)
-    return jnp.sum(mpo.fused_layer(lambda p, x: x @ p.left * p.right[0])(params["named"], x))
+    return jnp.sum(mpo.fused_layer(lambda p, x: x @ p.left * p.right[0][None])(params["named"], x))
 
   eye = jnp.eye(3)
   params = {"layers": [{"w": eye}, {"w": eye}], "named": Weights(left=eye, right=(jnp.ones(3),)), "empty": ()}

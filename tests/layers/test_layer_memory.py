@@ -1,6 +1,7 @@
-"""Memory of both fused routes: bytes of the step that XLA:GPU compiles for an H200. No gradient tree, no copied stacks.
+"""Memory of gradient release, automatic and by layers: no gradient tree and no copied stacks.
 
-Where a limit is a plain number it is the measured one, rounded up; the rest is arithmetic on shapes.
+The bytes are those of steps that XLA:GPU compiles for an H200. Limits that are plain numbers are measured and rounded
+up. All others are arithmetic on shapes.
 """
 
 import functools
@@ -19,7 +20,7 @@ from benchmarks.modes import MODES
 pytestmark = pytest.mark.full
 
 WIDTH, HIDDEN, BATCH = 1024, 3072, 64
-MATRICES = {False: 2, True: 3}  # of one layer; fewer where layers are unrolled, which take long to compile
+MATRICES = {False: 2, True: 3}  # of one layer; fewer in unrolled layers, which compile slowly
 
 
 def make_loss(scan, route):
@@ -62,15 +63,15 @@ def report(scan, layers, route="layer", optimizer=optax.adamw, dump_to=None):
 @pytest.mark.parametrize("route", ["layer", "auto"])
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_temporaries_are_two_layers_of_gradients_at_most_and_do_not_grow_with_depth(scan, route):
-  """Eight layers are 900 MB of params and state; all gradients of 64 would be 1.2 GB."""
+  """Scanned, 8 layers have 900 MB of params and state, and the gradients of 64 layers would take 1.2 GB."""
   left = {}
-  optimizer = optax.adamw if scan else optax.sgd  # unrolled layers with AdamW take minutes to compile
+  optimizer = optax.adamw if scan else optax.sgd  # unrolled with AdamW, compiling takes minutes
   few, many = (8, 64) if scan else (4, 16)
   for layers in (few, many):
     activations = layers * BATCH * WIDTH * 2
     left[layers] = report(scan, layers, route, optimizer).temporary_bytes - activations
     assert left[layers] <= 2 * MATRICES[scan] * WIDTH * HIDDEN * 2, layers
-  # A count of layers costs scalars, and a place for the next activation: not a weight matrix.
+  # More layers cost scalars and space for the next activation, but no weight matrix.
   assert left[many] - left[few] < WIDTH * HIDDEN * 2 / 4
 
 
@@ -80,25 +81,25 @@ def test_all_donated_buffers_are_aliased_and_no_stack_is_copied(scan, route):
   found = report(scan, 24 if scan else 4, route)
   state = found.argument_bytes - BATCH * WIDTH * 2
   assert found.aliased_bytes >= state - 1024
-  assert found.output_bytes - found.aliased_bytes < 4096  # the loss and XLA's table of results
+  assert found.output_bytes - found.aliased_bytes < 4096  # the loss, and XLA's table of results
   largest = max(b.bytes for b in found.buffers if b.kind == "temporary")
-  assert largest < WIDTH * HIDDEN * 24 * 2 / 8  # bytes of a stack of compensation bits, an eighth
+  assert largest < WIDTH * HIDDEN * 24 * 2 / 8  # an eighth of a stack of compensation bits
 
 
 def test_the_optimized_program_copies_no_stack(tmp_path):
-  """Reads what XLA:GPU made of the step: no copy of anything as large as a stack of one weight's bits."""
+  """Reads XLA:GPU's program of the step: it copies nothing as large as a stack of one weight."""
   report.__wrapped__(True, 8, dump_to=tmp_path)
   texts = [path.read_text() for path in tmp_path.glob("*gpu_after_optimizations.txt")]
   (text,) = (t for t in texts if f"f32[8,{WIDTH},{HIDDEN}]" in t)
   instructions = re.findall(r" = \w+\[([\d,]*)\]\S* (copy|copy-start|dynamic-update-slice|while|fusion)\(", text)
-  assert len([kind for _, kind in instructions if kind == "dynamic-update-slice"]) >= 3 * 4  # the parser sees something
+  assert len([kind for _, kind in instructions if kind == "dynamic-update-slice"]) >= 3 * 4  # the parser works
   copies = [dims for dims, kind in instructions if kind.startswith("copy")]
   assert all(math.prod(map(int, filter(None, dims.split(",")))) < 8 * WIDTH * HIDDEN for dims in copies), copies
 
 
-# The language models of the design table, AdamW, 16 bits, batch 1 x 1024. 1.3B scanned was asked to be 12.4. 350M
-# unrolled was asked to be 12.6, which a floor forbids: f32 and bf16 logits and the 24 activations are 0.66 bytes per
-# parameter at the head (docs/fused_layers.md).
+# Bytes per parameter of language models with AdamW, 16 bits and batch 1 x 1024. The design goal for 1.3B scanned was
+# 12.4. The goal of 12.6 for 350M unrolled is impossible: at the head, f32 and bf16 logits and the 24 activations take
+# 0.66 bytes per parameter (docs/fused_layers.md).
 AT_MOST = {"lm-1.3b": 12.35, "lm-350m-unrolled": 12.7}
 
 
@@ -112,7 +113,7 @@ def test_language_models(model):
 
 
 def test_weights_are_no_residuals():
-  """Without rematerialisation, what is kept for the backward pass are activations: no weight, cast or transpose."""
+  """Without rematerialisation, only activations are kept for the backward pass: no weight, cast or transpose."""
 
   def block(p, x):
     return jnp.tanh(x.astype(jnp.float32) @ p["w"].astype(jnp.float32)).astype(x.dtype)
@@ -129,8 +130,8 @@ def test_weights_are_no_residuals():
   x = jax.ShapeDtypeStruct((8, width), jnp.bfloat16)
   step = mpo.fused_value_and_update(loss_fn, tx)
   found = mpo.gpu_memory(step, *state, x, donate_argnums=(0, 1), target="h200")
-  weight = 4 * math.prod((width, width))  # cast to f32
-  assert found.temporary_bytes < 3 * weight  # a cast, a gradient and its cast, not eight casts
+  weight = 4 * math.prod((width, width))  # in f32
+  assert found.temporary_bytes < 3 * weight  # one cast, one gradient and its cast, not eight casts
 
 
 def test_steps_of_all_fused_modes_keep_the_shapes_of_their_state():

@@ -1,4 +1,4 @@
-"""Microbatches inside of fused layers: the sum in f32, the same steps, and the memory of one part."""
+"""Microbatches inside fused layers: sums in f32, the same steps, and the memory of one part."""
 
 import functools
 
@@ -48,7 +48,7 @@ def batch(i):
   return jnp.asarray(np.random.default_rng(i).integers(0, 7, (BATCH, TIME)))
 
 
-# Without fusion every operation rounds by itself; see layers/test_layer.py.
+# Without fusion every operation rounds separately; see layers/test_layer.py.
 jit = functools.partial(
   jax.jit,
   compiler_options={
@@ -62,7 +62,7 @@ jit = functools.partial(
 @pytest.mark.parametrize("count", [2, 4, 12])
 @pytest.mark.few(1)
 def test_steps_are_those_of_the_whole_batch_up_to_the_order_of_summation(count):
-  """In f32, where a sum of parts and a whole sum differ by rounding alone."""
+  """In f32, where a sum of parts and a whole sum differ only by rounding."""
   tx = optax.sgd(0.5, momentum=0.9)
   params = make_params()
   want = got = (None, params, tx.init(params))
@@ -79,7 +79,7 @@ def test_steps_are_those_of_the_whole_batch_up_to_the_order_of_summation(count):
 
 @pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.dots_saveable], ids=["remat", "policy"])
 def test_gradients_of_bf16_weights_are_summed_in_f32_and_rounded_once(remat):
-  """A layer with three parts is stepped with the bf16 number next to the f32 sum, from the last part to the first."""
+  """A layer sums the gradients of three parts in f32, from the last to the first, and rounds the sum to bf16 once."""
   tx = optax.sgd(1.0)
   w = normal(0, WIDTH, WIDTH).astype(jnp.bfloat16)
   x = normal(1, BATCH, WIDTH).astype(jnp.bfloat16)
@@ -155,7 +155,7 @@ def test_errors():
 
 
 def test_temporaries_are_those_of_one_part_and_the_boundaries():
-  """XLA:GPU's bytes: a layer's inside is 8 times as wide as what goes from layer to layer."""
+  """Bytes compiled by XLA:GPU. Inside, a layer is 8 times as wide as the activations between layers."""
   width, rows = 256, 4096
   struct = jax.ShapeDtypeStruct
   params = {
@@ -172,6 +172,6 @@ def test_temporaries_are_those_of_one_part_and_the_boundaries():
     temporaries[count] = mpo.gpu_memory(step, params, state, x, donate_argnums=(0, 1)).temporary_bytes
   boundaries = 8 * rows * width * 2
   inside = 8 * rows * width * 2
-  layer_gradient = 2 * 8 * width**2 * (2 + 4)  # in bf16, and the sum in f32
+  layer_gradient = 2 * 8 * width**2 * (2 + 4)  # bf16 gradients, and their f32 sums
   assert temporaries[1] > boundaries + 2 * inside
   assert temporaries[8] < boundaries + 4 * inside / 8 + layer_gradient + 6 * rows * width * 2

@@ -1,4 +1,4 @@
-"""Misuse of fused layers is caught while the step is traced, by an error that names the weight and says what to do."""
+"""Misuse of fused layers raises an error while the step is traced. It names the weight and says what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def trace(loss_fn, tx=None, params=PARAMS, opt_state=None, x=X):
 
 
 def with_b(use):
-  """A loss that uses `a` as it should be, and `b` as the test wants."""
+  """Returns a loss that uses `a` correctly, and `b` as the test wants."""
   return lambda params, x: jnp.sum(use(params["b"], layer(params["a"], x)))
 
 
@@ -124,7 +124,7 @@ def test_coupled_updates_are_refused_and_those_of_one_layer_are_not():
   got = jax.jit(mpo.fused_value_and_update(loss_fn, tx))(PARAMS, tx.init(PARAMS), X)
   grads = jax.grad(loss_fn)(PARAMS, X)
   want = optax.apply_updates(PARAMS, tx.update(grads, tx.init(PARAMS), PARAMS)[0])
-  # The norm is a sum, in an order that depends on what XLA fuses it with: a unit in the last place.
+  # The order of the norm's sum depends on XLA's fusions, so results may differ by an ulp.
   for name, w in want.items():
     assert jnp.allclose(got[1][name], w, rtol=1e-6, atol=1e-7)
 
@@ -182,7 +182,7 @@ def test_a_weight_that_the_loss_does_not_depend_on_is_stepped_with_a_zero_gradie
   updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
   want = (mpo.apply_updates(params, updates), state)
   assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), got, want))
-  assert float(mpo.master_params(*got)["a"][0, 0]) < 1  # weight decay
+  assert float(mpo.master_params(*got)["a"][0, 0]) < 1  # by weight decay
 
 
 def test_frozen_weights_need_not_be_used():

@@ -1,4 +1,4 @@
-"""gpu_memory against XLA's own figures, and against what can be counted by hand. No GPU is needed."""
+"""gpu_memory against XLA's own figures and against hand-counted bytes. Needs no GPU."""
 
 import functools
 import json
@@ -62,7 +62,7 @@ def sgd_report(**options):
 
 
 def direct(fn, *args, donate=(), devices=1, target="h100"):
-  """XLA's figures from lowering for the target's devices in this very process: no export, no second process."""
+  """XLA's figures from lowering for the target's devices in this process: no export, no second process."""
   config = gpu_targets.TARGETS[target].config
   topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{devices}")
   mesh = Mesh(np.array(topology.devices), ("d",))
@@ -143,7 +143,7 @@ def test_buffers_are_named_by_argument_operation_and_source_line():
 
 
 def test_donated_arguments_that_are_unused_give_no_room_but_are_counted():
-  # jit drops an unused argument, so that no output can take its place; but the array is still there.
+  # jit drops an unused argument, so no output can reuse its memory. But the array still exists.
   report = gpu_memory(lambda a, b: 2 * b, f32(1000), f32(1000), donate_argnums=0)
   assert figures(report) == (8000, 4000, 0, 0)
 
@@ -212,7 +212,7 @@ def test_persistent_bytes_are_exact_and_all_aliased(mode):
   assert report.parameter_count == COUNT
   assert report.argument_bytes == expected * COUNT + step_count + nbytes(X)
   assert report.aliased_bytes == report.argument_bytes - nbytes(X)
-  # What XLA adds for results is the table of their addresses: 8 bytes for each.
+  # For results, XLA adds a table of their addresses, with 8 bytes for each.
   assert 0 <= report.output_bytes - report.aliased_bytes <= 8 * (len(jax.tree.leaves((params, state))) + 1)
   assert {b.name.partition("[")[0].partition(".")[0] for b in report.buffers if b.reused} == {"params", "state"}
 
@@ -530,7 +530,7 @@ def test_jax_may_be_in_use_before_and_is_left_as_it_was(environment):
     """
     import os, jax, jax.numpy as jnp
     before = jnp.ones(3).devices(), jax.default_backend(), dict(os.environ)
-    from optax_mpo._memory import gpu_memory
+    from optax_mpo._memory.gpu_memory import gpu_memory
     report = gpu_memory(lambda x: x + 1, jnp.ones(1000), donate_argnums=0)
     assert before == (jnp.ones(3).devices(), jax.default_backend(), dict(os.environ))
     print(jax.default_backend(), report.total_bytes)
@@ -544,7 +544,7 @@ def test_where_jax_cannot_start_the_error_says_what_to_set():
   done = run_python(
     """
     import jax, jax.numpy as jnp
-    from optax_mpo._memory import gpu_memory
+    from optax_mpo._memory.gpu_memory import gpu_memory
     gpu_memory(lambda x: x + 1, jax.ShapeDtypeStruct((8,), jnp.float32))
     """,
     JAX_PLATFORMS="cuda",
@@ -580,7 +580,7 @@ def test_bytes_go_to_what_is_there_at_the_peak_first(tmp_path):
     "    state{1}: 40 bytes (cumulative: 80 bytes)\n  Stack trace breakdown\n"
   )
   (tmp_path / f"{prefix}.txt").write_text(
-    # Frame 3 is a library's; it was called from frame 2, in the user's model, and that from frame 1.
+    # Frame 3 is in a library. Frame 2, in the user's model, called it, and frame 1 called frame 2.
     'FileNames\n1 "/home/me/model.py"\n2 "/venv/lib/site-packages/optax/losses.py"\n\n'
     'FunctionNames\n1 "loss.<locals>.layer"\n2 "cross_entropy"\n3 "step"\n\n'
     "FileLocations\n1 {file_name_id=1 function_name_id=3 line=20 end_line=20}\n"

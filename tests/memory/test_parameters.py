@@ -1,4 +1,4 @@
-"""Which arrays gpu_memory takes for parameters, and steps that are jitted by NNX."""
+"""Which arrays gpu_memory counts as parameters, and steps jitted by NNX."""
 
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ def test_a_step_that_nnx_jitted(donated):
   assert 12 <= report.per_parameter(report.argument_bytes) < 12.1
   assert (report.aliased_bytes > 0) == donated
   assert report.bytes_per_parameter < (14.5 if donated else 27)
-  assert model.kernel.get_value().dtype == jnp.bfloat16  # and nothing ran
+  assert model.kernel.get_value().dtype == jnp.bfloat16  # nothing ran
   assert int(optimizer.step.get_value()) == 0
 
 

@@ -1,4 +1,4 @@
-"""The yardstick itself and what it is used for: bytes of whole training steps, compiled by XLA:GPU for an H200."""
+"""The memory benchmark and its results: bytes of whole training steps, compiled by XLA:GPU for an H200."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from examples import memory_plan
 
 pytestmark = pytest.mark.full
 
-# Bytes per parameter of f32-master Optax with AdamW, batch 1 x 1024, rematerialisation per block: the figures of the
-# design table, which were measured apart from this code. JAX 0.10 and 0.12 agree on them.
+# Bytes per parameter of f32-master Optax with AdamW, batch 1 x 1024, rematerialisation per block. They were measured
+# for the design, independently of this code. JAX 0.10 and 0.12 agree on them.
 BASELINE = {"lm-350m": 16.30, "lm-350m-unrolled": 14.59}
-# What our storage takes, unfused, as it was measured, rounded up to the next 0.05: more is a regression.
+# Measured bytes per parameter of our storage, rounded up to the next 0.05. More is a regression.
 AT_MOST = {"mpo-16": 14.65, "mpo-8": 13.65, "mpo-4": 13.15, "mpo-compact": 7.6}
 AT_MOST |= {"mpo-16-auto": 12.85, "mpo-compact-auto": 5.95}
 
@@ -73,7 +73,7 @@ def test_models_have_a_scalar_loss_and_gradients_for_all_params(name):
     (mode, optimizer)
     for mode in MODES
     for optimizer in OPTIMIZERS
-    # A rival's own state, and a norm over all layers, which fused layers refuse (layers/test_misuse.py).
+    # Not flashoptim's own state, and no norm over all layers in fused layers, which refuse it (layers/test_misuse.py).
     if not mode.startswith("flash") and not ("-layer" in mode and optimizer == "adamw-clip")
   ],
 )
@@ -89,7 +89,7 @@ def test_the_benchmark_measures_prints_and_writes(tmp_path, capsys):
   assert peak_memory.main([*arguments, "--output-dir", str(tmp_path)]) == 0
   rows = {row["mode"]: row for row in json.loads((tmp_path / "peak_memory.json").read_text())["rows"]}
   held = {mode: row["argument_bytes"] / row["parameters"] for mode, row in rows.items()}
-  assert held == pytest.approx({"optax-f32": 8, "mpo-16": 8}, abs=1e-3)  # the tokens and the step count are the rest
+  assert held == pytest.approx({"optax-f32": 8, "mpo-16": 8}, abs=1e-3)  # plus the tokens and the step count
   assert rows["mpo-16"]["total_bytes"] < rows["optax-f32"]["total_bytes"]
   out = capsys.readouterr().out
   assert "Optax, f32 master" in out
@@ -111,7 +111,7 @@ def test_memory_plan(tmp_path, capsys):
   assert memory_plan.main([*arguments, "--storages", "mpo-16", "--output-dir", str(tmp_path)]) == 0
   assert "fits" in capsys.readouterr().out
   assert (tmp_path / "memory_plan.png").stat().st_size > 10_000
-  # 8 B parameters of 12 bytes never fit on an A10, which needs no compilation to know.
+  # 8 B parameters of 12 bytes do not fit on an A10, which is known without compiling.
   args = memory_plan.argparse.Namespace(
     model="llama3-8b", target="a10", devices=1, optimizer="adamw", context=256, batches=[1], storages=["mpo-16"]
   )
@@ -125,9 +125,9 @@ def test_steps_are_sharded_over_devices():
   _, params, opt_state, batch = fsdp.shard(training, model.batch, 8)
   assert params["embedding"].sharding.spec == jax.sharding.PartitionSpec("data")
   assert params["blocks"]["up"].sharding.spec == jax.sharding.PartitionSpec(None, "data")
-  assert batch.sharding.spec == jax.sharding.PartitionSpec()  # one sequence does not split over eight
+  assert batch.sharding.spec == jax.sharding.PartitionSpec()  # one sequence cannot be split over eight devices
   whole, shared = (fsdp.held_bytes(x) for x in ((training.params, training.opt_state), (params, opt_state)))
-  assert math.isclose(shared, whole / 8, rel_tol=2e-3)  # twelve layers of norms do not split, and lie on all
+  assert math.isclose(shared, whole / 8, rel_tol=2e-3)  # norms do not split, so they are replicated
 
 
 def test_memory_plan_names_the_targets_there_are(capsys):

@@ -1,7 +1,7 @@
-"""Sharded steps as XLA:GPU compiles them for eight cards (FSDP): bytes of each card, and what goes between cards.
+"""Sharded steps (FSDP), compiled by XLA:GPU for eight cards: bytes on each card, and communication between cards.
 
-What 1.3B takes beside its state is the model's own: at the head, on each card, the gathered bf16[2048, 32000], logits
-in f32 and in bf16, and the activations of 24 layers make 2.55 bytes per parameter over all cards.
+Beyond its state, the 1.3B model itself needs 2.55 bytes per parameter over all cards. At the head, each card has the
+gathered bf16[2048, 32000], logits in f32 and in bf16, and the activations of 24 layers.
 """
 
 import functools
@@ -21,7 +21,7 @@ from benchmarks.modes import MODES
 
 pytestmark = pytest.mark.full
 
-# Bytes per parameter over all cards, as measured, rounded up to the next 0.05; Optax with f32 masters takes 19.49.
+# Measured bytes per parameter over all cards, rounded up to the next 0.05. Optax with f32 masters takes 19.49.
 AT_MOST = {"mpo-16-layer": 14.9, "mpo-16-auto": 14.75}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -42,16 +42,16 @@ def test_a_70b_model_fits_on_eight_h100_with_compact_state_and_not_with_f32_mast
   assert compact.per_parameter(compact.total_bytes) <= 5.85
   model = language_model("70b", batch=8)
   _, params, opt_state, _ = fsdp.shard(MODES["optax-f32"].build(model, "adamw"), model.batch, 8)
-  assert fsdp.held_bytes((params, opt_state)) > 80 * 2**30  # what is held does not fit, let alone a step
+  assert fsdp.held_bytes((params, opt_state)) > 80 * 2**30  # the held state alone does not fit
 
 
 @functools.cache
 def collectives(mode):
-  """What a step of the 125M model needs.
+  """Compiles a step of the 125M model.
 
   Returns:
-    How many numbers go between cards, by operation, in its loops over layers and outside of them; and the bytes that it
-    takes on all cards per parameter.
+    How many elements go between cards, by operation, inside the loops over layers and outside of them; and the bytes
+    per parameter over all cards.
   """
   model = language_model("125m", batch=8)
   step, *args = fsdp.shard(MODES[mode].build(model, "adamw"), model.batch, 8)
@@ -64,7 +64,7 @@ def collectives(mode):
     counts = outside if computation.startswith("ENTRY") else inside
     for shapes, name, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", computation):
       arrays = [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
-      # What is started has its operands in its result as well, before what it makes.
+      # The result of a -start operation contains its operands, followed by its real results.
       counts[name] += sum(arrays[len(arrays) // 2 :] if start and name == "all-gather" else arrays)
   return inside, outside, 8 * report.total_bytes / model.count
 
@@ -77,7 +77,7 @@ def test_no_more_goes_between_cards_than_in_the_ordinary_step(mode):
   assert ordinary["all-gather"] >= layer, "every layer is gathered: the parser sees something"
   for name in COLLECTIVES:
     assert ours[name] <= ordinary[name], name
-  # The head is a layer of its own here, and gathered again for its backward pass, as layers with `remat` are anyway.
+  # By layers, the head is a separate layer and is gathered again for its backward pass, like any layer with `remat`.
   head = math.prod(model.params["head"].shape)
   assert ours_outside["all-gather"] <= ordinary_outside["all-gather"] + (head if mode == "mpo-16-layer" else 0)
   assert ours_outside["all-reduce"] <= ordinary_outside["all-reduce"]
@@ -85,5 +85,5 @@ def test_no_more_goes_between_cards_than_in_the_ordinary_step(mode):
 
 @pytest.mark.parametrize(("mode", "at_most"), {"mpo-16-layer": 28.0, "mpo-compact-auto": 21.15}.items())
 def test_bytes_of_the_125m_model(mode, at_most):
-  """Optax with f32 masters takes 32.8. Every card gathers the embedding and the head, a third of this small model."""
+  """Optax with f32 masters takes 32.8. Each card gathers the embedding and the head, a third of this small model."""
   assert collectives(mode)[2] <= at_most < collectives("optax-f32")[2]

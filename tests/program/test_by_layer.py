@@ -1,7 +1,8 @@
-"""Updates of stacked layers, stepped one layer at a time: never wrong in silence.
+"""Updates of stacked layers, made one layer at a time, are never silently wrong.
 
-Every update below is either accepted, and then each layer's step is the layer of the whole step, or it is refused with
-the leaf and the operation named. The axes are all of one size, so that no shape gives a mistaken axis away.
+Every update below is either accepted, and then equals the update of the whole stack for each layer; or it is refused
+with an error that names the leaf and the operation. All axes have the same size, so that shapes do not reveal a wrong
+axis.
 """
 
 import functools
@@ -26,7 +27,7 @@ from tests.helpers import one_layer
 L = 3
 SHAPE = (L, L, L)
 RNG = np.random.default_rng(0)
-TABLE = jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)  # closed over: an array that depends on the layer
+TABLE = jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)  # closed over, with other values in each layer
 MASK = jnp.asarray(RNG.random(SHAPE) < 0.5)
 KEY = jax.random.key(1, impl="rbg")  # compiles faster
 
@@ -40,7 +41,7 @@ def bytes_reversed(x):
 
 
 def narrow_pairs(x):
-  """f32[3, 3, 3] -> f32: the last axis is made of two halves, taken apart and put together again."""
+  """f32[3, 3, 3] -> f32[3, 3, 3]: splits each number into two halves on a new last axis, and joins them again."""
   return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint16), jnp.float32)
 
 
@@ -120,7 +121,7 @@ MIXED = {
 
 
 def group_of(fun):
-  """A group whose new weight, from a weight of zero, is `fun(gradient)`."""
+  """Returns a group whose new weight is `fun(gradient)`, with a weight of zero, and its shared values."""
   tx = optax.stateless(lambda updates, params: {"w": fun(updates["w"]) - params["w"]})
   update = by_leaf.Update(tx, {"w": jnp.zeros(SHAPE)}, tx.init({}), "test")
   values, _ = update.run_shared()
@@ -173,7 +174,7 @@ def test_any_sequence_is_right_or_refused(names, seed):
 
 
 def test_a_pair_of_layers_made_one_by_a_conversion_is_refused():
-  def fun(x):  # u16[2, 2] -> u32[2]: the layers, moved to the last axis, become the halves of one number
+  def fun(x):  # u16[2, 2] -> u32[2]: moves the layers to the last axis, where they become halves of one number
     halves = x.transpose(1, 0).astype(jnp.uint16)
     return jnp.broadcast_to(lax.bitcast_convert_type(halves, jnp.uint32).astype(jnp.float32), (2, 2))
 
@@ -218,7 +219,10 @@ REFUSED = {
   "adafactor": (lambda: optax.adafactor(1e-3, min_dim_size_to_factor=4), r"`\w+` \(.*mixes the layers"),
   "lamb": (lambda: optax.lamb(1e-3), r"`\w+` mixes the layers"),
   "block_rms": (lambda: optax.clip_by_block_rms(1.0), r"`reduce_sum` \(.*mixes the layers"),
-  "novograd": (lambda: optax.novograd(1e-3), r"its state has an array of shape \[\], with no entry for each of the 4 layers"),
+  "novograd": (
+    lambda: optax.novograd(1e-3),
+    r"its state has an array of shape \[\], with no entry for each of the 4 layers",
+  ),
   "zero_nans": (lambda: optax.zero_nans(), r"an array of shape \[\], with no entry"),
   "sm3": (lambda: optax.sm3(1e-3), r"an array of shape \[5\], with no entry"),
 }
@@ -242,11 +246,11 @@ def masters(params, opt_state):
   return mpo.master_params(params, opt_state) if isinstance(opt_state, mpo.CompensatedState) else params
 
 
-# Not here: XLA:CPU compiles the cond of multi_steps anew for each call, and adafactor's division of one number rounds
-# otherwise than that of four.
+# Left out: XLA:CPU compiles the cond of multi_steps again for each call, and adafactor's division of one number rounds
+# differently from a division of four.
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("multi_steps", "adafactor")])
 def test_stacked_optimizers(name):
-  """Three steps of one layer after the other are those of all at once, bit for bit, operation by operation."""
+  """Three steps layer by layer equal those of the whole stack, bit for bit, operation by operation."""
   tx, params, opt_state = make(name)
   update = by_leaf.Update(tx, params, opt_state, "test")
   group, (values, _) = update.group([0], "test"), update.run_shared()
@@ -265,9 +269,9 @@ def test_stacked_optimizers(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_stacked_optimizers_in_a_scan(name):
-  """The same in a compiled scan over the layers, where XLA may choose other fused multiply-adds than for the stack."""
+  """The same in a compiled scan over layers, where XLA may choose other fused multiply-adds than for the stack."""
   tx, params, opt_state = make(name)
-  compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # faster to compile
+  compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
   @compiled
   def whole(params, opt_state, grads):

@@ -1,4 +1,4 @@
-"""What a kernel computes: to the last bit what XLA:GPU makes of the same update, after all that it rewrites."""
+"""A kernel computes the same bits as XLA:GPU's program of the same update, after all of XLA's rewrites."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ OPTIMIZERS = {
 
 
 def numbers(shape, dtype, key):
-  """Normal numbers over two orders of magnitude."""
+  """Normally distributed numbers, scaled over two orders of magnitude."""
   sizes = 10.0 ** jax.random.uniform(jax.random.key(key + 1), shape, minval=-2, maxval=0)
   return (jax.random.normal(jax.random.key(key), shape) * sizes).astype(dtype)
 
@@ -53,14 +53,14 @@ def prepared(make, bits=16):
   tx = mpo.compensated(make(), bits=bits)
   params, state = mpo.init(tx, {"w": numbers(SHAPE, jnp.float32, 0)})
   grads = {"w": numbers(SHAPE, jnp.bfloat16, 2)}
-  for _ in range(3):  # to a state that is not all zero
+  for _ in range(3):  # so that the state is not all zero
     _, state = jax.jit(tx.update)(grads, state, params)
   return tx, params, state, grads
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-  """The updates of all optimizers in one program, compiled for a GPU and run operation by operation: their results."""
+  """Compiles the updates of all optimizers as one program for a GPU, and runs it operation by operation."""
   cases = {name: prepared(make) for name, make in OPTIMIZERS.items()}
 
   def all_steps(params, states, grads):
@@ -94,7 +94,7 @@ def test_a_kernel_computes_what_xla_gpu_does(name, programs):
   leaves = jax.tree.leaves(state)
   env.update(zip(group.inputs, [grads["w"], params["w"], *(leaves[j] for j in group.states)], strict=True))
   count, block = SHAPE[0] * SHAPE[1], max(elements.block, 1)
-  # Rows as XLA's program has them, where there are no blocks: some XLA:CPU take other roots of a column.
+  # Without blocks, keep the rows of XLA's program: some versions of XLA:CPU compute other roots for a column.
   shapes = {"element": (count // block, block) if elements.block else SHAPE, "block": (count // block, 1), "scalar": ()}
   values = []
   for source in elements.sources:

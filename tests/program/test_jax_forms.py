@@ -1,4 +1,4 @@
-"""Programs made from jaxprs: they compute what the function does, dependencies are sound, and slices are small."""
+"""Programs made from jaxprs compute the same as the function, their dependencies are sound, and slices are small."""
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def test_each_slice_gives_its_output_from_the_inputs_it_is_said_to_depend_on(fun
       operations = jax_forms.slice_of(program, [atom], frozenset())
       env = dict(program.constants)
       env.update((v, x) for v, x, bit in zip(program.inputs, args, (1, 2), strict=True) if bits[i] & bit)
-      jax_forms.run(program, operations, env)  # a KeyError here is an input that the dependencies do not name
+      jax_forms.run(program, operations, env)  # a KeyError here means an input that the dependencies miss
       np.testing.assert_array_equal(jax_forms.value(atom, env), want)
 
 
@@ -124,7 +124,7 @@ def test_slices_run_under_jit(fun):
   ("fun", "want"),
   [
     (plain, [3, 1, 2]),
-    (with_cond, [1, 3, 3]),  # the predicate is x's; the first branch's second output is y, the other's y + 1
+    (with_cond, [1, 3, 3]),  # x is the predicate; the second output is y or y + 1
     (nested_cond, [3, 3]),
     (three_way, [3, 3]),
     (with_scan, [1, 2, 2, 1]),
@@ -140,7 +140,7 @@ def test_dependencies(fun, want):
 
 
 def test_dependencies_run_through_the_carry_of_a_scan():
-  # Each result of the carry needs its first value, to start from if not more.
+  # Each result of the carry needs at least its own initial value.
   def fun(a, b, c):
     return lax.scan(lambda s, _: ((s[1], s[2], s[2]), s[0]), (a, b, c), None, length=4)
 
@@ -150,7 +150,7 @@ def test_dependencies_run_through_the_carry_of_a_scan():
     6,
     4,
     7,
-  ]  # the first value of each, too
+  ]
 
 
 def test_a_cond_is_cut_down_to_what_is_used():

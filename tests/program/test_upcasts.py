@@ -1,4 +1,4 @@
-"""explain tells of products that run in f32 because a low-precision weight meets an f32 input, and of no others."""
+"""explain reports products that run in f32 because a low-precision weight meets an f32 input, and no others."""
 
 import doctest
 import importlib
@@ -26,14 +26,14 @@ def square(x):
 
 
 def found(loss, params, x=X, dtype=jnp.bfloat16, **options):
-  """The leaves that are said to be computed in f32."""
+  """Returns the leaves that `explain` reports as computed in f32, and all its rows."""
   tx = mpo.compensated(optax.adam(1e-2))
   low, state = mpo.init(tx, params, dtype=dtype)
   rows = mpo.explain(loss, tx, low, state, x, **options)
   return {row.name for row in rows if "in f32 at" in row.why}, rows
 
 
-pytestmark = pytest.mark.usefixtures("default_promotion")  # this is about implicit conversions
+pytestmark = pytest.mark.usefixtures("default_promotion")  # these tests need implicit conversions
 
 W = {"w": jnp.ones((8, 8)), "b": jnp.zeros(8)}
 STACK = {"w": jnp.ones((3, 8, 8)), "b": jnp.zeros((3, 8))}
@@ -87,7 +87,7 @@ def test_a_weight_that_meets_an_f32_input_is_reported(name):
   assert "test_upcasts.py" in rows[1].why
   assert found(loss, params, X.astype(jnp.bfloat16))[0] == (
     names if name == "converted in a call" else set()
-  )  # as it recommends
+  )  # what the message recommends
   assert found(lambda p, x: loss(jax.tree.map(lambda w: w.astype(F32), p), x), params)[0] == names
 
 
@@ -143,7 +143,7 @@ MODULES += ["_transforms.with_kernels", "_transforms.compensated", "_transforms.
 
 @pytest.fixture
 def no_promotion(monkeypatch):
-  """Raises where a product is of a low-precision and an f32 operand, and where Flax promotes one to the other."""
+  """Raises if a product has a low-precision and an f32 operand, or if Flax promotes one to the other."""
   bind = lax.dot_general_p.bind
 
   def checked_bind(x, y, **params):

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py runs on a CPU too, without what only a GPU can tell; its figures are held against claims."""
+"""benchmarks/gpu_check.py also runs on a CPU, without figures that need a GPU, and gpu_claims.py checks its figures."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ def test_it_measures_prints_and_writes(tmp_path, capsys):
   assert gpu_check.main([*arguments, "--output-dir", str(tmp_path)]) == 0
   report = json.loads((tmp_path / "gpu_check.json").read_text())
   assert [(row["model"], row["mode"]) for row in report["rows"]] == [
-    ("leaves-8x64k", "mpo-16-auto")  # the optimizer alone is not written with layers
+    ("leaves-8x64k", "mpo-16-auto")  # the optimizer alone has no layers
   ]
   assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["peak_bytes"] is None for row in report["rows"])
   assert report["rows"][0]["copy_share"] > 0

@@ -1,4 +1,4 @@
-"""examples/train_digits.py: Flax Linen and NNX on real images, as the README says to run it."""
+"""examples/train_digits.py: Flax Linen and NNX on real images, with the commands of the README."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ def test_it_learns_the_digits():
   assert result.accuracy > 0.93
   assert result.train_loss < result.losses[0] / 5
   bytes_per_parameter = (result.weight_bytes + result.state_bytes) / result.parameters
-  assert bytes_per_parameter == pytest.approx(12, abs=0.01)  # and the step counts
+  assert bytes_per_parameter == pytest.approx(12, abs=0.01)  # plus the step counts
 
 
 def test_a_run_is_the_same_each_time():
@@ -38,7 +38,7 @@ def test_one_table_for_several_storages(capsys):
   rows = ROW.findall(capsys.readouterr().out)
   assert rows[0][:3] == ("fp32", "4.00", "8.00")
   held = {name: float(total) for name, _, _, total in rows}
-  # Small leaves, such as the scales of norms, keep their moments in f32: a fifth of a byte in this small model.
+  # Small leaves, such as the scales of norms, keep f32 moments: a fifth of a byte per parameter in this small model.
   assert held == pytest.approx({"fp32": 12, "compact": 5.32}, abs=0.01)
 
 

@@ -1,4 +1,4 @@
-"""examples/train_lm.py: every storage mode end to end on a tiny model, fp32 against mpo16, flags, and Ctrl-C."""
+"""examples/train_lm.py: every storage mode end to end on a tiny model, fp32 against mpo16, flags and Ctrl-C."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def train(folder, *flags):
 
 
 def table_rows(text):
-  """The cells of the end table, by storage mode."""
+  """The cells of the final table, by storage mode."""
   lines = text[text.index("tokens") :].splitlines()
   return {line.split()[0]: line.split()[1:] for line in lines if line.split()[:1] and line.split()[0] in train_lm.MODES}
 
@@ -57,7 +57,7 @@ def assert_png(path):
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-  """The runs of `--compare`, made once, the folder, and what was printed."""
+  """The runs of `--compare`, made once, their folder and the printed text."""
   folder = tmp_path_factory.mktemp("compare")
   with pytest.MonkeyPatch.context() as patch, open(folder / "out.txt", "w") as out:
     patch.setattr(sys, "stdout", out)
@@ -74,7 +74,7 @@ def test_compare_makes_one_table_one_plot_and_one_json(comparison):
   assert rows["fp32"][:4] == ["-", "4.00", "8.00", "12.00"]
   assert rows["fp32"][5] == "-"
   assert rows["mpo16"][5] == "equal"
-  # The table has four decimals, so that it is off by half of the last at most.
+  # The table has four decimals, so its error is at most half of the last one.
   assert float(rows["bf16"][5]) == pytest.approx(runs["bf16"]["train_loss"] - runs["fp32"]["train_loss"], abs=5e-5)
   assert_png(folder / "loss.png")
 
@@ -108,8 +108,8 @@ def test_fused_runs_have_the_same_losses_bit_for_bit(tmp_path, capsys, flags, cl
       assert gradients == 2 if fused == "off" else gradients < (0.7 if fused == "auto" else 1.5)
   for fused, run in runs.items():
     if (clip, fused) == ("global", "auto"):
-      # The norm of a stack is summed layer by layer; and XLA of JAX 0.12 sums up other leaves, too, in an order that
-      # depends on the program. So its last bit may differ: of unrolled layers not before the sixth step.
+      # The norm of a stack is summed layer by layer. JAX 0.12's XLA also sums other leaves in an order that depends on
+      # the program. So the norm's last bit may differ; with unrolled layers, not before the sixth step.
       assert flags or run["losses"][:5] == runs["off"]["losses"][:5]
       np.testing.assert_allclose(run["losses"], runs["off"]["losses"], rtol=1e-2)
     else:
@@ -133,7 +133,7 @@ def test_fused_layers_refuse_what_they_cannot_do(flags, message, capsys):
 
 def test_the_other_modes_differ(comparison):
   runs, _, _ = comparison
-  # bf16 starts from the same weights. mpo8 and mpo4 first round to 24 or 20 bits, and so a few weights the other way.
+  # bf16 starts from the same weights. mpo8 and mpo4 first round to 24 or 20 bits, so a few weights round differently.
   assert runs["bf16"]["losses"][0] == runs["fp32"]["losses"][0]
   for mode in ("bf16", "mpo8", "mpo4", "compact"):
     assert runs[mode]["losses"] != runs["fp32"]["losses"], mode
@@ -154,7 +154,7 @@ def test_bytes_per_parameter_are_what_arithmetic_says(comparison):
 
 
 def test_compact_holds_two_moments_of_a_byte_and_their_scales():
-  """At the default size: small leaves keep f32 moments, and the tiny model above has nothing but small leaves."""
+  """Uses the default size: small leaves keep f32 moments, and the tiny model above has only small leaves."""
   config = train_lm.Config()
   model = lm_model.Transformer(config.layers, config.width, config.heads)
   storage = train_lm.make_storage("compact", model, train_lm.make_optimizer(config), "auto")
@@ -167,11 +167,11 @@ def test_compact_holds_two_moments_of_a_byte_and_their_scales():
 def test_every_mode_learns(comparison):
   for mode, run in comparison[0].items():
     assert np.isfinite(run["losses"]).all(), mode
-    # A model that guesses evenly has log(256) = 5.5 nats. These 25 steps end near 3.6, and at 3.2 on held-out files.
+    # A uniform guess has log(256) = 5.5 nats. These 25 steps end near 3.6, and at 3.2 on held-out files.
     assert run["losses"][0] > 5, mode
     assert run["train_loss"] < 4.5, mode
     assert run["validation_loss"] < 4.5, mode
-    # The same number divided by log(2) here and there, up to its last place.
+    # Both divide by log(2), so they agree up to the last bit.
     assert run["validation_bits_per_byte"] == pytest.approx(run["validation_loss"] / np.log(2), rel=1e-12), mode
     assert run["tokens_per_second"] > 0, mode
 
@@ -188,7 +188,7 @@ def test_one_mode_alone_gives_what_it_gives_in_a_comparison(comparison, tmp_path
 
 
 def test_fp32_and_mpo16_are_the_same_with_scan_and_remat(tmp_path, monkeypatch):
-  # Compiling is all that takes time here, and half of it goes to LLVM's optimisations. The test above keeps them.
+  # Compiling takes nearly all the time here, and half of it is LLVM's optimisations. The test above keeps them.
   options = {**train_lm.COMPILER_OPTIONS, "xla_backend_optimization_level": 0}
   monkeypatch.setattr(train_lm, "COMPILER_OPTIONS", options)
   runs = train(tmp_path, "--compare", "mpo16", "fp32", "--scan", "--remat", "--layers", "2", "--steps", "10")
@@ -243,23 +243,23 @@ def test_a_python_without_sources_is_an_error(tmp_path, capsys, monkeypatch):
 
 
 def read_until(terminal, pattern, seconds):
-  """Reads a pseudo-terminal until `pattern` has come, or with None until its other end is closed."""
+  """Reads a pseudo-terminal until `pattern` appears, or, with None, until the other end is closed."""
   text, deadline = "", time.monotonic() + seconds
   while pattern is None or not re.search(pattern, text):
     assert time.monotonic() < deadline, text
     try:
       chunk = os.read(terminal, 4096)
-    except OSError:  # EIO, which is how Linux says that the other end is closed
+    except OSError:  # EIO: on Linux, the other end is closed
       chunk = b""
     if not chunk:
       assert pattern is None, text
       break
-    text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", chunk.decode(errors="replace"))  # without colours and cursor moves
+    text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", chunk.decode(errors="replace"))  # removes colours and cursor moves
   return text
 
 
 def test_ctrl_c_ends_with_table_and_plot(tmp_path):
-  terminal, other_end = os.openpty()  # a terminal, so that there is a progress bar to see the training by
+  terminal, other_end = os.openpty()  # a terminal, so that a progress bar shows when training runs
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "120", "TERM": "xterm"}
   command = [sys.executable, str(ROOT / "examples/train_lm.py"), *TINY, "--steps", "10000000", "--output-dir", "runs"]
   process = subprocess.Popen(

@@ -1,7 +1,8 @@
-"""examples/train_lm.py in two processes with four CPU devices each, on loopback: the losses of one process with eight.
+"""examples/train_lm.py in two processes with four CPU devices each, on loopback, against one process with eight.
 
-Both run one program on one mesh. Only the order differs in which a sum over devices is taken, by XLA inside a process
-and by Gloo between two: the last bit of an f32 gradient, which now and then rounds a bf16 weight the other way.
+Both run the same program on the same mesh and have the same losses, except for the order of sums over devices: XLA sums
+inside a process, and Gloo between processes. This can change the last bit of an f32 gradient, which sometimes rounds a
+bf16 weight differently.
 """
 
 import json
@@ -69,10 +70,10 @@ def test_two_processes_have_the_losses_of_one_and_their_checkpoints_go_on_in_ano
   one, two = run_of(tmp_path / "one"), run_of(tmp_path / "two")
   assert len(one["losses"]) == len(two["losses"]) == 8
   assert one["losses"][0] == two["losses"][0]
-  np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-3)  # a bf16 weight that rounds otherwise, as above
+  np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-3)  # a bf16 weight may round differently, as above
   assert one["losses"][0] - one["losses"][-1] > 0.1, "nothing was trained"
 
-  # What two processes saved in parts is restored by one, on a single device.
+  # One process with a single device restores what two processes saved in parts.
   assert Checkpointer(tmp_path / "ckpt/mpo16/steps").steps() == [3, 6, 8]
   flags = [*SMALL[:-2], *checkpoints, "--resume", "--output-dir", str(tmp_path / "three")]
   assert train_lm.main(flags) == 0

@@ -1,4 +1,4 @@
-"""examples/train_lm.py --resume: a run that is killed at any moment ends with the very weights of one that is not."""
+"""examples/train_lm.py --resume: a run that is killed at any moment ends with the same weights as an unbroken run."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_sigkill_at_random_moments(uninterrupted, tmp_path):
     with open(tmp_path / "out.txt", "w") as out:
       process = subprocess.Popen([*command, *flags(tmp_path)], stdout=out, stderr=subprocess.STDOUT, env=environment)
       deadline = time.monotonic() + 240
-      # Let it come past one more checkpoint, and then, or a little later, in the middle of one perhaps, kill it.
+      # Wait for one more checkpoint, then kill the run after a random delay, perhaps in the middle of a checkpoint.
       while killed < 3 and process.poll() is None and (saved_steps(tmp_path)[-1:] or [0]) <= before:
         assert time.monotonic() < deadline, (tmp_path / "out.txt").read_text()
         time.sleep(0.005)
@@ -85,7 +85,7 @@ def test_sigkill_at_random_moments(uninterrupted, tmp_path):
   assert runs[0]["validation_loss"] == runs[1]["validation_loss"]
 
 
-# Where one read fails, Orbax closes its event loop, and tensorstore's other reads complain to nobody.
+# If one read fails, Orbax closes its event loop, and the errors of tensorstore's other reads cannot be raised.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(uninterrupted, tmp_path, capsys):
   assert train_lm.main(flags(tmp_path, "--checkpoint-every", "20")) == 0
@@ -124,7 +124,7 @@ def test_resume_without_a_checkpoint_says_so(tmp_path, capsys):
   assert "training starts with step 1. If there should be one, look at --checkpoint-dir." in out
   assert train_lm.main([*TINY, *steps, "--storage", "mpo8", "--resume"]) == 0
   assert "to go on with one, pass --storage bf16." in " ".join(capsys.readouterr().out.split())
-  assert train_lm.main([*TINY, *steps, "--storage", "bf16", "--resume"]) == 0  # as it recommends
+  assert train_lm.main([*TINY, *steps, "--storage", "bf16", "--resume"]) == 0  # what the message recommends
   out = " ".join(capsys.readouterr().out.split())
   assert "Going on after step 2" in out
   assert "no checkpoint" not in out

@@ -1,4 +1,4 @@
-"""What the library makes can be donated whole, and to donate it deletes nothing of the caller's."""
+"""Everything the library returns can be donated, and donating it deletes none of the caller's arrays."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from optax_mpo.flax import Optimizer, TrainState
 
 
 def masters():
-  """f32 leaves, of which `where` keeps one, one that is bf16 already, and one array in two places."""
+  """f32 leaves (`where` keeps some in f32), a leaf that is bf16 already, and one array in two places."""
   tied = jnp.linspace(0, 1, 64)
   return {"w": jnp.full((64, 64), 0.1), "b": jnp.ones(64), "low": jnp.ones(8, jnp.bfloat16), "tied": [tied, tied]}
 
@@ -30,7 +30,7 @@ def adam():
   return optax.adam(1e-2)
 
 
-# Wrappers whose state is made of the params, ours around and inside of Optax's.
+# Wrappers that create state from the params: ours around Optax's and inside them.
 TRANSFORMATIONS = {
   "compensated": lambda: mpo.compensated(adam()),
   "bits_8_stochastic": lambda: mpo.compensated(adam(), 8, rounding="stochastic"),
@@ -58,7 +58,7 @@ def made_by_init(make):
 
 
 def made_by_tx_init(make):
-  """Without `mpo.init`: bf16 and f32 params as they are, beside the state."""
+  """A run without `mpo.init`: bf16 and f32 params, and the state that `tx.init` makes of them."""
 
   def case(tmp_path):
     params = mpo.cast(masters(), where=where)
@@ -122,7 +122,7 @@ def sharded(tmp_path):
 
 
 def one_buffer_in_two_arrays(tmp_path):
-  """`device_put` to where an array is already makes another array of the same buffer."""
+  """`device_put` to the device that an array is already on returns another array with the same buffer."""
   params = masters()
   again = jax.device_put(params, jax.tree.map(lambda x: x.sharding, params))
   return params, mpo.init(mpo.compensated(adam()), {"a": params, "b": again}, where=where)
@@ -163,7 +163,7 @@ CASES = {
 }
 
 
-# What schedule_free changes from outside must be donated too; tests/transforms/test_probes.py has the warning.
+# schedule_free around compensated must be donatable too. tests/transforms/test_probes.py tests the warning.
 @pytest.mark.filterwarnings("ignore:init. something around compensated changes its update")
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_made_can_be_donated_whole(name, tmp_path):

@@ -1,4 +1,4 @@
-"""`value_and_update` takes what libraries make of a loss: modules, lifted scans, shard_map, foreign primitives."""
+"""`value_and_update` accepts losses as libraries write them: modules, lifted scans, shard_map, foreign primitives."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def assert_equal_to_the_unfused_step(loss, params):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Linear:
-  """A module as Equinox has them: a pytree whose leaves are weights, with a static field."""
+  """A module like Equinox's: a pytree whose leaves are weights, with a static field."""
 
   weight: jax.Array
   bias: jax.Array
@@ -106,7 +106,7 @@ def test_shard_map_inside():
 def test_loops_that_are_and_are_not_differentiated():
   def loss(p, x):
     x = lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"]), x)
-    # A while loop has no backward pass, and needs none here.
+    # A while loop has no reverse-mode derivative, and needs none here.
     scale = lax.while_loop(lambda s: s < 3, lambda s: s * 2, lax.stop_gradient(jnp.abs(x).mean() + 0.5))
     return mean_square(x * scale.astype(x.dtype))
 
@@ -142,5 +142,5 @@ def test_donating_one_array_as_two_params_is_an_error_and_nothing_is_lost():
     step(params, state, batch(0))
   assert not w.is_deleted()
   want = quick_jit(ordinary_step(loss, tx))(params, state, batch(0))
-  got = quick_jit(mpo.value_and_update(loss, tx))(params, state, batch(0))  # without donation it is two params
+  got = quick_jit(mpo.value_and_update(loss, tx))(params, state, batch(0))  # works without donation
   assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), want, got))

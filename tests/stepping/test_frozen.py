@@ -1,4 +1,4 @@
-"""Weights whose update reads no gradient: none is computed, held or stacked for them, by any route."""
+"""If a weight's update reads no gradient, none is computed, held or stacked for it, in one pass and in two."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def unrolled(p, x):
 
 
 def closed_over(p, x):
-  """The frozen weight is a constant of the scan, shared by its layers."""
+  """The frozen weight is a constant of the scan, and all layers share it."""
   layers = {k: p[k] for k in "ab"}
 
   def body(x, layer):
@@ -81,7 +81,7 @@ def test_a_frozen_stack_is_updated_by_what_its_update_reads():
 
 def test_a_loss_of_frozen_weights_alone():
   tx = optax.set_to_zero()
-  p = {"w": jnp.ones(3), "n": jnp.arange(3)}  # whole numbers have no gradients at all
+  p = {"w": jnp.ones(3), "n": jnp.arange(3)}  # integers have no gradients
   step = jax.jit(mpo.value_and_update(lambda p: jnp.sum(p["w"] * p["n"].astype(jnp.float32)), tx))
   value, new, _ = step(p, tx.init(p))
   assert float(value) == 3

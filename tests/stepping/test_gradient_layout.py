@@ -1,4 +1,4 @@
-"""A large gradient is turned round once on CPUs, where it is written, and not in each loop that reads it."""
+"""On CPUs, a large gradient is transposed once, where it is written, and not in each loop that reads it."""
 
 import re
 
@@ -47,7 +47,7 @@ ROUTES = {
 
 
 def given(model):
-  """Weights f32, and a batch."""
+  """Returns f32 weights and a batch."""
   keys = iter(jax.random.split(jax.random.key(0), 100))
   weights = jax.tree.map(lambda s: jax.random.normal(next(keys), s.shape) * 0.05, model.params)
   if model.batch.dtype == jnp.int32:
@@ -56,7 +56,7 @@ def given(model):
 
 
 def turned_round(program) -> list[str]:
-  """Where the program reads a matrix against the order it lies in: gradients."""
+  """Finds the transposing copies in a program. They are copies of gradients."""
   return re.findall(r"\[512,512\]\{1,0\} copy\(", program.as_text() or "")
 
 
@@ -69,9 +69,9 @@ def test_loops_read_gradients_in_order(route, monkeypatch):
   def compiled():
     return jax.jit(ROUTES[route](model, tx)).lower(*mpo.init(tx, weights), batch).compile()
 
-  assert len(turned_round(compiled())) == 2  # of each weight, where it is written
+  assert len(turned_round(compiled())) == 2  # one for each gradient, where it is written
   monkeypatch.setattr(order, "laid_out", lambda x: x)
-  assert len(turned_round(compiled())) == 4  # of each weight, for both of its moments
+  assert len(turned_round(compiled())) == 4  # one for each gradient and moment
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -1,11 +1,11 @@
-"""Whole models: 50 steps of `value_and_update` equal those of the unfused step, bit for bit.
+"""Whole models: 50 steps of `value_and_update` equal 50 ordinary steps, bit for bit.
 
-Loss functions as one writes them with Flax and Optax, none of them made for this library. Both sides are compiled
-without excess precision and without fusion: a fused loop may sum in another order, or take the other product of
-a*b + c*d into a fused multiply-add, in plain Optax as here. (Lion makes a full step of the sign of a gradient that is
-zero but for rounding, so that none of it is small.)
+The loss functions are usual Flax and Optax code, not written for this library. Both sides are compiled without excess
+precision and without fusion: a fused loop may sum in another order, or use the other product of a*b + c*d for a fused
+multiply-add, in plain Optax too. (With Lion such differences are not small: it makes a full step from the sign of a
+gradient that is zero except for rounding.)
 
-Most models are tested with one optimizer, and all of them with all by `pytest -m "slow or not slow"`.
+By default most models are tested with one optimizer. `pytest -m "slow or not slow"` tests all combinations.
 """
 
 import functools
@@ -153,7 +153,7 @@ def gru():
 
 
 def experts():
-  """A block that sends each token to the best of its experts."""
+  """A block that routes each token to one of its experts."""
   keys = jax.random.split(jax.random.key(0), 4)
   params = {
     "embed": jax.random.normal(keys[0], (VOCAB, WIDTH)),
@@ -194,7 +194,7 @@ def vit():
 
 
 def lora():
-  """Frozen weights with a low-rank addition to each, in layers that are scanned."""
+  """Scanned layers of frozen weights, with a trained low-rank addition to each."""
   keys = jax.random.split(jax.random.key(0), 4)
   params = {
     "frozen": {
@@ -236,7 +236,7 @@ OPTIMIZERS = {
 
 
 def trained(tx, name):
-  """For the model with frozen weights: steps those of its top-level entry `lora` alone."""
+  """Limits `tx` to the top-level entry `lora` of the model with frozen weights."""
   if name != "lora":
     return tx
   labels = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params)  # noqa: E731
@@ -247,7 +247,7 @@ LONG_TO_COMPILE = ("linen_transformer_unrolled", "vit")
 
 
 def cases():
-  """All pairs; those on the diagonal are not marked slow, but for two models that are much like the others."""
+  """All pairs. Those off the diagonal are marked slow, and so are two models that resemble others."""
   for i, name in enumerate(MODELS):
     for j, optimizer in enumerate(OPTIMIZERS):
       slow = i % len(OPTIMIZERS) != j or name in LONG_TO_COMPILE

@@ -1,6 +1,6 @@
-"""Biases and norms of layers in a scan are stepped after it, whole, and the results are those of the unfused step.
+"""Small stacks in a scan, such as biases and norms, are updated as a whole after it, and equal the ordinary step.
 
-Both sides are compiled as in stepping/test_value_and_update.py, and why is said there.
+Both sides are compiled as in stepping/test_value_and_update.py, which explains why.
 """
 
 import chex
@@ -46,12 +46,12 @@ def backwards(p, x):
 
 
 def shared(p, x):
-  """The stack is scanned twice, so that gradients are summed after the second scan."""
+  """The stack is scanned twice, so its gradients are summed after the second backward scan."""
   return loss(p, x) + loss(p, jnp.flip(x))
 
 
 def nested(p, x):
-  """A scan of scans: the small gradients of the inner one are stacked there, and stepped in the outer one."""
+  """A scan of scans. The inner scan stacks small gradients, and the outer scan updates their weights."""
 
   def group(y, q):
     return lax.scan(lambda y, q: (block(q, y), None), y, q)[0], None
@@ -73,7 +73,7 @@ def batch(seed, width=WIDTH):
   return jax.random.normal(jax.random.key(seed), (4, width)).astype(jnp.bfloat16)
 
 
-# No division by a scalar in it: see test_release.OPTIMIZERS.
+# Has no division by a scalar: see OPTIMIZERS in stepping/test_value_and_update.py.
 def momentum():
   return optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(1e-1, momentum=0.9))
 
@@ -108,7 +108,7 @@ def test_they_are_stepped_as_ever(case, bits):
 
 
 def test_with_kernels_too():
-  """On a CPU these are left out, but not what they are put together for."""
+  """On a CPU there are no kernels, but small leaves are still grouped for them."""
   tx = mpo.compensated(momentum())
   for case in ("auto", "auto shared", "layers"):
     unfused, make = STEPS[case]
@@ -118,7 +118,7 @@ def test_with_kernels_too():
 
 
 def test_in_two_passes():
-  """The norm is summed by other parts than the unfused step's, so that its last bit may differ: to 1e-6 of it."""
+  """The norm is summed in other parts than in the ordinary step, so its last bit may differ, by 1e-6 at most."""
   tx = mpo.compensated(optax.chain(optax.clip_by_global_norm(0.1), momentum()))
   start = mpo.init(tx, params())
   got = run(quick_jit(mpo.value_and_update(loss, tx, two_pass=True)), *start, steps=1)
@@ -138,7 +138,7 @@ def test_explain_says_so(case):
   small = [found[f"params['stack']['{name}']"] for name in ("bias", "gain")]
   assert [leaf.stepped for leaf in small] == ["after the scan"] * 2
   assert all("small" in leaf.why for leaf in small)
-  # The largest gradient held is still that of one layer's matrix.
+  # The largest gradient held is still that of a matrix of one layer.
   assert max(leaf.gradient_bytes for leaf in found.values()) == 2 * WIDTH * 2 * WIDTH
 
 
@@ -146,9 +146,9 @@ def test_explain_says_so(case):
   ("sizes", "length", "small"),
   [
     ([1000, 3, 1000], 1, {1}),
-    ([1000, 8, 1000], 1, set()),  # not a 256th
+    ([1000, 8, 1000], 1, set()),  # more than a 256th
     ([1000, 4, 3, 1000], 1, {1, 2}),
-    ([1000, 5, 3, 1000], 1, {2}),  # together more than that: the smallest first
+    ([1000, 5, 3, 1000], 1, {2}),  # together more than a 256th: only the smallest
     ([2**30, 2**20], 64, {1}),
     ([2**30, 2**20], 63, set()),  # too large for one layer
     ([7], 3, set()),
@@ -192,5 +192,5 @@ def test_on_a_gpu_they_take_no_launch_in_a_layer(case, kernels, tmp_path):
     counts = [len(jax.tree.leaves(part)) for part in start]
     found = hlo.kernels(text, range(counts[0], sum(counts)))
     launches.append(sum(k.launches for k in found if k.of_state))
-  # In each of 8 layers there are two for the gradients of the two leaves. To step them there would take eight more.
+  # Each of 8 layers needs two launches for the gradients of two leaves. Updates there would need eight more launches.
   assert 0 < launches[0] - launches[1] < 3 * 8, launches

@@ -1,4 +1,4 @@
-"""Stacks of layers that are stepped within a scan are written in place on CPUs: no loop copies one of them whole."""
+"""On CPUs, stacks of layers that are updated inside a scan are written in place: no loop copies a whole stack."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from benchmarks.models import language_model
 from benchmarks.modes import MODES
 
-LAYERS = 5  # no other axis is that long
+LAYERS = 5  # no other axis has this size
 NAME = re.compile(r"\n(?=(?:ENTRY )?%[\w.-]+ \()")
 COPY = re.compile(rf"= (\w+\[{LAYERS},[\d,]+\])\S* copy\(")
 
@@ -28,7 +28,7 @@ def test_no_stack_is_copied_for_each_layer(mode, width):
   sizes = {"layers": LAYERS, "width": width, "heads": 4, "hidden": 2 * width + 32, "vocab": 256}
   model = language_model("125m", batch=2, context=16, **sizes)
   training = MODES[mode].build(model, "adamw")
-  options = {"xla_backend_optimization_level": 0}  # LLVM's, which comes after all copies and takes most of the time
+  options = {"xla_backend_optimization_level": 0}  # LLVM runs after copies are placed, and takes most of the time
   step = jax.jit(training.step, donate_argnums=(0, 1), compiler_options=options)
   program = step.lower(training.params, training.opt_state, model.batch).compile()
   assert copies_in_loops(program) == []

@@ -1,8 +1,8 @@
-"""`value_and_update` equals value_and_grad, tx.update and apply_updates, bit for bit, for programs of every form.
+"""`value_and_update` equals value_and_grad, tx.update and apply_updates, bit for bit, for all kinds of programs.
 
-Both sides are compiled without excess precision and without fusion: a fused loop is vectorised by its whole body, which
-can change the last bit of a sum, and may take the other product of a*b + c*d into a fused multiply-add, in plain Optax
-as here (see transforms/test_exactness.py). LLVM's lowest level compiles faster.
+Both sides are compiled without excess precision and without fusion. The vectorisation of a fused loop depends on its
+whole body, which can change the last bit of a sum. It may also use the other product of a*b + c*d for a fused
+multiply-add, in plain Optax too (see transforms/test_exactness.py). LLVM's lowest optimization level compiles faster.
 """
 
 import functools
@@ -49,7 +49,7 @@ CASES = {}
 
 
 def case(params, **placed):
-  """Adds a model: its params, and where `explain` is to say that the leaves of an entry are stepped."""
+  """Adds a model: its params, and for entries of them where `explain` should report their updates."""
 
   def add(loss):
     CASES[loss.__name__] = (params, loss, placed)
@@ -184,8 +184,8 @@ def convolution(p, x):
 
 OPTIMIZERS = {
   "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
-  # No division: XLA divides by a scalar as it multiplies with the reciprocal, or does not, depending on the array's
-  # shape. One layer of a small stack and all of it may then differ in the last bit.
+  # Has no division: depending on an array's shape, XLA divides it by a scalar or multiplies it by the reciprocal. Then
+  # one layer of a small stack and the whole stack may differ in the last bit.
   "momentum": lambda: optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(1e-1, momentum=0.9)),
 }
 
@@ -220,7 +220,7 @@ def test_plain_optax_on_f32(name, optimizer):
 
 
 def test_without_jit():
-  """Up to rounding: JAX compiles parts of a derivative on their own, other ones in each version, and fuses in them."""
+  """Equal up to rounding: JAX compiles parts of a derivative alone, depending on its version, and fuses inside them."""
   params, loss, _ = CASES["unrolled_remat_tied"]
   tx = OPTIMIZERS["momentum"]()
   want, got = (
@@ -263,7 +263,7 @@ def test_aux_keywords_and_static_arguments():
   got = mpo.value_and_update(loss, tx, has_aux=True)(params, tx.init(params), batch(0), "so", scale=2.0)
   assert got[0][1].pop("how") == want[0][1].pop("how") == "so"
   assert jax.tree.structure(got) == jax.tree.structure(want)
-  assert_close(got, want)  # without jit, a call inside of optax may fuse where single operations do not
+  assert_close(got, want)  # without jit, a call inside Optax may fuse, and single operations do not
 
 
 def test_switching_to_the_unfused_step_and_back():
@@ -308,7 +308,7 @@ two_pass = functools.partial(mpo.value_and_update, two_pass=True)
 
 
 SCALED = {"growth_interval": 2, "scale": 64.0}
-FREE_STATE = {  # state that belongs to no leaf, and is made from the gradients of all
+FREE_STATE = {  # state that belongs to no leaf, and depends on all gradients
   "dynamic_scale": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-2)), **SCALED),
   "scale_and_clipping": lambda: mpo.loss_scaled(mpo.compensated(COUPLED["clip_after_adam"]()), **SCALED),
   "static_scale": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-2)), 64.0, dynamic=False),
@@ -355,7 +355,7 @@ def scaled_by_a_table():
 @pytest.mark.parametrize(("optimizer", "small"), [("dynamic_scale", 1), ("compact", 1), *((o, 60) for o in FREE_STATE)])
 @pytest.mark.few(3)
 def test_two_passes_with_state_that_belongs_to_no_leaf(optimizer, small, monkeypatch):
-  """Four steps, over an overflow that halves the scale, and one after which it grows."""
+  """Makes four steps. The first overflows and halves the loss scale; after the third it grows."""
   monkeypatch.setattr(coupled, "SMALL", small)
   params, loss, _ = CASES["unrolled_remat_tied"]
   tx = FREE_STATE[optimizer]()
@@ -414,7 +414,7 @@ def start(tx, params):
 def test_two_passes_are_exact_for_leaves_of_their_own(optimizer, small, monkeypatch):
   monkeypatch.setattr(coupled, "SMALL", small)
   params, loss, _ = CASES["unrolled_remat_tied"]
-  # Of 8-bit state, the largest of each block is a small array that needs the norm and the whole gradient of its leaf.
+  # With 8-bit state, the maxima of blocks are a small array that needs the norm and the leaf's whole gradient.
   clipped = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(1e-2))
   compact = mpo.compensated(mpo.quantized_state(clipped, min_size=1), bits=8)
   tx = compact if optimizer == "compact" else COUPLED[optimizer]()
@@ -425,10 +425,10 @@ def test_two_passes_are_exact_for_leaves_of_their_own(optimizer, small, monkeypa
 @pytest.mark.parametrize("optimizer", COUPLED)
 @pytest.mark.few(2)
 def test_two_passes_sum_a_stack_by_layers(name, optimizer, monkeypatch):
-  """The norm of a stack is a sum of sums, which may round differently; a flag that all is finite may not.
+  """The norm of a stack is a sum of sums, so it may round differently. A flag that all gradients are finite may not.
 
-  A step scaled by another rounding of its norm moves by parts in 1e7. Each step starts from the same weights, since
-  Adam makes more of that where a gradient is nothing but rounding.
+  Another rounding of the norm changes an update by parts in 1e7. Adam can amplify this where a gradient is only
+  rounding error, so each step starts from the same weights.
   """
   monkeypatch.setattr(coupled, "SMALL", 1)
   params, loss, _ = CASES[name]
@@ -545,7 +545,7 @@ def test_an_unknown_jax_is_named_and_fused_layers_work_there(monkeypatch):
   with pytest.raises(NotImplementedError, match=r"JAX 0\.10\.2 to 0\.12.*'in_tree'.*fused_value_and_update"):
     mpo.value_and_update(loss, tx)(params, tx.init(params), batch(0))
 
-  def smoothed(updates, state, params):  # a scan in the update, whose dependencies are not known then
+  def smoothed(updates, state, params):  # a scan in the update, with unknown dependencies
     return jax.tree.map(lambda u: lax.scan(lambda c, _: (0.5 * c, None), u, None, length=2)[0], updates), state
 
   tx = optax.chain(tx, optax.GradientTransformation(lambda params: optax.EmptyState(), smoothed))

@@ -1,4 +1,4 @@
-"""Errors about arguments and about coupled leaves: they name the cause, and every step that they recommend works."""
+"""Errors about arguments and about updates that depend on each other name the cause, and what they recommend works."""
 
 import functools
 
@@ -54,7 +54,7 @@ def test_missing_extra_arguments_are_named(name, wrapped):
       step(params, state, X)
     assert all(f"{n}={n}" in str(error.value) for n in needed), error.value
 
-  value, grad = jax.value_and_grad(loss)(params, X)  # what the message says to do
+  value, grad = jax.value_and_grad(loss)(params, X)  # what the message recommends
   extra = {"value": value, "grad": grad, "value_fn": lambda p: loss(p, X)}
   updates, _ = tx.update(grad, state, params, **{n: extra[n] for n in needed})
   assert all(np.isfinite(np.asarray(u, np.float32)).all() for u in jax.tree.leaves(updates))
@@ -114,10 +114,10 @@ def test_shardings_of_arguments_in_the_wrong_order():
   with pytest.raises(TypeError, match=r"state_sharding\(params, opt_state\)"):
     mpo.state_sharding(state, params)
   mpo.state_sharding(params, state)
-  mpo.state_sharding(params, optax.sgd(0.1).init(params))  # a state without leaves is no mistake
+  mpo.state_sharding(params, optax.sgd(0.1).init(params))  # a state without leaves is valid
 
 
-# --- Coupled leaves ---------------------------------------------------------------------------------------------------
+# --- Updates that depend on each other --------------------------------------------------------------------------------
 
 
 def twice_clipped():
@@ -149,12 +149,12 @@ def test_two_passes_are_recommended_where_they_help(make, helps, monkeypatch):
     with pytest.raises(ValueError, match=r"two_pass: tx .*tx.update") as error:
       both(params, state, X)
     assert "two_pass=True" not in str(error.value)
-  updates, _ = tx.update(jax.grad(loss)(params, X), state, params)  # the step that is recommended besides
+  updates, _ = tx.update(jax.grad(loss)(params, X), state, params)  # the ordinary step, which is also recommended
   assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
 def test_what_is_recommended_in_place_of_clipping_by_norm_works_in_scans():
-  """optax.clip steps a stack in its scan; optax.adaptive_grad_clip has to wait for the whole of it."""
+  """optax.clip updates a stack in its scan. optax.adaptive_grad_clip needs the whole stack: it is not recommended."""
   stack, x = jnp.ones((3, 4, 4)), jnp.ones((2, 4))
   stacked = mpo.fused_scan(lambda w, x, _: (jnp.tanh(x @ w), None))
 

@@ -1,4 +1,4 @@
-"""Storage through the public API: what is kept, that small updates survive, and what is refused in which words."""
+"""Storage through the public API: what is stored, that small updates survive, and the errors."""
 
 import dataclasses
 from typing import Any
@@ -29,11 +29,11 @@ def is_masked_node(x) -> bool:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_small_updates_survive(bits):
-  """200 updates of 2^-11.2 at weights of 1 to 2, where half a bf16 ulp is 2^-8: plain bf16 does not move at all.
+  """Makes 200 updates of 2^-11.2 to weights between 1 and 2. Half a bf16 ulp is 2^-8, so plain bf16 does not move.
 
-  The bound: after each step the master is rounded to the nearest number with 8 + bits digits, which is at most half
-  an ulp of [1, 2), 2^-(8 + bits), away; 200 steps add up to 200 times that. (f32's own rounding, 2^-24 a step on
-  both sides, is inside the 2^-16 added.) That is less than the way to go for every width from 4 bits on.
+  The bound: each step rounds the master to the nearest number with 8 + bits significand bits. It is at most half an
+  ulp of [1, 2) away, 2^-(8 + bits), so 200 steps add up to 200 times that. (f32's own rounding, 2^-24 per step on
+  both sides, is within the added 2^-16.) From 4 bits on, this is less than the total distance.
   """
   steps, size = 200, 2.0**-11.2
   start = jnp.linspace(1.2, 1.9, 1001)
@@ -89,7 +89,7 @@ def arrays(draw):
   return jnp.asarray(np.where(np.isnan(x) | np.asarray(rng.random(shape) < 0.2), special, x).astype(np.float32))
 
 
-# In a dict, since to Optax params of None mean that there are none.
+# In a dict, since Optax takes params=None to mean that there are no params.
 trees = st.recursive(
   arrays() | st.none(),
   lambda inner: (
@@ -128,8 +128,8 @@ def test_any_tree_is_stored_as_the_reference_rounds_it(params, bits):
 @settings(deadline=None, max_examples=60)
 @given(params=trees, bits=st.sampled_from(BITS))
 def test_updates_of_zero_change_nothing(params, bits):
-  # XLA:CPU flushes subnormal f32 numbers in the inner transformation's own addition, exactly as it does in plain f32
-  # Optax; so no weights that small here. The codec itself is tested on them in codecs/test_bf16.py.
+  # No subnormal weights: XLA:CPU flushes them in the inner transformation's own addition, as in plain f32 Optax.
+  # codecs/test_bf16.py tests the codec on subnormals.
   params = jax.tree.map(lambda p: jnp.where(jnp.abs(p) < 2.0**-126, 0, p), params)
   tx = mpo.compensated(optax.scale(0.0), bits=bits)
   low, state = mpo.init(tx, params)
@@ -174,7 +174,7 @@ def test_continuing_from_params_that_are_low_already():
 
 
 def test_frozen_leaves_in_low_precision():
-  """LoRA's case: what is cast before init is held in 2 bytes and needs no bits."""
+  """As in LoRA: leaves that are cast before init take 2 bytes and need no bits."""
   params = {"base": mpo.cast(jnp.ones(3)), "lora": jnp.ones(3)}
   tx = optax.multi_transform(
     {"train": mpo.compensated(optax.sgd(1e-3)), "freeze": optax.set_to_zero()}, {"base": "freeze", "lora": "train"}
@@ -187,7 +187,7 @@ def test_frozen_leaves_in_low_precision():
 
 
 def test_8_bits_round_once_more_before_bf16():
-  # 1 + 2^-8 - 2^-20 rounds down in bf16, but up to the tie 1 + 2^-8 at 24 bits, and from there away from zero.
+  # bf16 alone rounds 1 + 2^-8 - 2^-20 down. 24 bits round it up to the tie 1 + 2^-8, and bf16 rounds that away from 0.
   x = jnp.float32(1 + 2.0**-8 - 2.0**-20)
   low, state = mpo.init(mpo.compensated(optax.identity(), bits=8), x)
   assert float(low) == 1 + 2.0**-7
@@ -198,7 +198,7 @@ def test_8_bits_round_once_more_before_bf16():
 def test_master_rounds_to_params_after_optax_apply_updates_at_extreme_ratios(bits):
   rng = np.random.default_rng(0)
   master = (rng.normal(size=4096) * 2.0 ** rng.integers(-60, 60, 4096)).astype(np.float32)
-  master[:1024] = np.float32(2.0) ** rng.integers(-60, 60, 1024)  # the worst case: it needs 25 bits
+  master[:1024] = np.float32(2.0) ** rng.integers(-60, 60, 1024)  # the worst case, which needs 25 bits
   tx = mpo.compensated(optax.scale(-1.0), bits=bits)
   params, state = mpo.init(tx, jnp.asarray(master))
   grads = jnp.nextafter(mpo.master_params(params, state), jnp.inf) * jnp.float32(1 + 2.0**-22)
@@ -210,7 +210,7 @@ def test_master_rounds_to_params_after_optax_apply_updates_at_extreme_ratios(bit
 
 
 def test_extreme_ratio_is_exact_with_mpo_apply_updates():
-  # The master is 1 - 3 2^-24, its bf16 is 1; the step leads to -3 2^-24, and the difference of the two needs 25 bits.
+  # The master is 1 - 3 2^-24, its bf16 is 1, and the new weight is -3 2^-24. The difference of the two needs 25 bits.
   master = jnp.float32([1 - 3 * 2.0**-24])
   tx = mpo.compensated(optax.identity())
   params, state = mpo.init(tx, master)
@@ -225,14 +225,14 @@ def test_extreme_ratio_is_exact_with_mpo_apply_updates():
 
 
 def test_cast_has_the_derivative_of_astype():
-  """The f32-master idiom, a cast inside the loss, trains through mpo.cast as through astype."""
+  """With f32 masters and a cast inside the loss, mpo.cast has the same gradients as astype."""
   params = {"w": jnp.float32([0.3, -1.7]), "b": jnp.float32(0.1)}
 
   def loss(params, cast):
     return sum(jnp.sum(p.astype(jnp.float32) ** 2) for p in jax.tree.leaves(cast(params)))
 
   got = jax.jit(jax.grad(lambda p: loss(p, mpo.cast)))(params)
-  # These numbers round alike in both, so that the derivatives are equal; astype's own is rounded to bf16 as well.
+  # Both casts round these numbers alike and round the derivative to bf16, so the derivatives are equal.
   want = jax.grad(lambda p: loss(p, lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p)))(params)
   chex.assert_trees_all_equal(got, want)
   assert all(jnp.all(g != 0) for g in jax.tree.leaves(got))
@@ -249,7 +249,7 @@ def test_master_params_have_the_derivative_of_the_weights(bits):
 @pytest.mark.parametrize("apply_updates", [mpo.apply_updates, optax.apply_updates])
 @pytest.mark.parametrize("bits", BITS)
 def test_training_can_be_differentiated(bits, apply_updates):
-  """Through three steps of SGD on w^2: w -> (1 - 2 lr) w, so d/d lr of the last weight is -6 (1 - 2 lr)^2 w."""
+  """Three steps of SGD on w^2: each is w -> (1 - 2 lr) w, so the last weight has d/d lr = -6 (1 - 2 lr)^2 w."""
 
   def last(learning_rate):
     tx = mpo.compensated(optax.sgd(learning_rate), bits=bits)
@@ -260,7 +260,7 @@ def test_training_can_be_differentiated(bits, apply_updates):
     return params.astype(jnp.float32)
 
   want = -6 * (1 - 2 * 0.1) ** 2 * 1.3
-  # Gradients, tangents and weights are bf16, 2^-9 relative at each of the three steps, and a few times in each.
+  # Gradients, tangents and weights are bf16. Each of the three steps rounds a few times, by 2^-9 relative.
   assert float(jax.jacfwd(last)(0.1)) == pytest.approx(want, rel=0.03)
   assert float(jax.grad(last)(0.1)) == pytest.approx(want, rel=0.03)
 

@@ -1,4 +1,4 @@
-"""Runs that go from one form of storage to another: what is exact, and what is refused."""
+"""Converting runs from one storage to another: what is exact, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def test_every_form_becomes_every_other(old, new):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
     lambda x: (x.shape, x.dtype), (form_params, form_state)
   )
-  train(tx, *got, [3])  # and it goes on
+  train(tx, *got, [3])  # training continues
   counts = [int(x) for x in jax.tree.leaves(got[1]) if x.ndim == 0 and x.dtype == jnp.int32]
   assert 3 in counts
 

@@ -1,13 +1,13 @@
 """With 16 bits, training equals f32-master Optax bit for bit: weights and inner state, for every optimizer below.
 
-The rival is what one writes without this library: f32 params, a cast to bf16 (with the codec's rounding) for the
-forward and backward pass, f32 gradients, Optax on f32. Both sides are compiled with
-`xla_allow_excess_precision=False`, since XLA may otherwise skip roundings to bf16 on one side only.
+The reference is training without this library: f32 params, a cast to bf16 (with the codec's rounding) for the forward
+and backward pass, f32 gradients, Optax on f32. Both sides are compiled with `xla_allow_excess_precision=False`, since
+XLA may otherwise skip roundings to bf16 on one side only.
 
-Both sides ask for the same operations on the same numbers. What XLA may still choose per program is the order in
-which it sums (a fused loop is vectorised by its whole body) and which product of a*b + c*d goes into a fused
-multiply-add. Where an optimizer has such a choice, `COMPILED_DIFFERENTLY` says so, and equality is shown for the same
-200 jitted steps with fusion off, or where that still leaves a choice, operation by operation.
+Both sides have the same operations on the same numbers. But in each program XLA may choose the order of a sum (the
+vectorisation of a fused loop depends on its whole body), and which product of a*b + c*d to use for a fused
+multiply-add. `COMPILED_DIFFERENTLY` lists the optimizers with such choices. They are tested for the same 200 jitted
+steps with fusion off, or, where that still leaves a choice, operation by operation.
 """
 
 import itertools
@@ -96,14 +96,14 @@ COMPILED_DIFFERENTLY = {
   "lars": "the same trust ratio",
   "adafactor": "the same for the mean squares; with fusion off the order still follows the layout XLA gives a buffer",
   "schedule_free": "its average (1 - c) x + c z has two products, and either may go into the fused multiply-add",
-  # And, among the wrappers below, apply_if_finite around compensated: params + update is then inside its lax.cond,
-  # where it can share a fused multiply-add with the learning rate.
+  # Also the wrapper apply_if_finite around compensated, below: params + update is then inside its lax.cond, where it
+  # can share a fused multiply-add with the learning rate.
 }
 ELEMENTWISE = [name for name in OPTIMIZERS if name not in COMPILED_DIFFERENTLY]
 
 
 def train_masters(tx, params, batches, jit=exact_jit, where=None):
-  """f32-master mixed precision, with Optax alone."""
+  """f32-master mixed precision, with Optax only."""
 
   def step(params, state, x, y):
     value, grads = jax.value_and_grad(loss_fn)(mpo.cast(params, where=where), x, y)
@@ -152,12 +152,12 @@ def test_training_equals_f32_masters(name):
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
 
 
-LARGE = [name for name in ELEMENTWISE if name not in ("muon", "novograd")]  # those two have norms, as lamb has
+LARGE = [name for name in ELEMENTWISE if name not in ("muon", "novograd")]  # these two have norms, as lamb has
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_leaves_equal_f32_masters(name):
-  """XLA:CPU compiles these in another way: their new master weight is computed in a loop of its own."""
+  """XLA:CPU compiles large leaves differently: it computes their new master weight in a separate loop."""
   shape = (257, 300)
   grads = [jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(9)]
 
@@ -216,7 +216,7 @@ WRAPPERS = {
   "multi_transform": lambda wrap: optax.multi_transform(
     {"fast": wrap(optax.adam(1e-3)), "slow": wrap(optax.sgd(1e-2))}, labels
   ),
-  # Without the dtype Optax would take that of the params, and the learning rate would be rounded to bf16.
+  # By default Optax would use the dtype of the params, and round the learning rate to bf16.
   "inject_hyperparams": lambda wrap: optax.inject_hyperparams(
     lambda learning_rate: wrap(optax.adam(learning_rate)), hyperparam_dtype=jnp.float32
   )(learning_rate=1e-3),
@@ -228,14 +228,14 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.few(3)
 def test_wrappers_around_compensated(wrapper):
-  """The bits are seeded and found inside other transformations, and training does not change."""
+  """Bits are initialised and found inside other transformations, and training does not change."""
   batches = make_batches(20)
   tx = WRAPPERS[wrapper](mpo.compensated)
 
   @unfused_jit
   def step(params, state, x, y):
     value, grads = jax.value_and_grad(loss_fn)(params, x, y)
-    # The branches of apply_if_finite must agree in dtype, and compensated's updates are f32: so are the gradients.
+    # The branches of apply_if_finite must have one dtype. compensated's updates are f32, so gradients are f32 too.
     updates, state = tx.update(jax.tree.map(lambda g: g.astype(jnp.float32), grads), state, params)
     return value, mpo.apply_updates(params, updates), state
 

@@ -1,4 +1,4 @@
-"""compensated around params that are all f32 saves nothing: a warning where that is an accident, and nowhere else."""
+"""compensated around params that are all f32 saves nothing. It warns if that is an accident, and only then."""
 
 import warnings
 
@@ -53,7 +53,7 @@ def parts(tx):
 
 
 def steps_in_f32(step):
-  """A step takes the form of the state from `tx.init`, of f32 params that were chosen."""
+  """Makes a step with params that are f32 on purpose. It calls `tx.init` for the structure of the state."""
   params, state = mpo.init(make_tx(), PARAMS, where=f32)
   loss = lambda p, x: jnp.mean((x @ p["w"] + p["b"][None]) ** 2)  # noqa: E731
   return step(loss, make_tx(), params, state)

@@ -1,4 +1,4 @@
-"""Loss scaling: what is divided, what is left out, how the scale moves; and lost_updates."""
+"""Loss scaling: what is divided, which steps are skipped, how the scale changes; and lost_updates."""
 
 import chex
 import jax
@@ -20,7 +20,7 @@ def make(inner=None, **options):
 
 
 def test_tiny_gradients_arrive():
-  """1e-9 is nothing in fp16; times 2^15 it is 3.3e-5."""
+  """1e-9 is zero in fp16. Times 2^15 it is 3.3e-5."""
   step, params, state = make(optax.sgd(1e6), scale=2.0**15)
   assert jnp.float16(1e-9) == 0
 
@@ -59,7 +59,7 @@ def test_the_scale_grows_after_good_steps_and_has_bounds():
 
 
 def test_scaled_training_is_that_without_scale():
-  """A power of two changes no digit of f32 gradients."""
+  """A power of two changes no significand bit of f32 gradients."""
   plain = mpo.compensated(optax.adam(1e-2), bits=8)
   params, state = mpo.init(plain, PARAMS, dtype=jnp.float16)
   step, scaled, scaled_state = make(scale=2.0**10)
@@ -120,7 +120,7 @@ def test_updates_are_lost_below_half_of_the_last_place(bits, smallest):
 
 def test_bits_in_the_state_count():
   tx = mpo.compensated(optax.sgd(1.0), bits=8)
-  just_below = 1.0 + 2.0**-8 - 2.0**-15  # the next step up crosses into the next bf16 number, with its bits
+  just_below = 1.0 + 2.0**-8 - 2.0**-15  # counting its bits, the update crosses to the next bf16 number
   params, state = mpo.init(tx, {"w": jnp.full(2, just_below)})
   updates = {"w": jnp.full(2, 2.0**-14)}
   assert float(mpo.lost_updates(params, updates)["w"]) == 1

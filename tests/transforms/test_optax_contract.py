@@ -1,4 +1,4 @@
-"""What users of Optax rely on, for compensated around every optimizer: stable states, donation, extra args, vmap."""
+"""What Optax users rely on, for compensated around every optimizer: stable states, donation, extra args, vmap."""
 
 import pickle
 
@@ -39,12 +39,12 @@ def test_no_bytes_but_the_ones_promised(bits):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.few(6)
 def test_donation_scan_and_no_recompilation(name):
-  """One compiled step serves all steps, every donated buffer is reused, and lax.scan accepts the state as its carry."""
+  """One compilation serves all steps, every donated buffer is reused, and lax.scan accepts the state as its carry."""
   tx = mpo.compensated(OPTIMIZERS[name](), bits=16)
   params, state = mpo.init(tx, make_params())
   batches = make_batches(4)
   step = jax.jit(make_step(tx), donate_argnums=(0, 1), keep_unused=True)
-  # Scalars that several leaves of a state share, and constants, need buffers of their own to be donated.
+  # To be donated, constants and scalars that leaves of a state share need separate buffers.
   params, state = jax.tree.map(jnp.array, (params, state))
 
   compiled = step.lower(params, state, *batches[0]).compile()
@@ -79,7 +79,7 @@ def test_states_are_ordinary_trees(bits):
 def test_orbax_gives_back_what_it_was_given(bits, tmp_path):
   tx = mpo.compensated(optax.adamw(1e-3), bits=bits)
   params, state = mpo.init(tx, make_params(), where=lambda path, leaf: leaf.ndim >= 1)
-  # Orbax's storage has no uint4; optax_mpo.checkpoint does the same.
+  # Orbax cannot store uint4. optax_mpo.checkpoint does the same.
   saved = jax.tree.map(lambda x: x.astype(jnp.uint8) if x.dtype == jnp.uint4 else x, (params, state))
   with orbax.checkpoint.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "checkpoint", saved)
@@ -116,7 +116,7 @@ def test_extra_args_reach_the_inner_transformation():
   params, state = mpo.init(tx, jnp.ones(2))
   updates, _ = tx.update(jnp.ones(2), state, params, factor=2.0, unused=None)
   np.testing.assert_array_equal(updates, [2.0, 2.0])
-  # A transformation without extra args may be given some, as everywhere in Optax.
+  # A transformation without extra args accepts some, as everywhere in Optax.
   mpo.compensated(optax.sgd(1.0)).update(jnp.ones(2), mpo.compensated(optax.sgd(1.0)).init(params), params, value=1.0)
 
 
@@ -136,8 +136,8 @@ def test_injected_hyperparameters_can_be_set_without_recompiling():
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
 @pytest.mark.few(2)
 def test_vmap_over_an_ensemble_equals_a_loop(bits):
-  # Momentum and the gradient of a square: XLA computes Adam's power b1**count in another way for a batch than for a
-  # scalar, and sums a batched matrix product in another order, in plain f32 Optax as well.
+  # Uses momentum and the gradient of a square. For a batch, XLA computes Adam's power b1**count differently than for a
+  # scalar, and sums a matrix product in another order, in plain f32 Optax too.
   tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9), bits=bits)
   members = [make_params(seed) for seed in range(3)]
 
@@ -170,7 +170,7 @@ def test_sharded_params_have_sharded_bits(bits):
 
   sharded = jax.jit(lambda p: mpo.init(tx, p))(jax.device_put(master, sharding))
   whole = mpo.init(tx, master)
-  # Without fusion: a loop over a shard may get its multiply-adds in other places than a loop over the whole.
+  # Without fusion: a loop over a shard may have its multiply-adds in other places than a loop over the whole array.
   step = unfused_jit(step)
   for _ in range(5):
     sharded, whole = step(*sharded), step(*whole)

@@ -1,4 +1,4 @@
-"""Warnings, once, of what would be lost in silence: decay that is rounded away, and updates changed from outside."""
+"""Warnings, once each, about silent losses: decay that is rounded away, and updates that other code changes."""
 
 import warnings
 
@@ -33,7 +33,7 @@ def adamw(product, **options):
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_decay_is_lost_below_the_bound_of_the_docs_and_kept_above(bits):
-  """docs/compact.md: changes from 2^-(8 + bits) of a weight on move it; those below half of it move none."""
+  """docs/compact.md: changes of at least 2^-(8 + bits) of a weight move it. Changes below half of that move none."""
   bound = 2.0 ** -(8 + bits)
   for factor in (0.3, 1.1):
     tx = mpo.compensated(adamw(factor * bound), bits)
@@ -156,7 +156,7 @@ def test_updates_that_are_changed_from_outside(make):
   assert "params['b']" in text
   state = wrapping.state_shapes(tx, PARAMS)
   inside = None if isinstance(state, mpo.LossScaleState) else mpo.compensated(make(optax.sgd(0.3)))
-  assert inside is None or found(inside) == []  # what the message says to do
+  assert inside is None or found(inside) == []  # what the message recommends
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

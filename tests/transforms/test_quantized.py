@@ -1,4 +1,4 @@
-"""quantized_state: what is stored, bytes held, training beside the f32 state, composition, shards, refusals."""
+"""quantized_state: what is stored, bytes held, training together with other wrappers, shards, errors."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ from optax_mpo._transforms import state_kinds
 from optax_mpo._updates.by_leaf import Update
 from tests.helpers import one_layer
 
-SMALL = functools.partial(mpo.quantized_state, min_size=1)  # so that leaves of small tests are stored
+SMALL = functools.partial(mpo.quantized_state, min_size=1)  # stores the small leaves of tests too
 
 
 def make_params(seed: int = 0) -> dict:
@@ -76,12 +76,12 @@ def test_bytes_held_to_the_byte(optimizer, moments):
   tx = mpo.compensated(mpo.quantized_state(optimizer()), bits=8)
   held = mpo.init(tx, params)
   n_w, n_odd, n_norm = 256 * 96, 128 * 100, 96
-  state = n_w + n_odd + 2 * (256 * 3 + 128 * 4) + 4 * n_norm  # codes, scales, and f32 for what is small
+  state = n_w + n_odd + 2 * (256 * 3 + 128 * 4) + 4 * n_norm  # codes, scales, and f32 for the small leaf
   scalars = 4 * sum(x.ndim == 0 for x in jax.tree.leaves(held))
   total = sum(x.nbytes for x in jax.tree.leaves(held))
   assert total == 3 * (n_w + n_odd + n_norm) + moments * state + scalars
   assert scalars <= 12
-  # As much as a model of whole blocks takes, for any number of them.
+  # A model of full blocks takes this much, for any number of blocks.
   per_parameter = 3 + moments * (1 + 2 / 32)
   assert per_parameter <= {2: 5.13, 1: 4.1}[moments]
   whole = mpo.init(tx, {"w": params["w"]})
@@ -151,12 +151,12 @@ def test_states_of_users_that_hold_weights_are_kept_and_where_overrides():
     asked.append((jax.tree_util.keystr(path), leaf.shape))
     return {"['second']['w']": "nonnegative", "['first']['w']": False}.get(asked[-1][0])
 
-  state = mpo.quantized_state(inner, where=where).init(params)  # which overrides the size as well
+  state = mpo.quantized_state(inner, where=where).init(params)  # overrides the minimal size too
   assert {name: q.values.dtype.name for name, q in stored(state).items()} == {".inner_state['second']['w']": "uint8"}
   assert asked == [("['count']", ()), ("['first']['w']", (2, 40)), ("['second']['w']", (2, 40))]
 
 
-@pytest.mark.parametrize("other", ["b", "a", "z"])  # before and after it in the tree
+@pytest.mark.parametrize("other", ["b", "a", "z"])  # before and after w in the tree
 def test_what_is_stored_for_a_leaf_does_not_depend_on_others(other):
   def kinds(tx, params):
     return {k: type(v) for k, v in named(SMALL(tx).init(params)).items() if other not in k}
@@ -290,7 +290,7 @@ def test_sharded_state_equals_that_of_one_device_without_gathering(spec):
     updates, state = tx.update(grads, state, params)
     return mpo.apply_updates(params, updates), state
 
-  # Without fusion: a loop over a shard may get its multiply-adds in other places than a loop over the whole.
+  # Without fusion: a loop over a shard may have its multiply-adds in other places than a loop over the whole array.
   compiled = jax.jit(step, compiler_options={"xla_disable_hlo_passes": "fusion"})
   sharded = jax.jit(lambda p: mpo.init(tx, p))(jax.device_put(master, sharding))
   sharded = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim == 2 else x, sharded)

@@ -1,4 +1,4 @@
-"""Training with 8-bit state beside training with f32 state: losses, bad gradients, decay."""
+"""Training with 8-bit and 4-bit state against training with f32 state: losses, bad gradients, decay."""
 
 import chex
 import jax
@@ -41,7 +41,7 @@ def test_four_bits_train_too():
 
 
 def test_one_bad_gradient_passes():
-  """Moments are what they were where the gradient was not finite, and the training goes on."""
+  """A gradient that is not finite leaves its block's moments unchanged, and training continues."""
   tx = mpo.compensated(SMALL(optax.adamw(3e-3)), bits=8)
   _, params, state = train(tx, 20)
   grads = jax.tree.map(jnp.ones_like, params)

@@ -1,4 +1,4 @@
-"""Stochastic rounding: unbiased, the same each time, and the same in shards and layer by layer."""
+"""Stochastic rounding: unbiased, reproducible, and the same in shards and layer by layer."""
 
 import chex
 import jax
@@ -33,7 +33,7 @@ def train(bits: int, steps: int, *, seed: int = 0, rounding="stochastic", size: 
 
 @pytest.mark.parametrize("bits", LESS_THAN_16)
 def test_updates_far_below_the_last_place_count_on_average(bits):
-  """Half of the last place is 2^-8 with no bits, 2^-12 with 4, 2^-16 with 8: an update is 30 to 400 times less."""
+  """Half an ulp is 2^-8 with no bits, 2^-12 with 4 and 2^-16 with 8. The updates are 30 to 400 times smaller."""
   size = {0: 1e-5, 4: 2.0**-19, 8: 2.0**-21}[bits]
   params, state = train(bits, 200, size=size)
   moved = 1.5 - float(np.mean(np.asarray(mpo.master_params(params, state)["w"], np.float64)))

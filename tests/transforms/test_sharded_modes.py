@@ -1,4 +1,4 @@
-"""Fused steps in shard_map and on meshes with explicit axes: the unfused step in the same place, bit for bit.
+"""Gradient release in shard_map and on meshes with explicit axes equals the ordinary step there, bit for bit.
 
 Compiled without fusion, as in transforms/test_sharding.py.
 """
@@ -29,7 +29,7 @@ def layer(p, x):
 
 
 def whole(w):
-  """A weight that lies in parts, gathered: with explicit axes the model has to say so."""
+  """Gathers a sharded weight. With explicit axes, the model has to do this itself."""
   return jax.reshard(w, P(None, None)) if any(jax.typeof(w).sharding.spec) else w
 
 
@@ -63,7 +63,7 @@ def unrolled_params():
   return {"embed": params["embed"], "layers": layers}
 
 
-CASES = {  # the params, the loss of arrays, and the fused step
+CASES = {  # the params, the loss for arrays, and the step with gradient release
   "auto scanned": (make_params, loss_fn, lambda loss, tx: mpo.value_and_update(loss(loss_fn), tx)),
   "layer scanned": (make_params, loss_fn, lambda loss, tx: mpo.fused_value_and_update(loss(fused_loss), tx)),
   "auto unrolled": (unrolled_params, unrolled_loss, lambda loss, tx: mpo.value_and_update(loss(unrolled_loss), tx)),
@@ -85,7 +85,7 @@ def compare(one, other, params, state, x, steps=3):
 
 
 def averaged(axis):
-  """The mean of gradients over devices, as a transformation: taken for each weight where that is stepped."""
+  """A transformation that averages gradients over devices, for each weight where it is updated."""
 
   def update(updates, state, params=None):
     return jax.tree.map(lambda g: lax.pmean(g, axis), updates), state
@@ -103,7 +103,7 @@ def averaged(axis):
   ],
 )
 def test_data_parallel_in_shard_map(case, mean):
-  """JAX's derivative of a mean over devices sums gradients where they are made; without its checks, tx has to."""
+  """JAX's derivative of a mean over devices sums the gradients. Without its checks (check_vma), tx has to."""
   make, loss, fused = CASES[case]
   checked = mean == "by the derivative"
   inner = optax.sgd(1e-1, momentum=0.9) if checked else optax.chain(averaged("data"), optax.sgd(1e-1, momentum=0.9))

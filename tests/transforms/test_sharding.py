@@ -1,4 +1,4 @@
-"""Shardings of optimizer state, and sharded steps on eight CPU devices."""
+"""Sharding of optimizer state, and sharded steps on eight CPU devices."""
 
 import functools
 
@@ -70,7 +70,7 @@ OPTIMIZERS = {
 
 
 def put(layout, tx):
-  """Params, state and a batch on the mesh of a layout."""
+  """Returns params, state and a batch on the mesh of a layout."""
   shape, names, spec_of = SPECS[layout]
   mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
 
@@ -91,7 +91,7 @@ def test_what_is_shaped_like_a_param_takes_its_sharding():
   assert shardings.compensation["layers"]["up"] == params["layers"]["up"].sharding
   assert adam.mu["layers"]["up"].values == params["layers"]["up"].sharding
   assert adam.nu["layers"]["up"].scales.spec == P(None, "data", None)
-  # Two blocks of 32 do not lie on eight devices.
+  # Two blocks of 32 cannot be split over eight devices.
   assert adam.mu["layers"]["down"].values.spec == P(None, None, "data")
   assert adam.mu["layers"]["down"].scales.spec == P(None, None, None)
   assert adam.count.spec == P()
@@ -130,7 +130,7 @@ def test_fused_steps_are_those_of_the_unfused_step(fused, layout, optimizer):
   tx = OPTIMIZERS[optimizer]()
   params, state, x = put(layout, tx)
   options = {
-    "out_shardings": (None, *jax.tree.map(lambda a: a.sharding, (params, state))),  # else XLA moves what it likes
+    "out_shardings": (None, *jax.tree.map(lambda a: a.sharding, (params, state))),  # else XLA may change them
     "compiler_options": {
       "xla_allow_excess_precision": False,
       "xla_backend_optimization_level": 0,

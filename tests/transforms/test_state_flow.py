@@ -1,4 +1,4 @@
-"""8-bit state of transformations that nobody named: how it is stored is read from what they do with it."""
+"""8-bit state of unknown transformations: how to store it is derived from their dataflow."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
 
 def transformation(update, starts=(jnp.zeros_like, jnp.zeros_like)) -> optax.GradientTransformationExtraArgs:
-  """`update(g, count, first, second, p) -> (step, first, second)` of one leaf, as a transformation of any tree."""
+  """Makes a transformation of any tree from `update(g, count, first, second, p) -> (step, first, second)` of a leaf."""
 
   def init(params):
     return Moments(jnp.zeros([], jnp.int32), *(jax.tree.map(start, params) for start in starts))
@@ -135,7 +135,7 @@ def branched(g, c, m, v, p):
 
 
 def scanned(g, c, m, v, p):
-  """Row by row."""
+  """Adam, row by row."""
   _, rows = lax.scan(lambda _, row: (None, adam(row[0], c, row[1], row[2], None)), None, (g, m, v))
   return rows
 
@@ -160,7 +160,7 @@ def bounded(g, c, m, v, p):
 
 
 def delayed(g, c, m, v, p):
-  """The second moment of the step before: `second` is divided by, and made of `first`."""
+  """Divides by the second moment of the previous step: `second` is the old `first`."""
   return -1e-3 * g / (jnp.sqrt(jnp.abs(v)) + 1e-8), 0.9 * m + 0.1 * g * g * jnp.sign(p), m
 
 
@@ -257,20 +257,20 @@ NAMED = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_what_names_tell_of_optax_is_not_contradicted(name):
-  """Nothing is stored by its name that has to be exact, nor called non-negative unless that is proven."""
+  """By name, nothing is stored that has to be exact, and nothing is called non-negative without a proof."""
   tx = optax.with_extra_args_support(NAMED[name])
   params = {"w": jnp.zeros(SHAPE)}
   state = jax.eval_shape(tx.init, params)
   wanted = [leaf.shape == SHAPE for leaf in jax.tree.leaves(state)]
   seen = state_flow.kinds(tx, params, state, wanted)
   for (path, _, kind), other, large in zip(state_kinds.leaves(state), seen, wanted, strict=True):
-    # The second moment of yogi has a proof that is not one of ours, the decay of adafactor's is not known when it is
-    # traced; the updates in adadelta's state are divided.
+    # Exceptions: dataflow cannot prove that yogi's second moment is non-negative, adafactor's decay is unknown while
+    # tracing, and adadelta divides the updates in its state.
     if large and name not in ("yogi", "adadelta", "adafactor"):
       assert (kind, other) in ALLOWED, (jax.tree_util.keystr(path), kind, other)
 
 
-# What a name says is signed may be divided by something of Optax whose floor bounds the quotient.
+# State that is signed by name may be divided in Optax by something whose floor bounds the quotient.
 ALLOWED = {("nonnegative", "nonnegative"), (False, False)}
 ALLOWED |= {("signed", other) for other in ("signed", "nonnegative", "wide")}
 
@@ -279,7 +279,7 @@ ALLOWED |= {("signed", other) for other in ("signed", "nonnegative", "wide")}
 
 
 def gradients(seed: int, steps: int) -> jax.Array:
-  """Columns of a block that differ by up to ten powers of ten, fall silent, and come back."""
+  """Gradients whose columns differ by up to nine orders of magnitude, become zero, and return in the last step."""
   rng = np.random.default_rng(seed)
   columns = 10.0 ** rng.uniform(-8, 1, SHAPE[-1]) * (rng.uniform(size=SHAPE[-1]) > 0.1)
   steady = np.sign(rng.normal(size=SHAPE)) * (rng.uniform(size=SHAPE) > 0.5)
@@ -308,7 +308,7 @@ def assert_as_tame(tx, seed: int, steps: int = 100, bits: int = 8, factor: float
   grads = gradients(seed, steps)
   plain, wrapped = (largest_updates(t, grads) for t in (tx, mpo.quantized_state(tx, bits=bits, min_size=1)))
   assert np.isfinite(plain).all(), "a bad example: f32 state blows up"
-  # Second moments are floored and momenta rounded, both by less than the factor that their ratio may differ by.
+  # Second moments have a floor and momenta are rounded. Together these change the ratio by less than the factor.
   assert (wrapped <= factor * np.maximum.accumulate(plain)).all(), (wrapped.max(), plain.max())
 
 
@@ -320,8 +320,8 @@ def test_updates_are_not_larger_than_with_f32_state(update, bits):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_updates_of_optax_are_not_larger_than_with_f32_state(name):
-  # A momentum below the first level is rounded up in proportion: right on average, and now and then many times too
-  # large where it is divided by a magnitude or a root that follows smaller values than that.
+  # A momentum below the first level is rounded up with proportional probability. That is right on average, but an
+  # update can be many times too large if it is divided by a magnitude or a root of smaller values.
   assert_as_tame(NAMED[name], seed=2, factor=40 if name in ("adamax", "adadelta") else 10)
 
 
@@ -337,7 +337,7 @@ KEPT = {"tuple": tuple, "list": list, "dict": lambda x: dict(enumerate(x)), "nes
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.data())
 def test_updates_of_drawn_transformations_are_not_larger(data):
-  """Optimizers that nobody named: moments, roots, corrections and the form of the state are drawn."""
+  """Unknown optimizers with random moments, roots, bias corrections and structure of the state."""
 
   def draw(table):
     return table[data.draw(st.sampled_from(sorted(table)))]
@@ -362,7 +362,7 @@ def test_updates_of_drawn_transformations_are_not_larger(data):
     count, m, v, decay = jax.tree.leaves(state)
     count += 1
     m, v = moments(g, count, m, v, decay if traced else b2)
-    below = v / (1 - b2**count) if corrected else v
+    below = v / (1 - b2 ** count.astype(jnp.float32)) if corrected else v
     return -1e-3 * m / (root(below) + eps), kept([count, m, v, decay])
 
   tx = optax.GradientTransformation(init, update)
@@ -372,7 +372,7 @@ def test_updates_of_drawn_transformations_are_not_larger(data):
 
 
 def params_before(g, c, m, v, p):
-  """A step as long as Barzilai and Borwein make it, from the params and the gradient of the step before."""
+  """A step with Barzilai-Borwein step size, from the params and the gradient of the previous step."""
   moved, turned = p - m, g - v
   return -g * jnp.clip(jnp.sum(moved * moved) / (jnp.abs(jnp.sum(moved * turned)) + 1e-12), 0.01, 1), p, g
 
@@ -395,7 +395,7 @@ WEIGHTS = [params_before, params_after, averaged_params, params_averaged_over_al
 
 @pytest.mark.parametrize("update", WEIGHTS)
 def test_state_that_becomes_params_is_not_rounded(update):
-  """It starts at zero, so that only what it becomes tells."""
+  """The state starts at zero, so only its later values show that it holds params."""
   tx = mpo.quantized_state(transformation(update), min_size=1)
   state = tx.init(jnp.ones(SHAPE))
   assert not isinstance(state.inner_state.first, mpo.Quantized)

@@ -1,4 +1,4 @@
-"""Every Optax wrapper that changes the tree or the state around `compensated`: init, masters, steps, convert."""
+"""Optax wrappers that change the tree or the state around `compensated`: init, masters, steps, convert."""
 
 import functools
 import warnings
@@ -54,7 +54,7 @@ REAL = {
   "selective_transform": lambda: optax.selective_transform(compensated(adam()), freeze_mask=False),
   "apply_every": lambda: optax.chain(optax.apply_every(2), compensated(adam())),
 }
-CHANGED_OUTSIDE = ("schedule_free", "sam", "mechanize")  # tests/transforms/test_probes.py has the warning
+CHANGED_OUTSIDE = ("schedule_free", "sam", "mechanize")  # tests/transforms/test_probes.py tests the warning
 COMPLEX = {
   "split": lambda: split(compensated(adam())),
   "split_of_masked": lambda: split(optax.masked(compensated(adam()), lambda p: jax.tree.map(lambda _: True, p))),
@@ -72,7 +72,7 @@ def normal(seed, *shape):
 def model(is_complex):
   params = {"w": normal(0, 8, 40), "b": normal(1, 40)}
   if is_complex:
-    params |= {"c": normal(2, 8, 32) + 1j * normal(3, 8, 32), "z": jnp.ones(3, jnp.complex64)}
+    params |= {"c": jax.lax.complex(normal(2, 8, 32), normal(3, 8, 32)), "z": jnp.ones(3, jnp.complex64)}
 
   def loss(p, x):
     total = jnp.mean((x @ p["w"] + p["b"][None]).astype(jnp.float32) ** 2)

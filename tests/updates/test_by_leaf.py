@@ -1,4 +1,4 @@
-"""Updates taken apart by dataflow: stepping every component alone is the whole update, bit for bit."""
+"""Updates split by dataflow: updating each component alone equals the whole update, bit for bit."""
 
 import gc
 
@@ -36,7 +36,7 @@ def whole_step(tx, params, opt_state, grads):
 
 
 def step_in_groups(update, params, state, grads):
-  """Steps every component alone, and returns the new leaves of the params and the state."""
+  """Updates each component alone. Returns the new leaves of the params and the state."""
   values, shared_states = update.run_shared()
   new_params, new_state = list(params), list(state)
   for index, value in shared_states.items():
@@ -70,7 +70,7 @@ def labels(params):
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 4)
 
-# Each with the compensation bits around it, or None for plain f32.
+# Each transformation, with its number of compensation bits, or None for plain f32.
 APART = {
   "nesterov": (lambda: optax.sgd(SCHEDULE, momentum=0.9, nesterov=True), 4),
   "adamw_mask": (lambda: optax.adamw(SCHEDULE, weight_decay=0.1, mask=is_matrix), 16),
@@ -113,12 +113,12 @@ COUPLED = {
 
 
 def exact_jit(fun):
-  """Compiles with little optimisation: it is faster, and rounds as asked."""
+  """Compiles with little optimisation, which is faster, and without excess precision."""
   return jax.jit(fun, compiler_options={"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0})
 
 
 def assert_groups_are_the_whole(tx, params, opt_state, steps=3):
-  """Returns the components, after training both ways; nothing may differ in a bit."""
+  """Trains both ways, and asserts equal bits. Returns the components."""
   components = []
 
   def in_groups(params, opt_state, grads):
@@ -184,7 +184,7 @@ def test_only_what_is_coupled_goes_together():
 
 
 def test_leaves_coupled_by_their_state_alone():
-  """The next step would need the other leaf's gradient, if this one does not."""
+  """This step does not need the other leaf's gradient, but the next step would."""
 
   def update_fn(updates, state, params=None):
     a, b = updates["a"], updates["b"]
@@ -200,7 +200,7 @@ def test_leaves_coupled_by_their_state_alone():
 
 
 def numbers(seed, count=4096):
-  """Weights and steps of every size, with the pairs that need a code in the update."""
+  """Weights and updates of every size, including pairs that need a code in the update."""
   rng = np.random.default_rng(seed)
   masters = rng.integers(0, 2**32, count, dtype=np.uint32).view(np.float32)
   masters = np.where(np.abs(masters) < 1e37, masters, np.float32(1.0))
@@ -258,7 +258,7 @@ def test_nothing_is_remembered_after_a_trace():
   tx = mpo.compensated(optax.sgd(0.1))
   params, state = mpo.init(tx, {"w": jnp.ones(3)})
   with jax.checking_leaks():
-    jax.jit(tx.update)({"w": jnp.ones(3)}, state, params)  # the update is used elsewhere
+    jax.jit(tx.update)({"w": jnp.ones(3)}, state, params)  # without apply_updates
     jax.jit(lambda *args: whole_step(tx, *args))(params, state, {"w": jnp.ones(3)})
   gc.collect()
   assert not known_weights._made
@@ -295,14 +295,14 @@ def test_constants_need_not_be_handed_in():
   group = update.group([0], "test")
   assert [c.shape for c in group.constants.values()] == [(64, 64)]
   values, _ = update.run_shared()
-  assert 0 < len(group.shared) <= 2  # the learning rate, and the zero
+  assert 0 < len(group.shared) <= 2  # the learning rate and the zero
   assert set(values).isdisjoint(group.constants)
   (new,), _ = group.step([params["w"]], [params["w"]], [], [values[v] for v in group.shared])
   np.testing.assert_array_equal(new, np.where(mask, 0.0, 1.0))
 
 
 def test_state_that_never_changes_is_shared():
-  """Adafactor has placeholders of shape (1,) where it keeps nothing; no leaf owns them."""
+  """Adafactor has placeholders of shape (1,) where it has no state. No leaf owns them."""
   tx = optax.MultiSteps(optax.adafactor(1e-3, min_dim_size_to_factor=4), 2)
   params = {"w": jnp.ones((6, 8))}
   update = by_leaf.Update(tx, params, tx.init(params), "test")
@@ -327,7 +327,7 @@ def test_no_leaves(params):
 
 
 def test_constant_and_repeated_results():
-  """Results that are literals, inputs passed through, and the same variable twice."""
+  """Results can be literals, unchanged inputs, or the same variable twice."""
 
   def update_fn(updates, state, params=None):
     del state
@@ -375,7 +375,7 @@ def test_foreign_state_is_refused():
 
 
 def test_the_work_for_all_groups_grows_with_their_number():
-  """A slice visits no more than its own operations, also where the whole update is inside one cond."""
+  """A slice visits only its own operations, even if the whole update is inside one cond."""
   tx = mpo.compensated(optax.MultiSteps(optax.adamw(1e-3), 2))
 
   def visited(count):
