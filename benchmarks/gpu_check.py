@@ -47,7 +47,7 @@ ROUNDS = 10
 PER_ROUND = 5
 """Steps that are dispatched before waiting, as in training, where the host runs ahead of the card."""
 
-TRAINING_STEPS = {"gpu": 200, "cpu": 3}
+TRAINING_STEPS = {"gpu": 300, "cpu": 3}
 TRANSFORMATIONS = {"mpo-16-auto": (16, False, False), "mpo-compact-auto": (8, True, False)}  # bits, compact, kernels
 FIXED = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0 --xla_disable_hlo_passes=dot-merger"}
 

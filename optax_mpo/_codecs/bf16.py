@@ -160,7 +160,6 @@ def widen(low: jax.Array) -> jax.Array:
 # Comparisons with zero read the exponent field: LLVM turns `bits & 0x7FFFFFFF == 0` into a float comparison, which
 # takes a subnormal number for zero on XLA:CPU.
 
-_EXPONENT = 0x7F80_0000
 _MARK_NORMAL = 1
 _MARK_SUBNORMAL = 3  # the new weight's exponent field is 0; the code sets it to 1, so that the code is a normal number
 
@@ -186,7 +185,7 @@ def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   lost = _is_power_of_two(old) & (jnp.abs(new32) < jnp.abs(old32) * 2.0**-16) & (old32 + u != new32)
   u = jnp.where(lost, 2 * new32 - old32 * (1 + 2.0**-15), u)
   pattern = lax.bitcast_convert_type(new32, jnp.uint32)
-  exponent = pattern & _EXPONENT
+  exponent = pattern & _INF
   marked = pattern | jnp.where(exponent == 0, jnp.uint32(0x0080_0000 | _MARK_SUBNORMAL), jnp.uint32(_MARK_NORMAL))
   marked = jnp.where(pattern == lax.bitcast_convert_type(old32, jnp.uint32), jnp.uint32(0), marked)
   use_mark = _is_marked(old) & ((exponent < _INF) | (marked == 0))
@@ -208,8 +207,8 @@ def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   new = lax.bitcast_convert_type(split(total, 0)[0], jnp.uint16)
   pattern = lax.bitcast_convert_type(u, jnp.uint32)
   mark = pattern & 0xFFFF
-  subnormal = (mark == _MARK_SUBNORMAL) & ((pattern & _EXPONENT) == 0x0080_0000)
+  subnormal = (mark == _MARK_SUBNORMAL) & ((pattern & _INF) == 0x0080_0000)
   marked = (pattern >> 16).astype(jnp.uint16) & jnp.where(subnormal, jnp.uint16(0xFF7F), jnp.uint16(0xFFFF))
   new = jnp.where(_is_marked(old) & ((mark == _MARK_NORMAL) | subnormal), marked, new)
-  new = jnp.where((pattern & _EXPONENT) == 0, lax.bitcast_convert_type(old, jnp.uint16), new)
+  new = jnp.where((pattern & _INF) == 0, lax.bitcast_convert_type(old, jnp.uint16), new)
   return lax.bitcast_convert_type(new, jnp.bfloat16)

@@ -356,12 +356,9 @@ class _Builder:
     if kind is None:
       kinds = {self.nodes[a].kind for a in args}
       kind = "element" if "element" in kinds else "block" if "block" in kinds else "scalar"
-    node = Node(name, args, jnp.dtype(dtype), kind, params)
+    key = node = Node(name, args, jnp.dtype(dtype), kind, params)
     if name == "literal":
-      node = dataclasses.replace(node, params=params)
-      key: Any = dataclasses.replace(node, params=np.asarray(params, node.dtype).tobytes())
-    else:
-      key = node
+      key = dataclasses.replace(node, params=np.asarray(params, node.dtype).tobytes())
     if key not in self.known:
       self.nodes.append(node)
       self.known[key] = len(self.nodes) - 1

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import heapq
+import operator
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -179,10 +180,7 @@ def _output_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
 
 def union(sets: Iterable[int]) -> int:
   """The union of bit sets."""
-  union = 0
-  for bits in sets:
-    union |= bits
-  return union
+  return functools.reduce(operator.or_, sets, 0)
 
 
 def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
