@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from optax_mpo._core import xla_cpu
 from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -98,8 +99,7 @@ class Rows:
       return lax.squeeze(piece, [0]) if layers else piece
 
     def body(i: Any, stacks: list[Any]) -> list[Any]:
-      # The lesser of the two is i. XLA:CPU of JAX 0.12 runs a loop on one core, unless there is a sort in it or so.
-      start = lax.sort(jnp.stack([i, i + 1]))[0] * self.count
+      start = xla_cpu.on_all_cores(i) * self.count
 
       def new(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
         values = [_as(cut(x, k, start), dtypes[k]) for k, x in enumerate(stacks)]

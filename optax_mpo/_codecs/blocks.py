@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_mpo._core import order
+from optax_mpo._core import xla_cpu
 
 BITS = (4, 8)
 """The supported widths of codes, in bits."""
@@ -202,7 +202,7 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
   else:
     dither >>= 24
     ways = _ways((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256), dtype)
-    ways = order.held(ways, dither.astype(jnp.uint16))  # once per column, not per element
+    ways = xla_cpu.held(ways, dither.astype(jnp.uint16))  # once per column, not per element
     codes = _encode(x, largest, dtype, _by_columns(ways, x.ndim), old.values)
   return Quantized(jnp.where(_spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from optax_mpo._core import order
+from optax_mpo._core import xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -207,7 +207,7 @@ def _laid_out(
   operation: Operation, values: list[Any], axes: list[Axis], layer: _Layer, avals: list[Any]
 ) -> tuple[list[Any], list[Axis]]:
   # The backward pass makes a layer's gradient by itself; rows are sliced from a gradient that is already in order.
-  return values if layer.size > 1 else [order.laid_out(*values)], axes
+  return values if layer.size > 1 else [xla_cpu.laid_out(*values)], axes
 
 
 def _reduction(

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import order
+from optax_mpo._core import order, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
@@ -87,7 +87,7 @@ class Layer(_Stepped):
   def step(
     self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
   ) -> None:
-    at = order.after_use(self._index, onward)
+    at = xla_cpu.after_use(self._index, onward)
     for index, grad, known in zip(indices, grads, shared, strict=True):
       layered, (params, states) = self._released[index].layered, self.stacks[index]
       new = layered.write(grad, [*params, *states], known[:-1], at, self._ordered)
@@ -172,7 +172,7 @@ def evaluate(plan: planning.Plan, env: dict[int, Any], store: Store, shared: Seq
     made, held = {a: env[a] for a in atoms}, [env[v] for v in ties]
     if ties:
       # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
-      made, held = (_barrier if isinstance(store, Parts) else order.tie)((made, held))
+      made, held = (_barrier if isinstance(store, Parts) else xla_cpu.tie)((made, held))
     known = env | made
     grads = [[jax_forms.value(a, known) for a in plan.sites[index].grads] for index in due]
     store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due], held)

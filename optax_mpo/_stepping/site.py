@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._backends import cpu_rows, gpu_kernel, step_weight
-from optax_mpo._core import order, types
+from optax_mpo._core import order, types, xla_cpu
 from optax_mpo._program import by_layer, elementwise, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -64,7 +64,7 @@ class Step:
     if not self.is_special:
       return self.run(grads, params, states, shared)
     stacks, ways = [*params, *states], {"kernel": self.kernel, "rows": self.rows}
-    new = step_weight.step(self.pure, order.laid_out(grads[0]), stacks, shared, jnp.int32(0), **ways)
+    new = step_weight.step(self.pure, xla_cpu.laid_out(grads[0]), stacks, shared, jnp.int32(0), **ways)
     return new[: len(params)], new[len(params) :]
 
   def pure(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:

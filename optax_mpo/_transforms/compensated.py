@@ -24,7 +24,7 @@ import optax
 
 from optax_mpo._backends import cpu_rows, step_weight
 from optax_mpo._codecs import bf16, blocks, cast, checks, formats, known_weights, stochastic_rounding
-from optax_mpo._core import buffers, modules, order, trees, types, wrapping
+from optax_mpo._core import buffers, modules, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import probes
 
@@ -168,7 +168,7 @@ def compensated(
     kept, grads = checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
-    grads = [order.laid_out(jnp.asarray(g)).astype(jnp.float32) for g in grads]
+    grads = [xla_cpu.laid_out(jnp.asarray(g)).astype(jnp.float32) for g in grads]
 
     before = state.inner_state
     _check_rounding(before, stochastic)
@@ -219,7 +219,7 @@ def _step(
   """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
   if not formats.is_low(leaf):
     return step, optax.MaskedNode()
-  new = order.held(formats.add(master, step).astype(jnp.float32), leaf)
+  new = xla_cpu.held(formats.add(master, step).astype(jnp.float32), leaf)
   update, low, kept = formats.step(leaf, new, bits, random)
   known_weights.remember(update, leaf, low)
   return update, _kept_or_masked(kept)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_mpo as mpo
-from optax_mpo._core import order
+from optax_mpo._core import xla_cpu
 
 SHAPE = (256, 512)
 
@@ -21,7 +21,7 @@ def test_what_is_held_is_what_it_was(dtype):
   x = jnp.asarray(bits.view(np.float32))
   x = jnp.where(jnp.isnan(x) | (jnp.abs(x) < 2.0**-126), 1, x)  # XLA:CPU flushes subnormal numbers in divisions
   like = jax.random.normal(jax.random.key(0), SHAPE).astype(dtype)
-  held = jax.jit(order.held)(x, like)
+  held = jax.jit(xla_cpu.held)(x, like)
   np.testing.assert_array_equal(np.asarray(held).view(np.uint32), np.asarray(x).view(np.uint32))
 
 
@@ -29,10 +29,10 @@ def test_it_is_differentiated_and_mapped_like_its_argument():
   x, like = jnp.ones((3, *SHAPE)), jnp.ones(SHAPE, jnp.bfloat16)
 
   def loss(x):
-    return jnp.sum(jax.vmap(order.held, (0, None))(x, like) ** 2)
+    return jnp.sum(jax.vmap(xla_cpu.held, (0, None))(x, like) ** 2)
 
   np.testing.assert_array_equal(jax.jit(jax.grad(loss))(x), 2 * x)
-  np.testing.assert_array_equal(jax.vmap(order.held, (None, 0))(x[0], jnp.stack([like, like])), x[:2])
+  np.testing.assert_array_equal(jax.vmap(xla_cpu.held, (None, 0))(x[0], jnp.stack([like, like])), x[:2])
 
 
 def test_xla_cpu_computes_new_weights_once_and_copies_no_old_ones():

@@ -11,7 +11,7 @@ import pytest
 import optax_mpo as mpo
 from benchmarks.models import language_model
 from benchmarks.step_time import mlp
-from optax_mpo._core import order
+from optax_mpo._core import xla_cpu
 
 EXACT = {"xla_allow_excess_precision": False}
 MODELS = {
@@ -70,7 +70,7 @@ def test_loops_read_gradients_in_order(route, monkeypatch):
     return jax.jit(ROUTES[route](model, tx)).lower(*mpo.init(tx, weights), batch).compile()
 
   assert len(turned_round(compiled())) == 2  # one for each gradient, where it is written
-  monkeypatch.setattr(order, "laid_out", lambda x: x)
+  monkeypatch.setattr(xla_cpu, "laid_out", lambda x: x)
   assert len(turned_round(compiled())) == 4  # one for each gradient and moment
 
 
@@ -95,12 +95,12 @@ def test_large_models_equal_f32_masters(name, route):
 
 def test_derivatives_and_batches_pass_through():
   x = jnp.arange(2.0**17, dtype=jnp.float32).reshape(2, 256, 256)
-  np.testing.assert_array_equal(jax.jit(jax.vmap(order.laid_out, 0, 0))(x), x)
-  np.testing.assert_array_equal(jax.jit(jax.vmap(order.laid_out, 2, 2))(x), x)
-  np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(order.laid_out(x) ** 2)))(x), 2 * x)
+  np.testing.assert_array_equal(jax.jit(jax.vmap(xla_cpu.laid_out, 0, 0))(x), x)
+  np.testing.assert_array_equal(jax.jit(jax.vmap(xla_cpu.laid_out, 2, 2))(x), x)
+  np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(xla_cpu.laid_out(x) ** 2)))(x), 2 * x)
 
 
 def test_a_step_can_be_exported_and_kept():
   x = jnp.ones((512, 512))
-  kept = jax.export.export(jax.jit(order.laid_out), platforms=["cpu"])(x).serialize()
+  kept = jax.export.export(jax.jit(xla_cpu.laid_out), platforms=["cpu"])(x).serialize()
   np.testing.assert_array_equal(jax.export.deserialize(kept).call(x), x)
