@@ -212,3 +212,8 @@ def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   new = jnp.where(_is_marked(old) & ((mark == _MARK_NORMAL) | subnormal), marked, new)
   new = jnp.where((pattern & _INF) == 0, lax.bitcast_convert_type(old, jnp.uint16), new)
   return lax.bitcast_convert_type(new, jnp.bfloat16)
+
+
+def reached(old: jax.Array, u: jax.Array, low: jax.Array, kept: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+  """Returns the param that the update `u` leads to from `old`, and its bits: `low`, exactly, and `kept`."""
+  return low, kept

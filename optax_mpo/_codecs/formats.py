@@ -1,13 +1,44 @@
 """The low-precision formats, bf16 and fp16, behind one set of names."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import bf16, fp16
 
-_CODECS = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16}
+
+class Codec(Protocol):
+  """What a module of a format has; shapes are [*s] throughout, `low` is in the format, `kept` None without bits."""
+
+  def split(self, x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
+    """Splits `x: f32` into `(low, kept: uint{bits})`."""
+    ...
+
+  def join(self, low: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """Joins `(low, kept) -> f32`."""
+    ...
+
+  def round_stochastically(self, x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
+    """Rounds `x: f32`, by `random: u32`, to a number that `split` keeps as it is -> f32."""
+    ...
+
+  def difference(self, old: jax.Array, new: jax.Array) -> jax.Array:
+    """The update `u: f32` from `old` to `new`, both in the format."""
+    ...
+
+  def add_difference(self, old: jax.Array, u: jax.Array) -> jax.Array:
+    """Adds `u: f32` to `old` -> the format."""
+    ...
+
+  def reached(
+    self, old: jax.Array, u: jax.Array, low: jax.Array, kept: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """The param that `u`, the difference of `old` and `low`, leads to when it is added, and its bits."""
+    ...
+
+
+_CODECS: dict[Any, Codec] = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16}
 
 NAMES = tuple(dtype.name for dtype in _CODECS)
 
@@ -53,14 +84,12 @@ def step(
 
   With `random: u32[*s]`, the master is rounded stochastically to what the bits can hold; without, to nearest.
   """
-  codec: Any = _CODECS[old.dtype]
+  codec = _CODECS[old.dtype]
   if random is not None:
     master = codec.round_stochastically(master, random, bits)
   low, kept = codec.split(master, bits)
   update = codec.difference(old, low)
-  if codec is fp16:
-    low, kept = fp16.reached(old, update, low, kept)
-  return update, low, kept
+  return update, *codec.reached(old, update, low, kept)
 
 
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:

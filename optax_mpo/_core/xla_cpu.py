@@ -1,8 +1,8 @@
 """Tricks for XLA:CPU, each of which makes it do something once, in place or on all cores.
 
-Why: XLA:CPU has no kernels with several results, orders operations after it has removed barriers, and runs some loops on
-one core. Each trick says what it prevents; docs/performance.md says what it brings. When XLA:CPU does better, this file
-can go.
+Why: XLA:CPU has no kernels with several results, orders operations after it has removed barriers, and runs some loops
+on one core. Each trick says what it prevents; docs/performance.md says what it brings. When XLA:CPU does better, this
+file can go.
 
 How: primitives that return their first operand, and are lowered for CPUs to something that XLA treats as we need it. On
 other platforms they do nothing, except `tie`.
