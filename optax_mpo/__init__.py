@@ -1,9 +1,9 @@
 """optax_mpo: memory-efficient mixed-precision training for Optax and JAX.
 
-Storage: bf16 or fp16 params with packed compensation bits in place of f32 master weights.
-Fused: the optimizer step inside the backward pass, so that no gradients are kept.
+Storage: bf16 or fp16 params with packed compensation bits instead of f32 master weights.
+Gradient release: weights are updated inside the backward pass, and each gradient is freed at once.
 Compact state: moments and momentum of any Optax transformation in 8 bits.
-Memory: the peak of any step on a GPU that need not be there.
+Memory: the peak memory of any step on a GPU, without that GPU.
 """
 
 import importlib as _importlib
@@ -42,12 +42,12 @@ from optax_mpo._transforms.with_kernels import with_kernels as with_kernels
 
 __version__ = "0.1.0"
 
-# Public classes belong to this module, wherever they are defined, so that pickles outlive the layout of the folders.
+# Public classes name this module as their own, so that pickles do not depend on the layout of the folders.
 _CLASSES = (
   *(Buffer, CompensatedState, Explanation, FusedError, LossScaleState, MemoryReport),
   *(Quantized, QuantizedState, RoundingState),
 )
-_BEFORE_THE_FOLDERS = {  # pickles of version 0.1.0 name these modules
+_BEFORE_THE_FOLDERS = {  # pickles made before the move into folders name these modules
   "_blocks": "_codecs.blocks",
   "_compensated": "_transforms.compensated",
   "_explain": "_stepping.explain",
@@ -63,7 +63,7 @@ for _old, _new in _BEFORE_THE_FOLDERS.items():
 
 
 def __getattr__(name: str) -> _Any:
-  """Imports the submodules that need Flax and Orbax when they are first asked for."""
+  """Imports `flax` (needs Flax) and `checkpoint` (needs Orbax) on first use."""
   if name in ("checkpoint", "flax"):
     return _importlib.import_module(f"optax_mpo.{name}")
   raise AttributeError(f"module 'optax_mpo' has no attribute {name!r}")

@@ -1,13 +1,12 @@
-"""Checkpoints of a training run, with Orbax: params, bits and state as they are stored, each checked when it is read.
+"""Checkpoints of a training run, with Orbax: params, bits and state as they are stored, with checksums.
 
-Why: a run that stops, for whatever reason, is to go on to the last bit. Orbax writes arrays of any sharding, keeps the
-last few and makes a checkpoint appear whole or not at all. What it does not do is to tell a leaf of another model by
-name, or to notice that a byte has changed since; and its storage has no 4-bit integers, no empty arrays and no random
-keys of the new kind.
+Why: a run that stopped has to continue bit for bit. Orbax writes arrays of any sharding, keeps the last few
+checkpoints, and writes each completely or not at all. But it does not name the leaf that belongs to another model, it
+does not notice that a byte has changed, and it cannot store 4-bit integers, empty arrays or typed random keys.
 
-How: the tree is stored as a list of its leaves, beside a list of their names, shapes, dtypes and checksums. A checksum
-is a sum of hashes of the elements and their places, so that it does not depend on how an array is sharded. Where
-several processes train together, an array that each of them has for itself is saved once, as one on all devices.
+How: the tree is stored as a list of leaves and a list of their names, shapes, dtypes and checksums. A checksum is a sum
+of hashes of the elements and their positions, so that it does not depend on the sharding. With several processes, an
+array that each process has a copy of is saved once, as an array replicated on all devices.
 
 Needs orbax-checkpoint: `pip install 'optax_mpo[checkpoint]'`.
 """
@@ -30,9 +29,9 @@ from optax_mpo._core import trees
 
 PyTree = Any
 
-_FORMAT = 2  # in 1 the codes of second moments stood for other levels
+_FORMAT = 2  # in format 1, the codes of second moments stand for other levels
 _STORED_AS = {"bool": "uint8", "int2": "int8", "int4": "int8", "uint2": "uint8", "uint4": "uint8"}
-_STORED_AS |= {"float4_e2m1fn": "uint8", "float8_e4m3": "uint8"}  # their bits
+_STORED_AS |= {"float4_e2m1fn": "uint8", "float8_e4m3": "uint8"}  # as bit patterns
 _STORED_AS |= {
   name: name
   for name in (
@@ -47,13 +46,13 @@ class Checkpointer:
   """Saves and restores the state of a run in a folder.
 
   Args:
-    directory: the folder; it is made.
-    keep: how many checkpoints are kept, the last ones.
+    directory: the folder; it is created.
+    keep: how many checkpoints to keep; older ones are deleted.
 
   Raises:
-    ValueError: where `keep` is less than 1.
+    ValueError: if `keep` is less than 1.
 
-  Memory: as much on disk as the arrays take, or less (Orbax compresses); integers of 2 and 4 bits are stored in 8, and
+  Memory: on disk the size of the arrays, or less (Orbax compresses); integers of 2 and 4 bits are stored in 8, and
     random keys as their data.
 
   Example:
@@ -85,27 +84,27 @@ class Checkpointer:
     self.close()
 
   def close(self) -> None:
-    """Ends what Orbax runs in the background."""
+    """Closes Orbax's manager and ends its background work."""
     self._manager.close()
 
   def steps(self) -> list[int]:
-    """The steps that there are checkpoints of, in order."""
+    """Returns the steps that have a checkpoint, in increasing order."""
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, tree: PyTree) -> None:
-    """Saves the arrays of `tree` as the checkpoint of `step`, and drops the oldest one beyond `keep`.
+    """Saves the arrays of `tree` as the checkpoint of `step`, and deletes the oldest one beyond `keep`.
 
-    It is there when this returns, and whole: a process that is killed while it saves leaves the checkpoint before.
+    When it returns, the checkpoint is complete. If the process is killed during a save, the one before remains.
 
     Args:
       step: a number greater than those before.
-      tree: arrays, on any devices: params, optimizer state, random keys, whatever the run needs to go on. With several
-        processes all of them save together, and what is not sharded over them has to be the same in each. NumPy arrays
-        and Python numbers are saved in full, also where JAX would cut them to 32 bits.
+      tree: arrays, on any devices: params, optimizer state, random keys, whatever the run needs to continue. With
+        several processes, all have to call this, and arrays that are not sharded over them have to be the same in each.
+        NumPy arrays and Python numbers are saved in full, even if JAX would cut them to 32 bits.
 
     Raises:
-      TypeError: for a leaf that is neither an array nor a number, with its name.
-      ValueError: where there is a checkpoint of this step or of a later one.
+      TypeError: for a leaf that is not an array, a number or random keys, with its name.
+      ValueError: if there is a checkpoint of this step or of a later one.
     """
     latest = self._manager.latest_step()
     if latest is not None and step <= latest:
@@ -127,24 +126,25 @@ class Checkpointer:
     self._manager.wait_until_finished()
 
   def restore(self, like: PyTree, step: int | None = None) -> tuple[int, PyTree]:
-    """Restores the last checkpoint that is whole.
+    """Restores the last undamaged checkpoint.
 
-    One that cannot be read, or whose checksums are not those of what was saved, is left out with a warning that says
-    why, and the one before it is taken. Its folder is renamed to `damaged-STEP`, so that this step can be saved again.
+    A checkpoint that cannot be read, or whose checksums do not match, is skipped with a warning that says why, and the
+    one before it is tried. If one is restored, the folders of those skipped are renamed to `damaged-STEP`, so that
+    their steps can be saved again.
 
     Args:
-      like: a tree of arrays or of `jax.ShapeDtypeStruct`, of the form of what was saved. Where its leaves have a
-        sharding, the restored ones get it; this may be another mesh than that of the run that saved. Where they are
-        NumPy arrays or Python numbers, so are the restored ones.
-      step: to restore this one and no other.
+      like: a tree of arrays or `jax.ShapeDtypeStruct`, with the structure, shapes and dtypes that were saved. If its
+        leaves have a sharding, the restored ones get it, also on another mesh than that of the run that saved. If they
+        are NumPy arrays or Python numbers, the restored ones are too.
+      step: restore this checkpoint and no other.
 
     Returns:
       The step and the tree.
 
     Raises:
-      FileNotFoundError: where there is no checkpoint, or none that is whole.
-      ValueError: where a checkpoint is not of the form of `like`, with the leaf; for another `bits`, optimizer state or
-        storage, restore it in the form it was saved in and use `optax_mpo.convert`.
+      FileNotFoundError: if there is no checkpoint (of `step`), or none that is undamaged.
+      ValueError: if a checkpoint does not match `like`, with the leaf. For other `bits`, optimizer state or precision,
+        restore it as it was saved and use `optax_mpo.convert`.
     """
     steps = self.steps()
     if step is not None and step not in steps:
@@ -196,16 +196,16 @@ class Checkpointer:
     (name,) = part
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**part))[name]
-    except Exception as error:  # whatever a reader of damaged files may raise
+    except Exception as error:  # a damaged file may raise anything
       raise _DamagedError(f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
 
 
 class _DamagedError(Exception):
-  """A checkpoint that is not whole, and why."""
+  """A checkpoint that is damaged, and why."""
 
 
 def _check_levels(where: str, saved: Sequence[dict[str, Any]]) -> None:
-  """Raises where leaves of the format 1 are codes that stand for other numbers now."""
+  """Raises ValueError if leaves of format 1 are codes that stand for other numbers now."""
   for leaf in saved:
     if leaf["name"].endswith(".values") and leaf["dtype"] in ("uint8", "uint4"):
       raise ValueError(
@@ -224,14 +224,14 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key_impl(key: Any) -> Any:
-  """The implementation of an array of random keys, of which `key` may be the shape and dtype alone."""
+  """The PRNG implementation of an array of random keys, or of its ShapeDtypeStruct."""
   found = []
   jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)
   return found[0]
 
 
 def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[Any]]:
-  """The names of the leaves, and the leaves: JAX arrays, ShapeDtypeStructs, and NumPy arrays for all else."""
+  """The names of the leaves, and the leaves: JAX arrays, ShapeDtypeStructs, and everything else as NumPy arrays."""
   names, leaves = [], []
   for name, leaf in trees.named_leaves(tree, "tree"):
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
@@ -248,7 +248,7 @@ def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[Any]]:
 
 
 def _in_words(leaf: Any) -> bool:
-  """Whether a NumPy array has more bits than JAX would keep, and is stored as words of 32."""
+  """Whether a NumPy array has more bits than JAX would keep, so that it is stored as 32-bit words."""
   return isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
 
 
@@ -264,7 +264,7 @@ def _to_stored(leaf: Any) -> jax.Array:
 
 
 def _from_stored(stored: Any, like: Any, saved: dict[str, Any]) -> Any:
-  """The leaf that is stored, in the dtype of `like`."""
+  """Converts a stored leaf to the dtype of `like`."""
   if saved.get("words"):
     found = np.asarray(stored).view(saved["dtype"])[..., 0]
     if isinstance(like, np.ndarray):
@@ -287,7 +287,7 @@ def _from_stored(stored: Any, like: Any, saved: dict[str, Any]) -> Any:
 
 
 def _of_the_kind(restored: Any, like: Any) -> Any:
-  """A leaf as a JAX array, a NumPy array or scalar, or a Python number, whichever `like` is."""
+  """Converts a leaf to what `like` is: a JAX array, a NumPy array or scalar, or a Python number."""
   if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
     return restored
   restored = np.asarray(restored)
@@ -305,14 +305,14 @@ def _all_devices() -> NamedSharding:
 
 
 def _on_all(x: jax.Array) -> jax.Array:
-  """An array of this process alone, of which each process has the same, as one of all processes."""
+  """Makes one replicated array of all processes from an array that each process has a copy of."""
   if jax.process_count() == 1 or not x.is_fully_addressable:
     return x
   return jax.make_array_from_process_local_data(_all_devices(), np.asarray(x), x.shape)
 
 
 def _struct(name: str, leaf: Any, saved: dict[str, Any]) -> jax.ShapeDtypeStruct:
-  """The shape, dtype and sharding to read a leaf in, as it is stored."""
+  """The shape, dtype and sharding to read a leaf with, as it is stored."""
   one = SingleDeviceSharding(jax.devices()[0]) if jax.process_count() == 1 else _all_devices()
   sharding = getattr(leaf, "sharding", None) or one
   if jax.process_count() > 1 and _is_local(sharding):
@@ -324,14 +324,14 @@ def _struct(name: str, leaf: Any, saved: dict[str, Any]) -> jax.ShapeDtypeStruct
   if saved.get("words"):
     words = np.dtype(saved["dtype"]).itemsize // 4
     return jax.ShapeDtypeStruct((*leaf.shape, words), jnp.uint32, sharding=one)
-  if _is_key(leaf):  # of the same sharding, since it has further axes at the end
+  if _is_key(leaf):  # the sharding still fits: the data has more axes at the end
     data = jax.eval_shape(jax.random.key_data, leaf)
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
   return jax.ShapeDtypeStruct(leaf.shape, _STORED_AS[saved["dtype"]], sharding=sharding)
 
 
 def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str], leaves: Sequence[Any]) -> None:
-  """Raises ValueError with the first leaf that is not in the checkpoint, or not as it was saved."""
+  """Raises ValueError with the first leaf that is not in the checkpoint, or has another shape or dtype there."""
   advice = (
     "Restore it into the form that it was saved in; optax_mpo.convert takes it from there to other bits or storage."
   )
@@ -351,13 +351,13 @@ def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str]
 
 
 def _canonical(dtype: str) -> str:
-  """The name of the dtype that JAX has for numbers of a dtype, with or without 64 bits."""
+  """The name of the dtype that JAX uses for a dtype, with or without x64."""
   return dtype if dtype.startswith("key<") else str(jax.dtypes.canonicalize_dtype(dtype))
 
 
 @jax.jit
 def _hashes(arrays: list[jax.Array]) -> list[jax.Array]:
-  """For each array the sum of a hash of every element and its place, modulo 2^32."""
+  """For each array the sum, modulo 2^32, of a hash of every element and its position."""
 
   def hash_of(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
@@ -381,7 +381,7 @@ def _checksums(stored: list[jax.Array]) -> list[int]:
     mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
     devices = mesh.devices.flat if isinstance(mesh, Mesh) else x.sharding.device_set
     by_devices.setdefault(tuple(d.id for d in devices), []).append(i)
-  for indices in by_devices.values():  # one program does not take arrays of several meshes
+  for indices in by_devices.values():  # one program cannot take arrays of several meshes
     for i, x in zip(indices, _hashes([stored[i] for i in indices]), strict=True):
       found[i] = int(x)
   return found

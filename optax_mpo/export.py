@@ -1,7 +1,7 @@
-"""The f32 master weights as a safetensors file, and weights of such files to start from.
+"""Writes the f32 master weights to a safetensors file, and reads weights from such files.
 
-Why: other tools know nothing of compensation bits. They read f32 weights by name, and what they write, in f32 or bf16,
-is what a run may start from, without losing a bit of it.
+Why: other tools do not know compensation bits. They read f32 weights by name, and write weights in f32 or bf16. A run
+can start from those without losing a bit.
 
 Needs safetensors: `pip install 'optax_mpo[checkpoint]'`.
 """
@@ -29,20 +29,20 @@ def save_safetensors(
 ) -> None:
   """Writes the f32 master weights of a run to a file.
 
-  A tensor is named after the place of its weight, such as `blocks.0.kernel`. The file appears whole or not at all, in
-  the place of the one before.
+  A tensor is named by the path of its weight in the tree, such as `blocks.0.kernel`. The file is replaced as a whole or
+  not at all.
 
   Args:
     path: the file.
-    params: as they are held from step to step.
+    params: the params of the run.
     opt_state: the state of a `compensated` transformation for them, which has the bits.
-    metadata: what else is to be in the file, by name.
+    metadata: strings to store in the file, by name.
 
   Raises:
-    ValueError: where two weights get one name, where there is no compensation in `opt_state`, or where a weight lies on
-      devices of other processes.
+    ValueError: if two weights get the same name, if `opt_state` has no compensation, or if a weight is on devices of
+      other processes.
 
-  Memory: 4 bytes per parameter on the host, twice while the file is put together.
+  Memory: 4 bytes per parameter on the host, twice that while the file is written.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo, pathlib, tempfile
@@ -80,21 +80,21 @@ def save_safetensors(
 
 
 def load_safetensors(path: str | os.PathLike[str], like: PyTree) -> PyTree:
-  """Reads weights from a file into a tree, in the dtypes that they have there.
+  """Reads weights from a file into a tree, in the dtypes of the file.
 
-  `mpo.init(tx, load_safetensors(file, like))` starts a run from them: with 16 bits nothing of f32 is lost, and nothing
-  of bf16 with any.
+  `mpo.init(tx, load_safetensors(file, like))` starts a run from them. f32 weights stay exact with 16 bits, bf16 weights
+  with any number of bits.
 
   Args:
-    path: the file; its tensors are named as by `save_safetensors`.
-    like: a tree of arrays or `jax.ShapeDtypeStruct`: the structure and shapes. Where its leaves have a sharding, what
-      is read gets it.
+    path: the file; its tensors are named as in `save_safetensors`.
+    like: a tree of arrays or `jax.ShapeDtypeStruct`, for the structure and shapes. If its leaves have a sharding, the
+      weights get it.
 
   Returns:
     A tree like `like`.
 
   Raises:
-    ValueError: where the file cannot be read, or has other tensors or shapes than `like`, with their names.
+    ValueError: if the file cannot be read, or has other tensors or shapes than `like`, with their names.
 
   Memory: one weight at a time on the host, and all of them on the devices.
   """
@@ -120,7 +120,7 @@ def _placed(value: np.ndarray, like: Any, name: str, path: Any) -> jax.Array:
 
 
 def _named(tree: PyTree, who: str) -> dict[str, Any]:
-  """The leaves by name."""
+  """The leaves by name, such as `blocks.0.kernel`."""
   found: dict[str, Any] = {}
   for path, leaf in tree_flatten_with_path(tree)[0]:
     key = keystr(path, simple=True, separator=".")

@@ -1,10 +1,10 @@
-"""What Flax users expect of an optimizer: a train state for Linen, an optimizer object for NNX.
+"""A train state for Flax Linen, and an optimizer object for Flax NNX.
 
-Why: `TrainState.create` and `nnx.Optimizer` call `tx.init(params)`, which cannot know the bits that a cast cut off, and
-both take a tree of gradients, which the fused steps do not have.
+Why: Flax's own `TrainState.create` and `nnx.Optimizer` call `tx.init(params)`, which cannot know the bits that a cast
+cut off. And both take a tree of gradients, which steps with gradient release never have.
 
-How: both are thin. They hold what `optax_mpo.init` makes, and their `step_with(loss_fn, ...)` is one of the steps of
-this library, with what a model changes beside its params (batch statistics, counters of random streams) as aux.
+How: both are thin. They hold what `optax_mpo.init` makes. Their `step_with(loss_fn, ...)` is one of the steps of this
+library; what a model changes besides its params (batch statistics, counters of random streams) is returned as aux.
 
 Needs flax: `pip install 'optax_mpo[flax]'`. `import optax_mpo` alone does not import it.
 """
@@ -29,7 +29,7 @@ Where = Callable[[tuple[Any, ...], jax.Array], bool]
 
 
 def _make_step(loss_fn: Callable[..., Any], tx: Any, fused: Fused, two_pass: bool) -> Callable[..., Any]:
-  """One of the three steps, for a loss function that returns `(loss, aux)`."""
+  """Makes one of the three kinds of step, for a loss function that returns `(loss, aux)`."""
   if fused == "auto":
     return value_and_update.value_and_update(loss_fn, tx, has_aux=True, two_pass=two_pass)
   if fused == "layer":
@@ -49,23 +49,23 @@ def _check_fused(fused: str, caller: str) -> None:
 
 
 class TrainState(struct.PyTreeNode):
-  """A train state for Flax Linen whose params are bf16 with compensation bits, and whose steps keep no gradients.
+  """A train state for Flax Linen: bf16 params with compensation bits, and steps with gradient release.
 
-  It is a pytree, and immutable: `step_with` returns a new one. Donate it to the jitted step.
+  It is an immutable pytree: `step_with` returns a new one. Donate it to the jitted step.
 
   Attributes:
-    step: i32[], the number of steps made.
+    step: i32[], the number of steps done.
     params: the params, bf16 by default.
     opt_state: the state of `tx`.
     variables: the model's other collections, such as `{"batch_stats": ...}`.
     ema: a moving average of the f32 master weights, or None.
-    apply_fn: the model's `apply`, or any function; it is held for convenience.
+    apply_fn: the model's `apply`, or any function; stored for convenience.
     tx: the transformation.
-    fused: how steps are made: "auto" (`value_and_update`), "layer" (`fused_value_and_update`) or "off".
+    fused: gradient release, "auto" (`value_and_update`) or "layer" (`fused_value_and_update`); "off": ordinary steps.
     two_pass: as for `value_and_update`.
-    ema_decay: what of `ema` is kept at each step.
+    ema_decay: the fraction of `ema` that each step keeps.
 
-  Memory: that of `optax_mpo.init`, and 4 bytes per parameter for `ema` where there is one.
+  Memory: that of `optax_mpo.init`, plus 4 bytes per parameter for `ema` if there is one.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -123,14 +123,14 @@ class TrainState(struct.PyTreeNode):
       two_pass: see the class.
       ema_decay: for a moving average of the master weights; None keeps none.
       dtype: of the params, as in `optax_mpo.init`.
-      where: which params go low, likewise.
+      where: which params are cast, as in `optax_mpo.init`.
       **kwargs: fields of a subclass.
 
     Returns:
       The state. It can be donated: it shares no buffer with the arguments.
 
     Raises:
-      ValueError: for another `fused`; and what `optax_mpo.init` raises.
+      ValueError: for other values of `fused`; and what `optax_mpo.init` raises.
     """
     _check_fused(fused, "TrainState.create")
     low, opt_state = compensated.init(tx, params, dtype=dtype, where=where)
@@ -156,24 +156,24 @@ class TrainState(struct.PyTreeNode):
   def step_with(
     self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False, mutable: bool = False
   ) -> tuple["TrainState", Any]:
-    """Makes one training step.
+    """Does one training step.
 
-    `loss_fn(variables, *args)` is given `{"params": params, **self.variables}`, for `model.apply`. With
-    `fused="layer"`, `params` are handles for `fused_layer` and its kin.
+    `loss_fn(variables, *args)` gets `{"params": params, **self.variables}`, for `model.apply`. With `fused="layer"`,
+    `params` are handles for `fused_layer`, `fused_scan` and `fused_value`.
 
     Args:
       loss_fn: returns the loss, f32[]; or `(loss, aux)` with `has_aux`; or `(loss, updates)` with `mutable`, where
         `updates` are the changed collections as `model.apply(..., mutable=[...])` returns them; or `(loss, (aux,
         updates))` with both.
-      *args: a batch, keys for dropout (`jax.random.fold_in(key, state.step)`, say), whatever `loss_fn` takes.
+      *args: what `loss_fn` takes: a batch, keys for dropout such as `jax.random.fold_in(key, state.step)`.
       has_aux: see above.
       mutable: see above.
 
     Returns:
-      The new state and the loss; or `(loss, aux)` in its place, with `has_aux`.
+      The new state and the loss. With `has_aux`, the new state and `(loss, aux)`.
 
     Raises:
-      ValueError: where `updates` has a collection that `variables` has not; and what the step raises.
+      ValueError: if `updates` has a collection that `variables` does not have; and what the step raises.
     """
 
     def whole(params: PyTree, variables: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
@@ -205,21 +205,21 @@ class TrainState(struct.PyTreeNode):
 
 
 class Optimizer(nnx.Pytree):
-  """An optimizer for a Flax NNX model that keeps its params in bf16 with compensation bits and steps them in place.
+  """An optimizer for a Flax NNX model: bf16 params with compensation bits, updated in place.
 
-  Making it casts the model's params; `step_with` then updates the model and this object, also within `nnx.jit`.
+  Its constructor casts the model's params. `step_with` updates the model and this object, also within `nnx.jit`.
 
   Args:
     model: an NNX module with f32 params.
     tx: a transformation with `compensated` in it.
     wrt: which variables are trained.
-    fused: how steps are made: "auto" (`value_and_update`), "layer" (`fused_value_and_update`) or "off".
+    fused: gradient release, "auto" (`value_and_update`) or "layer" (`fused_value_and_update`); "off": ordinary steps.
     two_pass: as for `value_and_update`.
     dtype: of the params, as in `optax_mpo.init`.
-    where: which params go low, likewise.
+    where: which params are cast, as in `optax_mpo.init`.
 
   Raises:
-    ValueError: for another `fused`; and what `optax_mpo.init` raises.
+    ValueError: for other values of `fused`; and what `optax_mpo.init` raises.
 
   Memory: that of `optax_mpo.init`.
 
@@ -264,14 +264,15 @@ class Optimizer(nnx.Pytree):
     return compensated.master_params(nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state))
 
   def step_with(self, model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
-    """Makes one training step: updates `model` (params, batch statistics, random streams) and this object in place.
+    """Does one training step: updates `model` (params, batch statistics, random streams) and this object in place.
 
     Args:
       model: the model that this object was made with.
-      loss_fn: `loss_fn(model, *args)`, which returns the loss, f32[], or `(loss, aux)`. It is given a copy of the
-        model, whose variables it may change. With `fused="layer"` it is given handles for the params, and no model.
-      *args: a batch, keys, whatever it takes.
-      has_aux: whether it returns more than the loss.
+      loss_fn: `loss_fn(model, *args)`, which returns the loss, f32[], or `(loss, aux)`. It gets a copy of the model,
+        whose variables it may change. With `fused="layer"` it gets handles for the params instead of a model, and only
+        the params are updated.
+      *args: what `loss_fn` takes, such as a batch and random keys.
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
       What `loss_fn` returns.

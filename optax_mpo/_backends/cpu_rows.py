@@ -1,17 +1,17 @@
-"""Steps a weight with 8-bit state a few rows at a time, on CPUs.
+"""Updates a weight with 8-bit state a few rows at a time, on CPUs.
 
-Why: XLA:CPU has no kernels with several results, so that what is used more than once is an f32 array: of 8-bit state
-that are the levels of old codes, new moments and new master weights. For a large weight none of them fits into the
-cache, and the system has to hand out the pages of each in every step, which takes longer than all of the arithmetic.
+Why: XLA:CPU has no kernels with several results, so a value that is used more than once becomes an f32 array. For 8-bit
+state these are the levels of the old codes, the new moments and the new master weights. For a large weight none of them
+fits into the cache, and the system hands out their pages anew in every step, which takes longer than all arithmetic.
 
-How: where the update keeps the rows of a weight apart, as `by_layer` proves, a loop steps a few at a time, so that what
-they need stays in the cache, and writes them in place.
+How: where `by_layer` proves that the update keeps the rows of a weight apart, a loop updates a few rows at a time and
+writes them in place. What these rows need stays in the cache.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -19,36 +19,16 @@ from jax.core import Tracer
 
 from optax_mpo._core import xla_cpu
 from optax_mpo._program import by_layer, jax_forms
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import Atom, Operation, Slice
 
 ELEMENTS = 2**19
-"""Elements that are stepped at a time, or somewhat less: 2 MB for each array of f32."""
+"""Elements that are updated at a time, at most: 2 MB for each f32 array."""
 
-_SHARED = ELEMENTS // 8  # elements of what may be computed anew for every few rows
+_SHARED = ELEMENTS // 8  # the most elements of an array that may be computed again for every few rows
 
 
 class NotByRowsError(Exception):
-  """An update that does not keep rows apart, or that would compute something large for each few of them."""
-
-
-class Update(NamedTuple):
-  """The update of one weight, or of one layer of a stack.
-
-  Attributes:
-    program: which it is of.
-    operations: it.
-    inputs: the variables of the gradient, the weight and the states.
-    shared: those of the values that are handed besides.
-    constants: the values of those that it knows.
-    outputs: the new weight, then the new states.
-  """
-
-  program: Program
-  operations: Sequence[Operation]
-  inputs: Sequence[int]
-  shared: Sequence[int]
-  constants: dict[int, Any]
-  outputs: Sequence[Atom]
+  """An update that mixes rows, or that would compute a large array again for every few rows."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,28 +36,28 @@ class Rows:
   """The update of one weight by rows.
 
   Attributes:
-    update: what it is.
-    axis: the axis of the rows.
-    count: how many rows are stepped at a time.
-    stacked: whether it is the update of one layer of a stack, whose first axis is that of the layers.
+    update: the update.
+    axis: the axis of the rows, layers not counted.
+    count: how many rows are updated at a time.
+    stacked: whether this is the update of one layer of a stack, whose first axis is that of the layers.
   """
 
-  update: Update
+  update: Slice
   axis: int
   count: int
   stacked: bool = False
 
   def step(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], index: Any) -> list[Any]:
-    """Steps the weight and its states, or the layer of them at `index`, and returns the new ones.
+    """Updates the weight and its states, or their layer at `index`, and returns the new ones.
 
     Args:
-      grad: the gradient, of a layer where the weight is a stack.
+      grad: the gradient; of one layer where the weight is a stack.
       stacks: the weight and its states.
-      shared: the values that the update is handed besides.
-      index: i32[], which layer; 0 where there are none. The update of a layer is handed it after the others.
+      shared: the other values that the update reads.
+      index: i32[], which layer; 0 where there are none. The update of a layer reads it as its last shared value.
 
     Raises:
-      NotByRowsError: where it cannot be done by rows.
+      NotByRowsError: where the update cannot be done by rows.
     """
     length, layers = grad.shape[self.axis], int(self.stacked)
     dtypes = [x.dtype for x in stacks]
@@ -109,8 +89,8 @@ class Rows:
       def old(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
         return [cut(x, k, start) for k, x in enumerate(stacks)]
 
-      # Always the first one, which XLA does not know: what is in a branch it does not mix with the writing below, for
-      # which it would have to copy all that is written over.
+      # The first branch always runs, but XLA cannot know that. It does not fuse a branch with the writes below, for
+      # which it would have to copy all that is overwritten.
       pieces = lax.cond(index + i + 1 > 0, new, old, grad, stacks, handed)
       if layers:
         pieces = [lax.expand_dims(x, [0]) for x in pieces]
@@ -118,7 +98,7 @@ class Rows:
         lax.dynamic_update_slice(x, y, place(x, k, start)) for k, (x, y) in enumerate(zip(stacks, pieces, strict=True))
       ]
 
-    # Of what is carried as something else, the layer alone.
+    # The loop carries only the layer of a stack that is carried in another dtype.
     own = [bool(layers) and _carried_dtype(dtype) != dtype for dtype in dtypes]
     first = [lax.dynamic_slice_in_dim(x, index, 1, 0) if alone else x for x, alone in zip(stacks, own, strict=True)]
     results = lax.fori_loop(jnp.int32(0), jnp.int32(length // self.count), body, [_carried(x) for x in first])
@@ -129,7 +109,7 @@ class Rows:
     ]
 
   def _piece(self, grad: Any, values: Sequence[Any], shared: Sequence[Any], start: Any, length: int) -> list[Any]:
-    """The new values of some rows."""
+    """Returns the new values of some rows."""
     update = self.update
     env = update.constants | dict(zip(update.shared, shared, strict=True))
     env |= dict(zip(update.inputs, [grad, *values], strict=True))
@@ -138,8 +118,8 @@ class Rows:
       by_layer.run(update.operations, update.program, env, axes, start, length, self.count)
     except by_layer.NotSeparableError as error:
       raise NotByRowsError(str(error)) from error
-    alike: set[int] = set()  # large arrays of one number, which XLA never makes
-    spread: set[int] = set()  # nor those in which small ones are repeated
+    alike: set[int] = set()  # large arrays filled with one scalar, which XLA never makes
+    spread: set[int] = set()  # broadcasts and slices of them, which XLA never makes either
 
     def size(atom: Atom) -> int:
       return math.prod(update.program.aval(atom).shape)
@@ -164,38 +144,31 @@ class Rows:
     return results
 
 
-def of_group(group: Any) -> Rows | None:
-  """The update of a `by_leaf.Group` by rows: if it has one weight, with 8-bit state and large enough to matter."""
-  update = Update(group.program, group.operations, group.inputs, group.shared, group.constants, group.outputs)
-  if len(group.leaves) != 1 or not _has_rows(update) or _weight_of(update).size < ELEMENTS:
-    return None
-  return _rows_of(update, stacked=False)
+def of_weight(update: Slice) -> Rows | None:
+  """Returns the update of a weight by rows, if it has 8-bit state and is large enough."""
+  return _rows_of(update, stacked=False) if _has_rows(update) and update.weight.size >= ELEMENTS else None
 
 
 def of_layer(run: Callable[..., Any], avals: Sequence[Any], shared: Sequence[Any]) -> Rows | None:
-  """The update of one layer of a stack by rows, if the layer has 8-bit state.
+  """Returns the update of one layer of a stack by rows, if the layer has 8-bit state.
 
-  In one piece where it is small: what matters there is that nothing is written before all is read.
+  A small layer is updated in one piece. For it, only one thing matters: nothing is written before all is read.
 
   Args:
     run: `run(gradient, weight, *states, *shared)` returns the new weight and states.
-    avals: the shapes of the gradient, the weight and the states, of a layer.
-    shared: those of the values that the update is handed besides, the last of which is the index of the layer.
+    avals: the shapes of the gradient, the weight and the states of one layer.
+    shared: the shapes of the other values that the update reads; the last one is the index of the layer.
   """
   if not _are_rows(avals):
     return None
   program, _ = jax_forms.trace(run, *avals, *shared)
   inputs, handed = program.inputs[: len(avals)], program.inputs[len(avals) :]
-  update = Update(program, program.operations, inputs, handed, program.constants, program.outputs)
+  update = Slice(program, program.operations, inputs, handed, program.constants, program.outputs)
   return _rows_of(update, stacked=True) if _has_rows(update) else None
 
 
-def _weight_of(update: Update) -> Any:
-  return update.program.aval(update.inputs[1])
-
-
-def _has_rows(update: Update) -> bool:
-  """Whether an update is of arrays that can be cut into rows, with 8-bit state among them."""
+def _has_rows(update: Slice) -> bool:
+  """Whether the arrays of an update can be cut into rows, some are 8-bit state, and no constant is traced."""
   return _are_rows([update.program.aval(v) for v in update.inputs]) and not any(
     isinstance(c, Tracer) for c in update.constants.values()
   )
@@ -212,8 +185,8 @@ def _are_rows(avals: Sequence[Any]) -> bool:
   return all(len(a.shape) == len(weight.shape) and a.shape[:-1] == weight.shape[:-1] for a in avals)
 
 
-def _rows_of(update: Update, stacked: bool) -> Rows | None:
-  shape = _weight_of(update).shape
+def _rows_of(update: Slice, stacked: bool) -> Rows | None:
+  shape = update.weight.shape
   axis = max(range(len(shape) - 1), key=lambda a: shape[a])
   length, size = shape[axis], math.prod(shape)
   most = min(ELEMENTS * length // size, length if stacked else length // 2)
@@ -222,7 +195,7 @@ def _rows_of(update: Update, stacked: bool) -> Rows | None:
 
 
 def _carried_dtype(dtype: Any) -> Any:
-  """Floats of 16 bits as integers: XLA:CPU of JAX 0.10 writes them by way of f32 arrays, of all rows each time."""
+  """Integers for 16-bit floats: XLA:CPU of JAX 0.10 writes these by way of f32 arrays, of all rows each time."""
   return jnp.dtype(jnp.uint16) if dtype in (jnp.bfloat16, jnp.float16) else dtype
 
 

@@ -1,12 +1,12 @@
-"""Steps a weight, or one layer of a stack, with one GPU kernel that reads and writes every byte once.
+"""Updates a weight, or one layer of a stack, with one GPU kernel that reads and writes every byte once.
 
-Why: an update is bound by memory. XLA:GPU writes each stack of layers with a kernel of its own, since it does not fuse
-several updates in place, and reads all of an update twice where blocks of state get their scales: in a scan, 46 bytes
-per parameter where AdamW with 16 bits needs 26 (docs/performance.md).
+Why: an update is bound by memory. XLA:GPU cannot fuse several updates in place, so it writes each stack of layers with
+a kernel of its own. Where blocks of state get their scales, it reads the whole update twice. In a scan, AdamW with 16
+bits moves 46 bytes per parameter and needs 26 (docs/performance.md).
 
-How: `elementwise` takes the update apart, and a Pallas kernel (Triton) runs it on tiles of one layer, in place. A CUDA
-GPU, Ampere or later, can run it; `step_weight` says what anything else does. XLA's kernels and this one divide and
-take roots with the same instructions (`div.full.f32`, `sqrt.approx.f32`) and round each product and each sum.
+How: `elementwise` takes the update apart, and a Pallas kernel (Triton) runs it in place on tiles of one layer. It needs
+a CUDA GPU, Ampere or later; `step_weight` says what other machines run. This kernel and XLA's divide and take roots
+with the same instructions (`div.full.f32`, `sqrt.approx.f32`) and round each product and each sum.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from jax.core import Tracer
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from optax_mpo._program import elementwise, jax_forms
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import Program, Slice
 
 TILE = 1024
-"""Elements that a program of the kernel steps: eight for each of its 128 threads."""
+"""Elements that one program of the kernel updates, at most: eight for each of its 128 threads."""
 
 _LEAST_TILE = 128
-_INDEX_LIMIT = 2**31  # elements of a stack, up to which 32 bits count them
+_INDEX_LIMIT = 2**31  # a stack has to have fewer elements, for indices of 32 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,11 +38,11 @@ class Kernel:
 
   Attributes:
     elements: what it computes.
-    program: where that is from.
-    shape: of the weight, layers included.
+    program: the traced update that it was made from.
+    shape: the shape of the weight, layers included.
     stacked: whether the first axis of the weight and its states counts layers.
-    tile: how many elements a program of the kernel steps.
-    given: the variables of what it reads beside the gradient, the weight and the states.
+    tile: how many elements one program of the kernel updates.
+    given: the variables of the other values that it reads.
   """
 
   elements: elementwise.Elements
@@ -54,12 +54,12 @@ class Kernel:
 
   @property
   def layers(self) -> int:
-    """How many layers the weight has; 1 if it is no stack."""
+    """How many layers the weight has; 1 if it is not a stack."""
     return self.shape[0] if self.stacked else 1
 
   @property
   def tiles(self) -> int:
-    """How many programs step one layer."""
+    """How many programs update one layer."""
     return math.prod(self.shape) // self.layers // self.tile
 
   @property
@@ -68,7 +68,10 @@ class Kernel:
     return sum(not s.counted for s in self.elements.sources) + len(self.elements.outputs)
 
   def flat(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
-    """What the kernel reads, in the shapes that it does so in: layers, then elements in one axis or blocks of them."""
+    """Returns the arrays that the kernel reads: [layers, elements], [layers, blocks, block size] or [layers, blocks].
+
+    The gradient and values by column have no layer axis; scalars are [1].
+    """
     env = dict(self.program.constants) | dict(zip(self.given, shared, strict=True))
     jax_forms.run(self.program, self.elements.hoisted, env)
     sources, block = [s for s in self.elements.sources if not s.counted], self.elements.block
@@ -86,8 +89,8 @@ class Kernel:
     return k > 0 and not self.elements.sources[k].columns
 
   def step_tile(self, layer: Any, tile: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Steps a tile of a layer, within the kernel, which has refs of what `flat` returns and of what is new."""
-    from jax.experimental import pallas as pl  # here, since it takes a while to import and most never need it
+    """Updates a tile of a layer, in the kernel. `inputs` are refs of what `flat` returns, `outputs` of the results."""
+    from jax.experimental import pallas as pl  # here, since the import is slow and rarely needed
 
     elements, block, size = self.elements, self.elements.block, self.tile
     start = tile * size
@@ -98,7 +101,7 @@ class Kernel:
     }
 
     def where(k: int) -> tuple[Any, ...]:
-      """The tile's place in an array."""
+      """The index of the tile in the array of source `k`."""
       source = elements.sources[k]
       first = lax.rem(start, jnp.int32(elements.length)) if source.columns else start
       here = pl.ds(first // block, size // block) if block else pl.ds(first, size)
@@ -122,7 +125,7 @@ class Kernel:
 
 
 def _count(first: Any, shape: tuple[int, ...]) -> Any:
-  """Whole numbers from `first` on, in a tile: i32[*shape]."""
+  """Returns the integers from `first` on, in the shape of a tile: i32[*shape]."""
   place = sum(
     lax.broadcasted_iota(jnp.int32, shape, axis) * math.prod(shape[axis + 1 :])
     for axis in range(len(shape))
@@ -131,20 +134,20 @@ def _count(first: Any, shape: tuple[int, ...]) -> Any:
   return jnp.broadcast_to(first + place, shape)
 
 
-Given = tuple[Any, Sequence[Any], Sequence[Any]]  # a gradient, the weight and its states, and what is known beside them
+Given = tuple[Any, Sequence[Any], Sequence[Any]]  # a gradient; the weight and its states; the other values it reads
 
 
 def call(kernels: Sequence[Kernel], given: Sequence[Given], index: Any, interpret: bool = False) -> list[list[Any]]:
-  """Steps weights, or the layers of stacks at an index, in one launch: on a CUDA GPU, or anywhere with `interpret`.
+  """Updates weights, or the layers of stacks at `index`, in one launch: on a CUDA GPU, or anywhere with `interpret`.
 
   Args:
-    kernels: of the weights.
-    given: of each what it is given.
+    kernels: one for each weight.
+    given: what each of them reads.
     index: i32[], which layer; 0 where there are none.
-    interpret: whether to run it in Pallas' interpreter.
+    interpret: whether to run in Pallas' interpreter.
 
   Returns:
-    For each the new weight and states.
+    For each kernel the new weight and states.
   """
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import triton
@@ -187,33 +190,23 @@ def call(kernels: Sequence[Kernel], given: Sequence[Given], index: Any, interpre
   ]
 
 
-def make(
-  program: Program,
-  operations: Sequence[Operation],
-  inputs: Sequence[int],
-  given: Sequence[int],
-  outputs: Sequence[Atom],
-  stacked: bool,
-) -> Kernel:
+def make(update: Slice, stacked: bool) -> Kernel:
   """Makes the kernel of an update.
 
   Args:
-    program: where the operations are from.
-    operations: the update of one weight, or of a stack of layers as a whole.
-    inputs: the variables of its gradient, the weight and its states.
-    given: the variables of what is handed to it beside them.
-    outputs: the new weight and states.
+    update: updates one weight, or a stack of layers as a whole.
     stacked: whether the first axis of all inputs counts layers.
 
   Raises:
     NotElementwiseError: where there is none.
   """
+  program, operations, inputs, given, _, outputs = update
   shape = program.aval(inputs[1]).shape if len(inputs) > 1 else ()
   if any(isinstance(c, Tracer) for c in program.constants.values()):
     raise elementwise.NotElementwiseError("it closes over a traced value")
   for var in inputs:
     name = program.aval(var).dtype.name
-    if name in ("int4", "uint4") or name.startswith("float8"):  # of the latter not all cards have instructions
+    if name in ("int4", "uint4") or name.startswith("float8"):  # not all cards have instructions for float8
       raise elementwise.NotElementwiseError(f"it is stored as {name}")
   elements = elementwise.take_apart(program, operations, inputs, [*given, *program.constants], outputs, shape)
   for var, out in zip(inputs[1:], outputs, strict=True):
@@ -234,7 +227,7 @@ def make(
 
 
 def is_usable(devices: int | None) -> bool:
-  """Whether a program for so many CUDA GPUs, None inside of a `shard_map`, can have kernels."""
+  """Whether a program for `devices` CUDA GPUs can use kernels: for one GPU, but not inside a `shard_map` (None)."""
   if devices == 1 and not _has_triton():
     warnings.warn(
       f"with_kernels: JAX {jax.__version__} has no Triton backend for Pallas any more, so that XLA steps all weights, "
@@ -246,8 +239,8 @@ def is_usable(devices: int | None) -> bool:
 
 @contextlib.contextmanager
 def lowering() -> Iterator[None]:
-  """Where a kernel is lowered, with a card or without one."""
-  # Where the card is not there, as for `gpu_memory`, later versions of JAX want to be told of one.
+  """A context in which kernels can be lowered, with or without a GPU."""
+  # Without a GPU, as for `gpu_memory`, later versions of JAX need to be told of one.
   card = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
   mesh = None if jax.default_backend() == "gpu" else AbstractMesh((), (), abstract_device=card)
   with use_abstract_mesh(mesh) if mesh else contextlib.nullcontext(), warnings.catch_warnings():
@@ -256,7 +249,7 @@ def lowering() -> Iterator[None]:
 
 
 def _has_triton() -> bool:
-  """Whether this JAX has Pallas' Triton backend, which JAX 0.12 says will be removed one day."""
+  """Whether this JAX has Pallas' Triton backend. JAX 0.12 says that it will be removed one day."""
   try:
     from jax.experimental.pallas import triton
   except ImportError:
@@ -265,7 +258,7 @@ def _has_triton() -> bool:
 
 
 def _is_ampere() -> bool:
-  """Whether the GPU here, if there is one, is one that Triton makes kernels for."""
+  """Whether Triton makes kernels for the GPU here; True without a GPU."""
   if jax.default_backend() != "gpu":
     return True
   capability = str(getattr(jax.devices()[0], "compute_capability", "0"))

@@ -1,10 +1,10 @@
-"""The operation that steps a weight in the way that is best for the machine it is compiled for.
+"""The primitive that updates a weight with the best backend for the machine it is compiled for.
 
-Why: what an update costs is memory traffic, and XLA makes more of it than there has to be: on a GPU where blocks of
-state get their scales and where stacks of layers are written, on a CPU wherever a value is used more than once.
+Why: an update costs memory traffic, and XLA makes more of it than needed: on a GPU where blocks of state get their
+scales and where stacks of layers are written, on a CPU wherever a value is used more than once.
 
-How: one JAX primitive, which on one CUDA GPU is a kernel (`gpu_kernel`), on one CPU a loop over a few rows at a time
-(`cpu_rows`), and anywhere else, on several devices above all, the update as it is. All of them compute the same.
+How: one JAX primitive. On one CUDA GPU it becomes a kernel (`gpu_kernel`), on one CPU a loop over a few rows at a time
+(`cpu_rows`), anywhere else, above all on several devices, the plain update. All of them compute the same.
 """
 
 import contextlib
@@ -14,59 +14,47 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend.core import Primitive
 
 from optax_mpo._backends import cpu_rows, gpu_kernel
-from optax_mpo._core import order, primitives
+from optax_mpo._backends.backend import Backend
+from optax_mpo._core import primitives
 
-Pure = Callable[[Any, Sequence[Any], Sequence[Any], Any, Sequence[Any]], Sequence[Any]]
+Pure = Callable[[Any, Sequence[Any], Sequence[Any], Any], Sequence[Any]]
 
-_MOST_ARRAYS = 400  # of one launch: 8 bytes each of the 4096 that every driver takes, and some for Triton
+_MOST_ARRAYS = 400  # in one launch: 8 bytes each, of the 4096 that every driver takes, with some left for Triton
 
 
 def step(
-  pure: Pure,
-  grad: Any,
-  stacks: Sequence[Any],
-  shared: Sequence[Any],
-  index: Any,
-  waits: Sequence[Any] = (),
-  *,
-  kernel: gpu_kernel.Kernel | None = None,
-  rows: cpu_rows.Rows | None = None,
+  pure: Pure, backend: Backend, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], index: Any
 ) -> list[Any]:
-  """Steps a weight, or the layer at `index` of a stack.
+  """Updates a weight, or the layer at `index` of a stack.
 
   Args:
-    pure: `pure(grad, stacks, shared, index, waits)` does it anywhere.
-    grad: the gradient, of one layer where the weight is a stack.
+    pure: `pure(grad, stacks, shared, index)` is the plain update, which runs anywhere.
+    backend: the same by a kernel, on a GPU, and by rows, on a CPU, where there are any.
+    grad: the gradient; of one layer where the weight is a stack.
     stacks: the weight and its states.
-    shared: the values that the step shares with others.
+    shared: the values that the update shares with others.
     index: i32[], which layer; 0 where there are none.
-    waits: numbers that are to be there before, for `pure` and `rows`.
-    kernel: does it on a GPU.
-    rows: does it on a CPU.
 
   Returns:
     The new stacks. Their derivatives are those of `pure`.
   """
-  operands = [index, grad, *stacks, *shared, *waits]
-  params = {"pure": pure, "kernel": kernel, "rows": rows, "stacks": len(stacks), "waits": len(waits)}
-  return _step.bind(*operands, **params)
+  return _step.bind(index, grad, *stacks, *shared, pure=pure, backend=backend, stacks=len(stacks))
 
 
 def step_together(
   pures: Sequence[Pure], kernels: Sequence[gpu_kernel.Kernel], given: Sequence[gpu_kernel.Given]
 ) -> list[list[Any]]:
-  """Steps small weights, on a GPU in as few launches as their number of arrays allows.
+  """Updates small weights; on a GPU in as few launches as their number of arrays allows.
 
   Args:
-    pures: how each of them is stepped anywhere, as for `step`.
-    kernels: of each.
-    given: of each the gradient; the weight and its states; the values that the step shares with others.
+    pures: the plain update of each weight, as for `step`.
+    kernels: the kernel of each weight.
+    given: for each weight the gradient; the weight and its states; the values that its update shares with others.
 
   Returns:
-    For each the new weight and states. Their derivatives are those of `pures`.
+    For each weight the new weight and states. Their derivatives are those of `pures`.
   """
   results: list[list[Any]] = []
   for part in _launches(kernels):
@@ -84,7 +72,7 @@ def step_together(
 
 
 def _launches(kernels: Sequence[gpu_kernel.Kernel]) -> list[list[int]]:
-  """Sorts kernels into launches, each of arrays whose addresses fit into what a kernel is given."""
+  """Sorts kernels into launches, so that the addresses of each launch's arrays fit into a kernel's arguments."""
   parts: list[list[int]] = []
   arrays = _MOST_ARRAYS
   for k, kernel in enumerate(kernels):
@@ -96,14 +84,14 @@ def _launches(kernels: Sequence[gpu_kernel.Kernel]) -> list[list[int]]:
   return parts
 
 
-# --- Where it is asked for --------------------------------------------------------------------------------------------
+# --- Requests for kernels ---------------------------------------------------------------------------------------------
 
 _met: contextvars.ContextVar[list[None] | None] = contextvars.ContextVar("optax_mpo_met", default=None)
 
 
 @contextlib.contextmanager
 def left_out() -> Iterator[list[None]]:
-  """Within it, updates are computed as they are. Yields a list that is not empty once something asked for kernels."""
+  """A context without the primitive: updates stay plain. Yields a list, filled once something asks for kernels."""
   met: list[None] = []
   token = _met.set(met)
   try:
@@ -113,7 +101,7 @@ def left_out() -> Iterator[list[None]]:
 
 
 def asked() -> bool:
-  """Asks for kernels; False where the operation is left out."""
+  """Asks for kernels. Returns False where the primitive is left out."""
   met = _met.get()
   if met is not None:
     met.append(None)
@@ -121,41 +109,40 @@ def asked() -> bool:
 
 
 def is_left_out() -> bool:
-  """Whether the operation is left out here."""
+  """Whether the primitive is left out here."""
   return _met.get() is not None
 
 
-# --- The operation ----------------------------------------------------------------------------------------------------
+# --- The primitive ----------------------------------------------------------------------------------------------------
 
 
 def _abstract(*avals: Any, stacks: int, **_: Any) -> Any:
   return list(avals[2 : 2 + stacks])
 
 
-def _pure(*operands: Any, pure: Pure, stacks: int, waits: int, **_: Any) -> list[Any]:
+def _pure(*operands: Any, pure: Pure, stacks: int, **_: Any) -> list[Any]:
   index, grad, *rest = operands
-  end = len(rest) - waits
-  return list(pure(grad, rest[:stacks], rest[stacks:end], index, rest[end:]))
+  return list(pure(grad, rest[:stacks], rest[stacks:], index))
 
 
-def _by_kernel(*operands: Any, kernel: gpu_kernel.Kernel, stacks: int, waits: int, **_: Any) -> list[Any]:
+def _by_kernel(*operands: Any, backend: Backend, stacks: int, **_: Any) -> list[Any]:
   index, grad, *rest = operands
-  (new,) = gpu_kernel.call([kernel], [(grad, rest[:stacks], rest[stacks : len(rest) - waits])], index)
+  assert backend.kernel is not None
+  (new,) = gpu_kernel.call([backend.kernel], [(grad, rest[:stacks], rest[stacks:])], index)
   return new
 
 
-def _by_rows(*operands: Any, rows: cpu_rows.Rows, stacks: int, waits: int, **params: Any) -> list[Any]:
+def _by_rows(*operands: Any, backend: Backend, stacks: int, **params: Any) -> list[Any]:
   index, grad, *rest = operands
+  assert backend.rows is not None
   try:
-    end = len(rest) - waits
-    at = order.after(index, rest[end:], count=0) if waits else index
-    return rows.step(grad, rest[:stacks], rest[stacks:end], at)
+    return backend.rows.step(grad, rest[:stacks], rest[stacks:], index)
   except cpu_rows.NotByRowsError:
-    return _pure(*operands, stacks=stacks, waits=waits, **params)
+    return _pure(*operands, stacks=stacks, **params)
 
 
 def _each(operands: Sequence[Any], counts: Sequence[tuple[int, int]]) -> list[gpu_kernel.Given]:
-  """What each of several weights is given."""
+  """Splits the operands into what each of several weights needs."""
   given, rest = [], list(operands)
   for stacks, shared in counts:
     given.append((rest[0], rest[1 : 1 + stacks], rest[1 + stacks : 1 + stacks + shared]))
@@ -169,44 +156,46 @@ def _abstract_together(*avals: Any, counts: Sequence[tuple[int, int]], **_: Any)
 
 def _pure_together(*operands: Any, pures: Sequence[Pure], counts: Any, **_: Any) -> list[Any]:
   given = _each(operands, counts)
-  return [x for pure, g in zip(pures, given, strict=True) for x in pure(*g, jnp.int32(0), [])]
+  return [x for pure, g in zip(pures, given, strict=True) for x in pure(*g, jnp.int32(0))]
 
 
 def _by_kernel_together(*operands: Any, kernels: Sequence[gpu_kernel.Kernel], counts: Any, **_: Any) -> list[Any]:
   return [x for new in gpu_kernel.call(kernels, _each(operands, counts), jnp.int32(0)) for x in new]
 
 
-def _operation(
-  name: str,
-  abstract: Callable[..., list[Any]],
-  pure: Callable[..., list[Any]],
-  by_kernel: Callable[..., list[Any]],
-  by_rows: Callable[..., list[Any]] | None = None,
-) -> Primitive:
-  """An operation that is `pure` wherever it is not better done by a kernel, on a GPU, or by rows, on a CPU."""
+def _devices(context: Any) -> int | None:
+  return getattr(context.module_context.axis_context, "num_devices", None)  # None inside of shard_map
 
-  def devices(context: Any) -> int | None:
-    return getattr(context.module_context.axis_context, "num_devices", None)  # None inside of shard_map
 
-  def anywhere(lower: Any, *_: Any, **__: Any) -> Any:
-    return lower(pure)
+def _anywhere(pure: Callable[..., list[Any]]) -> primitives.Lowering:
+  return lambda lower, *_, **__: lower(pure)
 
-  def on_cuda(lower: Any, context: Any, *_: Any, **params: Any) -> Any:
-    if params.get("kernel", by_kernel) is None or not gpu_kernel.is_usable(devices(context)):
+
+def _on_cuda(pure: Callable[..., list[Any]], by_kernel: Callable[..., list[Any]]) -> primitives.Lowering:
+  def lowering(lower: Any, context: Any, *_: Any, backend: Backend | None = None, **__: Any) -> Any:
+    if (backend is not None and backend.kernel is None) or not gpu_kernel.is_usable(_devices(context)):
       return lower(pure)
     with gpu_kernel.lowering():
       return lower(by_kernel)
 
-  def on_cpu(lower: Any, context: Any, *_: Any, **params: Any) -> Any:
-    return lower(pure if by_rows is None or params["rows"] is None or devices(context) != 1 else by_rows)
-
-  return primitives.make(name, abstract, pure, {None: anywhere, "cuda": on_cuda, "cpu": on_cpu})
+  return lowering
 
 
-_step = _operation("step_weight", _abstract, _pure, _by_kernel, _by_rows)
-_together = _operation("step_weights", _abstract_together, _pure_together, _by_kernel_together)
+def _on_cpu(lower: Any, context: Any, *_: Any, backend: Backend, **__: Any) -> Any:
+  return lower(_pure if backend.rows is None or _devices(context) != 1 else _by_rows)
+
+
+_step = primitives.make(
+  "step_weight", _abstract, _pure, {None: _anywhere(_pure), "cuda": _on_cuda(_pure, _by_kernel), "cpu": _on_cpu}
+)
+_together = primitives.make(
+  "step_weights",
+  _abstract_together,
+  _pure_together,
+  {None: _anywhere(_pure_together), "cuda": _on_cuda(_pure_together, _by_kernel_together)},
+)
 
 
 def is_traced(values: Sequence[Any]) -> bool:
-  """Whether any of the values is one of a trace, so that there is a program to put the operation in."""
+  """Whether any of the values is traced, so that there is a program to put the primitive into."""
   return any(isinstance(x, Tracer) for x in values)

@@ -1,8 +1,9 @@
-"""What the fused layers share: a call taken apart, the refs it steps, and how they are written.
+"""What the fused layers share: taking a call apart, and reading, updating and writing its refs.
 
-Why: a layer, a stack of layers and a read of shared weights differ in where their gradients come from, and in nothing
-else. How weights are found among the arguments, read, updated by the optimizer's slices and written, so that XLA can
-put nothing off, is here.
+Why: a layer, a stack of layers and a read of shared weights differ only in where their gradients come from.
+
+How: `Call` finds the weights among the arguments. `Refs` reads them, updates them with the optimizer's slices and
+writes them, in such a way that XLA cannot delay an update.
 """
 
 import dataclasses
@@ -27,12 +28,12 @@ Remat = bool | Callable[..., Any]
 
 @dataclasses.dataclass
 class Call:
-  """A call of a fused layer: whose weights, and which arrays go in.
+  """A call of a fused layer: its weights, and the arrays that go in.
 
   Attributes:
     who: the public function's name.
-    step: the step that the handles belong to.
-    leaves: the leaves of the params, one for each weight.
+    step: the fused step that the handles belong to.
+    leaves: the leaf of the params for each weight.
     arrays: the arrays among the inputs.
     arguments: what the layer was called with.
     apply: `apply(weights, arrays)` calls the user's function.
@@ -50,13 +51,13 @@ class Call:
   def take(
     cls, fn: Callable[..., Any], who: str, arguments: tuple[Any, ...], parts: tuple[int, ...] = ()
   ) -> "Call | None":
-    """Takes arguments apart; None where there is no handle.
+    """Takes arguments apart. Returns None where there is no handle.
 
     Args:
       fn: the user's function.
       who: the public function's name.
       arguments: (params, inputs, kwargs), or (params, carry, xs) with parts=(1, 2).
-      parts: the arguments in which numbers are arrays too.
+      parts: the arguments in which Python scalars are arrays too. With it, `fn` takes the three arguments as they are.
     """
     leaves, treedef = jax.tree.flatten(arguments, is_leaf=handles.is_handle)
     found = [leaf for leaf in leaves if handles.is_handle(leaf)]
@@ -89,7 +90,7 @@ class Call:
     return cls(who, step, claimed, list(arrays.values()), arguments, apply, [places[i] for i in arrays])
 
   def weights(self, without: int | None = None) -> list[jax.ShapeDtypeStruct]:
-    """The types of the weights, or without one of their axes."""
+    """The types of the weights, with one axis left out if `without` names it."""
     return [types.struct(self.step.params[i], without) for i in self.leaves]
 
   def arrays_of(self, argument: int) -> list[Any]:
@@ -101,7 +102,7 @@ class Call:
     return jax.tree.structure(self.arguments[argument])
 
   def refs(self) -> "Refs":
-    """The refs of the weights and their states, with the groups in which they are stepped."""
+    """The refs of the weights and their states, with the groups that are updated together."""
     update = self.step.update
     groups = [update.group(leaves, self.who) for leaves in update.components(self.leaves)]
     return Refs(self.step, self.leaves, groups)
@@ -114,7 +115,7 @@ class Call:
     """The number of layers in stacked weights.
 
     Raises:
-      ValueError: where weights or `xs` disagree about it, or have no axis for it.
+      ValueError: where weights or `xs` have different numbers of layers, or no axis of layers.
     """
     lengths = {self.step.update.names[i]: self.step.params[i].shape[:1] for i in self.leaves}
     if len(set(lengths.values())) != 1 or () in lengths.values():
@@ -131,14 +132,14 @@ class Call:
 
 
 def is_float(x: Any) -> bool:
-  """Whether `x` is of a dtype that can be differentiated."""
+  """Whether the dtype of `x` can be differentiated."""
   return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 WORTH_A_BARRIER = 2**20
-"""The bytes of gradient for which the backward pass of a layer is made to wait.
+"""The backward pass of a layer waits for updates with at least this many bytes of gradient.
 
-Less would save nothing that shows, and cost what XLA fuses over it.
+Waiting for fewer would save no visible memory, and XLA does not fuse across a wait.
 """
 
 
@@ -147,9 +148,9 @@ class Refs:
 
   Attributes:
     leaves: which leaves of the params.
-    groups: the groups in which they are updated.
-    arguments: the refs of weights and of states, and the values that all groups share. All of this goes through the
-      custom_vjp as an argument and no other way, since its backward rule may run in another trace.
+    groups: the groups that are updated together.
+    arguments: the refs of weights and of states, and the values that groups share. They enter the custom_vjp only as
+      arguments, since its backward rule may run in another trace.
   """
 
   def __init__(self, step: handles.Step, leaves: Sequence[int], groups: Sequence[by_leaf.Group]):
@@ -167,10 +168,10 @@ class Refs:
     return [ref[...] for ref in arguments[0]]
 
   def update(self, arguments: Any, grads: dict[int, Any], onward: PyTree) -> PyTree:
-    """Updates all weights, and returns `onward`, which XLA cannot have before that is done.
+    """Updates all weights. Returns `onward`, which XLA cannot use before that is done.
 
     Args:
-      arguments: what came of `self.arguments` in this trace.
+      arguments: `self.arguments`, as this trace has them.
       grads: the gradients by leaf; missing ones are zero.
       onward: what the backward pass goes on with.
     """
@@ -189,25 +190,25 @@ class Refs:
     cotangents: PyTree,
     at_least: int = 0,
   ) -> list[Any]:
-    """Runs a backward pass, in which each weight is updated as soon as its gradient is complete.
+    """Runs a backward pass and updates each weight as soon as its gradient is complete.
 
     Args:
-      arguments: what came of `self.arguments` in this trace.
+      arguments: `self.arguments`, as this trace has them.
       backward: `backward(weights, kept, cotangents)` returns what the backward pass goes on with, and the gradients by
         leaf.
-      kept: what it needs of the forward pass, a tree of arrays.
+      kept: what it needs from the forward pass, a tree of arrays.
       cotangents: what it starts from, a tree of arrays.
-      at_least: bytes of gradient, for fewer of which the backward pass does not wait. With fewer in all, and on a JAX
-        whose programs cannot be taken apart, all weights are updated at its end.
+      at_least: the backward pass waits only for updates with this many bytes of gradient together. If all weights have
+        fewer, or this JAX writes programs that cannot be taken apart, all weights are updated at its end.
 
     Returns:
       What the backward pass goes on with.
 
     Raises:
-      ValueError: where layers are scanned and the update of their stack cannot be done for one of them alone.
+      ValueError: where layers are scanned and their stack cannot be updated one layer at a time.
     """
     store, shared = self._read(arguments)
-    # What is computed again is not to be taken for what the forward pass has computed, and kept from there.
+    # XLA must not merge recomputed values with those of the forward pass, which would then be kept until here.
     weights, cotangents = order.barrier(([store.leaves[i] for i in self.leaves], cotangents))
     if sum(w.size * w.dtype.itemsize for w in weights) < at_least or jax_forms.misread_scan():
       onward, grads = backward(weights, kept, cotangents)
@@ -235,14 +236,14 @@ class Refs:
     return of_groups(self.groups, grads, weights, self._kernels)
 
   def _read(self, arguments: Any) -> tuple[evaluate.Whole, list[list[Any]]]:
-    """Reads weights and states, and returns them and what each group shares with others."""
+    """Reads weights and states. Returns them, and the values that each group shares with others."""
     params, states = ([ref[...] for ref in refs] for refs in arguments[:2])
     shared = dict(zip(self._shared, arguments[2], strict=True))
     leaves, states = dict(zip(self.leaves, params, strict=True)), dict(zip(self._states, states, strict=True))
     return evaluate.Whole(leaves, states, self.groups), [[shared[v] for v in group.shared] for group in self.groups]
 
   def _write(self, arguments: Any, store: evaluate.Whole, onward: PyTree) -> PyTree:
-    """Writes weights and states, and returns `onward`, which XLA cannot have before that is done."""
+    """Writes weights and states. Returns `onward`, which XLA cannot use before that is done."""
     new = [*(store.leaves[i] for i in self.leaves), *(store.states[j] for j in self._states)]
     new, onward = order.barrier((new, onward))
     for ref, value in zip([*arguments[0], *arguments[1]], new, strict=True):
@@ -255,21 +256,21 @@ def _zeros_like(x: Any) -> jax.Array:
 
 
 def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:
-  """Puts `jax.checkpoint` around a function where rematerialisation is asked for."""
+  """Puts `jax.checkpoint` around a function, unless `remat` is False."""
   if remat is False:
     return fun
   return jax.checkpoint(fun, policy=None if remat is True else remat, prevent_cse=prevent_cse)
 
 
 def grads_by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Sequence[Any]) -> dict[int, Any]:
-  """The gradients by the leaves of the params that they belong to."""
+  """The gradients of the trained weights, by leaf of the params."""
   return dict(zip([i for i, flag in zip(leaves, trained, strict=True) if flag], grads, strict=True))
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:
-  """Something hashable among residuals."""
+  """A hashable value among residuals."""
 
   value: Any
 
@@ -278,12 +279,12 @@ class Static:
 
 
 def values(tree: PyTree) -> PyTree:
-  """The values of the arguments of a forward rule."""
+  """The values of a forward rule's arguments."""
   return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda p: hasattr(p, "perturbed"))
 
 
 def perturbed(primals: Sequence[Any]) -> tuple[list[Any], list[bool]]:
-  """The values of the arguments of a forward rule, and whether they are differentiated."""
+  """The values of a forward rule's arguments, and whether they are differentiated."""
   return [p.value for p in primals], [p.perturbed and is_float(p.value) for p in primals]
 
 
@@ -311,7 +312,7 @@ def spread(cotangents: Sequence[Any], active: Sequence[bool]) -> list[Any]:
 
 
 def step_unreached(step: handles.Step, leaves: Sequence[int]) -> None:
-  """Steps leaves whose gradient is zero, since the loss does not depend on them."""
+  """Updates leaves with a gradient of zero, since the loss does not depend on them."""
   for component in step.update.components(leaves):
     refs = Refs(step, component, [step.update.group(component, "fused_value_and_update")])
     refs.update(refs.arguments, {}, ())

@@ -1,7 +1,9 @@
-"""A training step whose loss function is built of fused layers.
+"""A training step whose loss function is built from fused layers.
 
-Why: see `layer`. This is the frame around it: the refs that the layers write, the one differentiation that makes their
-backward rules run, and the checks that every weight is stepped exactly once.
+Why: see `layer`.
+
+How: the step makes the refs that the layers write, differentiates once, so that their backward rules run, and checks
+that every weight is updated exactly once.
 """
 
 from collections.abc import Callable
@@ -21,29 +23,31 @@ PyTree = Any
 def fused_value_and_update(
   loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False
 ) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
-  """Makes a training step that updates each layer's weights inside the backward pass; there is no tree of gradients.
+  """Makes a training step that updates each layer's weights inside the backward pass, without a tree of gradients.
 
-  `step(params, opt_state, *args, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`, with handles that are indexed
-  like the params, which `loss_fn` gives to layers made by `fused_layer` and `fused_scan`, or reads with `fused_value`.
-  The step is pure from outside; jit it and donate params and state, whose memory is then updated in place. It is equal
-  to `jax.value_and_grad`, `tx.update` and `apply_updates`, bit for bit, with the same state, so that one can change
-  between the two from step to step.
+  `step(params, opt_state, *args, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`. Handles are indexed like the
+  params. `loss_fn` passes them to layers made by `fused_layer` and `fused_scan`, or reads them with `fused_value`.
+  From outside, the step is pure. Jit it and donate params and state: their memory is then updated in place. It runs the
+  operations of `jax.value_and_grad`, `tx.update` and `apply_updates` and gives the same bits, except where XLA fuses
+  the two programs differently (docs/fused_layers.md). The state is the same, so you can switch at any step.
 
   Args:
-    loss_fn: returns a scalar, or `(scalar, aux)`. Every weight has to be used, by one fused layer or by `fused_value`.
-    tx: an Optax transformation, with `compensated` around it or without, whose update of one layer needs the gradients
-      of that layer alone. Whether it does is found by tracing `tx.update`.
+    loss_fn: returns a scalar, or `(scalar, aux)`. One fused layer or `fused_value` has to use each weight, unless the
+      update of the weight reads no gradient.
+    tx: an Optax transformation, with or without `compensated` around it, whose update of one layer needs only the
+      gradients of that layer. Whether it does is found by tracing `tx.update`.
     has_aux: whether `loss_fn` returns a pair.
 
   Returns:
     `step`, which returns `(value, params, opt_state)`, or `((value, aux), params, opt_state)` with `has_aux`. Params
-    and state are of the structure, shapes and dtypes they came in.
+    and state keep their structure, shapes and dtypes.
 
   Raises:
     ValueError: by the step, when it is traced: where the update couples leaves of different layers (as
       `optax.clip_by_global_norm` does), with the leaves and the operation; where `tx` changes the form of its state;
       where the state was made for other params.
-    FusedError: by the step: where a weight is not used or used twice, a handle is used outside of the loss function or
+    TypeError: by the step: where a leaf of params is not an array, or `tx.update` needs extra arguments.
+    FusedError: by the step: where a weight is not used or used twice, a handle is used outside the loss function or
       inside a transformation, or the step itself is differentiated or mapped.
 
   Memory: params and state, the activations, and the gradients of one layer, two at most. AdamW with
@@ -111,7 +115,7 @@ def _check_all_used(context: handles.Step) -> None:
 
 
 def _guarded(tree: PyTree) -> PyTree:
-  """Returns the arrays of a tree as they are, but in such a way that they cannot be differentiated or mapped."""
+  """Returns a tree whose arrays are the same, but cannot be differentiated or mapped."""
   leaves, treedef = jax.tree.flatten(tree)
   arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
   for i, value in zip(arrays, _guard(*(leaves[i] for i in arrays)), strict=True):

@@ -1,11 +1,11 @@
-"""Handles: what a loss function gets in place of params while their weights are stepped inside its backward pass.
+"""Handles: what a loss function gets in place of params when its backward pass updates their weights.
 
-Why: in a fused step the weights live in refs, which the backward pass of a layer writes. An array would be a copy of
-what is in the ref, could be used anywhere, and its gradient would have to be collected. A handle can only be given to
-what knows how to step the weights: `fused_layer`, `fused_scan` and `fused_value`.
+Why: in a fused step the weights are in refs, which the backward pass of a layer writes. An array would be a copy of the
+ref's value, could be used anywhere, and its gradient would have to be kept. A handle can only be given to what can
+update the weights: `fused_layer`, `fused_scan` and `fused_value`.
 
-How: `Step` holds the refs of one step and keeps account of who used which leaf, and `Handle` points at a part of the
-tree of params. All misuse that can be seen while the step is traced ends in a `FusedError`.
+How: `Step` holds the refs of one fused step and records who used which leaf. `Handle` points at a part of the tree of
+params. Any misuse that shows while the step is traced raises a `FusedError`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ PyTree = Any
 
 
 class FusedError(ValueError):
-  """A fused step that would lose or repeat an update. The message says which weight, and what to do."""
+  """Raised where a fused step would lose or repeat an update. The message says which weight, and what to do."""
 
 
 class _Leaf:
@@ -34,15 +34,16 @@ class _Leaf:
 
 
 class Step:
-  """One fused step while its loss function is traced: the refs, and who has used and stepped what.
+  """One fused step while its loss function is traced: the refs, and which leaves have been used and updated.
 
   Attributes:
     update: the update, taken apart.
     shared: the values that all groups of leaves share.
     params: a ref for every leaf of the params.
-    states: a ref for every leaf of the state that belongs to leaves of the params, by its index.
-    token: f32[]: what is differentiated, so that there is a backward pass.
-    stepped: the leaves whose step has been traced.
+    states: a ref for every leaf of the state that belongs to leaves of the params, by index.
+    token: f32[], the scalar that is differentiated, so that there is a backward pass.
+    stepped: the leaves whose update has been traced.
+    values: the arrays that `fused_value` has returned, by leaf.
   """
 
   def __init__(self, update: by_leaf.Update, params: Sequence[Any], states: Mapping[int, Any], shared: Any):
@@ -51,18 +52,18 @@ class Step:
     self.states = {j: jax.new_ref(s) for j, s in states.items()}
     self.token: Any = None
     self.stepped: set[int] = set()
-    self.values: dict[int, Any] = {}  # what fused_value has returned for a leaf
+    self.values: dict[int, Any] = {}
     self._avals = [jax.typeof(p) for p in params]
     self._users: dict[int, str] = {}
     self._trace: Any = None
     self._inside: str | None = None
 
   def enter(self, token: Any) -> None:
-    """Called where the loss function begins."""
+    """Called when the loss function starts."""
     self.token, self._trace = token, _trace_state()
 
   def close(self) -> None:
-    """Called where it has ended: its handles are of no use any more."""
+    """Called when the loss function has ended: its handles cannot be used any more."""
     self._trace = None
 
   def handle(self, treedef: Any) -> "Handle":
@@ -70,7 +71,7 @@ class Step:
     return Handle(self, treedef.unflatten([_Leaf(i, a) for i, a in enumerate(self._avals)]), "params")
 
   def claim(self, who: str, handles: Sequence["Handle"]) -> list[int]:
-    """Takes the leaves of handles for one user, who is going to step them."""
+    """Reserves the leaves of handles for one user, which will update them."""
     self.check_open(who, handles)
     leaves = [leaf for handle in handles for leaf in handle_leaves(handle)]
     for leaf in leaves:
@@ -90,7 +91,7 @@ class Step:
     return leaves
 
   def claim_values(self, handle: "Handle") -> list[int]:
-    """Takes the leaves of a handle for fused_value; returns those that it has not got already."""
+    """Checks the leaves of a handle for fused_value, and returns those that it has not read yet."""
     self.check_open("fused_value", [handle])
     leaves = [leaf for leaf in handle_leaves(handle) if leaf not in self.values]
     for leaf in leaves:
@@ -102,7 +103,7 @@ class Step:
     return leaves
 
   def check_open(self, who: str, handles: Sequence["Handle"]) -> None:
-    """Raises FusedError where a handle cannot be used at this place."""
+    """Raises FusedError where handles cannot be used here."""
     name = handle_name(handles[0])
     if any(handle_step(h) is not self for h in handles):
       raise FusedError(f"{who}: the handles are of two different steps. Use the one that this call of the loss got.")
@@ -125,12 +126,12 @@ class Step:
       )
 
   def inside(self, who: str | None) -> str | None:
-    """Says whose function is being traced, and returns whose was."""
+    """Sets whose function is being traced, and returns whose was traced before."""
     before, self._inside = self._inside, who
     return before
 
   def unused(self) -> list[int]:
-    """The leaves that nobody has claimed."""
+    """The leaves that no layer and no `fused_value` uses."""
     return [i for i in range(len(self.params)) if i not in self._users and i not in self.values]
 
 
@@ -142,10 +143,11 @@ _MAPPING_METHODS = ("keys", "values", "items", "get")
 
 
 class Handle:
-  """Points at a part of the params in a fused step. It is indexed like the params and is no array.
+  """Points at a part of the params in a fused step. It is indexed like the params, but it is not an array.
 
-  `handle["blocks"][3]`, `handle.blocks` where the tree has attributes, `len`, iteration and `keys`, `values`, `items`
-  lead to handles of smaller parts. The handle of a single leaf has its `shape`, `dtype`, `ndim` and `size`.
+  `handle["blocks"][3]`, `handle.blocks` where the tree has attributes, `keys`, `values`, `items`, `get`, `len`, `in`
+  and iteration work as on the tree, with handles of smaller parts as its values. The handle of a single leaf has its
+  `shape`, `dtype`, `ndim` and `size`.
   """
 
   __slots__ = ("_name", "_node", "_step")
@@ -244,7 +246,7 @@ def handle_name(handle: Handle) -> str:
 
 
 def check_no_handles(tree: PyTree, what: str) -> None:
-  """Raises FusedError where a handle is in a tree that leaves the loss function."""
+  """Raises FusedError where a tree that leaves the loss function contains a handle."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_handle):
     if is_handle(leaf):
       raise FusedError(

@@ -1,14 +1,13 @@
-"""Layers whose backward pass steps their own weights.
+"""Layers whose backward pass updates their own weights.
 
-Why: an ordinary step first makes the gradients of all weights and then updates them, so that at one time they all
-exist: 2 or 4 bytes per parameter. But a layer's gradient is complete as soon as the backward pass has gone through it,
-and nobody but the optimizer needs it.
+Why: an ordinary step makes the gradients of all weights before it updates the first one, so all of them exist at once:
+2 or 4 bytes per parameter. But a layer's gradient is complete as soon as the backward pass has gone through the layer,
+and only the optimizer still needs it.
 
 How: a `jax.custom_vjp` whose backward rule computes the gradient of one layer, runs the slice of the optimizer's update
-that belongs to it, writes weights and state into their refs in place, and hands on the cotangent of the inputs. What is
-handed on is tied to what was written by an optimization barrier, and every step to the one before by a scalar, so that
-XLA has to finish a step before it goes on. Nothing is ever differentiated but a scalar token, which is there so that
-there is a backward pass.
+that belongs to it, writes weights and state into their refs in place, and returns the cotangent of the inputs. An
+optimization barrier ties this cotangent to what was written, so that XLA has to finish the update before it goes on.
+Only a scalar token is differentiated. It exists so that there is a backward pass.
 
 Source: the idea for one layer is that of Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers",
 arXiv:2309.12381, and of LOMO, arXiv:2306.09782.
@@ -33,39 +32,41 @@ Remat = bool | Callable[..., Any]
 def fused_layer(
   fn: Any, *, remat: Remat = False, microbatches: int = 1, in_axes: PyTree = 0, out_axes: PyTree = 0
 ) -> Callable[..., Any]:
-  """Makes a layer that steps its own weights in the backward pass of a `fused_value_and_update`.
+  """Makes a layer that updates its own weights in the backward pass of a `fused_value_and_update`.
 
-  `layer(params, *inputs, **kwargs)` calls `fn(params, *inputs, **kwargs)`. Where there are handles in the place of
-  arrays, `fn` gets the arrays, and their weights are stepped when the backward pass comes through: the layer owns them,
-  and no other layer may use them. Without handles `layer` is just `fn`, for evaluation and ordinary training.
+  `layer(params, *inputs, **kwargs)` calls `fn(params, *inputs, **kwargs)`. In place of handles, `fn` gets the arrays,
+  and the backward pass through the layer updates these weights. They belong to the layer: nothing else may use them.
+  Without handles, `layer` is just `fn`, for evaluation and ordinary training.
 
   Args:
     fn: a function of a tree of weights and of any inputs, or a Flax module. Inputs and results are pytrees with arrays
-      of any dtype, PRNG keys and None; what is no array, such as a bool or a string, is static. `fn` may close over
-      arrays, which get gradients too. A Linen module is called as `module.apply({"params": params}, ...)` (a mapping
-      with a "params" entry is passed as it is: `layer({"params": handle, "batch_stats": stats}, x, mutable=[...])`), an
-      NNX module as a copy that holds `params`, a State of its `nnx.Param` variables.
-    remat: False keeps what the backward pass needs of the activations, but never weights. True keeps the inputs alone
-      and computes the rest again; a policy of `jax.checkpoint_policies` chooses.
-    microbatches: in how many parts the batch goes through the layer, forward and backward, one after the other. The
-      gradient is summed over them in f32, from the last part to the first, and the layer is stepped once. Everything
-      inside is computed again in the backward pass, as with `remat=True`, unless `remat` is a policy. A layer without
-      handles takes the batch whole.
+      of any dtype, PRNG keys and None; anything else, such as a bool or a string, is static. `fn` may close over
+      arrays, which get gradients too. A Linen module is called as `module.apply({"params": params}, ...)`. A mapping
+      with a "params" entry is passed as it is: `layer({"params": handle, "batch_stats": stats}, x, mutable=[...])`. An
+      NNX module is called as a copy that holds `params`, a State of its `nnx.Param` variables. If it has other
+      variables, `params` is `(params, state)` and the result `(out, state)`.
+    remat: False keeps the activations that the backward pass needs, but never weights. True keeps only the inputs and
+      recomputes the rest. A policy of `jax.checkpoint_policies` chooses.
+    microbatches: the number of parts in which the batch goes through the layer, forward and backward, one after the
+      other. The gradient is summed over the parts in f32, from the last to the first, and the weights are updated
+      once. The backward pass recomputes everything inside, as with `remat=True`, unless `remat` is a policy. A layer
+      without handles takes the whole batch.
     in_axes: with microbatches, the batch axis of each input, as in `jax.vmap`; None for one that all parts get.
-    out_axes: likewise of each result; one with None is averaged over the parts, such as a mean loss.
+    out_axes: likewise for each result. With None, floats such as a mean loss are averaged over the parts, and integers
+      are summed.
 
   Returns:
     The layer.
 
   Raises:
-    TypeError: where `fn` is no function and no module, or `remat` neither a bool nor a policy.
+    TypeError: where `fn` is neither a function nor a module, or `remat` neither a bool nor a policy.
     ValueError: where `microbatches` is less than 1, and by the layer, where the batch does not split into them.
-    FusedError: by the layer, where a step would be lost or repeated: weights that something else uses too, a handle of
-      another step, a call inside of a transformation such as `jax.checkpoint` or `lax.scan`.
+    FusedError: by the layer, where an update would be lost or repeated: weights that something else uses too, a handle
+      of another step, a call inside a transformation such as `jax.checkpoint` or `lax.scan`.
     ValueError: by the layer, where the optimizer couples its weights to those of other layers.
 
-  Memory: the gradients of one layer, 2 bytes per parameter of that layer where weights are bf16, in place of the
-    gradients of all. Nothing is held per layer but activations.
+  Memory: the gradients of one layer in place of the gradients of all: 2 bytes per parameter of that layer where weights
+    are bf16. Each layer keeps only activations.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -106,32 +107,33 @@ def fused_scan(
   in_axes: PyTree = (0, None),
   out_axes: PyTree = 0,
 ) -> Callable[..., Any]:
-  """Makes a stack of equal layers, one `lax.scan`, that steps each layer's weights in the backward pass.
+  """Makes a stack of equal layers, one `lax.scan`, that updates each layer's weights in the backward pass.
 
-  `stack(params, carry, xs=None) -> (carry, ys)` calls `carry, y = fn(layer_params, carry, x)` for each layer, with the
-  layer's slice of the weights, which are stacked: `[layers, ...]`. In a `fused_value_and_update` with a handle for
-  `params`, the layer's slices of weights and optimizer state are read and written in place, one layer at a time.
+  `stack(params, carry, xs=None) -> (carry, ys)` calls `carry, y = fn(layer_params, carry, x)` for each layer. The
+  weights are stacked, `[layers, ...]`, and each layer gets its slice. In a `fused_value_and_update`, with a handle for
+  `params`, a layer's slices of weights and optimizer state are read and written in place, one layer at a time.
   Without handles it is `lax.scan` over `(params, xs)`.
 
   Args:
     fn: as in `fused_layer`, with two inputs and two results: `fn(layer_params, carry, x) -> (carry, y)`.
     remat: as in `fused_layer`.
-    reverse: as in `lax.scan`; the first layer is then the last in the stack.
+    reverse: as in `lax.scan`: the last layer of the stack runs first.
     unroll: as in `lax.scan`.
     microbatches: as in `fused_layer`: each layer takes the batch in parts.
     in_axes: for `(carry, x)`; by default the carry is split along its first axis, and `x` goes to all parts.
     out_axes: for `(carry, y)`.
 
   Returns:
-    The stack, a function of a handle or stacked weights, of a carry and of `xs`, any pytree of arrays
-    `[layers, ...]` or None.
+    The stack: a function of a handle or stacked weights, a carry, and `xs`, which is None or any pytree of arrays
+    `[layers, ...]`.
 
   Raises:
     TypeError, FusedError: as `fused_layer`.
-    ValueError: by the stack, where the optimizer's update of a stacked weight is not one of each layer alone (a norm
-      over the whole stack, as in lamb or adafactor), with the leaves and the operation.
+    ValueError: as `fused_layer`, and by the stack, where the optimizer cannot update each layer alone (a norm over the
+      whole stack, as in lamb or adafactor), with the leaves and the operation.
 
-  Memory: the gradient of one layer, twice at most, in place of the gradients of the whole stack.
+  Memory: the gradient of one layer, twice at most, in place of the gradients of the whole stack. The gradients of small
+    weights (biases, norms) are kept for all layers: at most 1/256 of the stack's elements.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -162,8 +164,8 @@ def fused_value(handle: Any) -> PyTree:
   """Reads weights that are used in more than one place, such as a tied embedding.
 
   The arrays can be used anywhere in the loss function, also as inputs of fused layers and inside `jax.checkpoint` or
-  `lax.scan`. The gradients of all uses are added up, and then the weight is stepped, once. Reading it again gives the
-  same arrays. A weight that is read and not used is stepped with a gradient of zero, as `tx.update` would.
+  `lax.scan`. The gradients of all uses are added up, and then the weight is updated once. Reading it again gives the
+  same arrays. A weight that is read but not used is updated with a gradient of zero, as `tx.update` would do it.
 
   Args:
     handle: a handle, or a pytree of handles. Arrays in it are returned as they are, so that one loss function serves
@@ -176,7 +178,7 @@ def fused_value(handle: Any) -> PyTree:
     FusedError: where a fused layer uses the weight too, or as in `fused_layer`.
     ValueError: where the optimizer couples it to other weights.
 
-  Memory: its gradient lives until its last contribution is there; for a tied embedding, through the backward pass.
+  Memory: the gradient is kept until its last contribution is added; for a tied embedding, for the whole backward pass.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -197,7 +199,7 @@ def fused_value(handle: Any) -> PyTree:
 def _in_parts(
   fn: Callable[..., Any], remat: Any, microbatches: Any, in_axes: PyTree, out_axes: PyTree, who: str
 ) -> tuple[Callable[..., Any], Remat]:
-  """Returns the function to run, which may split its batch, and what is left to do of `remat`."""
+  """Returns the function to run, which may split its batch, and the `remat` that is still to be applied."""
   if not isinstance(remat, bool) and not callable(remat):
     raise TypeError(f"{who}: remat has to be True, False or a policy of jax.checkpoint_policies, but it is {remat!r}.")
   if not isinstance(microbatches, int) or microbatches < 1:
@@ -212,7 +214,7 @@ def _in_parts(
 
 
 def _read(handle: handles.Handle) -> PyTree:
-  """Makes the arrays of `fused_value`: one custom_vjp for each group of leaves that are stepped together."""
+  """Makes the arrays of `fused_value`: one custom_vjp for each group of leaves that are updated together."""
   step = handles.handle_step(handle)
   for leaves in step.update.components(step.claim_values(handle)):
     refs = fused_call.Refs(step, leaves, [step.update.group(leaves, "fused_value")])
@@ -258,7 +260,7 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
     pullback = pullbacks.trace(fun, weights, [], inputs, (trained, [], active))
     traced[:] = [pullback]
     out, kept = pullback.forward(weights, [], inputs)
-    # The refs for the backward pass to write, the activations it needs, and which inputs get a cotangent.
+    # The refs that the backward pass writes, the activations it needs, and which inputs get a cotangent.
     return pullback.out_treedef.unflatten(out), (arguments, kept, fused_call.Static(tuple(active)))
 
   def layer_bwd(residuals: Any, cotangents: PyTree) -> tuple[Any, ...]:
@@ -280,7 +282,7 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
 
 def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, unroll: int) -> PyTree:
   step, refs, trained = call.step, call.refs(), call.trained()
-  # What a scan returns has strong types, so that what it starts with must have too.
+  # A scan returns strong types, so its first carry must have them too.
   carried = [lax.convert_element_type(c, c.dtype) for c in call.arrays_of(1)]
   scanned = call.arrays_of(2)
   count = len(carried)
@@ -327,7 +329,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
       return out[:count], (out[count:], kept)
 
     carry, (ys, kept) = scan(body, carry, (refs.weights(arguments), xs))
-    # The refs for the backward pass to write, what all layers share, their activations, and what gets a cotangent.
+    # The refs that the backward pass writes, what all layers share, their activations, and what gets a cotangent.
     static = fused_call.Static((tuple(active_constants), tuple(active_xs)))
     return (carry, ys), (arguments, constants, kept, static)
 
@@ -338,7 +340,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     avals = pullback.out_avals
     step.stepped.update(refs.leaves)
     ct_carry = fused_call.real_cotangents(cotangents[0], avals[:count])
-    # A y that nothing depends on has no cotangent to be scanned over; the layer makes its own zeros.
+    # A y that nothing depends on has no cotangent to scan over; the layer makes zeros for it.
     ct_ys = [
       None if fused_call.is_zero(ct) or not fused_call.is_float(a) else ct
       for ct, a in zip(cotangents[1], avals[count:], strict=True)

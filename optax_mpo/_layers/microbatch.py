@@ -1,13 +1,13 @@
-"""Splits the batch inside of a layer, so that its gradient is summed over parts before the layer is stepped, once.
+"""Splits the batch inside a layer: the gradient is summed over the parts, and the weights are updated once.
 
-Why: a large batch is usually made of several backward passes whose gradients are added up, in a tree as large as the
-model. With gradients released there is no such tree, and so the two are said to exclude each other. They do if the
-batch is split around the model. Split inside each layer, only what goes from layer to layer spans the whole batch, and
-the sum is as large as one layer.
+Why: gradient accumulation usually runs several backward passes and adds up their gradients, in a tree as large as the
+model. Gradient release has no such tree, so the two are said to exclude each other. They do if the batch is split
+around the model. If it is split inside each layer, only what goes from layer to layer spans the whole batch, and the
+sum is as large as one layer.
 
-How: the layer becomes a `lax.scan` over the parts of its inputs, with `jax.checkpoint` around each. JAX's own
-derivative of that scan adds up the gradients of what all parts share. The weights are that, widened to f32 before the
-scan and narrowed inside of it, so that the sum is one of f32 numbers and is rounded once.
+How: the layer becomes a `lax.scan` over the parts of its inputs, with `jax.checkpoint` around each part. JAX's own
+derivative of that scan adds up the gradients of what all parts share: the weights. They are cast to f32 before the scan
+and back inside it, so that the sum is in f32 and is rounded once.
 """
 
 import functools
@@ -30,11 +30,11 @@ def split(
 
   Args:
     fn: a function of weights and inputs.
-    count: of the parts, equal in size.
+    count: the number of parts, all of one size.
     in_axes: for the inputs (a tuple, or one for all), as in `jax.vmap`: the batch axis, or None for what all parts get.
       kwargs go to all parts.
-    out_axes: for the results, likewise; what has None is averaged over the parts.
-    policy: of `jax.checkpoint`, what is kept of each part; None keeps its inputs alone.
+    out_axes: likewise for the results; with None, floats are averaged over the parts and integers are summed.
+    policy: the policy of `jax.checkpoint` for what is kept of each part; None keeps only its inputs.
     who: the caller's name, for errors.
   """
 
@@ -80,7 +80,7 @@ def _widen(weight: jax.Array) -> jax.Array:
 
 
 def _spread(axes: PyTree, tree: PyTree, what: str) -> list[int | None]:
-  """One axis for each leaf of `tree`, from a prefix of it."""
+  """Returns one axis for each leaf of `tree`, from axes that may stand for whole subtrees."""
   marked = jax.tree.map(lambda a: "none" if a is None else a, axes, is_leaf=lambda a: a is None)
   try:
     found = jax.tree.leaves(jax.tree.broadcast(marked, tree))
@@ -97,11 +97,11 @@ def _split(x: Any, axis: int, count: int) -> jax.Array:
 
 
 def _merge(y: jax.Array, axis: int | None) -> jax.Array:
-  """What `_split` does, undone; or the mean."""
+  """Undoes `_split`; without an axis, averages floats and sums integers."""
   if axis is None:
     if jnp.issubdtype(y.dtype, jnp.inexact):
       return jnp.mean(y, 0)
-    return jnp.sum(y, 0, dtype=y.dtype if y.dtype.itemsize >= 4 else jnp.int32)  # with and without jax_enable_x64
+    return jnp.sum(y, 0, dtype=y.dtype if y.dtype.itemsize >= 4 else jnp.int32)  # also with jax_enable_x64
   axis %= y.ndim - 1
   y = jnp.moveaxis(y, 0, axis)
   return y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from jax.core import Tracer
 from jax.extend import core
@@ -77,3 +78,28 @@ class Program:
   def replaced(self, constants: dict[int, Any]) -> "Program":
     """The same program with other values for some of its constants."""
     return dataclasses.replace(self, constants=self.constants | constants)
+
+
+class Slice(NamedTuple):
+  """The part of a program that updates one weight, or a stack of layers.
+
+  Attributes:
+    program: the program of the update.
+    operations: those that make the new weight and states.
+    inputs: the variables of the gradient, the weight and the states.
+    shared: the variables of the other values that are handed in.
+    constants: the values of variables that are known.
+    outputs: the new weight, then the new states.
+  """
+
+  program: Program
+  operations: Sequence[Operation]
+  inputs: Sequence[int]
+  shared: Sequence[int]
+  constants: dict[int, Any]
+  outputs: Sequence[Atom]
+
+  @property
+  def weight(self) -> Any:
+    """The shape and dtype of the weight."""
+    return self.program.aval(self.inputs[1])

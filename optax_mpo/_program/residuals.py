@@ -1,10 +1,10 @@
-"""Makes what a scan stacks of its weights alone again, layer by layer, in the scan that reads it.
+"""Recomputes stacked residuals that are made from weights alone, layer by layer, in the scan that reads them.
 
-Why: the derivative of a scan over layers without `jax.checkpoint` stacks all that the backward pass reads. What is made
-of weights alone, such as their casts to f32, is among it: a second copy of every weight, of 4 bytes each.
+Why: without `jax.checkpoint`, the derivative of a scan over layers stacks all that the backward pass reads. That
+includes what is made from weights alone, such as their casts to f32: a second copy, of 4 bytes per parameter.
 
-How: by dataflow. A stacked result that depends on no carry, but on layers of scanned operands that are made of weights
-alone, is computed again in the body of the scan that reads it, from the same layers. The first scan is cut.
+How: by dataflow. A stacked result may depend on no carry, and only on operands that are made from weights alone. The
+scan that reads such a result then computes it again in its body, from the same layers. The first scan no longer does.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ class _Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-  """How one layer of a stacked result is made: by operations of a body, from what they read."""
+  """How one layer of a stacked result is made: by these operations of a scan's body, from what they read."""
 
   body: Program
   operations: tuple[Operation, ...]
   result: Atom
-  reads: dict[_Read, int]  # with the variable of the body
+  reads: dict[_Read, int]  # each with its variable in the body
 
   def make(self, env: dict[_Read, Any]) -> Any:
     inner = dict(self.body.constants) | {var: env[read] for read, var in self.reads.items()}
@@ -42,7 +42,7 @@ class _Source:
 
 
 def without_weights(program: Program, weights: Iterable[int]) -> Program:
-  """Returns the program without stacked residuals that are made of weights alone.
+  """Returns the program without stacked residuals that are made from weights alone.
 
   Args:
     program: the program of a loss and its gradients.
@@ -64,7 +64,7 @@ def without_weights(program: Program, weights: Iterable[int]) -> Program:
 
 
 def _sources(program: Program, operation: Operation, depends: dict[int, int]) -> dict[int, _Source]:
-  """The stacked results of a scan that are made of weights alone, by variable."""
+  """Finds the stacked results of a scan that are made from weights alone, by variable."""
   consts, carry, _ = jax_forms.scan_counts(operation)
   of_weights = [not isinstance(a, int) or depends[a] <= 1 for a in operation.inputs]
   stacked = {v for v in operation.outputs[carry:] if v >= 0 and depends[v] == 1}
@@ -90,7 +90,7 @@ def _sources(program: Program, operation: Operation, depends: dict[int, int]) ->
 
 
 def _reading(program: Program, operation: Operation, sources: dict[int, _Source]) -> Operation:
-  """A scan that makes each layer of such a result itself, where it reads it."""
+  """Returns a scan whose body makes each layer of such results itself, where it reads them."""
   consts, carry, _ = jax_forms.scan_counts(operation)
   first, length = consts + carry, operation.eqn.params["length"]
   remade = {

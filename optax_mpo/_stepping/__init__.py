@@ -1,1 +1,1 @@
-"""Where in the backward pass a weight is updated, and the automatic route, `value_and_update`."""
+"""Where in the backward pass a weight is updated, and automatic gradient release, `value_and_update`."""

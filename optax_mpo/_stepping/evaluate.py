@@ -1,9 +1,10 @@
-"""Runs the program of a backward pass, and steps weights as it goes.
+"""Runs the program of a backward pass, and updates weights as it goes.
 
-How: after an operation that completes a gradient the weight is stepped, and a barrier makes what follows in the
-backward pass wait for it, so that XLA cannot keep the gradients for later. A scan that would stack the gradients of
-layers is run with the stacks of weights and of state in its carry, and updates them in place. Every operation is the
-one that JAX and Optax wrote.
+Why: XLA may order operations as it likes, and would keep gradients for a later update.
+
+How: a weight is updated after the operation where its plan says that it is due. A barrier makes the rest of the
+backward pass wait for the update. A scan that would stack the gradients of layers runs with the stacks of weights and
+state in its carry, and updates them in place. Every operation is the one that JAX and Optax wrote.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from optax_mpo._stepping.site import Site, Step, apply_all
 
 
 class _Stepped:
-  """What weights and states are read from and written to. A site has a number there."""
+  """Where weights and states are read from and written to, by the index of a site."""
 
   def get(self, index: int) -> tuple[list[Any], list[Any]]:
     """The weights and states of a site."""
@@ -33,17 +34,17 @@ class _Stepped:
   def step(
     self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
   ) -> None:
-    """Steps sites, each with its gradients and with what it shares, when the values `onward` are there."""
+    """Updates sites, each with its gradients and shared values. `Layer` waits for the values `onward` first."""
     taken = [(g, *self.get(index), s) for index, g, s in zip(indices, grads, shared, strict=True)]
     for index, new in zip(indices, apply_all(steps, taken), strict=True):
       self.put(index, *new)
 
 
 class Whole(_Stepped):
-  """The weights and the state of a step that is under way."""
+  """The weights and the state during a training step."""
 
   def __init__(self, leaves: Any, states: Any, groups: Sequence[Any]):
-    """Takes weights and states by index, in lists or dicts that it writes, and the groups of a `by_leaf.Update`."""
+    """Takes weights and states by index, in lists or dicts that are written, and the groups of a `by_leaf.Update`."""
     self.leaves, self.states, self._groups = leaves, states, groups
 
   def get(self, index: int) -> tuple[list[Any], list[Any]]:
@@ -135,12 +136,12 @@ def run(
   """Runs a program and updates weights in it, each as soon as its gradient is complete.
 
   Args:
-    program: makes gradients, and `results` besides.
+    program: makes gradients, and `results` too.
     sites: how weights are updated, with the atoms of their gradients.
     inputs: the values of the program's inputs.
     results: atoms of the program.
-    store: where the weights and the state of each site are; they are replaced there.
-    shared: for each site what its update shares with others.
+    store: holds the weights and the state of each site; they are replaced there.
+    shared: for each site the values that its update shares with others.
     at_least: bytes of gradient, as for `planning.make_plan`.
 
   Returns:
@@ -152,26 +153,26 @@ def run(
 
 
 def evaluate(plan: planning.Plan, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]]) -> None:
-  """Runs a program and steps the sites of its plan.
+  """Runs a program and updates the sites of its plan.
 
   Args:
     plan: the program and its plan.
     env: the values of the program's variables, read and written.
-    store: where the weights and the state of each site are.
-    shared: for each site what its step shares with others.
+    store: holds the weights and the state of each site.
+    shared: for each site the values that its update shares with others.
   """
 
   def step_due(i: int) -> None:
     due = plan.due.get(i, ())
     if not due:
       return
-    # The backward pass goes on with `ties`. One barrier makes the step wait for them, and with them for the last use of
-    # the old weights, so that they can be overwritten; the other makes what follows wait for the step.
+    # The backward pass goes on with `ties`. One barrier makes the update wait for them, and so for the last use of the
+    # old weights, which can then be overwritten. The other barrier makes what follows wait for the update.
     ties = plan.ties.get(i, ())
     atoms = {a for index in due for a in plan.sites[index].grads if planning.constant(plan.program, a) is None}
     made, held = {a: env[a] for a in atoms}, [env[v] for v in ties]
     if ties:
-      # Parts are barred on CPUs too: what they are summed up with is to be the same in both passes.
+      # Parts get a barrier on CPUs too, so that sums of gradients come out the same in both passes.
       made, held = (_barrier if isinstance(store, Parts) else xla_cpu.tie)((made, held))
     known = env | made
     grads = [[jax_forms.value(a, known) for a in plan.sites[index].grads] for index in due]
@@ -188,10 +189,10 @@ def evaluate(plan: planning.Plan, env: dict[int, Any], store: Store, shared: Seq
       _run_scan(plan.scans[i], plan.program, env, store, shared)
     elif i not in plan.skipped:
       jax_forms.run(plan.program, [operation], env)
-    step_due(i)  # after the last operation also if that one is skipped
+    step_due(i)  # also after a skipped operation, which may be the last one
     for atom in (*operation.inputs, *operation.outputs):
       if isinstance(atom, int) and plan.last_use.get(atom, -1) <= i:
-        env.pop(atom, None)  # outside of jit this frees the array
+        env.pop(atom, None)  # outside jit this frees the array
 
 
 def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
@@ -205,7 +206,7 @@ def _run_scan(
   store: Store,
   shared: Sequence[Sequence[Any]],
 ) -> None:
-  """Runs a scan with the stacks that it steps in its carry."""
+  """Runs a scan with the stacks that it updates in its carry."""
   operation, body = scan.operation, scan.body
   counts = jax_forms.scan_counts(operation)
   first = counts[0] + counts[1]

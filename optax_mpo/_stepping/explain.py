@@ -1,6 +1,8 @@
-"""Tells how `value_and_update` steps each leaf, and why, before anything runs.
+"""Tells how `value_and_update` updates each leaf, and why, before anything runs.
 
-A step that quietly held the gradient of a stack of layers would be found out late, on a GPU that runs out of memory.
+Why: a step that keeps the gradient of a whole stack of layers would be noticed late, when a GPU runs out of memory.
+
+How: it makes the plan of the step without running it, and prints what the plan says of each leaf.
 """
 
 import math
@@ -21,14 +23,14 @@ _USAGE = "loss_fn, tx, params, opt_state, *args"
 
 
 class Leaf(NamedTuple):
-  """How one leaf of the params is stepped.
+  """How one leaf of the params is updated.
 
   Attributes:
     name: such as `params['head']['w']`.
-    shape: of the leaf.
+    shape: the shape of the leaf.
     stepped: `in scan`, `after the scan`, `at once`, `at the end`, `between the passes`, `with a zero gradient` or
-      `without a gradient`.
-    why: the reason, where it is not the best there is.
+      `without a gradient`; with kernels also `in scan, by a kernel`, `at once, by a kernel` or `together`.
+    why: the reason, unless this is the best way.
     gradient_bytes: the bytes of gradient that are held for it at a time.
     parameters: its number of elements.
   """
@@ -42,7 +44,7 @@ class Leaf(NamedTuple):
 
 
 class Explanation(tuple[Leaf, ...]):
-  """A tuple of `Leaf`; as a string, a table."""
+  """A tuple of `Leaf`, which prints as a table."""
 
   __slots__ = ()
 
@@ -73,22 +75,22 @@ def explain(
   two_pass: bool = False,
   **kwargs: Any,
 ) -> Explanation:
-  """Prints and returns how `value_and_update(loss_fn, tx)` steps each leaf of `params`.
+  """Prints and returns how `value_and_update(loss_fn, tx)` updates each leaf of `params`.
 
   - `in scan`: in the backward pass of a `lax.scan` over layers, one layer at a time.
-  - `after the scan`: so small a part of the layers, such as a bias or a norm, that its gradients are kept for one
+  - `after the scan`: the leaf is a small part of the layers, such as a bias or a norm. Its gradients are kept for one
     update of all layers, which takes one launch in place of several in each layer.
   - `at once`: as soon as its gradient is complete and the weight has been read for the last time.
   - `at the end`: the leaf is a stack of layers, but its gradient is held whole until the scan is over; `why` says why.
   - `between the passes`: with `two_pass`, a leaf so small that its gradient is kept from the first pass.
-  - `with a zero gradient`: the loss does not depend on it. It is stepped, as Optax would.
-  - `without a gradient`: its update reads none, as that of frozen weights, so that none is computed.
+  - `with a zero gradient`: the loss does not depend on it. It is updated as Optax would do it.
+  - `without a gradient`: its update reads no gradient, as for frozen weights, so none is computed.
 
-  Where `tx` is `with_kernels`, `by a kernel` is said of what a GPU steps by a kernel of our own, `together` of small
-  leaves that share one, and `why` says of the other layers of scans why they are left to XLA.
+  If `with_kernels` is in or around `tx`, `by a kernel` marks what a GPU updates with a kernel of this package, and
+  `together` marks small leaves that share a kernel. `why` says why other layers in scans are left to XLA.
 
-  `why` also tells of low-precision weights whose products run in f32, which is slow, since their input is f32. Cast the
-  input, or pass `dtype=jnp.bfloat16` to the layer of Flax.
+  `why` also names low-precision weights whose products run in f32, which is slow, because their input is f32. Cast the
+  input, or pass `dtype=jnp.bfloat16` to the Flax layer.
 
   Args:
     loss_fn: as for `value_and_update`.
@@ -97,14 +99,14 @@ def explain(
     opt_state: likewise.
     *args: further arguments of `loss_fn`, likewise.
     has_aux: whether `loss_fn` returns more than the loss.
-    two_pass: as for `value_and_update`; the table is that of the second pass, and the first holds no more.
+    two_pass: as for `value_and_update`. The table shows the second pass; the first holds no more.
     **kwargs: further arguments of `loss_fn`, likewise.
 
   Returns:
     An `Explanation`, a tuple with a `Leaf` for each leaf of the params.
 
   Raises:
-    ValueError: as the step itself would, where `tx` couples leaves for instance.
+    ValueError: as the step itself would, for instance where `tx` couples leaves.
 
   Memory: none; nothing runs.
 
@@ -155,7 +157,7 @@ def explain(
 
 
 def _upcasts(traced: value_and_update.Traced) -> dict[int, str]:
-  """What is to be said of the weights whose products run in f32, by leaf."""
+  """Returns advice for the low-precision weights whose products run in f32, by leaf."""
   program = traced.forward()
   leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
   low = {v: i for v, i in leaves if program.aval(v).dtype in (jax.numpy.bfloat16, jax.numpy.float16)}

@@ -1,11 +1,11 @@
-"""The first of two passes over the gradients: what a leaf gives to the numbers that couple it with others.
+"""The first of two passes over the gradients: what a leaf contributes to the small arrays that couple it with others.
 
 Why: `coupled` says which small arrays of each leaf the update of all leaves needs, such as the sum of its squares. They
-are made where the leaf's gradient is, so that the gradient is used up at once.
+are made as soon as the leaf's gradient is complete, so that the gradient can be freed at once.
 
-How: each leaf gets a `Step` whose new state are these arrays and which leaves the weight alone. For a stack of layers
-they are made layer by layer: a sum over the stack becomes a sum of the layers' sums. That is the one place where the
-last bit of a number can differ from that of the unfused step.
+How: each leaf gets a `Step` that makes these arrays as its new state and leaves the weight alone. For a stack of layers
+they are made layer by layer: a sum over the stack becomes a sum of the layers' sums. This changes the order of the
+additions, so the last bit of a sum can differ from that of the ordinary step.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from optax_mpo._updates.coupled import Part
 
 
 def _keeping_dtype(reduction: Callable[..., Any]) -> Callable[..., Any]:
-  """A sum or a product of whole numbers as they are, which NumPy would make wider."""
+  """A sum or a product in the dtype of its operand; NumPy would widen small integers."""
   return lambda x, axis: reduction(x, axis=axis, dtype=x.dtype)
 
 
@@ -37,7 +37,7 @@ _REDUCED_AGAIN = {
 
 
 def part_step(part: Part, program: Program, grad: int) -> Step:
-  """The step of the first pass: its new state are the values of the parts, and it leaves the weight alone."""
+  """Makes the step of the first pass: its new state is the values of the part, and it leaves the weight alone."""
 
   def struct(var: int) -> jax.ShapeDtypeStruct:
     return types.struct(program.aval(var))
@@ -54,7 +54,7 @@ def part_step(part: Part, program: Program, grad: int) -> Step:
 def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any], length: int) -> Layered:
   """Makes the step of one layer for the first pass, as `site.layer_step` does for the second.
 
-  The state of a layer are its own reductions; those of the stack are made from them when the scan is over.
+  The state of a layer is its own reductions. After the scan, those of the stack are made from them.
   """
 
   def whole(ys: Any, shared: Any, values: Any) -> list[Any]:

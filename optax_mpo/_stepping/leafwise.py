@@ -1,8 +1,10 @@
-"""Steps the leaves of an ordinary update one by one, where there is a better way than XLA's to do so.
+"""Updates the leaves of an ordinary `tx.update` one by one, where `step_weight` has a better backend than XLA.
 
-How: the update is computed as it is, and taken apart by leaves as fused steps do it: by `by_leaf`, or by `coupled`
-where leaves are coupled through a few numbers, such as the norm that clipping needs. What is better done by
-`step_weight` is put in the place of what the update computed, and XLA drops what is not used then.
+Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree.
+
+How: the update is computed as it is. It is also taken apart into leaves as in fused steps: by `by_leaf`, or by
+`coupled` where small arrays couple the leaves, such as the norm for clipping. Where `step_weight` is better, its
+results replace those of the update, and XLA drops what is then unused.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,15 +31,14 @@ def replaced(
   *,
   kernels: bool,
 ) -> tuple[PyTree, PyTree]:
-  """Returns the update `new` that `tx` made of `(updates, state, params)`, with leaves stepped by `step_weight`.
+  """Returns the update `new` that `tx` made of `(updates, state, params)`, with some leaves updated by `step_weight`.
 
   Args:
-    tx: an update of which leaves may be taken out; its side effects are not kept, so that where there are any `new` is
-      returned as it is.
+    tx: the transformation. If its update has side effects or cannot be taken apart, `new` is returned as it is.
     inputs: what its update was given.
-    new: what it made of it.
-    caller: who asks.
-    kernels: whether a GPU may step weights by kernels of ours.
+    new: what its update returned.
+    caller: the caller's name, for errors.
+    kernels: whether a GPU may update weights with kernels of this package.
   """
   updates, state, params = inputs
   if not step_weight.is_traced([*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]):
@@ -57,8 +58,12 @@ def replaced(
     if formats.is_low(leaves[group.leaves[0]]) and gradients[group.leaves[0]].dtype == leaves[group.leaves[0]].dtype
   ]
   sites = of_groups(groups, gradients, leaves, kernels)
-  several = sum(site.step.small is not None for site in sites) > 1
-  chosen = [k for k, site in enumerate(sites) if site.step.is_special or (several and site.step.small is not None)]
+  several = sum(site.step.backend.together is not None for site in sites) > 1
+  chosen = [
+    k
+    for k, site in enumerate(sites)
+    if site.step.backend.is_special or (several and site.step.backend.together is not None)
+  ]
   if not chosen:
     return new
   values = values_of(gradients, leaves, states)
@@ -82,9 +87,9 @@ def replaced(
 def _groups(
   taken: by_leaf.Update, caller: str
 ) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], dict[int, Any]]]:
-  """Returns the updates of single leaves, and what makes the values that they share of gradients, weights and states.
+  """Returns the updates of single leaves, and a function `(gradients, weights, states)` of the values that they share.
 
-  Leaves that are coupled through more than a few numbers are left out.
+  Leaves that are coupled through more than small arrays are left out.
   """
   if taken.is_coupled:
     try:
@@ -104,7 +109,7 @@ def _groups(
 
 @jax.custom_jvp
 def _instead(plain: jax.Array, better: jax.Array) -> jax.Array:
-  """Returns `better` with the derivatives of `plain`, which is the same number."""
+  """Returns `better` with the derivatives of `plain`, which has the same value."""
   return better
 
 

@@ -1,12 +1,12 @@
-"""Decides, for a program that makes gradients, where each weight is stepped.
+"""Decides where each weight is updated, in a program that makes gradients.
 
-Why: a gradient costs memory from the operation that completes it to the update that reads it. A plan says after which
-operation of the program each weight is stepped, and which scans are to step stacks of layers in their carry.
+Why: a gradient takes memory from the operation that completes it to the update that reads it. A plan says after which
+operation of the program each weight is updated, and which scans update stacks of layers in their carry.
 
-How: a weight is due when its gradient is complete and the program has read it for the last time, since stepping it
-earlier would keep its old value in memory beside the new one. A gradient that a scan stacks is followed from the scan
-to its end. If everything on that way can be done for one layer alone, and the update can, the layer is stepped inside
-the scan. Everything here is found in the program, before it runs.
+How: a weight is *due* when its gradient is complete and the program has read the weight for the last time. An earlier
+update would keep the old value in memory beside the new one. A gradient that a scan stacks is followed from the scan to
+its end. If everything on this path can be done for one layer alone, and so can the update, then the layer is updated
+inside the scan. All of this is found in the program, before it runs.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._stepping.site import HELD, Layered, Site, Values, layer_step, small_stacks
 
-# Operations that a gradient is followed through, from the weight back to the scan that stacks it.
+# Operations that a gradient is followed through, back to the scan that stacks it.
 FOLLOWED = by_layer.ELEMENTWISE | {"transpose", "reshape", "squeeze", "broadcast_in_dim", "optimization_barrier"}
-# Operations that XLA makes no new array for: who reads their result reads the operand.
+# Operations for which XLA makes no new array: a read of the result is a read of the operand.
 _VIEWS = frozenset(
   """transpose reshape squeeze expand_dims convert_element_type sharding_constraint copy copy_p stop_gradient slice
   optimization_barrier""".split()
@@ -35,14 +35,14 @@ _AFTER = ("after the scan", "small, so that it is stepped whole")
 
 @dataclasses.dataclass
 class Released:
-  """A site that is stepped inside a scan.
+  """A site that is updated inside a scan.
 
   Attributes:
     site: the site, in the program that the scan is in.
     inner: the site, in the body of the scan.
-    given: variables of the outer program that the inner step is handed, beyond what the site is.
-    early: operations after the scan that make some of them, and are run before it.
-    layered: how a layer is stepped.
+    given: the variables of the outer program that the inner update reads, besides the shared values of the site.
+    early: the operations after the scan that make some of these. They run before the scan.
+    layered: how a layer is updated.
     index: the position of the site among those of the outer plan.
   """
 
@@ -56,7 +56,7 @@ class Released:
 
 @dataclasses.dataclass
 class Own:
-  """A scanned operand that is made from released weights alone: the body makes it from its own layer of them."""
+  """A scanned operand that is made from one released weight alone: the body makes it from its layer of the weight."""
 
   released: int
   leaf: int
@@ -68,7 +68,7 @@ class Own:
 
 @dataclasses.dataclass
 class ScanPlan:
-  """A scan that steps stacks in its carry."""
+  """A scan that updates stacks in its carry."""
 
   operation: Operation
   body: Program
@@ -87,10 +87,10 @@ class Plan:
   Attributes:
     program: the program.
     sites: all sites.
-    due: the sites to step after an operation.
-    scans: the scans that are run with stacks in their carry.
-    skipped: operations that are done inside such a scan.
-    ties: the variables that make the rest of the program wait for the steps after an operation.
+    due: the sites to update after an operation.
+    scans: the scans that run with stacks in their carry.
+    skipped: the operations that are done inside such a scan, or before it.
+    ties: the variables that make the rest of the program wait for the updates after an operation.
     last_use: the last operation that reads a variable.
   """
 
@@ -104,10 +104,10 @@ class Plan:
 
 
 def make_plan(program: Program, sites: list[Site], results: Iterable[Atom], at_least: int = 0) -> Plan:
-  """Plans the steps of `sites` in `program`, which has to compute `results` besides.
+  """Plans where the `sites` are updated in `program`, which has to compute `results` too.
 
-  Steps outside of scans wait until their gradients have `at_least` bytes together, or for the end of the program: each
-  step is a barrier, over which XLA fuses nothing.
+  Updates outside scans wait until their gradients have `at_least` bytes together, or for the end of the program: XLA
+  fuses nothing across the barrier of an update.
   """
   return _Planner(program, sites, results).plan(at_least)
 
@@ -124,7 +124,7 @@ def gradient_bytes(plan: Plan, index: int) -> int:
 
 
 def constant(program: Program, atom: Atom) -> Any:
-  """The number that every element of a gradient is, as the zeros of a leaf that nothing depends on; or None."""
+  """The scalar that fills a gradient, such as the zeros of a leaf that nothing depends on; or None."""
   while isinstance(atom, int):
     made = program.makers.get(atom)
     if made is None or program.operations[made].name not in ("broadcast_in_dim", "convert_element_type"):
@@ -180,7 +180,7 @@ class _Planner:
     return result
 
   def _gathered(self, complete: Iterable[tuple[int, int]], at_least: int) -> Iterable[tuple[int, list[int]]]:
-    """Puts sites together, in the order in which they are complete, until their gradients have `at_least` bytes."""
+    """Groups sites, in the order in which they are complete, until their gradients have `at_least` bytes together."""
     waiting: list[int] = []
     size = 0
     for due, index in complete:
@@ -193,8 +193,8 @@ class _Planner:
       yield len(self.program.operations) - 1, waiting
 
   def _can_wait(self, site: Site) -> bool:
-    """Whether a weight is better stepped together with others, and its gradient small enough to be kept for that."""
-    if site.step.small is None:
+    """Whether a weight is better updated together with others, and its gradient is small enough to be kept for that."""
+    if site.step.backend.together is None:
       return False
     return site.placed == _AFTER or self._gradient_size(site) <= HELD
 
@@ -210,7 +210,7 @@ class _Planner:
     return max(complete, read)
 
   def _placed(self, site: Site) -> tuple[str, str]:
-    """How a site outside of scans is stepped, and why."""
+    """How a site outside scans is updated, and why."""
     program = self.program
     if all(constant(program, atom) == 0 for atom in site.grads):
       return "with a zero gradient", "the loss does not depend on it"
@@ -219,10 +219,10 @@ class _Planner:
     ]
     if summed:
       return "at once", f"its gradient is summed in a {program.operations[summed[0]].name}"
-    return "at once, by a kernel" if site.step.kernel else "at once", ""
+    return "at once, by a kernel" if site.step.backend.kernel else "at once", ""
 
   def _last_read(self, var: int) -> int:
-    """The last operation that reads a variable, be it through a view of it."""
+    """The last operation that reads a variable, or a view of it."""
     last, queue, seen = -1, [var], {var}
     while queue:
       var = queue.pop()
@@ -238,10 +238,10 @@ class _Planner:
     return last
 
   def _place_ties(self) -> None:
-    """Finds, for every moment at which something is stepped, variables that the backward pass goes on with.
+    """Finds, for every operation after which something is updated, variables that the backward pass goes on with.
 
-    They are the latest one, those of earlier moments that are still needed, and what the next gradient is made from, so
-    that gradients and steps come one after another.
+    They are the latest one, those of earlier updates that are still needed, and what the next gradient is made from, so
+    that gradients and updates come one after another.
     """
     program, result = self.program, self.result
     until = dict.fromkeys(self.results, len(program.operations))
@@ -270,7 +270,7 @@ class _Planner:
         before = [v for v in before if v in live and v != live[-1]] + [live[-1]]
         coming = next((after[d] for d in sorted(after) if d > i), [])
         if not self._is_near(coming, i):
-          coming = []  # there is work to do first, which waits already
+          coming = []  # other work comes first, and already waits
         result.ties[i] = tuple(dict.fromkeys([*before, *(v for v in coming if v in live)]))
 
   def _makes_of(self, index: int) -> list[int]:
@@ -285,7 +285,7 @@ class _Planner:
     return found
 
   def _is_near(self, atoms: list[int], now: int) -> bool:
-    """Whether atoms are there after operation `now`, or could be with elementwise operations alone."""
+    """Whether atoms exist after operation `now`, or only the operations of `FOLLOWED` are missing."""
     queue = list(atoms)
     while queue:
       made = self._made(queue.pop())
@@ -315,7 +315,7 @@ class _Planner:
       self._place_in_scan(scan, found)
 
   def _scan_of(self, atom: Atom) -> tuple[int | None, list[int]]:
-    """Follows a gradient back to the last scan that stacks it; returns the scan and the operations since."""
+    """Follows a gradient back to the last scan that stacks it. Returns the scan and the operations after it."""
     operations, makers = self.program.operations, self.program.makers
     scan, seen = None, set()
     queue = [atom] if isinstance(atom, int) else []
@@ -333,7 +333,7 @@ class _Planner:
         queue += [a for a in operation.inputs if isinstance(a, int)]
     if scan is None:
       return None, []
-    # Everything after the scan has to be done in it; what is not on a path from the scan can be done before.
+    # Everything after the scan has to be done inside it. What does not depend on the scan can be done before it.
     path = jax_forms.slice_of(self.program, [atom], {v for i in range(scan + 1) for v in operations[i].outputs})
     position = {v: i for i in range(scan + 1, len(operations)) for v in operations[i].outputs if v >= 0}
     return scan, sorted({position[v] for operation in path for v in operation.outputs if v >= 0})
@@ -347,8 +347,8 @@ class _Planner:
     small = small_stacks([self._gradient_size(self.sites[index]) for index, _ in candidates], length)
     for k in small:
       self.sites[candidates[k][0]].placed = _AFTER
-    # A stacked gradient that anything else reads has to be stacked all the same. Which paths are left is not known
-    # before all sites have been looked at, so that this is repeated until nothing is refused.
+    # A stacked gradient that anything else reads still has to be stacked. Each refusal changes which paths are left, so
+    # this is repeated until nothing is refused.
     for index, path in (c for k, c in enumerate(candidates) if k not in small):
       site = self.sites[index]
       try:
@@ -385,12 +385,12 @@ class _Planner:
     self.result.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, length)
     self.result.skipped |= {i for _, path, _, _ in accepted for i in path}
     for r in released:
-      r.site.placed = ("in scan, by a kernel" if r.layered.kernel else "in scan", r.layered.no_kernel)
+      r.site.placed = ("in scan, by a kernel" if r.layered.backend.kernel else "in scan", r.layered.backend.no_kernel)
 
   def _released(
     self, index: int, path: list[int], scan: int, ys: dict[int, int], length: int
   ) -> tuple[Released, list[int]]:
-    """Makes the step of one layer, or raises NotSeparableError."""
+    """Makes the update of one layer, or raises NotSeparableError."""
     program, site = self.program, self.sites[index]
     outputs = set(program.operations[scan].outputs)
     layered, later = set(ys), outputs - set(ys)  # what depends on the stacked results, and on the others

@@ -1,7 +1,9 @@
-"""How leaves are stepped: a stack of layers as a whole, or one layer of it.
+"""How leaves are updated: a stack of layers as a whole, or one layer of it.
 
-The step of one layer is made from that of the stack, by `by_layer`: with the operations that lead from what the scan
-stacks to the gradient, and those of the update. Where the layer axis is in a weight is told by its gradient.
+Why: Optax updates the whole stack at once, but a scan completes the gradient of one layer at a time.
+
+How: `by_layer` makes the update of one layer from that of the stack. It takes the operations that lead from what the
+scan stacks to the gradient, and those of the update. The layer axis of a weight is that of its gradient.
 """
 
 import dataclasses
@@ -13,34 +15,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._backends import cpu_rows, gpu_kernel, step_weight
+from optax_mpo._backends import step_weight
+from optax_mpo._backends.backend import Backend, of_layers, of_weights
 from optax_mpo._core import order, types, xla_cpu
-from optax_mpo._program import by_layer, elementwise, jax_forms
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program.program import Atom, Program, Slice
 
 Values = Sequence[Any]
 
 HELD = 2**14
-"""Elements of a gradient that may be kept for a better moment, in a scan that of a layer."""
+"""The most elements of a gradient that may be kept for a later update; in a scan, of one layer's gradient."""
 
-_SHARE = 256  # of the elements that a scan steps, one in so many may belong to small stacks
+_SHARE = 256  # small stacks may have 1 in this many of the elements that a scan updates
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """How the leaves of a site are stepped.
+  """How the leaves of a site are updated.
 
   Attributes:
     run: `run(grads, params, states, shared) -> (params, states)`.
-    grads: the shapes of what it takes, as ShapeDtypeStructs.
-    params: likewise.
-    states: likewise.
-    shared: likewise.
-    layered: makes the step of one layer of a stack, as `layer_step` does.
-    kernels: whether stacks of layers may be stepped by a kernel of `gpu_kernel`.
-    kernel: steps the weight, where `kernels` and there is one that moves less than XLA's.
-    small: steps it together with others, where `kernels` and it is so small that its launch is most of its cost.
-    rows: steps the weight on CPUs, where it does so by a few rows at a time.
+    grads: the shapes of the gradients, as ShapeDtypeStructs.
+    params: likewise, of the weights.
+    states: likewise, of the states.
+    shared: likewise, of the values that the update shares with others.
+    layered: makes the step of one layer of a stack, as `layer_step` does; None for `layer_step`.
+    backend: how they may be updated other than by XLA.
   """
 
   run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
@@ -49,26 +49,18 @@ class Step:
   states: tuple[Any, ...]
   shared: tuple[Any, ...]
   layered: Callable[..., "Layered"] | None = None
-  kernels: bool = False
-  kernel: gpu_kernel.Kernel | None = None
-  small: gpu_kernel.Kernel | None = None
-  rows: cpu_rows.Rows | None = None
-
-  @property
-  def is_special(self) -> bool:
-    """Whether there is a better way to step the leaves than XLA's, on some machine."""
-    return self.kernel is not None or self.rows is not None
+  backend: Backend = dataclasses.field(default_factory=Backend)
 
   def apply(self, grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
-    """Steps the leaves: what `run` does, in the best way for the machine."""
-    if not self.is_special:
+    """Updates the leaves as `run` does, with the best backend for the machine."""
+    if not self.backend.is_special:
       return self.run(grads, params, states, shared)
-    stacks, ways = [*params, *states], {"kernel": self.kernel, "rows": self.rows}
-    new = step_weight.step(self.pure, xla_cpu.laid_out(grads[0]), stacks, shared, jnp.int32(0), **ways)
+    grad = xla_cpu.laid_out(grads[0])
+    new = step_weight.step(self.pure, self.backend, grad, [*params, *states], shared, jnp.int32(0))
     return new[: len(params)], new[len(params) :]
 
-  def pure(self, grad: Any, stacks: Values, shared: Values, index: Any, waits: Values) -> list[Any]:
-    """Steps the leaf that there is as XLA does, for `step_weight`."""
+  def pure(self, grad: Any, stacks: Values, shared: Values, index: Any) -> list[Any]:
+    """Updates the only leaf with XLA's operations, for `step_weight`."""
     params, states = self.run([grad], stacks[: len(self.params)], stacks[len(self.params) :], shared)
     return [*params, *states]
 
@@ -77,8 +69,8 @@ Taken = tuple[Values, Values, Values, Values]  # the gradients, weights, states 
 
 
 def apply_all(steps: Sequence[Step], taken: Sequence[Taken]) -> list[tuple[list[Any], list[Any]]]:
-  """Does several steps, each as `Step.apply` does it, but for small weights: those together."""
-  small = [(k, step.small) for k, step in enumerate(steps) if step.small is not None]
+  """Does several steps. Small weights are updated together, all others by `Step.apply`."""
+  small = [(k, kernel) for k, step in enumerate(steps) if (kernel := step.backend.together) is not None]
   if len(small) < 2:
     return [step.apply(*t) for step, t in zip(steps, taken, strict=True)]
   given = [(grad, [*params, *states], shared) for (grad,), params, states, shared in (taken[k] for k, _ in small)]
@@ -92,16 +84,14 @@ class Layered:
   """The step of one layer.
 
   Attributes:
-    step: steps the layer. Its `shared` are those of the stack's step, what is given besides, and the layer's index.
+    step: updates the layer. Its `shared` are those of the stack's step, the other given values, and the layer's index.
     param_axes: the layer axis of each weight.
-    state_axes: of each state.
-    finish: None where the layers of the new state make the new state. Else the states of the layers start as zeros, and
-      `finish(states, shared)` makes the new state of the stack from all of them.
-    parts: the same step in parts, each to be written before the next one reads: `part(grads, params, states, shared)`
-      makes the new values that stand beside it, by their places among weights and then states. None: in one.
-    kernel: does the same in one pass, where there is one.
-    no_kernel: why there is none, where one is asked for.
-    rows: does the same on CPUs a few rows at a time, where there is 8-bit state.
+    state_axes: the layer axis of each state.
+    finish: None where the new states of the layers, stacked, are the new state. Otherwise the states of the layers
+      start as zeros, and `finish(states, shared)` makes the new state of the stack from them.
+    parts: the same update in parts, each written before the next one reads. `part(grads, params, states, shared)` makes
+      new values; their positions among weights, then states, stand beside it. Empty: in one part.
+    backend: how the layer may be updated other than by XLA.
   """
 
   step: Step
@@ -109,27 +99,25 @@ class Layered:
   state_axes: tuple[int, ...]
   finish: Callable[[Values, Values], list[Any]] | None = None
   parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
-  kernel: gpu_kernel.Kernel | None = None
-  no_kernel: str = ""
-  rows: cpu_rows.Rows | None = None
+  backend: Backend = dataclasses.field(default_factory=Backend)
 
   def write(self, grads: Values, stacks: Values, shared: Values, index: Any, count: int) -> list[Any]:
-    """Steps the layer at `index` of stacks of weights and states, and returns the stacks.
+    """Updates the layer at `index` of stacks of weights and states, and returns the stacks.
 
     Args:
       grads: the gradients of the layer.
-      stacks: of the weights, then of the states.
-      shared: what the step shares with others, without the index.
+      stacks: the weights, then the states.
+      shared: the values that the update shares with others, without the index.
       index: i32[], which layer.
-      count: another one for each step of the layer; the next one may use `count + len(parts)`.
+      count: a different number for each update of the layer; the next one may use `count + len(parts)`.
     """
-    if self.kernel is None and self.rows is None:
+    if not self.backend.is_special:
       return self._write(grads, stacks, shared, index, count)
-    pure = functools.partial(self._pure, count=count)
-    return step_weight.step(pure, grads[0], stacks, shared, index, kernel=self.kernel, rows=self.rows)
 
-  def _pure(self, grad: Any, stacks: Values, shared: Values, index: Any, _: Values, count: int) -> list[Any]:
-    return self._write([grad], stacks, shared, index, count)
+    def pure(grad: Any, stacks: Values, shared: Values, index: Any) -> list[Any]:
+      return self._write([grad], stacks, shared, index, count)
+
+    return step_weight.step(pure, self.backend, grads[0], stacks, shared, index)
 
   def _write(self, grads: Values, stacks: Values, shared: Values, index: Any, count: int) -> list[Any]:
     stacks, axes, first = list(stacks), (*self.param_axes, *self.state_axes), len(self.param_axes)
@@ -155,14 +143,14 @@ class Layered:
 
 @dataclasses.dataclass
 class Site:
-  """Leaves that are stepped together, as one program sees them.
+  """Leaves that are updated together, in one program.
 
   Attributes:
     leaves: which leaves of the params.
-    grads: the atoms that the step needs.
+    grads: the atoms of the gradients that the update reads.
     params: for each leaf, the variables that hold its weight.
-    step: how they are stepped. Its `shared` are the values that the site is handed from outside.
-    placed: where they are stepped, as `explain` says it, and why.
+    step: how they are updated. Its `shared` are the values that come from outside the site.
+    placed: where they are updated, as `explain` says it, and why.
   """
 
   leaves: tuple[int, ...]
@@ -173,14 +161,14 @@ class Site:
 
 
 def small_stacks(sizes: Sequence[int], length: int) -> set[int]:
-  """Which stacks of layers are stepped after a scan, whole, since within it each layer would take launches of its own.
+  """Finds small stacks of layers. They are updated whole after a scan, since inside it each layer takes launches.
 
   Args:
     sizes: the elements of each stack.
     length: the number of layers.
 
   Returns:
-    The places of small ones, such as biases and norms: all of their gradients together are next to nothing.
+    The positions of the small ones, such as biases and norms. All of their gradients together take next to no memory.
   """
   left, found = sum(sizes) // _SHARE, set()
   for k in sorted(range(len(sizes)), key=lambda k: sizes[k]):
@@ -201,16 +189,16 @@ def layer_step(
   """Makes the step of one layer from that of a stack.
 
   Args:
-    step: steps the stack.
+    step: updates the stack.
     post: `post(stacks, given)` makes the gradients that `step` takes from what the scan stacks along axis 0.
-    stacks: the shapes of that.
-    given: the shapes of what else it takes.
+    stacks: the shapes of what the scan stacks.
+    given: the shapes of the other values that `post` takes.
     length: the number of layers.
 
   Raises:
-    NotSeparableError: where a layer cannot be stepped alone.
+    NotSeparableError: where a layer cannot be updated alone.
   """
-  # Where the layer axis of each gradient is tells where it is in the weight.
+  # The layer axis of a weight is that of its gradient.
   before, _ = jax_forms.trace(post, list(stacks), list(given))
   found: list[int | None] = []
 
@@ -258,7 +246,7 @@ def layer_step(
     for atom, out in ((outputs[k], out_axes[k]) for k in part.outputs):
       axis = axes.get(atom) if isinstance(atom, int) else None
       value = jax_forms.value(atom, env)
-      if axis is None:  # the same for every layer, so that all of it was computed
+      if axis is None:  # it does not depend on the layer, so it was computed for all layers
         value, axis = jax.lax.dynamic_slice_in_dim(value, index, 1, out), out
       if axis != out:
         raise by_layer.NotSeparableError("the update moves the layer axis")
@@ -282,48 +270,20 @@ def layer_step(
   count = len(step.params)
   places = {count + j: len(stacks) + count + j for j in range(len(step.states))}
   parts = by_layer.parts(program, inputs, outputs, places, {*known, *program.constants})
-  kernel, no_kernel = None, ""
-  if step.kernels:
-    kernel, no_kernel = _kernel_of(program, program.operations, inputs, known, outputs, [0, *out_axes])
+
+  def one(grad: Any, param: Any, *rest: Any) -> list[Any]:
+    params, states = run([grad], [param], rest[: len(layer.states)], rest[len(layer.states) :])
+    return [*params, *states]
+
+  update = Slice(program, program.operations, inputs, known, program.constants, outputs)
+  avals = [*layer.grads, *layer.params, *layer.states]
   return Layered(
     layer,
     tuple(param_axes),
     tuple(state_axes),
     parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
-    kernel=kernel,
-    no_kernel=no_kernel,
-    rows=_rows_of(layer, (*param_axes, *state_axes)),
+    backend=of_layers(update, out_axes, step.backend.kernels, one, avals, layer.shared),
   )
-
-
-def _rows_of(layer: Step, axes: Sequence[int]) -> cpu_rows.Rows | None:
-  """The update of one layer by rows, if its leaf is one and its layers are along the first axis."""
-  if len(layer.params) != 1 or len(layer.grads) != 1 or any(axes):
-    return None
-
-  def run(grad: Any, param: Any, *rest: Any) -> list[Any]:
-    states, shared = rest[: len(layer.states)], rest[len(layer.states) :]
-    params, states = layer.run([grad], [param], states, shared)
-    return [*params, *states]
-
-  return cpu_rows.of_layer(run, [*layer.grads, *layer.params, *layer.states], layer.shared)
-
-
-def _kernel_of(
-  program: Program,
-  operations: Sequence[Operation],
-  inputs: Sequence[int],
-  given: Sequence[int],
-  outputs: Sequence[Atom],
-  axes: Sequence[int] | None,
-) -> tuple[gpu_kernel.Kernel | None, str]:
-  """The kernel of an update of one weight, whose inputs have these axes of layers; or None, and why."""
-  if len(inputs) != len(outputs) + 1 or any(axes or ()):
-    return None, "no kernel: its layers are not along the first axis, or its update takes several gradients"
-  try:
-    return gpu_kernel.make(program, operations, inputs, given, outputs, axes is not None), ""
-  except elementwise.NotElementwiseError as error:
-    return None, f"no kernel: {error}"
 
 
 def _layers(
@@ -338,7 +298,7 @@ def _layers(
 
 
 def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = False) -> list[Site]:
-  """Sites for groups of a `by_leaf.Update`, with the atoms of gradients and the variables of weights by leaf."""
+  """Makes sites for groups of a `by_leaf.Update`, with the atoms of gradients and variables of weights, by leaf."""
   sites = []
   for group in groups:
     count, avals = len(group.leaves), [group.program.aval(v) for v in (*group.inputs, *group.shared)]
@@ -349,31 +309,9 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
       tuple(structs[count : 2 * count]),
       tuple(structs[2 * count : len(group.inputs)]),
       tuple(structs[len(group.inputs) :]),
-      kernels=kernels,
-      kernel=_block_kernel(group) if kernels else None,
-      small=_small_kernel(group) if kernels else None,
-      rows=cpu_rows.of_group(group),
+      backend=of_weights(group.update, count, kernels),
     )
     sites.append(
       Site(group.leaves, tuple(grads[i] for i in group.leaves), tuple((weights[i],) for i in group.leaves), step)
     )
   return sites
-
-
-def _small_kernel(group: Any) -> gpu_kernel.Kernel | None:
-  """The kernel of a group with one small weight and no 8-bit state, if there is one."""
-  if len(group.leaves) != 1 or group.program.aval(group.inputs[1]).size > order.SMALL:
-    return None
-  kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, None)
-  return kernel if kernel is not None and not kernel.elements.block else None
-
-
-def _block_kernel(group: Any) -> gpu_kernel.Kernel | None:
-  """The kernel of a group with one weight, if there is one and it moves less than XLA's.
-
-  XLA updates a weight that is no stack of layers with one kernel, unless blocks of its state get new scales.
-  """
-  kernel = None
-  if len(group.leaves) == 1:
-    kernel, _ = _kernel_of(group.program, group.operations, group.inputs, group.shared, group.outputs, None)
-  return kernel if kernel is not None and kernel.elements.block else None

@@ -1,12 +1,12 @@
-"""Steps each weight inside the backward pass, as soon as its gradient is complete, for any loss function.
+"""Updates each weight inside the backward pass, as soon as its gradient is complete, for any loss function.
 
 Why: between the backward pass and the update, every gradient is held: 2 to 4 bytes per parameter, at the very moment
-of the peak. A gradient that is used up where it is made costs as much as the largest one.
+of the peak. If each gradient is applied and freed where it is made, only the largest one counts.
 
 How: `jax.value_and_grad(loss_fn)` is traced to a program. `by_leaf` takes the update apart into updates of single
 leaves, `planning` finds the place of each in the program, and `evaluate` runs the two together.
 
-References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) step in the backward pass of PyTorch.
+References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) update in the backward pass of PyTorch.
 """
 
 import copy
@@ -34,7 +34,7 @@ class Traced:
   """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes.
 
   The loss is differentiated with respect to the leaves whose gradients the update reads. The others, such as frozen
-  weights, have a gradient of zeros, which nothing reads.
+  weights, get a gradient of zeros, which nothing reads.
   """
 
   def __init__(
@@ -84,11 +84,11 @@ class Traced:
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def forward(self) -> Program:
-    """The program of `loss_fn` alone, without its derivative; its first inputs are the leaves of the params."""
+    """The program of `loss_fn` without its derivative; its first inputs are the leaves of the params."""
     return jax_forms.trace(self._arrays_of_loss, self.leaves, self.lifted)[0]
 
   def sites(self, groups: Sequence[by_leaf.Group], kernels: bool) -> list[Site]:
-    """Where the weights are stepped, each with its gradient; by kernels, where there are any."""
+    """The sites of the weights, with their gradients; `kernels` allows GPU kernels."""
     sites = of_groups(groups, self.grads, self.program.inputs, kernels)
     for site in sites:
       if not any(self._trained[i] for i in site.leaves):
@@ -96,7 +96,7 @@ class Traced:
     return sites
 
   def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":
-    """The same program for other values of its inputs and of constants."""
+    """The same program with other values for its inputs and for constants."""
     other = copy.copy(self)
     count = len(self.leaves)
     other.leaves, other.lifted, other.program = (
@@ -114,7 +114,7 @@ class Traced:
 
 
 def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
-  """The updates of single leaves, or an error where there are none."""
+  """Returns the updates of single leaves, or raises ValueError where they are coupled."""
   groups = []
   for leaves in update.components(range(len(update.names))):
     try:
@@ -131,33 +131,35 @@ def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
 def value_and_update(
   loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False, two_pass: bool = False
 ) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
-  """Makes a training step that steps each weight inside the backward pass and keeps no gradients.
+  """Makes a training step that updates each weight inside the backward pass and keeps no gradients.
 
-  It takes the place of `jax.value_and_grad`, `tx.update` and `apply_updates`, for a loss function written without it:
-  shared weights, rematerialisation, custom derivatives, nested `jit` and scans over layers need nothing. The operations
-  are those of the ordinary step, and so is the optimizer state: one can change between the two at any time.
+  It replaces `jax.value_and_grad`, `tx.update` and `apply_updates`. The loss function needs no changes: shared weights,
+  rematerialisation, custom derivatives, nested `jit` and scans over layers work as they are. The operations and the
+  optimizer state are those of the ordinary step, so you can switch between the two at any time.
 
-  The step is pure. Run it under `jax.jit` with the params and the state donated; that is what saves the memory.
+  The step is pure. To save the memory, run it under `jax.jit` with the params and the state donated.
 
   Args:
-    loss_fn: `loss_fn(params, *args, **kwargs) -> f32[]`, or `(f32[], aux)` with `has_aux`; what `jax.value_and_grad`
-      takes.
-    tx: an Optax transformation that updates each leaf on its own: what it computes for one may depend on step counts
-      and schedules, but not on the gradients of other leaves. This is found out from what it computes, not by name.
+    loss_fn: `loss_fn(params, *args, **kwargs) -> f32[]`, or `(f32[], aux)` with `has_aux`, as `jax.value_and_grad`
+      takes it.
+    tx: an Optax transformation that updates each leaf on its own: the update of a leaf may depend on step counts and
+      schedules, but not on the gradients of other leaves. What it computes decides this, not its name.
     has_aux: whether `loss_fn` returns more than the loss.
-    two_pass: allows for updates that depend on all gradients through a few numbers, such as clipping by their global
-      norm, at the price of a second forward and backward pass. The first computes those numbers alone.
+    two_pass: allows updates that depend on all gradients through small arrays, such as clipping by their global norm,
+      at the cost of a second forward and backward pass. The first pass only computes these arrays.
 
   Returns:
     `step(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is `(loss, aux)`.
 
   Raises:
-    The step raises NotImplementedError on a JAX whose programs it cannot read; ValueError where `opt_state` is not the
-    state of `tx` for `params`, where `tx` couples leaves and `two_pass` does not help, and where `loss_fn` closes over
-    a leaf of `params`; and what `jax.value_and_grad` raises.
+    NotImplementedError: by the step, on a JAX whose programs it cannot read, and where `loss_fn` has side effects that
+      two passes would repeat.
+    ValueError: by the step, where `opt_state` is not the state of `tx` for `params`, where `tx` couples leaves and
+      `two_pass` does not help, and where `loss_fn` closes over a leaf of `params`.
+    The step also raises what `jax.value_and_grad` raises.
 
-  Memory: no gradient tree, which is 2 to 4 bytes per parameter. At any time there is the gradient of one leaf, or, for
-    layers in a `lax.scan`, of one leaf of one layer. `explain` tells which leaves that does not hold for.
+  Memory: saves the gradient tree, 2 to 4 bytes per parameter. At any time there is the gradient of one leaf, or, for
+    layers in a `lax.scan`, of one leaf of one layer. `explain` tells which leaves are exceptions.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -194,7 +196,7 @@ def value_and_update(
 Operands = tuple[list[Any], list[Any], dict[int, Any], dict[int, Any]]
 """Params and arguments; the leaves of the state; the traced constants of the loss function, and those of the update.
 
-All that a step may be differentiated with respect to, or mapped over.
+A step may be differentiated with respect to all of these, or mapped over them.
 """
 
 Results = tuple[list[Any], list[Any], list[Any]]
@@ -202,7 +204,7 @@ Results = tuple[list[Any], list[Any], list[Any]]
 
 
 def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: Operands) -> Results:
-  """The step, in which each weight is updated inside the backward pass."""
+  """Runs the step and updates each weight inside the backward pass."""
   inputs, old, loss_constants, constants = operands
   traced, update = traced.at(inputs, loss_constants), update.at(old, constants)
   values, new_states = update.run_shared()
@@ -210,7 +212,7 @@ def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: 
   if two_pass and update.is_coupled:
     groups, values, new_weights, states = _first_pass(traced, update, old, values)
     new_states |= states
-    # Without a barrier XLA would see that both passes compute the same, and keep all of the first for the second.
+    # Without a barrier, XLA would see that both passes compute the same, and keep all of the first for the second.
     inputs, values = order.barrier((inputs, values))
   else:
     groups = groups_of(update)
@@ -225,7 +227,7 @@ def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: 
 
 
 def _ordinary(traced: Traced, update: by_leaf.Update, operands: Operands) -> Results:
-  """The same step with all gradients first, as `jax.value_and_grad` and `tx.update` make it."""
+  """Runs the same step with all gradients first, as `jax.value_and_grad` and `tx.update` do."""
   inputs, old, loss_constants, constants = operands
   count = len(traced.leaves)
   out = jax_forms.call_source(traced.program.replaced(loss_constants), *inputs)
@@ -237,10 +239,10 @@ def _ordinary(traced: Traced, update: by_leaf.Update, operands: Operands) -> Res
 def _differentiated_as(
   ordinary: Callable[[Operands], Results], released: Callable[[Operands], Results], operands: Operands
 ) -> Results:
-  """Returns `released(operands)`; where that is differentiated, `ordinary(operands)`, which computes the same.
+  """Returns `released(operands)`, differentiated as `ordinary(operands)`, which computes the same.
 
-  A derivative needs all gradients of the step at once. And operations that are run one by one, as a released step runs
-  those of the update, have lost the custom derivatives of the calls that they come from, such as that of a rounding.
+  A derivative needs all gradients of the step at once. Also, a released step runs the operations of the update one by
+  one, without the calls that they come from, and so without the custom derivatives of these, such as a rounding's.
   """
   leaves, treedef = jax.tree.flatten(operands)
 
@@ -258,10 +260,10 @@ def _differentiated_as(
 def _first_pass(
   traced: Traced, update: by_leaf.Update, states: Sequence[Any], values: dict[int, Any]
 ) -> tuple[list[by_leaf.Group], dict[int, Any], dict[int, Any], dict[int, Any]]:
-  """Runs the backward pass for the numbers that couple the leaves.
+  """Runs the backward pass for the small arrays that couple the leaves.
 
   Returns:
-    The updates of single leaves, and the values of what they share; the new weights and states that are made already.
+    The updates of single leaves, and the values that they share; the new weights and states that are already made.
   """
   if traced.effects:
     raise NotImplementedError(

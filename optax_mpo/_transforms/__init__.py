@@ -1,1 +1,1 @@
-"""What wraps an Optax transformation, and what goes with its state."""
+"""Wrappers around an Optax transformation, and tools for its state."""

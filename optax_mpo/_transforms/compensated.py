@@ -1,12 +1,12 @@
 """Optax training with bf16 weights whose f32 master is kept as compensation bits.
 
-Why: in mixed precision every weight is held twice, in bf16 to compute with and in f32 to update. The two share their
-upper half. `compensated` stores that half once, as the params, and the rest as bits in the optimizer state, and shows
-the transformation it wraps what it would have seen anyway: f32 master weights and f32 gradients. With 16 bits training
-is then bit for bit the training with f32 masters.
+Why: mixed precision holds every weight twice, in bf16 to compute with and in f32 to update. The two share their upper
+half. `compensated` stores that half once, as the params, and the rest as compensation bits in the optimizer state. The
+wrapped transformation still sees f32 master weights and f32 gradients. With 16 bits, training equals training with f32
+masters bit for bit.
 
-Memory: 2 bytes per parameter for the weight and bits / 8 for the compensation. The f32 view is an integer expression
-of the two that XLA fuses into the update, so that it is never held.
+Memory: 2 bytes per parameter for the weight and bits / 8 for the compensation bits. The f32 view is an integer
+expression of the two. XLA fuses it into the update, so that no f32 copy is stored.
 
 Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381.
 """
@@ -35,9 +35,10 @@ class CompensatedState(NamedTuple):
   """State of `compensated`.
 
   Attributes:
-    compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. Where a leaf
-      keeps no bits (f32 params, bits=0) it has an `optax.MaskedNode()`.
-    inner_state: the state of the wrapped transformation, which was initialised with f32 params.
+    compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. A leaf without
+      bits (f32 params, bits=0) has an `optax.MaskedNode()`.
+    inner_state: the state of the wrapped transformation, made from f32 params. With stochastic rounding, a
+      `RoundingState` around it.
   """
 
   compensation: PyTree
@@ -45,7 +46,7 @@ class CompensatedState(NamedTuple):
 
 
 class RoundingState(NamedTuple):
-  """What `compensated(..., rounding="stochastic")` keeps beside the state of the wrapped transformation.
+  """Step counter and inner state of `compensated(..., rounding="stochastic")`.
 
   Attributes:
     step: i32[], the number of updates.
@@ -65,40 +66,41 @@ def compensated(
 ) -> optax.GradientTransformationExtraArgs:
   """Runs `inner` on f32 master weights that are stored as bf16 (or fp16) params and compensation bits.
 
-  `inner` may be any Optax transformation, chains, wrappers and `optax.MultiSteps` included. In `init` and in `update`
-  it sees f32 params and f32 gradients, whatever the dtype of the gradients that come in. Leaves of the params that
-  are f32 already stay ordinary f32 leaves.
+  `inner` may be any Optax transformation, including chains, wrappers and `optax.MultiSteps`. Its `init` and `update`
+  see f32 params and f32 gradients, whatever the dtype of the incoming gradients. Params that are f32 already stay
+  ordinary f32 leaves.
 
   Put everything that should compute in f32 inside: `compensated(optax.chain(optax.clip(1.0), optax.adamw(1e-3)))`.
-  Nothing may change the updates between this transformation and the params, since the bits describe the weights that
-  these very updates lead to.
+  Nothing may change the updates between this transformation and the params: the bits belong to the weights that exactly
+  these updates lead to.
 
   Args:
     inner: the transformation to wrap.
     bits: how many of the 16 bits that bf16 cuts off are kept. 16 is exact: training equals f32-master Optax bit for
-      bit. With 8 or 4, master weights are rounded to a 24- or 20-bit number after every step. 0 keeps nothing, which
-      is plain bf16 training with the arithmetic of the update in f32.
-    rounding: how weights are rounded to what `bits` keep: "nearest", or "stochastic", up or down in proportion, so that
-      updates too small for the bits count on average. With bits=0 it takes that for updates to count at all.
-    seed: of the stochastic rounding, which depends on nothing but the seed, the number of the step, the leaf and the
-      place of the weight: it is the same each time and however the arrays are sharded.
+      bit. With 8 or 4, master weights are rounded to a 24- or 20-bit number after every step. 0 keeps no bits: plain
+      bf16 training whose updates are computed in f32.
+    rounding: how weights are rounded to what `bits` can hold: "nearest", or "stochastic": up or down at random, in
+      proportion, so that updates too small for the bits count on average. With bits=0, "nearest" loses small updates.
+    seed: of the stochastic rounding. The random bits depend only on the seed, the step number, the leaf and the
+      position of the weight: they are reproducible, and do not depend on how the arrays are sharded.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `CompensatedState`; with stochastic rounding its
-    `inner_state` is a `RoundingState` around that of `inner`. Its updates are f32; apply them
-    with `optax_mpo.apply_updates`, or with `optax.apply_updates`, which differs in weights that one step makes 65536
+    `inner_state` is a `RoundingState` around that of `inner`. Its updates are f32. Apply them with
+    `optax_mpo.apply_updates`, or with `optax.apply_updates`, which differs for weights that one step makes 65536
     times smaller (see `apply_updates`).
 
   Raises:
-    ValueError: for other values of `bits`, `rounding` or `seed`.
-    TypeError: where `inner` is not a transformation.
+    ValueError: for unsupported values of `bits`, `rounding` or `seed`.
+    TypeError: if `inner` is not an Optax transformation.
 
-    `init` warns where all params are f32: use `optax_mpo.init`, which makes them bf16.
+    `init` warns if all params are f32 (use `optax_mpo.init`, which casts them to bf16), and if rounding to `bits` would
+    drop the weight decay of `inner`.
 
     `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16 and float32, and ValueError
-    for trees that do not fit each other, with the path of the leaf.
+    for trees that do not match. Both name the leaf.
 
-  Memory: 2 + bits / 8 bytes per bf16 parameter, beside the state of `inner`.
+  Memory: 2 + bits / 8 bytes per bf16 or fp16 parameter, plus the state of `inner`.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -124,7 +126,7 @@ def compensated(
     raise ValueError(f"compensated: seed has to be a Python int, but it is {seed!r}.")
   inner = wrapping.as_transformation(inner, "compensated")
   stochastic = rounding == "stochastic"
-  tried: list[bool] = []  # that lost decay has been looked for
+  tried: list[bool] = []  # not empty once `init` has looked for lost weight decay
 
   def init(params: PyTree) -> CompensatedState:
     named, treedef = trees.named_leaves(params), jax.tree.structure(params)
@@ -196,7 +198,7 @@ def compensated(
 
 
 def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
-  """Whether there is 8-bit state so large that XLA:CPU had better not step all of it at once, and this is a CPU."""
+  """Whether this is a CPU, and some 8-bit state is so large that XLA:CPU updates it slowly in one piece."""
   if jax.default_backend() != "cpu" or step_weight.is_left_out():
     return False
   found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, blocks.Quantized))
@@ -209,14 +211,14 @@ def _kept_or_masked(kept: jax.Array | None) -> Any:
 
 
 def _master(leaf: jax.Array, kept: Any) -> jax.Array:
-  """The f32 master weight of a leaf: f32[*s] as it is, bf16[*s] joined with its bits."""
+  """The f32 master weight of a leaf: f32[*s] unchanged, low[*s] joined with its bits."""
   return formats.join(leaf, checks.bits_or_none(kept)) if formats.is_low(leaf) else leaf
 
 
 def _step(
   leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int, random: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-  """Returns the outer update f32[*s] of one leaf, and the bits of the weight that it leads to."""
+  """Returns the update f32[*s] of one leaf, and the bits of its new weight."""
   if not formats.is_low(leaf):
     return step, optax.MaskedNode()
   new = xla_cpu.held(formats.add(master, step).astype(jnp.float32), leaf)
@@ -237,12 +239,12 @@ def _check_rounding(inner_state: Any, stochastic: bool) -> None:
 
 @dataclasses.dataclass
 class _Seed:
-  """A master weight on its way through `tx.init`, and what the `compensated` that claimed it made of it."""
+  """A master weight on its way through `tx.init`, and the param that a `compensated` made of it."""
 
   name: str
-  placeholder: jax.Array  # bf16[*s]: what the transformations around `compensated` see; kept alive for its id
+  placeholder: jax.Array  # low[*s]: what the transformations around `compensated` see; kept alive for its id
   master: jax.Array  # f32[*s]
-  low: jax.Array | None = None
+  low: jax.Array | None = None  # None until a `compensated` claims the leaf
 
 
 _seeds: contextvars.ContextVar[dict[int, _Seed] | None] = contextvars.ContextVar("optax_mpo_seeds", default=None)
@@ -258,7 +260,7 @@ def _seeding(seeds: dict[int, _Seed]) -> Iterator[None]:
 
 
 def _warn_of_f32(params: PyTree) -> None:
-  """Warns where nothing is in low precision, as when Flax's own TrainState or nnx.Optimizer calls `tx.init`."""
+  """Warns if no param has low precision, as when Flax's own TrainState or nnx.Optimizer calls `tx.init`."""
   leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
   whole = bool(leaves) and not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
   if _seeds.get() is None and whole and not any(map(formats.is_low, leaves)) and not wrapping.is_for_shapes():
@@ -277,7 +279,7 @@ def _seed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
     return leaf, optax.MaskedNode()
   seed = (_seeds.get() or {}).get(id(leaf))
   if seed is None:
-    # The params are all there is: their exact value is the master weight, and every bit below it is zero.
+    # There is no f32 original: the low-precision value itself is the master weight, and its bits are zero.
     leaf = jnp.asarray(leaf)
     kept = jnp.zeros_like(leaf, dtype=bf16.bits_dtype(bits)) if bits else None
     return formats.widen(leaf), _kept_or_masked(kept)
@@ -297,27 +299,30 @@ def init(
   dtype: Any = jnp.bfloat16,
   where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
 ) -> tuple[PyTree, optax.OptState]:
-  """Casts f32 params to low precision and makes `tx`'s state, seeded with the bits that the cast cut off.
+  """Casts f32 params to low precision and makes `tx`'s state, with the bits that the cast cuts off.
 
-  Use this in place of `tx.init(params)`, which knows only the rounded weights. Every `compensated` inside `tx` (in a
+  Use this instead of `tx.init(params)`, which sees only the rounded weights. Every `compensated` inside `tx` (in a
   chain, masked, multi_transform, inject_hyperparams, MultiSteps, ...) finds the bits of its leaves. To continue with
-  params that are low already, `tx.init(params)` is right: their bits start at zero.
+  params that are bf16 or fp16 already, use `tx.init(params)`: their bits start at zero.
 
   Args:
     tx: a transformation with `compensated` in it.
     params: a tree of f32 params. Leaves of other dtypes stay as they are.
     dtype: the low precision, bfloat16 or float16 (its bounds are in docs/compact.md).
-    where: `where(path, leaf) -> bool` says which f32 leaves go low, as in `cast`. None: all of them.
+    where: `where(path, leaf) -> bool` says which f32 leaves are cast, as in `cast`. None: all of them.
 
   Returns:
-    `(params, opt_state)`, where `opt_state` is of the structure that `tx.init` makes. They can be donated: they share
-    no buffer with each other or with `params`.
+    `(params, opt_state)`, where `opt_state` has the structure that `tx.init` makes. Both can be donated: they share no
+    buffer with each other or with the argument `params`.
 
   Raises:
-    ValueError: where a leaf goes low that no `compensated` in `tx` trains (its bits would be lost), or two do.
-    TypeError: for a leaf that cannot be trained, such as an integer or float64 one, with its path.
+    ValueError: for another `dtype`, or if a leaf is cast that no `compensated` in `tx` trains (its bits would be lost)
+      or that two train.
+    TypeError: for a leaf that cannot be trained, such as an integer or float64 leaf, with its path.
 
-  Memory: 2 + bits / 8 bytes per parameter, beside the state of the wrapped transformation.
+    It warns if something around `compensated` changes its updates.
+
+  Memory: 2 + bits / 8 bytes per parameter, plus the state of the wrapped transformation.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
@@ -335,7 +340,7 @@ def init(
 
 
 def seeded(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, optax.OptState]:
-  """What `init` returns, without its warning."""
+  """Returns what `init` returns, and does not check whether something around `compensated` changes its updates."""
   seeds: dict[int, _Seed] = {}
   mixed = []
   names = [leaf_name for leaf_name, _ in trees.named_leaves(params)]
@@ -368,13 +373,15 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     opt_state: the state of a transformation with `compensated` anywhere inside it.
 
   Returns:
-    A tree like `params` in which bf16 leaves are f32[*s], joined with their bits where there are any. Other leaves
-    are as they were; outside of jit they are copies, so that the result or `params` can be donated.
+    A tree like `params` in which bf16 and fp16 leaves are f32[*s], joined with their bits if they have any. Other
+    leaves are unchanged; outside of jit they are copies, so that the result or `params` can be donated.
 
   Raises:
-    ValueError: where `opt_state` has no `CompensatedState`, one for other params, or two with bits for one leaf.
+    ValueError: if `opt_state` has no `CompensatedState`, one for other params, two with bits for one leaf, or bits that
+      a wrapper around `compensated` has split.
+    TypeError: if the arguments are swapped.
 
-  Memory: 4 bytes per parameter where the result is kept; nothing where XLA fuses it into its use.
+  Memory: 4 bytes per parameter if the result is kept; none if XLA fuses it into its use.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo

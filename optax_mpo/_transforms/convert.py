@@ -1,11 +1,10 @@
-"""Carries a training run from one form of storage to another: other bits, 8-bit state, f32 masters, and back.
+"""Converts a training run to another precision: other bits, 8-bit state, f32 masters, and back.
 
-Why: a run that was begun with f32 masters should not have to begin again to save memory, nor one that was begun with 8
-bits to be exact.
+Why: a run that started with f32 masters should be able to save memory without a restart, and a run that started with 8
+bits to become exact.
 
-How: under every wrapper of this library lies the state that Optax made, and around it the same wrappers of Optax. So
-both states are taken down to that, and the leaves of the one go into the places of the other. Weights go by way of
-their f32 masters.
+How: without the wrappers of this library, the old and the new state have the same Optax structure. Both are stripped to
+it, and the old leaves are put into the places of the new ones. Weights are converted through their f32 masters.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,31 +32,33 @@ def convert(
   dtype: Any = jnp.bfloat16,
   where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
 ) -> tuple[PyTree, optax.OptState]:
-  """Returns the params and the state of a run in the form in which `tx` keeps them.
+  """Returns the params and the state of a run as `tx` stores them.
 
-  `tx` has to be the transformation of the run but for what this library adds: `compensated` with other bits or none at
-  all, with `quantized_state` or without. So an f32-master run of plain Optax can go on with less memory, and any run
-  can be taken back to plain Optax with f32 params. Step counts, schedules and moments go on.
+  `tx` has to be the transformation of the run, except for the wrappers of this library: it may have `compensated` with
+  other bits or not at all, and `quantized_state` or not. So a plain Optax run with f32 masters can continue with less
+  memory, and any run can return to plain Optax with f32 params. Step counts, schedules and moments continue.
 
-  Exact are the weights wherever the new bits hold the old ones (16 bits hold every f32 number), moments wherever they
-  are f32 in the new form, and 8-bit state that stays 8-bit state of the same block size.
+  Weights stay exact if the new bits can hold the old ones (in bf16, 16 bits hold every f32 number). Moments stay exact
+  if they are f32 in the new state. 8-bit state stays exact if its dtype and block size do not change.
 
   Args:
-    tx: the transformation to go on with.
+    tx: the transformation to continue with.
     params: the params of the run: f32 masters, or low-precision params.
     opt_state: their state.
-    dtype: the low precision to go to, as in `init`, where `tx` has `compensated` in it.
-    where: which params go low, likewise.
+    dtype: the low precision of the new params, as in `init`, if `tx` has `compensated` in it. Low-precision params
+      without bits keep their dtype.
+    where: which f32 weights are cast, as in `init`.
 
   Returns:
-    `(params, opt_state)`, as `init(tx, ...)` makes them, or with f32 params where nothing in `tx` is compensated.
-    They can be donated: they share no buffer with each other or with the arguments.
+    `(params, opt_state)`, as `init(tx, ...)` makes them, or with f32 params if `tx` has no `compensated` in it.
+    Both can be donated: they share no buffer with each other or with the arguments.
 
   Raises:
-    ValueError: where the states are not of the same Optax transformation, with the leaf or the container that differs;
+    ValueError: if the states belong to different Optax transformations, with the leaf or the container that differs;
       and what `init` raises.
 
-  Memory: both forms and the f32 masters, 4 bytes per parameter, while it runs; less under `jax.jit` with both donated.
+  Memory: the old and the new params and state, and the f32 masters, 4 bytes per parameter, while it runs; less under
+    `jax.jit` if params and state are donated.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
@@ -99,7 +100,7 @@ def _is_quantized(x: Any) -> bool:
 
 
 def _nodes(state: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:
-  """All states of some kinds, outer ones first."""
+  """All states of the given types, outer ones first."""
   found = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
   return [y for x in found for y in (x, *_nodes(x.inner_state, kinds))]
 
@@ -116,7 +117,7 @@ def _masters(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def _without_bits(params: PyTree, opt_state: PyTree) -> PyTree:
-  """Which leaves are low and have no bits: they are their own masters, and perhaps frozen."""
+  """Which leaves have low precision and no bits: they are their own masters, and may be frozen."""
   treedef = jax.tree.structure(params)
   low = [formats.is_low(leaf) for leaf in treedef.flatten_up_to(params)]
   for state in _nodes(opt_state, compensated.CompensatedState):
@@ -126,7 +127,7 @@ def _without_bits(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def _plain(state: PyTree) -> PyTree:
-  """A state without what this library adds, down to the `Quantized` in place of arrays."""
+  """A state without this library's wrappers. Each `Quantized` stays in place of its array."""
 
   def strip(x: Any) -> Any:
     return _plain(x.inner_state) if isinstance(x, _OURS) else x
@@ -135,7 +136,7 @@ def _plain(state: PyTree) -> PyTree:
 
 
 def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, Any]) -> PyTree:
-  """Puts values into the leaves of a state, in order, and goes on counting from the steps in `counted`."""
+  """Puts values into the leaves of a state, in order. Step counters continue from `counted`."""
 
   def fill(x: Any) -> Any:
     if isinstance(x, _OURS):
@@ -149,7 +150,7 @@ def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, A
 
 
 def _stored(name: str, value: Any, form: Any) -> Any:
-  """A leaf of the old state in the form of the new one."""
+  """Converts a leaf of the old state to the dtype or codes of the new one."""
   have, want = (x.values if _is_quantized(x) else x for x in (value, form))
   if jnp.shape(have) != jnp.shape(want):
     raise ValueError(f"convert: {name} is {list(jnp.shape(have))}, but in tx's state {list(jnp.shape(want))}.")

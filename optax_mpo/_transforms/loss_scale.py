@@ -1,11 +1,11 @@
 """Loss scaling for fp16, static or dynamic, around any Optax transformation.
 
 Why: gradients under 2^-24 vanish in fp16. The loss is multiplied by a scale before it is differentiated, and the
-gradients are divided by it in f32. A scale that is too large makes them overflow: such steps are left out and the
-scale halved.
+gradients are divided by it in f32. If the scale is too large, gradients overflow: such a step is skipped, and a dynamic
+scale is divided by `factor`, 2 by default.
 
-How: `loss_scaled` goes around everything else, `compensated` included. The state is selected, not branched on, so that
-XLA updates it in place.
+How: `loss_scaled` wraps everything else, including `compensated`. The state is selected with `where`, without a
+branch, so that XLA updates it in place.
 
 Source: Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740.
 """
@@ -25,9 +25,9 @@ class LossScaleState(NamedTuple):
   """State of `loss_scaled`.
 
   Attributes:
-    scale: f32[], what the next loss is to be multiplied by.
-    good_steps: i32[], steps since the scale last changed.
-    skipped: i32[], how many steps were left out so far.
+    scale: f32[], the factor for the next loss.
+    good_steps: i32[], steps without an overflow since the last overflow or growth of the scale; 0 for a static scale.
+    skipped: i32[], how many steps were skipped so far.
     inner_state: the state of the wrapped transformation.
   """
 
@@ -46,30 +46,30 @@ def loss_scaled(
   factor: float = 2.0,
   min_scale: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes gradients of a scaled loss: divides them by the scale, in f32, and leaves out steps where they overflowed.
+  """Divides gradients of a scaled loss by the scale, in f32, and skips steps where they overflowed.
 
-  Multiply the loss by `loss_scale(opt_state)` and hand the gradients of that to `update`. Put it around everything,
-  `loss_scaled(compensated(optax.adamw(3e-4)))`, so that clipping and moments see gradients without the scale.
+  Multiply the loss by `loss_scale(opt_state)` and pass its gradients to `update`. Wrap everything,
+  `loss_scaled(compensated(optax.adamw(3e-4)))`, so that clipping and moments see unscaled gradients.
 
-  Where a gradient is not finite, updates are zero and the state of `inner` stays what it was.
+  If any gradient is not finite, all updates are zero and the state of `inner` does not change.
 
   Args:
     inner: the transformation to wrap.
-    scale: the scale, or for dynamic scaling the first one. A power of two changes no digits.
+    scale: the scale, or the first one if `dynamic`. A power of two changes no significand bits.
     dynamic: whether the scale is divided by `factor` after a step with an overflow, and multiplied by it after
-      `growth_interval` steps without. If not, it stays, and steps with an overflow are left out all the same.
+      `growth_interval` steps without. A static scale never changes, and steps with an overflow are skipped too.
     growth_interval: see above.
     factor: see above.
-    min_scale: a dynamic scale does not go below this.
+    min_scale: a dynamic scale stays between this and 2^120.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `LossScaleState`.
 
   Raises:
-    ValueError: for a scale, an interval or a factor that cannot work.
-    TypeError: where `inner` is not a transformation; in `update`, where the state is not a `LossScaleState`.
+    ValueError: for an invalid `scale`, or if `dynamic` an invalid `growth_interval`, `factor` or `min_scale`.
+    TypeError: if `inner` is not an Optax transformation; in `update`, if the state is not a `LossScaleState`.
 
-  Memory: 12 bytes.
+  Memory: 12 bytes in total.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -128,16 +128,16 @@ def loss_scaled(
 
 
 def loss_scale(opt_state: optax.OptState) -> jax.Array:
-  """Returns what the loss is to be multiplied by, f32[], from the state of a transformation with `loss_scaled` in it.
+  """Returns the factor to multiply the loss by, f32[].
 
   Args:
-    opt_state: the state.
+    opt_state: the state of a transformation with `loss_scaled` in it.
 
   Returns:
-    The scale; the next one in a dynamic scaling.
+    The scale for the next step.
 
   Raises:
-    ValueError: where there is no `LossScaleState` in it, or several.
+    ValueError: if there is no `LossScaleState` in the state, or several.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo

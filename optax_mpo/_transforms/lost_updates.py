@@ -1,7 +1,7 @@
-"""Tells which weights are being rounded to where they were: the failure that compensation bits are there against.
+"""Measures how many weights an update does not change, because rounding drops it. Compensation bits prevent this.
 
-Why: a weight that stands still under a steady update looks like convergence. Which leaves it happens to depends on the
-size of their weights and of the learning rate, so it has to be looked at leaf by leaf.
+Why: a weight that does not change in spite of steady updates looks like convergence. It depends on the size of the
+weights and on the learning rate, so it is measured per leaf.
 """
 
 from typing import Any
@@ -20,22 +20,22 @@ PyTree = Any
 def lost_updates(
   params: PyTree, updates: optax.Updates, bits: int = 0, opt_state: optax.OptState | None = None
 ) -> PyTree:
-  """Returns for each leaf the share of weights that an update does not move, though it is not zero.
+  """Returns for each leaf the fraction of weights that a nonzero update does not change.
 
   Args:
     params: params in bf16, fp16, f32 or complex64.
-    updates: the f32 updates that are to be added to them, as an Optax transformation without `compensated` makes them
-      of `master_params`: what comes out of `compensated` is rounded already.
-    bits: how many compensation bits the weights have: 0 for plain low precision, and 16 means that f32 has to lose an
-      update for it to be lost.
-    opt_state: a state with `compensated` in it, whose bits belong to `params`; without it those are taken for zero.
+    updates: the f32 updates to add to them, as an Optax transformation without `compensated` makes them from
+      `master_params`. Updates of `compensated` are already rounded.
+    bits: how many compensation bits the weights have: 0 for plain low precision; with 16 in bf16, an update is lost
+      only if f32 loses it.
+    opt_state: a state with `compensated` in it that belongs to `params`. Without it, their bits are taken to be zero.
 
   Returns:
-    A tree like `params` of f32[], from 0 to 1, for logging. Rounding is to nearest. For f32 leaves it is the share that
-    f32 itself loses.
+    A tree like `params` of f32[], from 0 to 1, for logging, for rounding to nearest. For f32 and complex leaves it is
+    the fraction that their own precision loses.
 
   Raises:
-    ValueError: for other values of `bits`, and where trees or shapes do not fit each other.
+    ValueError: for other values of `bits`, and if trees or shapes do not match.
     TypeError: for params that are not bf16, fp16, f32 or complex.
 
   Example:

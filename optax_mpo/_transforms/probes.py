@@ -1,12 +1,11 @@
-"""Tries a transformation on a tiny copy of the params, to warn of what it would lose in silence.
+"""Tries a transformation on tiny params, and warns of two mistakes that raise no error.
 
-Why: two mistakes train without an error. Weights that keep 8 bits and are rounded to nearest drop a weight decay
-below half an ulp. And what changes the updates of `compensated` from outside, or holds weights still that it
-steps, leaves bits that belong to other weights.
+Why: weights with fewer than 16 bits, rounded to nearest, lose a weight decay below half an ulp. And if a wrapper around
+`compensated` changes its updates, or freezes weights that it updates, the bits belong to other weights than the params.
 
-How: every leaf is replaced by a single number, with as many axes, in the same tree, so that masks and labels fit. The
-update is traced, and what is looked at is computed. A transformation that cannot be tried, since it needs extra
-arguments or looks at values, gives no warning.
+How: every floating-point leaf is replaced by an array with the same number of axes and one element, in the same tree,
+so that masks and labels match. The update is traced, and only the results to be checked are computed. A transformation
+that cannot be tried, because it needs extra arguments or reads concrete values, gives no warning.
 """
 
 import contextlib
@@ -26,26 +25,26 @@ from optax_mpo._program import jax_forms
 
 PyTree = Any
 
-_WEIGHT = 1 + 2.0**-7  # its ulp is large for its size; that of 1 differs up and down
-_STEPS = [0, *(2**i for i in range(20))]  # at which schedules are tried: a warm-up decays by little at first
+_WEIGHT = 1 + 2.0**-7  # its ulp is large relative to it; at 1 the ulps above and below differ
+_STEPS = [0, *(2**i for i in range(20))]  # steps at which schedules are tried: a warm-up starts with little decay
 
 _trying: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_trying", default=False)
 
 
 def is_trying() -> bool:
-  """Whether `warn_of_changes` is running: `compensated` returns what `tried_update` does then."""
+  """Whether `warn_of_changes` is running. If so, `compensated` returns `tried_update(...)`."""
   return _trying.get()
 
 
 def tried_update(params: PyTree, bits: PyTree) -> tuple[PyTree, PyTree]:
-  """An update of ones, whatever the gradients are, and bits that count how often they have been stepped."""
+  """Returns an update of ones, for any gradients, and the bits plus one, so that they count updates."""
   return jax.tree.map(lambda leaf: jnp.ones_like(leaf, jnp.float32), params), jax.tree.map(lambda b: b + 1, bits)
 
 
 def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits: int) -> None:
-  """Warns where `inner` changes weights without a gradient by less than `bits` hold, rounded to nearest."""
+  """Warns if `inner` changes weights without a gradient (weight decay) by less than `bits` can hold."""
   leaves, treedef = jax.tree.flatten(params)
-  first: dict[int, int] = {}  # one low leaf of each number of axes: decay is often left out for vectors
+  first: dict[int, int] = {}  # one low-precision leaf per number of axes: vectors often have no decay
   for i, leaf in enumerate(leaves):
     if formats.is_low(leaf):
       first.setdefault(leaf.ndim, i)
@@ -84,10 +83,10 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
 def warn_of_changes(
   tx: optax.GradientTransformation, params: PyTree, masters: Callable[[PyTree, PyTree], PyTree]
 ) -> None:
-  """Warns where `tx` changes updates of the `compensated` in it before they reach the params.
+  """Warns if `tx` changes the updates of the `compensated` in it before they reach the params.
 
   Args:
-    tx: what is tried.
+    tx: the transformation to try.
     params: of any size.
     masters: `masters(params, state)` joins params with their bits in the state.
   """
@@ -96,7 +95,7 @@ def warn_of_changes(
   def updates(weights: list[Any]) -> list[Any]:
     tree = treedef.unflatten(weights)
     before, made = tx.init(tree), []
-    for _ in range(2):  # an average passes its first number on as it is
+    for _ in range(2):  # twice: a moving average returns its first input unchanged
       update, after = tx.update(tree, before, tree)
       joined = (treedef.flatten_up_to(masters(tree, state)) for state in (before, after))
       stepped = [old != new for old, new in zip(*joined, strict=True)]
@@ -108,7 +107,7 @@ def warn_of_changes(
     made = _tried(updates, [_tiny(x, 1.0) for x in leaves])
   for (name, leaf), u, stepped in zip(trees.named_leaves(params) * 2, made[::2], made[1::2], strict=False):
     with jax.ensure_compile_time_eval():
-      as_it_was = (u == 1).all() | ((u == 0) & ~stepped).all()  # all zero, while gradients are accumulated, say
+      as_it_was = (u == 1).all() | ((u == 0) & ~stepped).all()  # all zero: gradients are accumulated, for example
       if not formats.is_low(leaf) or bool(as_it_was):
         continue
     warnings.warn(
@@ -141,13 +140,13 @@ def _tiny(leaf: Any, value: float, dtype: Any = None) -> Any:
 
 
 def _tried(updates: Any, weights: Sequence[Any]) -> list[Any]:
-  """The values of `updates(weights)`, or nothing where it cannot be computed."""
+  """The values of `updates(weights)`, or an empty list if they cannot be computed."""
   try:
     with jax.ensure_compile_time_eval():
       program, _ = jax_forms.trace(updates, list(weights))
       env = dict(program.constants) | dict(zip(program.inputs, weights, strict=True))
       jax_forms.run(program, jax_forms.slice_of(program, program.outputs, {*env}), env)
       values = [jax_forms.value(a, env) for a in program.outputs]
-      return [] if any(isinstance(x, Tracer) for x in values) else values  # a traced learning rate, say
-  except Exception:  # whatever a transformation raises that cannot be tried in this way
+      return [] if any(isinstance(x, Tracer) for x in values) else values  # such as a traced learning rate
+  except Exception:  # a transformation that cannot be tried may raise anything
     return []

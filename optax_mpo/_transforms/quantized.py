@@ -1,12 +1,12 @@
 """Optimizer state in 8 bits, for any Optax transformation.
 
-Why: with f32 moments AdamW holds 8 bytes of state per parameter. The transformation need not know: it is handed f32
-state and gives back f32 state, and only what lies between two steps is small.
+Why: with f32 moments AdamW holds 8 bytes of state per parameter. The transformation does not have to change: it gets
+and returns f32 state, and the state has 8 bits only between steps.
 
-How: leaves of the state that belong to a param and have its shape are stored by blocks (see `blocks`) and given to the
-wrapped transformation as what they stand for. XLA fuses both conversions into the update, so that no f32 copy is held.
-All of it is elementwise or along the last axis: leaves stay sharded, and stacks of layers can be updated one layer at a
-time.
+How: leaves of the state that belong to a param and have its shape are stored in blocks (see `blocks`). The wrapped
+transformation gets them dequantized. XLA:GPU fuses both conversions into the update, so that no f32 copy is stored.
+All operations are elementwise or along the last axis: leaves stay sharded, and stacks of layers can be updated one
+layer at a time.
 """
 
 import math
@@ -25,15 +25,15 @@ from optax_mpo._transforms import state_flow, state_kinds
 PyTree = Any
 Where = Callable[[tuple[Any, ...], Any], Literal["signed", "nonnegative", "wide", False] | None]
 
-_SHORTEST = 8  # a last axis below this has little to gain: a scale takes two bytes
+_SHORTEST = 8  # a shorter last axis saves little: each block has a scale of two bytes
 
 
 class QuantizedState(NamedTuple):
   """State of `quantized_state`.
 
   Attributes:
-    step: i32[], the number of updates, which chooses among the roundings.
-    inner_state: the state of the wrapped transformation, with an `optax_mpo.Quantized` for each leaf stored by blocks.
+    step: i32[], the number of updates, from which the dither of the rounding is made.
+    inner_state: the state of the wrapped transformation, with an `optax_mpo.Quantized` for each leaf stored in blocks.
   """
 
   step: jax.Array
@@ -48,50 +48,51 @@ def quantized_state(
   *,
   min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
-  """Keeps the large state of `inner` (moments, momentum, accumulators) in 8 bits between the steps.
+  """Stores the large state of `inner` (moments, momentum, accumulators) in 8 bits between steps.
 
-  Stored by blocks are the floating-point leaves of `inner`'s state, however deep, that belong to a param and have its
-  shape, at least `min_size` elements and a last axis of 8 or more. The param is the one whose path is part of the
-  leaf's, as in `mu['w']`; where there is none, the one whose gradient the leaf is made of. What is stored for a leaf
-  does not depend on other leaves. All else (counts, keys, integer state, factored moments, states that
-  hold weights) stays as it is. `inner` computes in f32 as ever, and sees its own state.
+  It stores float32 and bfloat16 leaves of `inner`'s state, at any depth, that belong to a param, have its shape, at
+  least `min_size` elements and a last axis of 8 or more. A leaf belongs to the param whose path is part of its own, as
+  in `mu['w']`; if there is none, to the param whose gradient it is computed from. Other params do not change how a leaf
+  is stored. All other state (counts, keys, integers, factored moments, weights) stays as it is. `inner` sees its state
+  in the usual dtypes, and computes in f32 as before.
 
-  How a leaf is stored depends on what it is. Optax's states are known by name. What a transformation of your own does
-  with its state is read from its program, which `init` traces:
+  How a leaf is stored depends on its use. Optax's states are known by name. For any other transformation, `init` traces
+  the update and reads it from the program:
 
-  - "nonnegative", such as a second moment: what is proven never to be negative, and is divided by; the smallest is
-    7.6e-6 of its block's largest.
-  - "signed", such as a momentum: what has no part in a quotient; below 0.2% of the block's largest it rounds to zero.
-  - "wide": everything else, and all state of an update that cannot be traced; 8-bit floats, coarser than the others
-    (they differ by 6% where those differ by 1%), down to 7.6e-6 of the block's largest. What is not zero stays so.
-  - not stored at all: what starts as or becomes a function of the params (weights), what is subtracted from other state
-    and then divided by or rooted (a variance of `nu - mu**2`), what is divided by something that is not stored (the
-    gradient), and what linear algebra reads (an inverse, a decomposition).
+  - "nonnegative", such as a second moment: proven never to be negative, and not itself divided element by element. No
+    element is below 7.6e-6 of its block's largest.
+  - "signed", such as a momentum: not part of a quotient. Values below 0.2% of the block's largest round to zero.
+  - "wide": everything else, and all state of an update that cannot be traced. These are 8-bit floats, down to 7.6e-6 of
+    the block's largest, near which they are coarser than the others (errors of up to 6% instead of 1%). Nonzero values
+    stay nonzero.
+  - not stored: state that starts as or becomes a function of the params (weights), that is subtracted from other state
+    and then divided by or rooted (a variance of `nu - mu**2`), that is divided by something not stored (the gradient),
+    or that linear algebra reads (an inverse, a decomposition).
 
   Combine it with compensated: `compensated(quantized_state(optax.adamw(3e-4)), bits=8)`.
 
   Args:
     inner: the transformation to wrap.
-    bits: 8, or 4, which is coarse: see docs/compact.md.
-    block_size: how many elements along the last axis share a scale; a power of two. Where that axis is sharded, a shard
+    bits: 8, or 4, which is coarse (docs/compact.md); "wide" codes have 8 bits in both cases.
+    block_size: how many elements along the last axis share a scale; a power of two. If that axis is sharded, each shard
       should hold whole blocks.
-    where: `where(path, leaf)` overrides the choice for a leaf of the state: "signed", "nonnegative" or "wide" to store
-      it, False to keep it as it is, None for the default. The path is JAX's key path in `inner`'s state, the leaf has a
-      shape and a dtype (`jax.tree_util.keystr(path)` makes a string such as `[0].mu['w']`).
-    min_size: smaller leaves stay in f32.
+    where: `where(path, leaf)` overrides the choice for a leaf of the state, whatever its size: "signed", "nonnegative"
+      or "wide" to store it, False to keep it as it is, None for the default. The path is JAX's key path in `inner`'s
+      state (`jax.tree_util.keystr(path)` makes a string such as `[0].mu['w']`); the leaf has a shape and a dtype.
+    min_size: leaves with fewer elements stay as they are.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `QuantizedState`.
 
   Raises:
     ValueError: for other values of `bits`, `block_size` or `min_size`.
-    TypeError: where `inner` is not a transformation.
+    TypeError: if `inner` is not an Optax transformation.
 
-    `init` raises ValueError where `where` returns something else, or asks for a leaf that has no blocks; `update` where
-    the state is not the one that `init` made.
+    `init` raises ValueError if `where` returns something else, or asks to store a leaf that has no blocks. `update`
+    raises ValueError or TypeError if `init` did not make the state, or if `inner` changes its structure or shapes.
 
-  Memory: bits / 8 + 2 / block_size bytes per element of state stored, 1.0625 by default. AdamW, inside compensated with
-    8 bits, holds 5.125 bytes per parameter.
+  Memory: bits / 8 + 2 / block_size bytes per stored element, 1.0625 by default. AdamW inside `compensated` with 8 bits
+    holds 5.125 bytes per parameter.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -160,9 +161,9 @@ def quantized_state(
         for before, after in zip(stored, new, strict=True)
       ]
 
-    # Twice: once for the largest of each block alone, and once with those at hand. In one run XLA:GPU would keep the
-    # new f32 state from one kernel to the next, and to compute it again is cheaper than to write it, 4 bytes for each
-    # element, and to read it. The barriers make the two runs differ, so that they are not merged.
+    # The update runs twice: first for the largest magnitude of each block, then to store the codes. In one run, XLA:GPU
+    # would write the new f32 state, 4 bytes per element, and read it in the next kernel. Computing it again is cheaper.
+    # The barriers make the two runs differ, so that XLA does not merge them.
     _, new = run(old)
     pairs = [
       lax.optimization_barrier((before, blocks.largest_of(x, before))) if _is_quantized(before) else (before, None)
@@ -179,15 +180,15 @@ def quantized_state(
 
 
 def dequantized(opt_state: PyTree) -> PyTree:
-  """Returns a state in which every `Quantized` is the f32 array that it stands for, to look at or to export.
+  """Converts every `Quantized` in a state to the f32 array that it stands for, to inspect or to export it.
 
   Args:
     opt_state: any tree.
 
   Returns:
-    A tree like it. `optax.tree.get(optax_mpo.dequantized(opt_state), "mu")` are the first moments in f32.
+    A tree like it. `optax.tree.get(optax_mpo.dequantized(opt_state), "mu")` returns the first moments in f32.
 
-  Memory: 4 bytes per element of state, where the result is kept.
+  Memory: 4 bytes per element of state, if the result is kept.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
@@ -227,9 +228,9 @@ def _is_large(leaf: Any, min_size: int) -> bool:
 def _is_owned(
   path: tuple[Any, ...], shape: tuple[int, ...], shapes: dict[tuple[Any, ...], tuple[int, ...]]
 ) -> bool | None:
-  """Whether a leaf of the state has the shape of the param whose path is a part of its own, as in `mu['w']`.
+  """Whether a leaf of the state has the shape of the param whose path is part of its own, as in `mu['w']`.
 
-  None where no param's path is, as in a list of moments.
+  None if its path contains no param's path, as in a list of moments.
   """
   parts = [path[i:j] for i in range(len(path) + 1) for j in range(i, len(path) + 1)]
   found = [shapes[part] for part in parts if part in shapes]
@@ -263,7 +264,7 @@ _REMAKE = "Make the state anew with init, or pass the one that this transformati
 
 
 def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
-  """Raises where a stored leaf was made with other options than these, or its two arrays do not belong together."""
+  """Raises ValueError if a stored leaf was made with other options, or if its two arrays do not match."""
   if not _is_quantized(leaf):
     return
   values, scales = leaf
@@ -278,16 +279,16 @@ def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
 
 
 def _flatten_new(treedef: Any, old: PyTree, new: PyTree) -> list[Any]:
-  """Returns the leaves of the new inner state, one for each of the old ones."""
+  """Returns the leaves of the new inner state, in the order of the old ones."""
   plain = jax.tree.map(lambda x: 0 if _is_quantized(x) else x, old, is_leaf=_is_quantized)
   hint = "A state has to keep its structure from step to step for its leaves to be stored."
   return trees.flatten_like(plain, new, "quantized_state: the new state of the wrapped transformation", hint, "the old")
 
 
 def _dtypes(inner: optax.GradientTransformation, params: PyTree, count: int) -> list[Any]:
-  """The dtypes that `inner` makes its state in (mu_dtype, say, makes some of it bf16), or f32 where one cannot tell."""
+  """The dtypes of `inner`'s state (some are bf16 with `mu_dtype`, for example), or f32 if they are not known."""
   try:
     found = [leaf.dtype for leaf in jax.tree.leaves(wrapping.state_shapes(inner, params))]
-  except jax.errors.ConcretizationTypeError:  # an init that looks at values
+  except jax.errors.ConcretizationTypeError:  # an init that reads concrete values
     found = []
   return found if len(found) == count else [jnp.float32] * count

@@ -1,11 +1,11 @@
-"""Shardings for optimizer state: what belongs to a param lies where the param lies.
+"""Shardings for optimizer state: each leaf gets the sharding of its param.
 
-Why: under FSDP or tensor parallelism the state is most of the memory. XLA would choose shardings for it by itself, one
-program at a time, and what comes from a checkpoint or from `init` outside of jit has none.
+Why: under FSDP or tensor parallelism, the state is most of the memory. XLA would choose its shardings for each program
+separately, and state from a checkpoint or from `init` outside of jit has none.
 
-How: a leaf of the state belongs to a param if the end of its path is the path of the param, as in `mu['head']['w']`,
-and it has its shape. That holds for moments, compensation bits, 8-bit codes and accumulated gradients, through every
-wrapper, and needs no knowledge of any of them.
+How: a leaf of the state belongs to a param if its path contains the path of the param, as in `mu['head']['w']`, and it
+has the same shape. That holds for moments, compensation bits, 8-bit codes and accumulated gradients, through every
+wrapper, without a list of wrappers.
 """
 
 from typing import Any
@@ -20,23 +20,24 @@ PyTree = Any
 
 
 def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
-  """Returns shardings for `opt_state`: those of the params for what has their shape.
+  """Returns shardings for `opt_state`: leaves shaped like a param get its sharding.
 
-  Compensation bits, moments, 8-bit codes and whatever else is shaped like a param take its sharding. The scales of
-  8-bit blocks take it as well, without the last axis where the mesh does not divide their number. All else (counts,
+  Compensation bits, moments, 8-bit codes and other leaves with the shape of their param get its sharding. So do the
+  scales of 8-bit blocks, except along the last axis if the mesh does not divide their number. All other state (counts,
   keys, factored moments) is replicated over the same mesh.
 
   Args:
-    params: a tree of arrays, or of `jax.ShapeDtypeStruct`, with a `NamedSharding` each.
+    params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`.
     opt_state: the state of any Optax transformation for them: arrays or ShapeDtypeStructs, on any devices.
 
   Returns:
-    A tree like `opt_state` of `NamedSharding`, for `jax.device_put`, for a checkpoint that is to be restored, or for
-    `out_shardings` of a jitted `init` or step. Give the step its `out_shardings`: without, XLA may return what was
-    replicated in another sharding, and compile again for it.
+    A tree like `opt_state` of `NamedSharding`, for `jax.device_put`, for restoring a checkpoint, or for `out_shardings`
+    of a jitted `init` or step. Pass `out_shardings` to the step: without it, XLA may return replicated state with
+    another sharding, and the next call compiles again.
 
   Raises:
-    ValueError: where a param has no NamedSharding, or params lie on different meshes.
+    ValueError: if a param has no NamedSharding, if there are no params, or if they lie on different meshes.
+    TypeError: if the arguments are swapped.
 
   Memory: none; nothing is moved.
 
@@ -95,16 +96,16 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
-  """The shape and sharding of the param whose path `path` ends in, or has inside where a wrapper splits the param."""
+  """The shape and sharding of the param whose path is the end of `path`, or inside it if a wrapper splits the param."""
   for end in range(len(path), -1, -1):
-    for start in range(end + 1):  # the longest one first
+    for start in range(end + 1):  # the longest first
       if path[start:end] in known:
         return known[path[start:end]]
   return None, None
 
 
 def _per_block(codes: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-  """The sharding of scales of `shape`: that of their codes, as far as the last axis divides."""
+  """The sharding of scales of `shape`: that of their codes, with the last axis replicated if it does not divide."""
   spec = list(codes.spec) + [None] * (len(shape) - len(codes.spec))
   axes = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
   parts = 1

@@ -1,24 +1,24 @@
-"""Finds out what a transformation does with its state, from its program: which of it may be rounded, and how.
+"""Reads from the program of a transformation how it uses its state: which state may be rounded, and how.
 
 Why: 8 bits do no harm to a momentum. They ruin a second moment that rounds to zero and is divided by, a variance that
-is the small difference of two large numbers, a matrix that is inverted, and weights that are kept as state. Names tell
-which is which for the states of Optax (`state_kinds`), and nothing about a transformation of one's own.
+is the small difference of two large numbers, a matrix that is inverted, and weights that are kept as state. For the
+states of Optax, names tell which is which (`state_kinds`). For other transformations they do not.
 
-How: `init` and `update` are traced, and each value is described by what is certain of it.
+How: `init` and `update` are traced, and each value is described by what is proven about it.
 
-- *Sign.* A value is a sum of others with known factors, as far as additions, subtractions and multiplications by
-  numbers go: `v + 0.001 * (g * g - v)` is `0.999 * v + 0.001 * g * g`. It is never negative if no factor is and each of
-  the others is a square, a magnitude or the like. Each leaf of the state is believed to be never negative until its new
-  value is not proven to be, and the proof is repeated until nothing changes: what is left is an invariant.
-- *Quotients.* State whose elements are divided by must not round to zero, and state that is divided by it, element by
-  element, needs small values and zeros as well: both are stored as wide. A sum over elements ends this: it does not
-  become zero when one of them does. What is divided by something that can be smaller than any code, such as the
-  gradient, is not rounded: the smallest code would be large beside it.
-- *Differences.* If two values that come from stored state are subtracted and the result is rooted or divided by, no
-  rounding of that state is safe. Nor is it where linear algebra (an inverse, a decomposition) reads it.
-- *Weights.* State that starts as something made of the params holds weights, and is not rounded. Nor is state that
-  becomes something made of params and of no gradients, or an average of params and itself: the params of the step
-  before, whose difference from today's is smaller than any code, or a moving average of them.
+- *Sign.* Additions, subtractions and multiplications by constants make a value a sum of others with known factors:
+  `v + 0.001 * (g * g - v)` is `0.999 * v + 0.001 * g * g`. The sum is never negative if no factor is, and each of the
+  others is a square, a magnitude or the like. First every leaf of the state that starts non-negative is assumed to stay
+  so. Leaves whose new value is not proven non-negative are dropped, until nothing changes: the rest is an invariant.
+- *Quotients.* State that is divided by, element by element, must not round to zero: unless proven non-negative, it is
+  wide. State that is divided by it needs small values and zeros, and is wide too. A sum over elements ends this: it
+  does not become zero when one of them does. State that is divided by something that can be smaller than any code, such
+  as the gradient, is not rounded: the smallest code would be large relative to it.
+- *Differences.* If two values that come from stored state are subtracted, and the result is rooted or divided by, no
+  rounding of that state is safe. Nor is it if linear algebra (an inverse, a decomposition) reads the state.
+- *Weights.* State that starts as a function of the params holds weights, and is not rounded. Nor is state that becomes
+  a function of params and no gradients, or an average of params and itself: the params of the previous step, whose
+  difference from the current ones is smaller than any code, or a moving average of them.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 PyTree = Any
-Kind = Literal["signed", "nonnegative", "wide", False]  # False: to be kept as it is
+Kind = Literal["signed", "nonnegative", "wide", False]  # False: not stored in 8 bits
 
-# Results that are not negative where no operand is.
+# Operations whose results are non-negative if all operands are.
 _KEEPS_SIGN = frozenset(
   """mul div max min add add_any sqrt cbrt rsqrt convert_element_type broadcast_in_dim reshape transpose squeeze
   expand_dims concatenate pad rev copy copy_p stop_gradient sharding_constraint reduce_precision real reduce_sum
@@ -45,21 +45,21 @@ _KEEPS_SIGN = frozenset(
   erf expm1 log1p psum pmax pmin pvary sort held laid_out row_major rem""".split()
 )
 _NEVER_NEGATIVE = frozenset("abs exp exp2 logistic cosh square is_finite iota eq ne lt le gt ge random_bits".split())
-_INDEXED = frozenset("gather slice dynamic_slice pow".split())  # results with the sign of the first operand
-# Results made of many elements: one that is rounded to zero does not make them zero.
+_INDEXED = frozenset("gather slice dynamic_slice pow".split())  # results have the sign of the first operand
+# Results computed from many elements: they do not become zero if one of these is rounded to zero.
 _SUMS = frozenset("reduce_sum reduce_max dot_general cumsum cummax psum pmax conv_general_dilated".split())
 _COMPARISONS = frozenset("sign eq ne lt le gt ge is_finite argmax argmin reduce_and reduce_or".split())
 _LINEAR_ALGEBRA = frozenset(
   """cholesky cholesky_update eigh eig lu qr geqrf geqp3 householder_product svd schur triangular_solve tridiagonal
   tridiagonal_solve hessenberg custom_linear_solve""".split()
 )
-_POLES = frozenset("rsqrt log acos acosh atanh erf_inv digamma lgamma tan".split())  # beside divisions and powers
-_ROOTS = frozenset("sqrt rsqrt log".split())  # no numbers below zero
+_POLES = frozenset("rsqrt log acos acosh atanh erf_inv digamma lgamma tan".split())  # with poles, like divisions
+_ROOTS = frozenset("sqrt rsqrt log".split())  # not defined below zero
 _OTHERS = frozenset(
   "sub neg sin cos imag and or xor not clamp select_n integer_pow dynamic_update_slice atan2 nextafter".split()
 )
 _KNOWN = _KEEPS_SIGN | _NEVER_NEGATIVE | _INDEXED | _SUMS | _COMPARISONS | _POLES | _OTHERS
-_OTHER, _LOW = 1, 2  # in bit sets: arrays that are not stored; a divisor that can be smaller than any code
+_OTHER, _LOW = 1, 2  # bits: an array that is not stored; a divisor that can be smaller than any code
 _STATE = ~(_OTHER | _LOW)
 _SAME = frozenset("convert_element_type copy copy_p stop_gradient held laid_out row_major".split())
 _FLOORED = _SAME | frozenset(
@@ -71,18 +71,18 @@ _SPREAD = frozenset("broadcast_in_dim reshape squeeze expand_dims".split())
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Value:
-  """What is certain of a value.
+  """What is proven about a value.
 
   Attributes:
     nonnegative: whether no element is negative.
-    stored: the leaves of the state whose single elements it is made of, as a bit set; `_OTHER` stands for arrays that
-      are not stored.
-    differs: those of them that it may be the small difference of.
-    above: those of `stored` that stand in its numerators.
-    below: those that stand in its denominators, and `_LOW`.
-    floored: whether it is about as large as a stored leaf, none of whose codes is zero, at the least.
-    terms: the values that it is the sum of, with their factors; without any, it is one by itself.
-    number: a number that is added to them.
+    stored: the leaves of the state that it is computed from, element by element, as a bit set; `_OTHER` stands for
+      arrays that are not stored.
+    differs: the leaves in `stored` of which it may be a small difference.
+    above: the leaves in `stored` that are in its numerators.
+    below: the leaves in its denominators, and `_LOW`.
+    floored: whether it is at least about as large as a stored leaf. State that is divided by never rounds to zero.
+    terms: the values whose sum it is, with their factors. None: the value is itself a term.
+    number: a constant added to the terms.
   """
 
   nonnegative: bool = False
@@ -96,22 +96,22 @@ class _Value:
 
   @property
   def parts(self) -> tuple[tuple["_Value", float], ...]:
-    """Values and factors whose sum it is, beside its number."""
+    """The values and factors whose sum it is, without `number`."""
     return ((self, 1.0),) if self.terms is None else self.terms
 
   @property
   def known(self) -> tuple[Any, ...]:
-    """What is certain of it but for what it is the sum of."""
+    """All that is proven about it, except `terms` and `number`."""
     return self.nonnegative, self.stored, self.differs, self.above, self.below, self.floored
 
   @property
   def constant(self) -> float | None:
-    """The number that all elements are, if that is known."""
+    """The value of all its elements, if it is one known number."""
     return self.number if self.terms == () else None
 
 
 def _sum(terms: Sequence[tuple[_Value, float]]) -> tuple[tuple[tuple[_Value, float], ...], float]:
-  """Adds up values with factors; returns the terms that are left, and a number."""
+  """Adds values with factors. Returns the terms whose factor is not zero, and a constant."""
   factors: dict[_Value, float] = {}
   number = 0.0
   for value, factor in terms:
@@ -122,12 +122,12 @@ def _sum(terms: Sequence[tuple[_Value, float]]) -> tuple[tuple[tuple[_Value, flo
 
 
 def _constant(value: Any) -> _Value:
-  """What is certain of a literal, or of an array that the program closes over."""
+  """What is known of a literal, or of an array that the program closes over."""
   if isinstance(value, Tracer):
     return _Value()
   try:
     array = np.asarray(value).astype(np.float64)
-  except (TypeError, ValueError):  # keys of random numbers and the like
+  except (TypeError, ValueError):  # random keys, for example
     return _Value()
   if array.size and array.min() == array.max():
     return _Value(bool(array.min() >= 0), terms=(), number=float(array.min()))
@@ -138,9 +138,9 @@ class _Flow:
   """Follows values through programs.
 
   Attributes:
-    divisors: the leaves of the state whose elements something is divided by, as a bit set.
-    exact: those for which no rounding is safe.
-    quotients: of each division of state, what is divided and by what.
+    divisors: the leaves of the state that something is divided by, element by element, as a bit set.
+    exact: the leaves for which no rounding is safe.
+    quotients: for each division of state the leaves above and below, as bit sets.
   """
 
   def __init__(self) -> None:
@@ -148,7 +148,7 @@ class _Flow:
     self.quotients: set[tuple[int, int]] = set()
 
   def run(self, program: Program, inputs: Sequence[_Value]) -> dict[int, _Value]:
-    """Returns what is certain of each variable of a program."""
+    """Returns what is proven about each variable of a program."""
     env = {v: _constant(c) for v, c in program.constants.items()} | dict(zip(program.inputs, inputs, strict=True))
     for operation in program.operations:
       results = self._results(operation, [_read(a, env) for a in operation.inputs])
@@ -185,7 +185,7 @@ class _Flow:
         above=above | jax_forms.union(v.below & ~_LOW for v in poles),
         below=jax_forms.union(v.below for v in values if v not in poles) | _below(poles),
       )
-    return [dataclasses.replace(result) for _ in operation.outputs]  # equal, but not the same value
+    return [dataclasses.replace(result) for _ in operation.outputs]  # compared by identity
 
   def _scan(self, operation: Operation, values: list[_Value]) -> list[_Value]:
     consts, carry, _ = jax_forms.scan_counts(operation)
@@ -200,7 +200,7 @@ class _Flow:
       carried = new
 
   def _note(self, operation: Operation, values: list[_Value]) -> list[_Value]:
-    """Notes which state is divided by an operation, and which is a difference that it divides by or takes the root of.
+    """Records the state that an operation divides by, and the differences that it divides by or takes the root of.
 
     Returns:
       The operands that it divides by.
@@ -231,7 +231,7 @@ class _Flow:
 
 
 def _below(divisors: Sequence[_Value]) -> int:
-  """What divisors have in their numerators, with `_LOW` where one of them can be smaller than any code."""
+  """The leaves in the numerators of divisors, with `_LOW` if one of them can be smaller than any code."""
   return jax_forms.union(v.above | (0 if v.floored else _LOW) for v in divisors if v.above)
 
 
@@ -250,7 +250,7 @@ def _combined(values: Sequence[_Value], nonnegative: bool, terms: Any = None, nu
 
 
 def _terms(operation: Operation, values: list[_Value]) -> list[tuple[_Value, float]] | None:
-  """Values whose sum, with factors, a result is; None where it is none that is known."""
+  """The values and factors whose sum a result is. None if the operation makes no such sum."""
   name = operation.name
   if name in ("add", "add_any"):
     return [(v, 1.0) for v in values]
@@ -288,7 +288,7 @@ def _is_float(aval: Any) -> bool:
 
 
 def _are_alike(x: _Value, y: _Value) -> bool:
-  """Whether one of two values is the other with a factor that is not negative, so that their product is a square."""
+  """Whether two values are equal up to a factor that is not negative, so that their product is not negative."""
   ours, theirs = ({**dict(v.parts), None: v.number} for v in (x, y))
   if ours.keys() != theirs.keys():
     return False
@@ -326,14 +326,13 @@ def kinds(
   Args:
     inner: the transformation.
     params: arrays or ShapeDtypeStructs.
-    state: what `inner.init(params)` makes, likewise.
-    wanted: which leaves of the state are to be stored; the others stay what they are.
+    state: what `inner.init(params)` makes, as arrays or ShapeDtypeStructs.
+    wanted: which leaves of the state are candidates; what is returned for the others has no meaning.
 
   Returns:
-    In the order of the leaves: "nonnegative" where that is proven of what is not divided; "signed" for what has no part
-    in a quotient; False for what has to stay
-    as it is; and "wide" for the rest, of which small values have to be kept, such as all state of an update that does
-    not trace.
+    In the order of the leaves: False for a leaf that must not be rounded; "nonnegative" if that is proven and the leaf
+    is not divided; "signed" if it is not part of a quotient; and "wide" for the rest, whose small values matter. If the
+    update does not trace, that is all leaves except weights.
   """
   params, state = jax.tree.map(_struct, (params, state))
   count = len(wanted)
@@ -363,7 +362,7 @@ def kinds(
   def kind(bit: int, start: _Value | None, sign: bool, weights: bool) -> Kind:
     if start is None or weights or exact & bit:
       return False
-    if sign and not small & bit:  # these codes have no zero, which would be divided
+    if sign and not small & bit:  # these codes have no zero: a divided zero would become nonzero
       return "nonnegative"
     return "wide" if (divisors | small) & bit else "signed"
 
@@ -373,12 +372,12 @@ def kinds(
 def _hold_weights(
   program: jax_forms.Program, given: Sequence[_Value], new: Sequence[_Value], leaves: int
 ) -> list[bool]:
-  """Whether the new value of each leaf of the state is made of params alone, or is an average of params and itself.
+  """Whether the new value of each leaf of the state depends on params and no gradients, or averages params and itself.
 
   Args:
-    program: an update, whose inputs are as many gradients as there are params, the params, others, and the state.
-    given: what is certain of its inputs.
-    new: the same of each leaf of the new state.
+    program: an update; its inputs are the gradients, as many params, other arguments, and the state.
+    given: what is known of its inputs.
+    new: what is proven about each leaf of the new state.
     leaves: how many params there are.
   """
   grads, params, first = 1, 2, len(given) - len(new)
@@ -395,15 +394,14 @@ def _hold_weights(
 
 
 def _closed(flow: _Flow, new: Sequence[tuple[int, _Value]]) -> tuple[int, int, int]:
-  """Follows what a program does with the state through any number of steps.
+  """Extends what a program does with the state in one step to any number of steps.
 
   Args:
-    flow: what it does in one.
+    flow: what it does in one step.
     new: each leaf of the state, as a bit, and its new value.
 
   Returns:
-    Bit sets of the leaves that are divided by, of those that are divided by others, and of those that are not to be
-    rounded.
+    Bit sets of the leaves that are divisors, of those that are divided, and of those that must not be rounded.
   """
   divisors, small, exact = flow.divisors & _STATE, 0, flow.exact & _STATE
   while True:
@@ -413,7 +411,7 @@ def _closed(flow: _Flow, new: Sequence[tuple[int, _Value]]) -> tuple[int, int, i
         exact |= above & _STATE
       else:
         small |= above & _STATE
-    for bit, value in new:  # what is divided by in the next step is made of what is stored in this one
+    for bit, value in new:  # a divisor of the next step is computed from state of this one
       if divisors & bit:
         divisors |= value.stored & _STATE
         exact |= value.differs & _STATE
@@ -424,9 +422,9 @@ def _closed(flow: _Flow, new: Sequence[tuple[int, _Value]]) -> tuple[int, int, i
 
 
 def owners(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> list[int | None]:
-  """Returns for each leaf of `inner`'s state the leaf of the params whose gradient it is made of.
+  """Returns for each leaf of `inner`'s state the index of the param whose gradient it is computed from.
 
-  None where it is made of none or of several, or where the update does not trace.
+  None if it depends on no gradient or on several, or if the update does not trace.
   """
   params, state = jax.tree.map(_struct, (params, state))
   leaves, count = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
@@ -443,18 +441,18 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _starts(inner: optax.GradientTransformation, params: PyTree, count: int) -> list[_Value | None]:
-  """What is certain of each leaf of a new state; None for one that is made of the values of the params."""
+  """What is proven about each leaf of a new state; None for a leaf that is computed from the values of the params."""
   try:
     program, _ = jax_forms.trace(inner.init, params)
-  except Exception:  # an init that looks at values, or whatever else it raises
+  except Exception:  # an `init` that reads concrete values may raise anything
     return [_Value() for _ in range(count)]
-  values = [_Value(stored=_OTHER) for _ in program.inputs]  # what is made of a param's elements has their bit
+  values = [_Value(stored=_OTHER) for _ in program.inputs]  # a leaf computed from elements of a param gets this bit
   found = _outputs(program, _Flow().run(program, values))
   return [None if value.stored and value.constant is None else value for value in found]
 
 
 def _update(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> Program | None:
-  """The program of an update, whose last inputs and outputs are the state's; None where it does not trace."""
+  """The program of an update, whose last inputs and outputs are the state; None if it does not trace."""
 
   def update(grads: PyTree, params: PyTree, extra: dict[str, Any], state: PyTree) -> Any:
     return inner.update(grads, state, params, **extra)
@@ -462,7 +460,7 @@ def _update(inner: optax.GradientTransformationExtraArgs, params: PyTree, state:
   for extra in ({}, {"value": jax.ShapeDtypeStruct((), jnp.float32)}):
     try:
       program, (_, new) = jax_forms.trace(update, params, params, extra, state)
-    except Exception:  # whatever an update raises that lacks arguments or looks at values
+    except Exception:  # an update that lacks arguments or reads concrete values may raise anything
       continue
     return program if len(jax.tree.leaves(new)) == len(jax.tree.leaves(state)) else None
   return None

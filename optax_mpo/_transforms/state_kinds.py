@@ -1,10 +1,10 @@
 """Which leaves of an Optax state are signed, which are never negative, and which must not be rounded.
 
-Why: 8 bits go further where it is known that a number has no sign, and some states hold weights in disguise (the
-averaged point of schedule_free, the start of dual averaging): stored in 8 bits they would ruin the training.
+Why: 8 bits are more precise for numbers without a sign. And some states contain weights (the averaged point of
+schedule_free, the starting point of dual averaging): rounding those to 8 bits would ruin the training.
 
-How: by the names of Optax's own states and their fields. A field of Optax's that is not in the table is signed. State
-that is not Optax's is told by what the transformation does with it (`state_flow`).
+How: a table of the state classes of Optax and their fields. A field of Optax that is not in the table is signed. For
+other states, `state_flow` looks at what the transformation does with them.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import jax
 from optax_mpo._codecs import blocks
 
 PyTree = Any
-Kind = blocks.Kind | bool  # False: to be kept as it is
+Kind = blocks.Kind | bool  # False: not stored in 8 bits
 
 _NONNEGATIVE = """
   ScaleByRssState.sum_of_squares ScaleByRmsState.nu ScaleByRmsWithCountState.nu ScaleByAdamState.nu
@@ -26,8 +26,8 @@ _NONNEGATIVE = """
   PerElementMeanAndSumSqDiffGradsState.sum_sq_diff_grads PerElementMeanAndVarianceEMAState.variance_grads_ema
 """.split()
 
-# Weights, what weights are computed from without a learning rate between, what is multiplied rather than averaged, and
-# the two of which a variance is the small difference (the first moment squared, and the second).
+# Weights; state that weights are computed from without a learning rate; state that is multiplied instead of averaged;
+# and the moments whose small difference is a variance (the second moment minus the square of the first).
 _KEPT = """
   ScaleByRStdDevState.mu ScaleByRStdDevState.nu ScaleByRStdDevWithCountState.mu ScaleByRStdDevWithCountState.nu
   ScheduleFreeState.z MechanicState.x0 ProdigyState.params0 MadgradState.x0 MadgradState.s DoGState.init_params
@@ -39,11 +39,11 @@ _KEPT = """
 """.split()
 
 KNOWN: dict[str, Kind] = {**{n: "nonnegative" for n in _NONNEGATIVE}, **{n: False for n in _KEPT}}
-"""`State.field` of Optax's states to the kind of what they hold; False for what is to be kept as it is."""
+"""The kind of each field of Optax's states, by `State.field`; False for fields that are not stored in 8 bits."""
 
 
 def leaves(state: PyTree) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
-  """Yields the leaves of a state in order, each with its key path and its kind; None where no name tells."""
+  """Yields the leaves of a state in order, with key path and kind. The kind is None outside of Optax's own states."""
   yield from _leaves(state, (), None)
 
 
@@ -53,7 +53,7 @@ def _leaves(
   if _is_state(node):
     for field in node._fields:
       inner = kind
-      if _is_optax(type(node)) and not field.endswith(("state", "states")):  # those hold what others have made
+      if _is_optax(type(node)) and not field.endswith(("state", "states")):  # those hold other transformations' state
         inner = KNOWN.get(f"{type(node).__name__}.{field}", "signed" if kind is None else kind)
       yield from _leaves(getattr(node, field), (*path, jax.tree_util.GetAttrKey(field)), inner)
     return

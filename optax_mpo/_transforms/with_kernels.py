@@ -1,10 +1,10 @@
-"""An Optax transformation whose updates one CUDA GPU computes with kernels of our own.
+"""Optional Pallas kernels for the updates of an Optax transformation, on one CUDA GPU.
 
-Why: XLA:GPU reads the state of some updates twice, and writes stacks of layers with a kernel for each array
-(`gpu_kernel` has the reasons). The bytes that are moved are what an update costs.
+Why: memory traffic is the cost of an update. XLA:GPU reads the state of some updates twice, and writes stacks of layers
+with a kernel for each array (`gpu_kernel` has the reasons).
 
-How: within fused steps, the wrapper is a mark that `by_leaf` finds, and does nothing. In an ordinary step
-`leafwise` puts the results of kernels in the place of those that a kernel makes with less traffic.
+How: in steps with gradient release, the wrapper is only a mark that `by_leaf` finds. In an ordinary step, `leafwise`
+replaces results of the update by those of a kernel that moves fewer bytes, or that updates several small weights.
 """
 
 from typing import Any
@@ -19,47 +19,47 @@ PyTree = Any
 
 
 def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """Lets one CUDA GPU step weights with Pallas kernels that read and write every byte once.
+  """Lets one CUDA GPU update weights with Pallas kernels that read and write every byte once.
 
-  Put it around the whole transformation. State and results are those of `tx`: one can add it and take it away in the
-  middle of a run, and checkpoints are the same. A kernel is used under `jax.jit`, on one GPU, Ampere or later,
+    Wrap the whole transformation. State and results are those of `tx`: you can add or remove the wrapper in the middle
+    of a run, and checkpoints do not change. Kernels run under `jax.jit` on one GPU, Ampere or later, for
 
-  - for weights with 8-bit state;
-  - in fused steps, for stacks of layers (`lax.scan`, `fused_scan`);
-  - for small weights, some forty of them in one launch; of a fused step those of up to 2^14 elements outside of scans,
-    at its end or at that of a fused layer;
+    - weights with 8-bit state;
+    - stacks of layers (`lax.scan`, `fused_scan`) in steps with gradient release;
+    - small weights, about forty in one launch. With gradient release these are weights of up to 2^14 elements outside of
+      scans, updated at the end of the step or of a fused layer.
 
-  where the update works on each element alone, or on each block of 8-bit state, as those of Adam, AdamW, Lion, SGD and
-  most others do. Everything else is left to XLA: other updates (adafactor, lamb), 4-bit storage, stochastic rounding,
-  axes that do not split into tiles of 128 elements, several devices, CPUs. `explain` says which leaves are stepped by a
-  kernel, and of layers in scans why not.
+    The update has to be per element, or per block of 8-bit state, as in Adam, AdamW, Lion, SGD and most others. XLA
+    computes everything else: other updates (adafactor, lamb), 4-bit storage, stochastic rounding, axes that do not split
+    into tiles of 128 elements, several devices, CPUs. `explain` lists which leaves a kernel updates, and for layers in
+    scans why one does not.
 
-  The kernels compute what XLA does, with the instructions that XLA's own kernels have: tests hold them to XLA's
-  program. One card has run them, an H200 (docs/gpu.md), so that they are opt-in.
+    The kernels compute the same as XLA, with the instructions of XLA's own kernels: tests compare them with XLA's
+    program. They are opt-in, as only one card, an H200, has run them (docs/gpu.md).
 
-  Args:
-    tx: an Optax transformation, with `compensated` in it.
+    Args:
+      tx: an Optax transformation, with `compensated` in it.
 
-  Returns:
-    The transformation.
+    Returns:
+      The transformation.
 
-  Raises:
-    TypeError: where `tx` is no Optax transformation.
+    Raises:
+      TypeError: if `tx` is not an Optax transformation.
 
-  Memory: traffic, in bytes read and written per parameter by AdamW with 16 bits in a scan: 26 in place of 46; with
-    8-bit state 12.3 in place of 18, and of 36 in a scan. What is held is no more.
-
-  Example:
-    >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> tx = mpo.with_kernels(mpo.compensated(optax.adamw(1e-2)))
-    >>> def loss_fn(params, x):
-    ...   x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)
-    ...   return jnp.mean(x.astype(jnp.float32) ** 2)
-    >>> params, opt_state = mpo.init(tx, jnp.ones((3, 16, 16)))
-    >>> table = mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((8, 16), jnp.bfloat16))
-    leaf    shape        stepped               gradient held  why
-    params  [3, 16, 16]  in scan, by a kernel  512 B
-    768 parameters; the largest gradient held is 512 B
+      Memory: no more than without kernels. Traffic, in bytes read and written per parameter by AdamW: with 16 bits in a
+      scan 26 instead of 46; with 8-bit state 12.3 instead of 18, or instead of 36 in a scan.
+  
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+      >>> tx = mpo.with_kernels(mpo.compensated(optax.adamw(1e-2)))
+      >>> def loss_fn(params, x):
+      ...   x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)
+      ...   return jnp.mean(x.astype(jnp.float32) ** 2)
+      >>> params, opt_state = mpo.init(tx, jnp.ones((3, 16, 16)))
+      >>> table = mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((8, 16), jnp.bfloat16))
+      leaf    shape        stepped               gradient held  why
+      params  [3, 16, 16]  in scan, by a kernel  512 B
+      768 parameters; the largest gradient held is 512 B
   """
   tx = wrapping.as_transformation(tx, "with_kernels", "tx", "tx")
 

@@ -1,1 +1,1 @@
-"""`tx.update` taken apart: into updates of single leaves, and of leaves that few numbers couple."""
+"""`tx.update` taken apart into updates of single leaves, also where small arrays such as a norm couple the leaves."""

@@ -1,12 +1,13 @@
 """Takes an Optax update apart into updates of single leaves, by dataflow.
 
-Why: to step a weight the moment its gradient is there, its update has to be told from the updates of all others. Which
-transformations allow that is not a matter of names: it depends on what they compute.
+Why: to update a weight as soon as its gradient is complete, its update has to be separated from all others. Whether a
+transformation allows that depends on what it computes, not on its name.
 
 How: `tx.update` and the addition to the params are traced once, into one program for the whole tree. What depends on
 no gradient and no weight (step counts, schedules) is *shared*: it is computed once a step. Everything else belongs to
-the leaves it depends on; leaves that share any of it are *coupled* and can only be stepped together. The update of a
-group of leaves is the slice of the program that makes its new weights and its new state.
+the leaves it depends on. Leaves that have any of it in common are *coupled*: their updates depend on each other, so
+they can only be updated together. The update of a group of leaves is the slice of the program that makes its new
+weights and its new state.
 """
 
 import copy
@@ -25,26 +26,26 @@ from optax_mpo._backends import step_weight
 from optax_mpo._codecs import apply
 from optax_mpo._core import trees, wrapping
 from optax_mpo._program import by_layer, jax_forms
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import Atom, Operation, Program, Slice
 
 PyTree = Any
 
-# What a slice computes for itself rather than being handed it, where it is large: holding it would cost more.
+# Each slice computes large results of these itself: keeping them would cost more.
 _CHEAP = by_layer.ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
 _SMALL = 1024  # elements
 _BY_LAYERS = "fused_value_and_update"  # the caller whose users can put leaves into one layer
-_MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")  # as Python says it
+_MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")  # Python's message
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-  """Leaves that are stepped together, and their slice of the update.
+  """Leaves that are updated together, and their slice of the update.
 
   Attributes:
     leaves: which leaves of the params.
-    states: which leaves of the optimizer state are theirs.
-    shared: the variables of the program that the slice is handed, all of them computed by `Update.run_shared`.
-    constants: the values of those that it knows, being closed over by the transformation.
+    states: which leaves of the optimizer state belong to them.
+    shared: the other variables that the slice reads; `Update.run_shared` computes them, or `TwoPass.links`.
+    constants: the values of the constants that it reads, by variable; the transformation closes over them.
     operations: the slice.
     outputs: the new weights, then the new state.
     program: the program of the whole update.
@@ -65,19 +66,20 @@ class Group:
   def step(
     self, grads: Sequence[Any], params: Sequence[Any], states: Sequence[Any], shared: Sequence[Any]
   ) -> tuple[list[Any], list[Any]]:
-    """Returns the new weights and the new state of the group's leaves."""
-    env = self._known(shared) | dict(zip(self.inputs, [*grads, *params, *states], strict=True))
+    """Returns the new weights and the new state of the group."""
+    env = self.constants | dict(zip(self.shared, shared, strict=True))
+    env |= dict(zip(self.inputs, [*grads, *params, *states], strict=True))
     jax_forms.run(self.program, self.operations, env)
-    return self._split([jax_forms.value(a, env) for a in self.outputs])
-
-  def _known(self, shared: Sequence[Any]) -> dict[int, Any]:
-    return self.constants | dict(zip(self.shared, shared, strict=True))
-
-  def _split(self, results: list[Any]) -> tuple[list[Any], list[Any]]:
+    results = [jax_forms.value(a, env) for a in self.outputs]
     return results[: len(self.leaves)], results[len(self.leaves) :]
 
+  @property
+  def update(self) -> Slice:
+    """The slice."""
+    return Slice(self.program, self.operations, self.inputs, self.shared, self.constants, self.outputs)
+
   def raise_mixed(self, why: str) -> NoReturn:
-    """Raises ValueError: the leaves are stacks of layers whose update cannot be done for one layer alone."""
+    """Raises ValueError: the leaves are stacks of layers, and one layer alone cannot be updated."""
     raise ValueError(
       f"the update of the stacked weights {trees.listed(self.names[: len(self.leaves)])} cannot be done layer by "
       f"layer: {why}. Give each layer weights of its own (a list of trees, and fused_layer for each), use a "
@@ -89,9 +91,9 @@ class Update:
   """`tx.update` and the addition to the params, traced for one tree of params and taken apart.
 
   Attributes:
-    names: a name for every leaf of the params.
+    names: the name of every leaf of the params.
     shared: the variables that `run_shared` computes.
-    kernels: whether `with_kernels` is around `tx`, or in it.
+    kernels: whether GPU kernels are allowed, by the caller or by `with_kernels` around `tx` or in it.
   """
 
   def __init__(
@@ -150,7 +152,7 @@ class Update:
           "Where the params are bfloat16, compensated(tx) shows tx f32 params and gradients, and keeps its state f32."
         )
 
-    # What a collective needs, the name of an axis, counts as an effect as well; it is none that could be lost.
+    # The name of an axis, which a collective needs, counts as an effect in JAX, but it cannot be lost.
     effects = {o.name for o in self._program.operations for e in o.eqn.effects if type(e).__name__ != "NamedAxisEffect"}
     if effects:
       raise ValueError(
@@ -159,14 +161,14 @@ class Update:
       )
 
   def _own(self) -> None:
-    """Finds which state is shared, and which leaves and states go together."""
+    """Finds which state is shared, and which leaves and states belong together."""
     program, count = self._program, len(self._params)
     states = self._inputs()[2]
     leaf_bits = [1 << i for i in range(count)]
     state_bits = [1 << (count + j) for j in range(len(states))]
     self._deps = jax_forms.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
     new = jax_forms.output_bits(program, self._deps)
-    own = (1 << count) - 1  # the leaves and, from here on, the states that are not shared
+    own = (1 << count) - 1  # the leaves; the loop adds the states that are not shared
     while True:
       found = jax_forms.union([bit for bit, bits in zip(state_bits, new[count:], strict=True) if bits & own])
       if found | own == own:
@@ -174,7 +176,7 @@ class Update:
       own |= found
     self._own_bits = own
 
-    # Leaves and states that any new weight or any new state has in common belong together.
+    # Leaves and states belong together if a new weight or a new state depends on both.
     self._parent = list(range(count + len(states)))
     for node, bits in enumerate(new):
       bits &= own
@@ -202,9 +204,9 @@ class Update:
       return True
     operation = self._program.operations[maker]
     if operation.name == "broadcast_in_dim" and size > math.prod(self._program.aval(operation.inputs[0]).shape) == 1:
-      return False  # a number, which is handed over as such
+      return False  # a broadcast scalar: the slice reads the scalar
     if self.kernels and (size > 1 or jnp.issubdtype(self._program.aval(var).dtype, jnp.integer)):
-      return operation.name not in _CHEAP  # a kernel makes it in passing, where XLA takes a launch for each leaf
+      return operation.name not in _CHEAP  # free inside a kernel, while XLA takes a launch for each leaf
     return size <= _SMALL or operation.name not in _CHEAP
 
   def _root(self, node: int) -> int:
@@ -214,16 +216,16 @@ class Update:
     return node
 
   def at(self, opt_state: Sequence[Any], constants: dict[int, Any]) -> "Update":
-    """The same update for other values of the leaves of its state, and of constants of its program."""
+    """The same update with other values for the leaves of its state and for constants of its program."""
     other = copy.copy(self)
     other._state, other._program = list(opt_state), self._program.replaced(constants)
     return other
 
   def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Computes what all leaves share, once.
+    """Computes once what all leaves share.
 
     Returns:
-      The values of `shared`, by variable; and the new values of the shared leaves of the state, by their index.
+      The values of `shared`, by variable, and the new values of the shared leaves of the state, by index.
     """
     program, count = self._program, len(self._params)
     states = self._inputs()[2]
@@ -236,7 +238,7 @@ class Update:
     return {v: env[v] for v in self.shared}, new
 
   def components(self, leaves: Iterable[int]) -> list[tuple[int, ...]]:
-    """Sorts leaves into the smallest groups that can be stepped."""
+    """Sorts leaves into the smallest groups that can be updated alone."""
     by_root: dict[int, list[int]] = {}
     for leaf in leaves:
       by_root.setdefault(self._root(leaf), []).append(leaf)
@@ -244,7 +246,7 @@ class Update:
 
   @property
   def is_coupled(self) -> bool:
-    """Whether the update of some leaf depends on the gradients of others."""
+    """Whether the updates of any two leaves depend on each other."""
     return any(len(leaves) > 1 for leaves in self.components(range(len(self.names))))
 
   @property
@@ -264,15 +266,15 @@ class Update:
 
   @property
   def shared_states(self) -> list[int]:
-    """The leaves of the state that `run_shared` makes anew."""
+    """The leaves of the state that `run_shared` updates."""
     return self._shared_states
 
   def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> None:
-    """Raises the error that names two sets of leaves and what couples them."""
+    """Raises ValueError, which names two sets of leaves and the operation that couples them."""
     self._raise_coupled(list(inside), list(outside), who)
 
   def needs_gradient(self, leaf: int) -> bool:
-    """Whether anything about a leaf changes with its gradient."""
+    """Whether any new weight or new state depends on the gradient of a leaf."""
     return bool(self._used_gradients >> leaf & 1)
 
   @functools.cached_property
@@ -282,10 +284,10 @@ class Update:
     return jax_forms.union(jax_forms.output_bits(program, jax_forms.dependencies(program, bits)))
 
   def group(self, leaves: Sequence[int], who: str) -> Group:
-    """Returns the slice of the update that steps `leaves` together.
+    """Returns the slice of the update that updates `leaves` together.
 
     Raises:
-      ValueError: where they are coupled to leaves that are not among them.
+      ValueError: where they are coupled to other leaves, or an operation that also updates others cannot be cut.
     """
     program, count = self._program, len(self._params)
     wanted = set(leaves)
@@ -312,9 +314,9 @@ class Update:
     handed: Sequence[int],
     program: Program | None = None,
   ) -> Group:
-    """Returns a slice of this update as a group; `handed` are the variables that it reads beside its inputs.
+    """Returns a slice of this update as a group; `handed` are the variables that it reads besides its inputs.
 
-    `program` is the program that the slice is of, where it is another form of this one.
+    `program` is the program of the slice, where that is another form of this update's program.
     """
     program = program or self._program
     constants = program.constants
@@ -331,7 +333,7 @@ class Update:
     )
 
   def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[Operation], who: str) -> None:
-    """An operation that JAX does not take apart as far as its dependencies go."""
+    """Raises ValueError: an operation that updates independent leaves together cannot be cut."""
     grads, params, states = self._inputs()
     name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]
     by = next((jax_forms.where(o) for o in operations if var in o.inputs), "its state")
@@ -370,11 +372,11 @@ def _set_bits(bits: int) -> Iterable[int]:
 
 
 def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str) -> None:
-  """Raises ValueError where `opt_state` is not of the form that `tx.init(params)` makes."""
+  """Raises ValueError where `opt_state` does not match the structure and shapes of `tx.init(params)`."""
   try:
     expected = wrapping.state_shapes(tx, params)
   except jax.errors.ConcretizationTypeError:
-    return  # an init that looks at values; tx.update has to find out for itself
+    return  # this init reads values; tx.update has to find errors itself
   hint = "Make the state with optax_mpo.init(tx, params) or tx.init(params), for these very params."
   leaves = trees.flatten_like(expected, opt_state, f"{caller}: opt_state", hint, root="tx.init(params)")
   for (name, want), got in zip(trees.named_leaves(expected, "opt_state"), leaves, strict=True):

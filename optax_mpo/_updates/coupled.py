@@ -1,14 +1,14 @@
-"""Takes apart an update whose leaves are coupled through a few numbers, for two passes over the gradients.
+"""Takes apart an update whose leaves are coupled through small arrays, for two passes over the gradients.
 
-Why: clipping by the global norm needs the gradients of all leaves before any leaf can be stepped. LOMO
-(arXiv:2306.09782) runs the backward pass twice: the first time for the norm alone, each gradient being used up at once.
+Why: clipping by the global norm needs the gradients of all leaves before any leaf can be updated. LOMO
+(arXiv:2306.09782) runs the backward pass twice. The first pass only computes the norm, and frees each gradient at once.
 
-How: by dataflow, as in `by_leaf`. In the program of the update, the small arrays that depend on several leaves (the
-norm, the scale that clips, a flag that all is finite) are the *links*, as far as small arrays are all it takes to make
-them: the largest moment of a block after clipping is small, but takes a whole gradient. What a leaf contributes to
-them, such as the sum of its squares, are its *parts*. The first pass makes the parts of each leaf; in between, links
-are made from parts; in the second pass each leaf is stepped as if the links were constants. Leaves that are small
-themselves are not worth the effort: their gradients are kept from the first pass, and they are stepped in between.
+How: by dataflow, as in `by_leaf`. The *links* are the small arrays in the update that depend on several leaves: the
+norm, the clipping scale, a flag that all is finite. They have to be made from small arrays alone. The largest moment of
+a block after clipping is no link: it is small, but needs a whole gradient. The *parts* of a leaf are what it
+contributes to the links, such as the sum of its squares. The first pass makes the parts of each leaf. In between, links
+are made from parts. The second pass updates each leaf as if the links were constants. Small leaves are not worth two
+passes: their gradients are kept from the first pass, and they are updated in between.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from optax_mpo._program import branches, jax_forms
 from optax_mpo._program.program import Operation, Program
 from optax_mpo._updates import by_leaf
 
-SMALL = 1024  # elements: what may be held for every leaf
+SMALL = 1024  # elements of an array that may be kept for every leaf
 
 
 @dataclasses.dataclass
@@ -31,11 +31,11 @@ class Part:
   """What the first pass makes of one leaf.
 
   Attributes:
-    leaf: which.
-    outputs: the variables that it makes, the gradient itself for a small leaf.
-    reads: the variables of its weight and of state, its own or that of no leaf, that it reads.
-    shared: the shared variables that it reads.
-    operations: the slice.
+    leaf: the index of the leaf.
+    outputs: the variables that are made; for a small leaf, the gradient itself.
+    reads: the variables that are read of the weight, of its state, and of state that belongs to no leaf.
+    shared: the shared variables that are read.
+    operations: the slice that makes `outputs`.
   """
 
   leaf: int
@@ -49,10 +49,10 @@ class TwoPass:
   """An update taken apart for two passes.
 
   Attributes:
-    program: the whole update; where it has branches that are in the way, they are selects.
+    program: the whole update. Branches are replaced by selects where they would be in the way.
     parts: what the first pass makes.
     groups: the updates of single leaves for the second pass; their `shared` are shared variables and links.
-    middle: the leaves that are stepped in between.
+    middle: the leaves that are updated between the passes.
   """
 
   def __init__(self, update: by_leaf.Update, caller: str):
@@ -98,12 +98,12 @@ class TwoPass:
     return made
 
   def _own_states(self, deps: dict[int, int]) -> None:
-    """Finds the leaf that each state belongs to: that from which alone, but for links, its new value is made."""
+    """Finds the leaf that each state belongs to: the only one, links aside, that its new value is made from."""
     program, count = self.program, len(self._grads)
     small = {v for v in deps if self._size(v) <= SMALL}
     links = {v for v in small & self._made_between(deps, small) if deps[v] & (deps[v] - 1)}
     leaf_of = {v: i for part in (self._grads, self._params) for i, v in enumerate(part)}
-    made_of: list[set[int]] = []  # the inputs that each output is made of, links aside
+    made_of: list[set[int]] = []  # the inputs that each output is made from, links aside
     for output in program.outputs:
       found = jax_forms.slice_of(program, [output], self._given | links)
       made_of.append(jax_forms.read_by(found, [output]))
@@ -114,17 +114,17 @@ class TwoPass:
         first, *others = sorted(leaves)
         self._update.raise_coupled([first], others, f"{self._caller}, two_pass")
       self._owners.append(leaves.pop() if leaves else None)
-    # What is made of itself alone, such as the first weights that the update compares with, belongs to its only reader.
+    # Large state that is made from itself alone, such as initial weights to compare with, belongs to its only reader.
     for j, owner in enumerate(self._owners):
       readers = {i for i in range(count) if self._states[j] in made_of[i]}
       if owner is None and len(readers) == 1 and self._size(self._states[j]) > SMALL:
         self._owners[j] = readers.pop()
 
   def _made_of_free_states(self) -> set[int]:
-    """Scalars that depend on nothing but state that belongs to no leaf, such as the bias correction of a step count.
+    """Float scalars that depend only on state that belongs to no leaf, such as the bias correction of a step count.
 
-    They are computed once, as by the ordinary update: XLA divides by a scalar that one leaf alone reads otherwise than
-    by one that all do.
+    They are computed once, as in the ordinary update. XLA divides in one way by a scalar that only one leaf reads, and
+    in another way by a scalar that all leaves read.
     """
     count, program = len(self._grads), self.program
     free = jax_forms.dependencies(program, [0] * (2 * count) + [int(owner is None) for owner in self._owners])
@@ -149,13 +149,13 @@ class TwoPass:
     return update.make_group([leaf], states, inputs, outputs, operations, handed, program)
 
   def _refuse_foreign(self, leaf: int, found: Sequence[int]) -> None:
-    """Raises where a leaf's step reads more than small numbers of other leaves."""
+    """Raises ValueError where the update of a leaf reads more than small arrays of other leaves."""
     others = {i for v in found for i in range(len(self._grads)) if self._deps[v] >> i & 1} - {leaf}
     if others:
       self._update.raise_coupled([leaf], sorted(others), f"{self._caller}, two_pass")
 
   def _between(self) -> None:
-    """Finds what is made between the passes, from which parts."""
+    """Finds what is made between the passes, and from which parts."""
     program, count, update = self.program, len(self._grads), self._update
     self._new_states = [
       j
@@ -178,7 +178,7 @@ class TwoPass:
         f"{self._caller}, two_pass: tx needs the whole gradient of {names} to step other leaves, and not just a few "
         "numbers made of it. Train with tx.update."
       )
-    # A part that another part of the same leaf is made of is not needed itself.
+    # A part that only serves to make another part of the same leaf is not needed itself.
     self.parts = [self._part(i, sorted(v for v in read & parts if self._deps[v] == 1 << i)) for i in sorted(large)]
     self.parts = [part for part in self.parts if part.outputs]
     self.parts += [Part(i, (self._grads[i],), (), (), ()) for i in self.middle]
@@ -191,7 +191,7 @@ class TwoPass:
     return Part(leaf, tuple(outputs), tuple(sorted(read & own)), shared, tuple(operations))
 
   def known(self, shared: dict[int, Any], weights: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
-    """The values, by variable, of what there is before the first pass.
+    """Returns the values, by variable, that are known before the first pass.
 
     Args:
       shared: the values of the shared variables, from `run_shared`.
@@ -204,10 +204,10 @@ class TwoPass:
     return known | {v: env[v] for v in self._free}
 
   def parts_of(self, gradients: Sequence[Any], known: dict[int, Any]) -> dict[int, Any]:
-    """Makes the parts of all leaves, where all gradients are at hand.
+    """Makes the parts of all leaves, where all gradients exist at once.
 
     Args:
-      gradients: by leaf.
+      gradients: the gradients, by leaf.
       known: what `known` returns.
 
     Returns:
@@ -223,14 +223,14 @@ class TwoPass:
   def links(
     self, parts: dict[int, Any], known: dict[int, Any]
   ) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
-    """Makes what the second pass is handed.
+    """Makes the values that the second pass reads.
 
     Args:
       parts: the values of the parts, by variable.
       known: what `known` returns.
 
     Returns:
-      The values of variables; the new weights and the new states of what is stepped in between, by index.
+      The values by variable; the new weights and the new states, by index, that are made between the passes.
     """
     program, count = self.program, len(self._grads)
     env = dict(program.constants) | known | parts

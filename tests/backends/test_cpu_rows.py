@@ -77,7 +77,7 @@ def text(program) -> str:
 
 
 def at_once(monkeypatch) -> None:
-  monkeypatch.setattr(cpu_rows, "of_group", lambda group: None)
+  monkeypatch.setattr(cpu_rows, "of_weight", lambda update: None)
 
 
 def assert_same(a, b) -> None:

@@ -41,7 +41,7 @@ def made(tx, shape, stacked, dtype=jnp.bfloat16):
   update = by_leaf.Update(tx, params, state, "test", kernels=True)
   group = update.group([0], "test")
   shared, _ = update.run_shared()
-  kernel = gpu_kernel.make(group.program, group.operations, group.inputs, group.shared, group.outputs, stacked)
+  kernel = gpu_kernel.make(group.update, stacked)
   leaves = jax.tree.leaves(state)
   return kernel, group, grad, [params["w"], *(leaves[j] for j in group.states)], [shared[v] for v in group.shared]
 

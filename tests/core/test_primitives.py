@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
+from optax_mpo._backends.backend import Backend
 from optax_mpo._core import primitives
 from tests.helpers import ordinary_step
 
@@ -26,13 +27,13 @@ def array(i, dtype=jnp.float32):
   return (jnp.arange(12.0).reshape(SHAPE) / 8 + 0.5 + i).astype(dtype)
 
 
-def pure(grad, stacks, shared, index, waits):
+def pure(grad, stacks, shared, index):
   weight, moment = stacks
   moment = moment * shared[0] + grad**2 + index.astype(jnp.float32)
   return [weight - jnp.sin(moment), moment]
 
 
-STEP = {"pure": pure, "kernel": None, "rows": None, "stacks": 2, "waits": 1}
+STEP = {"pure": pure, "backend": Backend(), "stacks": 2}
 TOGETHER = {"pures": (pure, pure), "kernels": (None, None), "counts": ((2, 1), (2, 1))}
 
 # The operands and params of each primitive.
@@ -43,7 +44,7 @@ EXAMPLES = {
   "row_major": ([array(0)], {}),
   "laid_out": ([array(0)], {}),
   "tie": ([array(0), number(1), jnp.int32(2)], {}),
-  "step_weight": ([jnp.int32(0), array(0), array(1), array(2), number(0), number(1)], STEP),
+  "step_weight": ([jnp.int32(0), array(0), array(1), array(2), number(0)], STEP),
   "step_weights": ([array(0), array(1), array(2), number(0), array(3), array(4), array(5), number(0)], TOGETHER),
 }
 
