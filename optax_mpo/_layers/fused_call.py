@@ -19,7 +19,7 @@ from optax_mpo._core import order, trees, types
 from optax_mpo._layers import handles
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate, planning
-from optax_mpo._stepping.site import Site, of_groups
+from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf
 
 PyTree = Any
@@ -228,8 +228,8 @@ class Refs:
     sites = self._sites(gradients, dict(zip(self.leaves, program.inputs, strict=False)))
     out = evaluate.run(program, sites, jax.tree.leaves(inputs), program.outputs[:count], store, shared, at_least)
     for group, site in zip(self.groups, sites, strict=True):
-      if site.placed[0] == "at the end":
-        group.raise_mixed(site.placed[1])
+      if site.place is Place.AT_END:
+        group.raise_mixed(site.why)
     return self._write(arguments, store, out)
 
   def _sites(self, grads: dict[int, Any], weights: dict[int, Any]) -> list[Site]:

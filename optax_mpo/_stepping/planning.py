@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from optax_mpo._core import types
 from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
-from optax_mpo._stepping.site import HELD, Layered, Site, Values, layer_step, small_stacks
+from optax_mpo._stepping.site import HELD, Layered, Place, Site, Values, layer_step, small_stacks
 
 # Operations that a gradient is followed through, back to the scan that stacks it.
 FOLLOWED = by_layer.ELEMENTWISE | {"transpose", "reshape", "squeeze", "broadcast_in_dim", "optimization_barrier"}
@@ -29,8 +29,6 @@ _VIEWS = frozenset(
   """transpose reshape squeeze expand_dims convert_element_type sharding_constraint copy copy_p stop_gradient slice
   optimization_barrier""".split()
 )
-FROZEN = ("without a gradient", "its update does not read one")
-_AFTER = ("after the scan", "small, so that it is stepped whole")
 
 
 @dataclasses.dataclass
@@ -167,10 +165,10 @@ class _Planner:
         continue
       together = index in small and len(small) > 1
       complete.append((end - 1 if together else self._due(site), index))
-      if together and site.placed in (("", ""), _AFTER):
-        site.placed = ("together", "with other small leaves, by one kernel at the end")
-      if not site.placed[0]:
-        site.placed = self._placed(site)
+      if together and site.place in (Place.UNKNOWN, Place.AFTER_SCAN):
+        site.put(Place.TOGETHER, "with other small leaves, by one kernel at the end")
+      if site.place is Place.UNKNOWN:
+        site.put(*self._place(site))
     for due, indices in self._gathered(sorted(complete), at_least):
       result.due.setdefault(due, []).extend(indices)
       for atom in (a for index in indices for a in self.sites[index].grads):
@@ -196,7 +194,7 @@ class _Planner:
     """Whether a weight is better updated together with others, and its gradient is small enough to be kept for that."""
     if site.step.backend.together is None:
       return False
-    return site.placed == _AFTER or self._gradient_size(site) <= HELD
+    return site.place is Place.AFTER_SCAN or self._gradient_size(site) <= HELD
 
   def _gradient_size(self, site: Site) -> int:
     return sum(math.prod(self.program.aval(a).shape) for a in site.grads)
@@ -209,17 +207,17 @@ class _Planner:
     read = max((self._last_read(v) for views in site.params for v in views), default=-1)
     return max(complete, read)
 
-  def _placed(self, site: Site) -> tuple[str, str]:
+  def _place(self, site: Site) -> tuple[Place, str]:
     """How a site outside scans is updated, and why."""
     program = self.program
     if all(constant(program, atom) == 0 for atom in site.grads):
-      return "with a zero gradient", "the loss does not depend on it"
+      return Place.WITH_ZERO_GRADIENT, "the loss does not depend on it"
     summed = [
       i for atom in site.grads if (i := self._made(atom)) >= 0 and program.operations[i].name in ("scan", "while")
     ]
     if summed:
-      return "at once", f"its gradient is summed in a {program.operations[summed[0]].name}"
-    return "at once, by a kernel" if site.step.backend.kernel else "at once", ""
+      return Place.AT_ONCE, f"its gradient is summed in a {program.operations[summed[0]].name}"
+    return (Place.AT_ONCE_BY_KERNEL if site.step.backend.kernel else Place.AT_ONCE), ""
 
   def _last_read(self, var: int) -> int:
     """The last operation that reads a variable, or a view of it."""
@@ -306,7 +304,7 @@ class _Planner:
       if scans == {None} or not site.leaves:
         continue
       if len(scans) > 1 or None in scans:
-        site.placed = ("at the end", "its leaves are coupled and get their gradients in different places")
+        site.put(Place.AT_END, "its leaves are coupled and get their gradients in different places")
         continue
       scan = scans.pop()
       assert scan is not None
@@ -346,7 +344,7 @@ class _Planner:
     accepted: list[tuple[int, list[int], Released, list[int]]] = []
     small = small_stacks([self._gradient_size(self.sites[index]) for index, _ in candidates], length)
     for k in small:
-      self.sites[candidates[k][0]].placed = _AFTER
+      self.sites[candidates[k][0]].put(Place.AFTER_SCAN, "small, so that it is stepped whole")
     # A stacked gradient that anything else reads still has to be stacked. Each refusal changes which paths are left, so
     # this is repeated until nothing is refused.
     for index, path in (c for k, c in enumerate(candidates) if k not in small):
@@ -354,7 +352,7 @@ class _Planner:
       try:
         released, used = self._released(index, path, scan, ys, length)
       except (by_layer.NotSeparableError, TypeError) as error:
-        site.placed = ("at the end", str(error))
+        site.put(Place.AT_END, str(error))
         continue
       accepted.append((index, path, released, used))
     while True:
@@ -363,7 +361,7 @@ class _Planner:
       if not bad:
         break
       for index, *_ in bad:
-        self.sites[index].placed = ("at the end", "its stacked gradient is also used elsewhere")
+        self.sites[index].put(Place.AT_END, "its stacked gradient is also used elsewhere")
       accepted = [a for a in accepted if a not in bad]
     if not accepted:
       return
@@ -374,9 +372,8 @@ class _Planner:
       FOLLOWED,
     )
     released = [r for _, _, r, _ in accepted]
-    for (_, _, r, used), number in zip(accepted, range(len(accepted)), strict=True):
+    for _, _, r, used in accepted:
       r.inner.grads = tuple(body.outputs[carry + j] for j in used)
-      released[number] = r
     own = self._own(operation, consts + carry, released, body, length)
     taken = {j for _, _, _, used in accepted for j in used}
     kept = [j for j in range(len(operation.outputs) - carry) if j not in taken]
@@ -385,7 +382,7 @@ class _Planner:
     self.result.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, length)
     self.result.skipped |= {i for _, path, _, _ in accepted for i in path}
     for r in released:
-      r.site.placed = ("in scan, by a kernel" if r.layered.backend.kernel else "in scan", r.layered.backend.no_kernel)
+      r.site.put(Place.IN_SCAN_BY_KERNEL if r.layered.backend.kernel else Place.IN_SCAN, r.layered.backend.no_kernel)
 
   def _released(
     self, index: int, path: list[int], scan: int, ys: dict[int, int], length: int

@@ -7,6 +7,7 @@ scan stacks to the gradient, and those of the update. The layer axis of a weight
 """
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -141,6 +142,22 @@ class Layered:
     return stacks
 
 
+class Place(enum.StrEnum):
+  """Where a weight is updated, as `explain` says it."""
+
+  UNKNOWN = ""
+  IN_SCAN = "in scan"
+  IN_SCAN_BY_KERNEL = "in scan, by a kernel"
+  AFTER_SCAN = "after the scan"
+  AT_ONCE = "at once"
+  AT_ONCE_BY_KERNEL = "at once, by a kernel"
+  TOGETHER = "together"
+  AT_END = "at the end"
+  BETWEEN_PASSES = "between the passes"
+  WITH_ZERO_GRADIENT = "with a zero gradient"
+  WITHOUT_GRADIENT = "without a gradient"
+
+
 @dataclasses.dataclass
 class Site:
   """Leaves that are updated together, in one program.
@@ -150,14 +167,20 @@ class Site:
     grads: the atoms of the gradients that the update reads.
     params: for each leaf, the variables that hold its weight.
     step: how they are updated. Its `shared` are the values that come from outside the site.
-    placed: where they are updated, as `explain` says it, and why.
+    place: where they are updated.
+    why: the reason, unless this is the best place.
   """
 
   leaves: tuple[int, ...]
   grads: tuple[Atom, ...]
   params: tuple[tuple[int, ...], ...]
   step: Step
-  placed: tuple[str, str] = ("", "")
+  place: Place = Place.UNKNOWN
+  why: str = ""
+
+  def put(self, place: Place, why: str = "") -> None:
+    """Sets the place and the reason."""
+    self.place, self.why = place, why
 
 
 def small_stacks(sizes: Sequence[int], length: int) -> set[int]:

@@ -22,7 +22,7 @@ from optax_mpo._core import modules, order, primitives, trees, wrapping
 from optax_mpo._program import jax_forms, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import evaluate, first_pass, planning
-from optax_mpo._stepping.site import Site, of_groups
+from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf, coupled
 
 PyTree = Any
@@ -92,7 +92,7 @@ class Traced:
     sites = of_groups(groups, self.grads, self.program.inputs, kernels)
     for site in sites:
       if not any(self._trained[i] for i in site.leaves):
-        site.placed = planning.FROZEN
+        site.put(Place.WITHOUT_GRADIENT, "its update does not read one")
     return sites
 
   def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":

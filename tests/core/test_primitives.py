@@ -62,10 +62,10 @@ def primitive(request):
   def plainly(*operands):
     if request.param == "step_weight":
       index, grad, *rest = operands
-      return pure(grad, rest[:2], rest[2:3], index, rest[3:])
+      return pure(grad, rest[:2], rest[2:], index)
     if request.param == "step_weights":
       given = (operands[:4], operands[4:])
-      return [x for grad, *rest in given for x in pure(grad, rest[:2], rest[2:], jnp.int32(0), [])]
+      return [x for grad, *rest in given for x in pure(grad, rest[:2], rest[2:], jnp.int32(0))]
     return list(operands) if request.param == "tie" else [operands[0]]
 
   return lambda *operands: jax.tree.leaves(made.bind(*operands, **params)), plainly, operands
