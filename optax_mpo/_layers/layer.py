@@ -23,10 +23,10 @@ from jax import lax
 
 from optax_mpo._core import modules, order, types
 from optax_mpo._layers import fused_call, handles, microbatch
+from optax_mpo._layers.fused_call import Remat
 from optax_mpo._program import pullbacks
 
 PyTree = Any
-Remat = bool | Callable[..., Any]
 
 
 def fused_layer(

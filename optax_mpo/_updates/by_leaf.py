@@ -92,7 +92,10 @@ class Update:
 
   Attributes:
     names: the name of every leaf of the params.
+    program: the whole update: gradients, weights, state -> new weights, new state.
+    given: the variables that no slice computes: `shared` and constants.
     shared: the variables that `run_shared` computes.
+    shared_states: the leaves of the state that `run_shared` updates.
     kernels: whether GPU kernels are allowed, by the caller or by `with_kernels` around `tx` or in it.
   """
 
@@ -111,7 +114,7 @@ class Update:
     self.state_names = [name for name, _ in trees.named_leaves(opt_state, "opt_state")]
     check_state(tx, params, opt_state, caller)
     with step_weight.left_out() as met:
-      self._program, out = jax_forms.trace(self._whole(tx), self._params, self._params, self._state)
+      self.program, out = jax_forms.trace(self._whole(tx), self._params, self._params, self._state)
     self.kernels = kernels or bool(met)
     self._check_result(out)
     self._own()
@@ -153,7 +156,7 @@ class Update:
         )
 
     # The name of an axis, which a collective needs, counts as an effect in JAX, but it cannot be lost.
-    effects = {o.name for o in self._program.operations for e in o.eqn.effects if type(e).__name__ != "NamedAxisEffect"}
+    effects = {o.name for o in self.program.operations for e in o.eqn.effects if type(e).__name__ != "NamedAxisEffect"}
     if effects:
       raise ValueError(
         f"{self._caller}: tx.update has side effects ({trees.listed(sorted(effects))}), which steps of single leaves "
@@ -162,8 +165,8 @@ class Update:
 
   def _own(self) -> None:
     """Finds which state is shared, and which leaves and states belong together."""
-    program, count = self._program, len(self._params)
-    states = self._inputs()[2]
+    program, count = self.program, len(self._params)
+    states = self.inputs[2]
     leaf_bits = [1 << i for i in range(count)]
     state_bits = [1 << (count + j) for j in range(len(states))]
     self._deps = jax_forms.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
@@ -174,7 +177,6 @@ class Update:
       if found | own == own:
         break
       own |= found
-    self._own_bits = own
 
     # Leaves and states belong together if a new weight or a new state depends on both.
     self._parent = list(range(count + len(states)))
@@ -184,7 +186,7 @@ class Update:
         continue
       for other in _set_bits(bits):
         self._parent[self._root(node)] = self._root(other)
-    self._shared_states = [j for j in range(len(states)) if not state_bits[j] & own]
+    self.shared_states = [j for j in range(len(states)) if not state_bits[j] & own]
     self._members: dict[int, list[int]] = {}
     for node in range(count + len(states)):
       if node < count or state_bits[node - count] & own:
@@ -192,20 +194,16 @@ class Update:
 
     given = [v for v, bits in self._deps.items() if not bits & own and self._is_given(v)]
     self.shared = tuple(v for v in given if v not in program.constants)
-    self._given = frozenset(given)
-
-  def _inputs(self) -> tuple[list[int], list[int], list[int]]:
-    inputs, count = self._program.inputs, len(self._params)
-    return inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
+    self.given = frozenset(given)
 
   def _is_given(self, var: int) -> bool:
-    maker, size = self._program.makers.get(var), math.prod(self._program.aval(var).shape)
+    maker, size = self.program.makers.get(var), math.prod(self.program.aval(var).shape)
     if maker is None:
       return True
-    operation = self._program.operations[maker]
-    if operation.name == "broadcast_in_dim" and size > math.prod(self._program.aval(operation.inputs[0]).shape) == 1:
+    operation = self.program.operations[maker]
+    if operation.name == "broadcast_in_dim" and size > math.prod(self.program.aval(operation.inputs[0]).shape) == 1:
       return False  # a broadcast scalar: the slice reads the scalar
-    if self.kernels and (size > 1 or jnp.issubdtype(self._program.aval(var).dtype, jnp.integer)):
+    if self.kernels and (size > 1 or jnp.issubdtype(self.program.aval(var).dtype, jnp.integer)):
       return operation.name not in _CHEAP  # free inside a kernel, while XLA takes a launch for each leaf
     return size <= _SMALL or operation.name not in _CHEAP
 
@@ -218,7 +216,7 @@ class Update:
   def at(self, opt_state: Sequence[Any], constants: dict[int, Any]) -> "Update":
     """The same update with other values for the leaves of its state and for constants of its program."""
     other = copy.copy(self)
-    other._state, other._program = list(opt_state), self._program.replaced(constants)
+    other._state, other.program = list(opt_state), self.program.replaced(constants)
     return other
 
   def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -227,13 +225,13 @@ class Update:
     Returns:
       The values of `shared`, by variable, and the new values of the shared leaves of the state, by index.
     """
-    program, count = self._program, len(self._params)
-    states = self._inputs()[2]
+    program, count = self.program, len(self._params)
+    states = self.inputs[2]
     env = dict(program.constants)
-    env.update((states[j], self._state[j]) for j in self._shared_states)
-    outputs = {j: program.outputs[count + j] for j in self._shared_states}
+    env.update((states[j], self._state[j]) for j in self.shared_states)
+    outputs = {j: program.outputs[count + j] for j in self.shared_states}
     known = frozenset(env)
-    jax_forms.run(program, jax_forms.slice_of(program, [*self._given, *outputs.values()], known), env)
+    jax_forms.run(program, jax_forms.slice_of(program, [*self.given, *outputs.values()], known), env)
     new = {j: jax_forms.value(a, env) for j, a in outputs.items()}
     return {v: env[v] for v in self.shared}, new
 
@@ -250,28 +248,10 @@ class Update:
     return any(len(leaves) > 1 for leaves in self.components(range(len(self.names))))
 
   @property
-  def program(self) -> Program:
-    """The whole update: gradients, weights, state -> new weights, new state."""
-    return self._program
-
-  @property
   def inputs(self) -> tuple[list[int], list[int], list[int]]:
     """The variables of the gradients, the weights and the state."""
-    return self._inputs()
-
-  @property
-  def given(self) -> frozenset[int]:
-    """The variables that no slice computes: `shared` and constants."""
-    return self._given
-
-  @property
-  def shared_states(self) -> list[int]:
-    """The leaves of the state that `run_shared` updates."""
-    return self._shared_states
-
-  def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> None:
-    """Raises ValueError, which names two sets of leaves and the operation that couples them."""
-    self._raise_coupled(list(inside), list(outside), who)
+    inputs, count = self.program.inputs, len(self._params)
+    return inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
 
   def needs_gradient(self, leaf: int) -> bool:
     """Whether any new weight or new state depends on the gradient of a leaf."""
@@ -279,7 +259,7 @@ class Update:
 
   @functools.cached_property
   def _used_gradients(self) -> int:
-    program, count = self._program, len(self._params)
+    program, count = self.program, len(self._params)
     bits = [1 << i if i < count else 0 for i in range(len(program.inputs))]
     return jax_forms.union(jax_forms.output_bits(program, jax_forms.dependencies(program, bits)))
 
@@ -289,20 +269,20 @@ class Update:
     Raises:
       ValueError: where they are coupled to other leaves, or an operation that also updates others cannot be cut.
     """
-    program, count = self._program, len(self._params)
+    program, count = self.program, len(self._params)
     wanted = set(leaves)
     members = sorted({node for leaf in leaves for node in self._members[self._root(leaf)]})
     if outside := [node for node in members if node < count and node not in wanted]:
-      self._raise_coupled(sorted(wanted), outside, who)
+      self.raise_coupled(sorted(wanted), outside, who)
     owned = [node - count for node in members if node >= count]
     outputs = [program.outputs[i] for i in leaves] + [program.outputs[count + j] for j in owned]
-    grads, params, states = self._inputs()
+    grads, params, states = self.inputs
     inputs = [grads[i] for i in leaves] + [params[i] for i in leaves] + [states[j] for j in owned]
-    operations = jax_forms.slice_of(program, outputs, self._given | set(inputs))
+    operations = jax_forms.slice_of(program, outputs, self.given | set(inputs))
     read = jax_forms.read_by(operations, outputs)
-    if foreign := read & set(program.inputs) - set(inputs) - self._given:
+    if foreign := read & set(program.inputs) - set(inputs) - self.given:
       self._raise_foreign(leaves, min(foreign), operations, who)
-    return self.make_group(leaves, owned, inputs, outputs, operations, sorted(read & self._given))
+    return self.make_group(leaves, owned, inputs, outputs, operations, sorted(read & self.given))
 
   def make_group(
     self,
@@ -318,7 +298,7 @@ class Update:
 
     `program` is the program of the slice, where that is another form of this update's program.
     """
-    program = program or self._program
+    program = program or self.program
     constants = program.constants
     return Group(
       leaves=tuple(leaves),
@@ -334,7 +314,7 @@ class Update:
 
   def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[Operation], who: str) -> None:
     """Raises ValueError: an operation that updates independent leaves together cannot be cut."""
-    grads, params, states = self._inputs()
+    grads, params, states = self.inputs
     name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]
     by = next((jax_forms.where(o) for o in operations if var in o.inputs), "its state")
     advice = "Step these leaves in one fused_layer, or train" if self._caller == _BY_LAYERS else "Train"
@@ -343,13 +323,14 @@ class Update:
       f"in {by}, which cannot be taken apart. {advice} with tx.update."
     )
 
-  def _raise_coupled(self, inside: list[int], outside: list[int], who: str) -> None:
+  def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> NoReturn:
+    """Raises ValueError, which names two sets of leaves and the operation that couples them."""
     ours = jax_forms.union([1 << i for i in inside])
     theirs = jax_forms.union([1 << i for i in outside])
     by = next(
       (
         jax_forms.where(operation)
-        for operation in self._program.operations
+        for operation in self.program.operations
         for var in operation.outputs
         if var >= 0 and self._deps[var] & ours and self._deps[var] & theirs
       ),
