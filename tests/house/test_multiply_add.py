@@ -26,8 +26,7 @@ from tests.helpers import ROOT
   ids=lambda chosen: chosen[0],
 )
 def test_equal_with_fused_multiply_adds(chosen):
-  flags = re.sub(r"--xla_cpu_max_isa=\S+", "", os.environ["XLA_FLAGS"])
-  environment = os.environ | {"XLA_FLAGS": flags, "OPTAX_MPO_TEST_MULTIPLY_ADD": "1"}
+  environment = os.environ | {"XLA_FLAGS": "", "OPTAX_MPO_TEST_MULTIPLY_ADD": "1", "OPTAX_MPO_TEST_OPTIMIZED": "1"}
   command = [sys.executable, "-m", "pytest", "-q", "-n=0", "-m", "not slow", "-p", "no:cacheprovider"]
   command += [ROOT / "tests" / chosen[0], *chosen[1:]]
   run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
