@@ -68,13 +68,16 @@ def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
         else:
           env[var] = program.new(var.aval)
           outputs.append(env[var])
-      bodies = tuple(flatten(_closed(b)) for b in eqn.params["branches"]) if eqn.primitive.name == "cond" else ()
-      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, bodies))
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, _branches(eqn)))
     return [read(v) for v in jaxpr.outvars]
 
   program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
   program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, None)
   return program
+
+
+def _branches(eqn: Any) -> tuple[Program, ...]:
+  return tuple(flatten(_closed(b)) for b in eqn.params["branches"]) if eqn.primitive.name == "cond" else ()
 
 
 def _called(eqn: Any) -> tuple[Any, Sequence[Any]]:
@@ -392,7 +395,7 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
 
     def add(eqn: Any, inputs: list[Atom]) -> list[Atom]:
       outputs = [-1 if isinstance(v, core.DropVar) else program.new(v.aval) for v in eqn.outvars]
-      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller))
+      program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, _branches(eqn)))
       return outputs
 
     def read(var: Any) -> Atom:

@@ -34,11 +34,16 @@ def with_inputs(x, p):
   return x + jnp.tanh(x @ p["w"]) * p["g"].astype(x.dtype)[None], None
 
 
+def branching(x, p):
+  return lax.cond(x[0, 0] > 0, lambda: jnp.tanh(x @ p["w"]), lambda: x), None
+
+
 BODIES = {
   "cast": lambda p: cast,
   "scaled": lambda p: scaled,
   "shared": lambda p: shared(p["table"]),
   "with inputs": lambda p: with_inputs,
+  "branching": lambda p: branching,
 }
 
 
@@ -71,7 +76,7 @@ def test_no_copy_of_the_weights_is_stacked(name):
   x = jnp.ones((4, WIDTH), jnp.bfloat16)
   program, _ = jax_forms.trace(jax.value_and_grad(lambda p, x: loss_of(name)(treedef.unflatten(p), x)), leaves, x)
   cut = residuals.without_weights(program, program.inputs[: len(leaves)])
-  assert not stacked_weights(cut)
+  assert bool(stacked_weights(cut)) == (name == "branching")  # which weights a branch reads depends on its input
   assert bool(stacked_weights(program)) == (name != "with inputs")
   assert_same_bits(jax_forms.call(cut, *leaves, x), jax_forms.call(program, *leaves, x))
 
