@@ -89,7 +89,7 @@ def computed(kernel, grad, stacks, shared, index=None):
     ("compact", (2, 4, 4096)),
   ],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_it_steps_one_layer_and_leaves_the_others(storage, shape):
   kernel, _, grad, stacks, shared = made(STORAGES[storage](), shape, stacked=True)
   index = shape[0] - 2
@@ -134,6 +134,7 @@ def test_launches_hold_no_more_arrays_than_a_kernel_is_given():
   assert step_weight._launches([]) == []
 
 
+@pytest.mark.full
 def test_on_a_gpu_small_weights_are_batched(tmp_path):
   """63 vectors take two launches, in place, and each byte is read and written once. XLA updates what has no tiles."""
   tx = mpo.with_kernels(EXACT())
@@ -180,6 +181,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.few(3)
 def test_what_is_left_to_xla(case):
   make, shape, reason = REFUSED[case]
   with pytest.raises(elementwise.NotElementwiseError, match=reason):
@@ -239,7 +241,7 @@ def layers(stacked, width=WIDTH, hidden=HIDDEN):
 
 @pytest.mark.parametrize("storage", ["16 bits", "compact"])
 @pytest.mark.parametrize("case", LOSSES)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_without_a_gpu_steps_are_what_they_are_without_kernels(case, storage):
   make, loss = LOSSES[case]
   tx = STORAGES[storage]()
@@ -269,6 +271,12 @@ def test_two_passes_are_what_they_are_without_kernels():
     np.testing.assert_array_equal(bits(one), bits(other))
   table = mpo.explain(scanned, made, params, state, x, two_pass=True)
   assert {leaf.stepped for leaf in table if leaf.parameters > 1024} == {"in scan, by a kernel"}
+
+
+@pytest.fixture(autouse=True)
+def _xla_gpu_optimizes_as_usual(monkeypatch):
+  """The flags of tests/conftest.py are for CPUs, but the process that compiles for a GPU would read them too."""
+  monkeypatch.setenv("XLA_FLAGS", "")
 
 
 def compiled(case, storage, folder):
@@ -306,7 +314,7 @@ def test_on_a_gpu_one_kernel_steps_a_layer_at_the_floor(case, storage, tmp_path)
 
 
 @pytest.mark.parametrize("case", ["auto unrolled", "layer unrolled"])
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_on_a_gpu_weights_with_8_bit_state_are_stepped_at_the_floor(case, tmp_path):
   _, text, _, (params, state) = compiled(case, "compact", tmp_path)
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
@@ -333,7 +341,7 @@ def test_on_a_gpu_ordinary_updates_of_8_bit_state_are_at_the_floor(add, tmp_path
 
 @pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_ordinary_updates_are_what_they_are_without_kernels(storage, add):
   tx, grads = STORAGES[storage](), layers(True)
   results = []
@@ -399,6 +407,7 @@ def test_small_leaves_of_a_fused_step_are_stepped_together():
 
 
 @pytest.mark.parametrize(("case", "launches"), [("auto unrolled", 1), ("layer unrolled", 0)])
+@pytest.mark.few(1)
 def test_on_a_gpu_small_leaves_of_a_fused_step_take_one_launch(case, launches, tmp_path):
   """By layers there is no common launch: each layer has one small leaf, and updates it when the layer is done."""
   _, text, _, (params, _) = compiled(case, "16 bits", tmp_path)
@@ -453,6 +462,7 @@ def test_with_8_bit_state_too_its_instructions_are_those_of_xla(tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["16 bits", "compact"])
+@pytest.mark.few(1)
 def test_it_spills_no_registers(storage, tmp_path):
   compiled("auto scanned", storage, tmp_path)
   nvidia = importlib.util.find_spec("nvidia")
@@ -479,6 +489,7 @@ def test_a_jax_without_triton_steps_as_it_does_without_kernels_and_says_so(monke
   assert "dynamic-update-slice" in text
 
 
+@pytest.mark.few(1)
 def test_several_devices_are_left_to_xla(tmp_path):
   tx = mpo.with_kernels(EXACT())
   params, state = jax.eval_shape(lambda: mpo.init(tx, layers(True, 1024, 3072)))

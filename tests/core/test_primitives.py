@@ -132,6 +132,7 @@ def objective(fun, operands):
   [lambda f: f, jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))],
   ids="eager jit remat both".split(),
 )
+@pytest.mark.few(6)
 def test_it_is_differentiated(primitive, wrap):
   fun, plain, operands = primitive
   (got, values), (want, _) = objective(fun, operands), objective(plain, operands)
@@ -248,14 +249,14 @@ def check_derivative(transformed, route, stored, loss):
 
 @pytest.mark.parametrize("stored", ["8 bits", *(pytest.param(x, marks=pytest.mark.full) for x in ("16 bits", "fp16"))])
 @pytest.mark.parametrize("route", list(ROUTES)[1:])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_steps_are_differentiated_like_ordinary_ones(route, stored):
   check_derivative(TRANSFORMATIONS["grad"], route, stored, scanned)
 
 
 @pytest.mark.parametrize("loss", [scanned, pytest.param(unrolled, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_steps_are_differentiated_in_any_way(name, loss):
   check_derivative(TRANSFORMATIONS[name], "released", "8 bits", loss)
 
@@ -286,6 +287,7 @@ CASES = [
   ("loss", "route", "stored"),
   [pytest.param(*c, marks=[pytest.mark.full] * (c[1:] != ("released", "8 bits"))) for c in CASES],
 )
+@pytest.mark.few(1)
 def test_ensembles_are_trained_like_their_members(loss, route, stored):
   """Bit for bit, unless a sum changes its order, as in matrix products and norms, in a batch or another program."""
   check_ensemble(loss, route, stored, 3, 32)
@@ -326,6 +328,7 @@ def check_ensemble(loss, route, stored, layers, width):
 # --- What a fused step cannot do --------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 def test_fused_steps_are_mapped_in_a_loop_and_refuse_the_rest_by_name():
   layer = mpo.fused_scan(lambda w, y, _: (jnp.tanh(y @ w), None), remat=True)
   tx = STORED["8 bits"](optax.adamw(1e-2))

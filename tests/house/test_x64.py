@@ -122,7 +122,7 @@ def check(run):
 
 @pytest.mark.parametrize("route", list(ROUTES)[:3])
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_steps_store_in_every_way(route, stored):
   clip = optax.clip_by_global_norm(0.05) if route == "two passes" else optax.identity()
   check(lambda: train(lambda: STORED[stored](optax.chain(clip, ALIKE["rmsprop"]())), route))
@@ -130,20 +130,20 @@ def test_steps_store_in_every_way(route, stored):
 
 @pytest.mark.parametrize("route", ["fused scan", "microbatches"])
 @pytest.mark.parametrize("stored", ["16 bits", "8-bit state", "kernels"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_fused_layers(route, stored):
   check(lambda: train(lambda: STORED[stored](ALIKE["rmsprop"]()), route))
 
 
 @pytest.mark.parametrize("name", ["lion", "sgd"])
 @pytest.mark.parametrize("route", ["ordinary", "released"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_other_transformations(name, route):
   check(lambda: train(lambda: STORED["16 bits"](ALIKE[name]()), route))
 
 
 @pytest.mark.parametrize("route", ["ordinary", "released", "fused scan"])
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_large_weights_with_8_bit_state(route):
   """Weights large enough to be updated by rows."""
   check(lambda: train(lambda: STORED["8-bit state"](ALIKE["rmsprop"]()), route, 2, layers=2, width=736))
@@ -151,7 +151,7 @@ def test_large_weights_with_8_bit_state(route):
 
 @pytest.mark.parametrize("name", WIDER)
 @pytest.mark.parametrize("route", list(ROUTES)[:2])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_training_is_that_of_optax_with_f32_masters(name, route):
   before = train(lambda: STORED["16 bits"](WIDER[name]()), route)
   with jax.enable_x64(True):
@@ -176,7 +176,7 @@ def test_training_is_that_of_optax_with_f32_masters(name, route):
 
 @pytest.mark.parametrize("route", ["ordinary", "released", "fused scan"])
 @pytest.mark.parametrize("stored", ["8-bit state", "stochastic"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_state_has_the_same_dtypes_whatever_optax_computes(stored, route):
   want = train(lambda: STORED[stored](WIDER["adamw"]()), route)
   with jax.enable_x64(True):
@@ -186,6 +186,7 @@ def test_state_has_the_same_dtypes_whatever_optax_computes(stored, route):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.few(1)
 def test_loss_scaling_in_fp16(dynamic):
   def make():
     scaled = mpo.loss_scaled(

@@ -22,7 +22,7 @@ def shapes(tree):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_round_trips_are_exact(name, tmp_path):
   saved = trained(name)
   with Checkpointer(tmp_path) as checkpoints:

@@ -86,6 +86,7 @@ def test_linen_with_batch_statistics_dropout_and_aux():
   assert logits.shape == (16, CLASSES)
 
 
+@pytest.mark.full
 def test_ema_is_of_the_masters_in_f32():
   state, _ = linen_steps(linen_state(ema_decay=0.9), 3)
   want, _ = linen_steps(linen_state(), 3)
@@ -110,6 +111,7 @@ def layer_loss(variables, batch):
 
 
 @pytest.mark.parametrize("fused", ["auto", "layer", "off"])
+@pytest.mark.few(1)
 def test_three_ways_one_result(fused):
   class Plain(nn.Module):
     @nn.compact

@@ -137,7 +137,7 @@ def is_matrix(path, leaf):
     if (name, scan) != ("adafactor", True)
   ],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_hundred_steps_equal_the_unfused_path(name, scan):
   """Matrices are bf16 with 16 bits, scales are f32."""
   tx = mpo.compensated(OPTIMIZERS[name]())
@@ -148,7 +148,7 @@ def test_a_hundred_steps_equal_the_unfused_path(name, scan):
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_every_rematerialisation_equals_the_unfused_path(remat, scan):
   tx = mpo.compensated(optax.adamw(1e-2), bits=8)
   params, opt_state = init(tx, make_params(scan))
@@ -170,7 +170,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
   def fn(p, x):
     h = jax.nn.gelu(x.astype(p["up"].dtype) @ p["up"] + p["bias"][None])
@@ -200,6 +200,7 @@ def test_a_layer_large_enough_to_be_stepped_one_weight_after_the_other(remat):
 
 
 @pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.few(2)
 def test_transformations_without_compensation(name):
   def loss_fn(params, x):
     layer = mpo.fused_layer(lambda p, x: jnp.tanh(x @ p["up"]) * p["scale"][None])

@@ -168,7 +168,7 @@ def test_sixty_four_bit_types_stay_what_they_are():
 
 
 @pytest.mark.parametrize("target", list(gpu_targets.TARGETS))
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_every_target_compiles(target):
   report = gpu_memory(jax.grad(loss_fn), SHAPES, X, target=target.upper())
   assert (report.target, report.device_bytes) == (target, gpu_targets.TARGETS[target].memory)
@@ -195,7 +195,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_persistent_bytes_are_exact_and_all_aliased(mode):
   tx, how, expected = MODES[mode]
 
@@ -296,6 +296,7 @@ def fsdp_direct():
 
 
 @pytest.mark.parametrize("over", ["abstract mesh", "cpu mesh", "jit"])
+@pytest.mark.few(1)
 def test_fsdp_by_every_way_to_say_it(over):
   mesh = ABSTRACT if over == "abstract mesh" else Mesh(np.array(jax.devices()[:8]), ("d",))
   args = fsdp_shapes()
@@ -525,6 +526,7 @@ def run_python(program, **environment):
 
 
 @pytest.mark.parametrize("environment", [{}, {"JAX_PLATFORMS": "cpu"}, {"JAX_PLATFORMS": "cuda,cpu"}], ids=str)
+@pytest.mark.few(1)
 def test_jax_may_be_in_use_before_and_is_left_as_it_was(environment):
   done = run_python(
     """

@@ -11,6 +11,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from hypothesis import strategies as st
 from jax import lax
 
@@ -165,6 +166,7 @@ def make_optimizer(names, bits):
   st.lists(st.sampled_from(list(TRANSFORMATIONS)), min_size=1, max_size=3),
   st.sampled_from([None, 0, 4, 8, 16]),
 )
+@pytest.mark.full
 def test_random_networks_and_optimizers(network, names, bits):
   loss, tx = make_loss(network), make_optimizer(names, bits)
   if bits is None:

@@ -96,7 +96,7 @@ def run(step, params, state, steps=3):
 
 
 @pytest.mark.parametrize(("case", "bits"), [*((case, 16) for case in STEPS), ("auto", 4), ("layers", 4)])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_they_are_stepped_as_ever(case, bits):
   unfused, make = STEPS[case]
   tx = mpo.compensated(momentum(), bits=bits)
@@ -107,6 +107,7 @@ def test_they_are_stepped_as_ever(case, bits):
   assert all(jax.tree.leaves(moved)), moved
 
 
+@pytest.mark.full
 def test_with_kernels_too():
   """On a CPU there are no kernels, but small leaves are still grouped for them."""
   tx = mpo.compensated(momentum())
@@ -161,7 +162,7 @@ def test_what_is_small(sizes, length, small):
 
 @pytest.mark.parametrize("case", ["auto", "layers"])
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_on_a_gpu_they_take_no_launch_in_a_layer(case, kernels, tmp_path):
   tx = mpo.compensated(optax.adamw(1e-3))
   tx = mpo.with_kernels(tx) if kernels else tx

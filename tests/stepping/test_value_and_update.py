@@ -204,7 +204,7 @@ def assert_equal_steps(loss, tx, params, state, steps=3, jit=quick_jit, make=mpo
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 def test_steps_are_those_of_the_unfused_step(name):
   params, loss, _ = CASES[name]
   tx = mpo.compensated(OPTIMIZERS["momentum"]())
@@ -353,7 +353,7 @@ def scaled_by_a_table():
 
 
 @pytest.mark.parametrize(("optimizer", "small"), [("dynamic_scale", 1), ("compact", 1), *((o, 60) for o in FREE_STATE)])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_two_passes_with_state_that_belongs_to_no_leaf(optimizer, small, monkeypatch):
   """Makes four steps. The first overflows and halves the loss scale; after the third it grows."""
   monkeypatch.setattr(coupled, "SMALL", small)
@@ -371,7 +371,7 @@ def test_two_passes_with_state_that_belongs_to_no_leaf(optimizer, small, monkeyp
 
 
 @pytest.mark.parametrize("storage", ["16 bits", "stochastic", "kernels"])
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_two_passes_find_an_overflow_in_a_stack_of_layers(storage, monkeypatch):
   monkeypatch.setattr(coupled, "SMALL", 1)
   params, loss, _ = CASES["scanned_remat"]
@@ -410,7 +410,7 @@ def start(tx, params):
 
 @pytest.mark.parametrize("small", [1, 1024])
 @pytest.mark.parametrize("optimizer", [*COUPLED, "compact"])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_two_passes_are_exact_for_leaves_of_their_own(optimizer, small, monkeypatch):
   monkeypatch.setattr(coupled, "SMALL", small)
   params, loss, _ = CASES["unrolled_remat_tied"]

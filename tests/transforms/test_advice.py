@@ -39,6 +39,7 @@ EXTRA = {
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.few(2)
 def test_missing_extra_arguments_are_named(name, wrapped):
   tx, needed = EXTRA[name][0](), EXTRA[name][1]
   tx = mpo.compensated(tx) if wrapped else tx

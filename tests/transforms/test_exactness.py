@@ -146,7 +146,7 @@ def assert_equal_training(name, steps, **options):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 def test_training_equals_f32_masters(name):
   params = assert_equal_training(name, STEPS)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
@@ -184,13 +184,13 @@ def test_large_leaves_equal_f32_masters(name):
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "schedule_free"])
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_training_equals_f32_masters_without_fusion(name):
   assert_equal_training(name, STEPS, jit=unfused_jit)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_training_equals_f32_masters_operation_by_operation(name):
   assert_equal_training(name, 4, jit=lambda fun: fun)
 
@@ -226,7 +226,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_wrappers_around_compensated(wrapper):
   """Bits are initialised and found inside other transformations, and training does not change."""
   batches = make_batches(20)

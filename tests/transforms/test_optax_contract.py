@@ -37,7 +37,7 @@ def test_no_bytes_but_the_ones_promised(bits):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_donation_scan_and_no_recompilation(name):
   """One compilation serves all steps, every donated buffer is reused, and lax.scan accepts the state as its carry."""
   tx = mpo.compensated(OPTIMIZERS[name](), bits=16)
@@ -134,7 +134,7 @@ def test_injected_hyperparameters_can_be_set_without_recompiling():
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_vmap_over_an_ensemble_equals_a_loop(bits):
   # Uses momentum and the gradient of a square. For a batch, XLA computes Adam's power b1**count differently than for a
   # scalar, and sums a matrix product in another order, in plain f32 Optax too.

@@ -247,7 +247,7 @@ def test_sharding_rules_reach_stored_leaves():
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.sgd(0.1, momentum=0.9), optax.lion(1e-3)])
-@pytest.mark.few(1)
+@pytest.mark.full
 def test_stacks_of_layers_are_stepped_layer_by_layer(optimizer):
   layers = 3
   params = {"w": jnp.ones((layers, 4, 64)), "odd": jnp.ones((layers, 4, 50)), "scale": jnp.ones((layers, 64))}

@@ -24,7 +24,7 @@ from tests.transforms.test_quantized import SMALL, stored, train
     ),
   }.values(),
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_training_is_that_with_f32_state(optimizer):
   want, _, _ = train(mpo.compensated(optimizer(), bits=16), 300)
   got, _, state = train(mpo.compensated(SMALL(optimizer()), bits=8), 300)

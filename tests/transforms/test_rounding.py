@@ -104,6 +104,7 @@ def test_the_state_of_nearest_rounding_is_as_ever_and_the_other_counts():
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec()], ids=str)
+@pytest.mark.few(1)
 def test_shards_round_as_the_whole_does(spec):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, spec)

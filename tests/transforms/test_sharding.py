@@ -125,7 +125,7 @@ def test_shapes_will_do_and_init_can_be_compiled_with_them():
 
 @pytest.mark.parametrize(("layout", "optimizer"), [*((layout, "exact") for layout in SPECS), ("fsdp", "compact")])
 @pytest.mark.parametrize("fused", STEPS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_fused_steps_are_those_of_the_unfused_step(fused, layout, optimizer):
   tx = OPTIMIZERS[optimizer]()
   params, state, x = put(layout, tx)

@@ -153,7 +153,7 @@ def make(tx, bits, scalar=True):
 
 
 @pytest.mark.parametrize("name", APART)
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 def test_leaves_stepped_alone_are_the_whole_update(name):
   tx, bits = APART[name]
   components = assert_groups_are_the_whole(*make(tx(), bits, scalar=name != "sm3"))
@@ -161,6 +161,7 @@ def test_leaves_stepped_alone_are_the_whole_update(name):
 
 
 @pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.few(2)
 def test_coupled_leaves_stepped_together_are_the_whole_update(name):
   tx, params, opt_state = make(COUPLED[name][0](), 16)
   assert [len(c) for c in assert_groups_are_the_whole(tx, params, opt_state, steps=2)] == [4]
