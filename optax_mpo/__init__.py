@@ -63,7 +63,7 @@ for _old, _new in _BEFORE_THE_FOLDERS.items():
 
 
 def __getattr__(name: str) -> _Any:
-  """Imports `flax` (needs Flax) and `checkpoint` (needs Orbax) on first use."""
+  """Imports `flax` (needs Flax), `checkpoint` (Orbax) and `export` (safetensors) on first use."""
   if name in ("checkpoint", "export", "flax"):
     return _importlib.import_module(f"optax_mpo.{name}")
   raise AttributeError(f"module 'optax_mpo' has no attribute {name!r}")
