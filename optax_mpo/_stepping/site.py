@@ -30,7 +30,7 @@ HELD = 2**14
 _SHARE = 256  # small stacks may have 1 in this many of the elements that a scan updates
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # jaxprs print it
 class Step:
   """How the leaves of a site are updated.
 
