@@ -18,7 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 from optax_mpo._core import order, trees, types
 from optax_mpo._layers import handles
 from optax_mpo._program import jax_forms
-from optax_mpo._stepping import evaluate, planning
+from optax_mpo._stepping import evaluate
+from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf
 
@@ -223,7 +224,7 @@ class Refs:
     closed, (onward, _) = jax.make_jaxpr(flat, return_shape=True)(*inputs)
     count = len(onward)
     wanted = [i >= count for i in range(count + len(self.leaves))]
-    program = jax_forms.flatten_towards(closed, wanted, planning.FOLLOWED)
+    program = jax_forms.flatten_towards(closed, wanted, FOLLOWED)
     gradients = dict(zip(self.leaves, program.outputs[count:], strict=True))
     sites = self._sites(gradients, dict(zip(self.leaves, program.inputs, strict=False)))
     out = evaluate.run(program, sites, jax.tree.leaves(inputs), program.outputs[:count], store, shared, at_least)

@@ -17,6 +17,7 @@ from optax_mpo._core import order, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
+from optax_mpo._stepping.plan import Plan, Released, ScanPlan, constant, run_own
 from optax_mpo._stepping.site import Site, Step, apply_all
 
 
@@ -68,7 +69,7 @@ class Whole(_Stepped):
 class Layer(_Stepped):
   """One layer of the stacks that a scan carries."""
 
-  def __init__(self, released: Sequence[planning.Released], stacks: Sequence[tuple[list[Any], list[Any]]], index: Any):
+  def __init__(self, released: Sequence[Released], stacks: Sequence[tuple[list[Any], list[Any]]], index: Any):
     self._released, self.stacks, self._index = released, [tuple(map(list, s)) for s in stacks], index
     self._ordered = 1
 
@@ -152,7 +153,7 @@ def run(
   return [jax_forms.value(a, env) for a in results]
 
 
-def evaluate(plan: planning.Plan, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]]) -> None:
+def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]]) -> None:
   """Runs a program and updates the sites of its plan.
 
   Args:
@@ -169,7 +170,7 @@ def evaluate(plan: planning.Plan, env: dict[int, Any], store: Store, shared: Seq
     # The backward pass goes on with `ties`. One barrier makes the update wait for them, and so for the last use of the
     # old weights, which can then be overwritten. The other barrier makes what follows wait for the update.
     ties = plan.ties.get(i, ())
-    atoms = {a for index in due for a in plan.sites[index].grads if planning.constant(plan.program, a) is None}
+    atoms = {a for index in due for a in plan.sites[index].grads if constant(plan.program, a) is None}
     made, held = {a: env[a] for a in atoms}, [env[v] for v in ties]
     if ties:
       # Parts get a barrier on CPUs too, so that sums of gradients come out the same in both passes.
@@ -200,7 +201,7 @@ def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
 
 
 def _run_scan(
-  scan: planning.ScanPlan,
+  scan: ScanPlan,
   program: Program,
   env: dict[int, Any],
   store: Store,
@@ -221,7 +222,7 @@ def _run_scan(
     layer = Layer(scan.released, stacks, index)
     xs = list(xs)
     for k, own in scan.own.items():
-      xs[k] = planning.run_own(own, program, layer.get(own.released)[0][own.leaf], index, scan.length)
+      xs[k] = run_own(own, program, layer.get(own.released)[0][own.leaf], index, scan.length)
     inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
     evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
     out = [jax_forms.value(a, inner) for a in body.outputs[: counts[1]]]
@@ -244,7 +245,7 @@ def _run_scan(
   env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
 
 
-def _start(r: planning.Released, store: Store, length: int) -> tuple[list[Any], list[Any]]:
+def _start(r: Released, store: Store, length: int) -> tuple[list[Any], list[Any]]:
   if r.layered.finish is None:
     params, states = store.get(r.index)
     return list(params), list(states)

@@ -15,6 +15,7 @@ import optax
 from optax_mpo._core import modules, wrapping
 from optax_mpo._program import upcasts
 from optax_mpo._stepping import planning, value_and_update
+from optax_mpo._stepping.plan import gradient_bytes
 from optax_mpo._stepping.site import Place
 from optax_mpo._updates import by_leaf, coupled
 
@@ -147,7 +148,7 @@ def explain(
 
   for index, site in enumerate(sites):
     for i in site.leaves:
-      add(i, site.place, site.why, planning.gradient_bytes(plan, index))
+      add(i, site.place, site.why, gradient_bytes(plan, index))
   for i in passes.middle if passes else ():
     grad = traced.program.aval(traced.grads[i])
     held = math.prod(grad.shape) * grad.dtype.itemsize

@@ -21,7 +21,8 @@ import optax
 from optax_mpo._core import modules, order, primitives, trees, wrapping
 from optax_mpo._program import jax_forms, residuals
 from optax_mpo._program.program import Program
-from optax_mpo._stepping import evaluate, first_pass, planning
+from optax_mpo._stepping import evaluate, first_pass
+from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf, coupled
 
@@ -79,7 +80,7 @@ class Traced:
         )
     self.effects = closed.effects
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
-    program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], planning.FOLLOWED)
+    program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], FOLLOWED)
     self.program = residuals.without_weights(program, program.inputs[:count])
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
