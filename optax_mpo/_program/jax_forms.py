@@ -14,7 +14,7 @@ import functools
 import heapq
 import operator
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -188,10 +188,9 @@ def union(sets: Iterable[int]) -> int:
 
 def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
   try:
-    consts, carry, _ = scan_counts(operation)
+    (consts, carry, _), body = scan_counts(operation), flatten(scan_body(operation))
   except _NOT_THERE:  # an unknown JAX: each result may depend on every operand
     return [union(inputs)] * len(operation.outputs)
-  body = flatten(_closed(operation.eqn.params["jaxpr"]))
   carried = inputs[consts : consts + carry]
   while True:
     found = output_bits(body, dependencies(body, [*inputs[:consts], *carried, *inputs[consts + carry :]]))
@@ -213,6 +212,19 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
     return consts, carry, len(operation.inputs) - consts - carry
   consts, carry, xs = (len(part) for part in params["ft_in"].unpack())  # from JAX 0.11 on
   return consts, carry, xs
+
+
+def scan_options(operation: Operation) -> dict[str, Any]:
+  """The keyword arguments with which `lax.scan` makes such a scan: length, reverse and unroll."""
+  return {name: operation.eqn.params[name] for name in ("length", "reverse", "unroll")}
+
+
+def bodies(operation: Operation) -> Iterator[Program]:
+  """The programs that an operation runs on its operands, except the condition of a while loop."""
+  for name, param in operation.eqn.params.items():
+    for x in param if isinstance(param, tuple | list) else (param,):
+      if isinstance(x, core.ClosedJaxpr | core.Jaxpr) and name != "cond_jaxpr":
+        yield flatten(_closed(x))
 
 
 # --- Slices -----------------------------------------------------------------------------------------------------------
@@ -337,16 +349,16 @@ def _sample() -> Any:
 
 def misread_scan() -> str:
   """Says what in a scan is not where this module expects it; empty if all is."""
-  scans = [operation for operation in flatten(_sample()).operations if operation.name == "scan"]
+  scans: list[Operation] = []
   try:
+    scans += [operation for operation in flatten(_sample()).operations if operation.name == "scan"]
     for operation in scans:
       counts, body = scan_counts(operation), scan_body(operation)
       if sum(counts) != len(operation.inputs) or len(body.jaxpr.invars) != sum(counts):
         return f"a scan of {len(operation.inputs)} operands seems to have {counts}"
-      if {"length", "reverse", "unroll"} - operation.eqn.params.keys():
-        return f"a scan has the params {sorted(operation.eqn.params)}"
+      scan_options(operation)
   except _NOT_THERE as error:
-    return f"a scan has no {error}, but {sorted(scans[0].eqn.params)}"
+    return f"a scan has no {error}, but {sorted(scans[0].eqn.params)}" if scans else f"a call has no {error}"
   return "" if len(scans) == 2 else f"a scan and its derivative are {len(scans)} scans"
 
 

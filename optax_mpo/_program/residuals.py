@@ -92,11 +92,11 @@ def _sources(program: Program, operation: Operation, depends: dict[int, int]) ->
 def _reading(program: Program, operation: Operation, sources: dict[int, _Source]) -> Operation:
   """Returns a scan whose body makes each layer of such results itself, where it reads them."""
   consts, carry, _ = jax_forms.scan_counts(operation)
-  first, length = consts + carry, operation.eqn.params["length"]
+  first, options = consts + carry, jax_forms.scan_options(operation)
   remade = {
     k: sources[a]
     for k, a in enumerate(operation.inputs)
-    if k >= first and isinstance(a, int) and a in sources and program.aval(a).shape[0] == length
+    if k >= first and isinstance(a, int) and a in sources and program.aval(a).shape[0] == options["length"]
   }
   if not remade:
     return operation
@@ -118,8 +118,7 @@ def _reading(program: Program, operation: Operation, sources: dict[int, _Source]
       return out[:carry], out[carry:]
 
     xs = full[first:], {read: x for read, x in known.items() if read.scanned}
-    params = operation.eqn.params
-    return lax.scan(step, full[consts:first], xs, length, reverse=params["reverse"], unroll=params["unroll"])
+    return lax.scan(step, full[consts:first], xs, **options)
 
   atoms = [*kept, *(read.operand for read in added)]
   structs = [types.struct(program.aval(a)) for a in atoms]

@@ -9,13 +9,11 @@ operands that accumulates in f32 (`preferred_element_type`) does not count. Its 
 the program of the loss is searched.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from jax.extend import core
-
 from optax_mpo._program import jax_forms
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import Atom, Program
 
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"))
 # A weight is followed through these: they move or convert its elements.
@@ -65,7 +63,9 @@ def _follow(program: Program, known: dict[int, _Weight], found: dict[int, str]) 
           bits, new_bits = _bits(program, before), _bits(program, after)
           known[after] = _Weight(w.leaf, new_bits > bits or (w.converted and new_bits == bits))
     else:
-      for body in _bodies(operation):
+      for body in jax_forms.bodies(operation):
+        if len(body.inputs) > len(weights):
+          continue
         # The body of a loop or a branch takes the last operands, that of a call all of them.
         given = weights[len(weights) - len(body.inputs) :]
         inside = {v: w for v, w in zip(body.inputs, given, strict=True) if w is not None}
@@ -77,13 +77,3 @@ def _follow(program: Program, known: dict[int, _Weight], found: dict[int, str]) 
 
 def _bits(program: Program, atom: Atom) -> int:
   return program.aval(atom).dtype.itemsize
-
-
-def _bodies(operation: Operation) -> Iterator[Program]:
-  for name, param in operation.eqn.params.items():
-    for x in param if isinstance(param, tuple | list) else (param,):
-      if not isinstance(x, core.ClosedJaxpr | core.Jaxpr) or name == "cond_jaxpr":  # a while loop's condition, a scalar
-        continue
-      body = jax_forms.flatten(x if isinstance(x, core.ClosedJaxpr) else core.ClosedJaxpr(x, ()))
-      if len(body.inputs) <= len(operation.inputs):
-        yield body

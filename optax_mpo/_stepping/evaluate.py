@@ -230,15 +230,8 @@ def _run_scan(
     return (out, layer.stacks), [jax_forms.value(a, inner) for a in ys]
 
   stacks = [_start(r, store, scan.length) for r in scan.released]
-  params = operation.eqn.params
-  (carry, stacks), ys = lax.scan(
-    step,
-    (carry, stacks),
-    (jnp.arange(scan.length, dtype=jnp.int32), xs),
-    length=scan.length,
-    reverse=params["reverse"],
-    unroll=params["unroll"],
-  )
+  indexed = jnp.arange(scan.length, dtype=jnp.int32), xs
+  (carry, stacks), ys = lax.scan(step, (carry, stacks), indexed, **jax_forms.scan_options(operation))
   for r, (new, states), handed in zip(scan.released, stacks, inner_shared, strict=True):
     store.put(r.index, new, r.layered.finish(states, handed) if r.layered.finish else states)
   outputs = operation.outputs

@@ -88,7 +88,7 @@ class ScanPlacer:
   def _place_in_scan(self, scan: int, candidates: list[tuple[int, list[int]]]) -> None:
     operation = self.program.operations[scan]
     consts, carry, _ = jax_forms.scan_counts(operation)
-    length = operation.eqn.params["length"]
+    length = jax_forms.scan_options(operation)["length"]
     ys = {v: j for j, v in enumerate(operation.outputs[carry:]) if v >= 0}
     accepted: list[tuple[int, list[int], Released, list[int]]] = []
     small = small_stacks([gradient_size(self.program, self.sites[index]) for index, _ in candidates], length)

@@ -82,8 +82,10 @@ def modules_with(text: str) -> list[str]:
   return [str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if text in path.read_text()]
 
 
-def test_private_jax_stays_in_one_module():
+def test_what_one_jax_writes_stays_in_one_module():
   assert modules_with("jax._src") in ([], ["_program/jax_forms.py"])
+  for name in ("length", "reverse", "unroll", "jaxpr", "call_jaxpr", "cond_jaxpr", "num_consts", "branches"):
+    assert set(modules_with(f'params["{name}"]')) <= {"_program/jax_forms.py"}, name
 
 
 def test_primitives_are_made_by_one_module():
