@@ -10,7 +10,7 @@ import train_digits
 
 from tests.helpers import ROOT
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("default_promotion")]  # an example runs as users run it
 
 COMMANDS = re.findall(r"`(examples/train_digits\.py [^`]*)`", (ROOT / "README.md").read_text())
 
