@@ -179,7 +179,7 @@ class Refs:
     store, shared = self._read(arguments)
     none = dict.fromkeys(self.leaves)
     steps = [site.step for site in self._sites(none, none)]
-    gradients = [[grads.get(i, _zeros_like(store.leaves[i])) for i in group.leaves] for group in self.groups]
+    gradients = [[_or_zeros(grads.get(i), store.leaves[i]) for i in group.leaves] for group in self.groups]
     store.step(range(len(steps)), steps, gradients, shared, ())
     return self._write(arguments, store, onward)
 
@@ -218,7 +218,7 @@ class Refs:
 
     def flat(weights: list[Any], kept: PyTree, cotangents: PyTree) -> tuple[list[Any], list[Any]]:
       onward, grads = backward(weights, kept, cotangents)
-      return onward, [grads.get(i, _zeros_like(w)) for i, w in zip(self.leaves, weights, strict=True)]
+      return onward, [_or_zeros(grads.get(i), w) for i, w in zip(self.leaves, weights, strict=True)]
 
     inputs = (weights, kept, cotangents)
     closed, (onward, _) = jax.make_jaxpr(flat, return_shape=True)(*inputs)
@@ -252,8 +252,8 @@ class Refs:
     return onward
 
 
-def _zeros_like(x: Any) -> jax.Array:
-  return types.zeros(types.struct(x))
+def _or_zeros(grad: jax.Array | None, weight: jax.Array) -> jax.Array:
+  return types.zeros(types.struct(weight)) if grad is None else grad
 
 
 def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:

@@ -89,7 +89,7 @@ def _groups(
 ) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], dict[int, Any]]]:
   """Returns the updates of single leaves, and a function `(gradients, weights, states)` of the values that they share.
 
-  Leaves that are coupled through more than small arrays are left out.
+  Leaves that depend on each other through more than small arrays are left out.
   """
   if taken.is_coupled:
     try:

@@ -53,7 +53,7 @@ class ScanPlacer:
       if scans == {None} or not site.leaves:
         continue
       if len(scans) > 1 or None in scans:
-        site.put(Place.AT_END, "its leaves are coupled and get their gradients in different places")
+        site.put(Place.AT_END, "its leaves depend on each other, and get their gradients in different places")
         continue
       scan = scans.pop()
       assert scan is not None
@@ -93,7 +93,7 @@ class ScanPlacer:
     accepted: list[tuple[int, list[int], Released, list[int]]] = []
     small = small_stacks([gradient_size(self.program, self.sites[index]) for index, _ in candidates], length)
     for k in small:
-      self.sites[candidates[k][0]].put(Place.AFTER_SCAN, "small, so that it is stepped whole")
+      self.sites[candidates[k][0]].put(Place.AFTER_SCAN, "small, so that it is updated whole")
     # A stacked gradient that anything else reads still has to be stacked. Each refusal changes which paths are left, so
     # this is repeated until nothing is refused.
     for index, path in (c for k, c in enumerate(candidates) if k not in small):

@@ -1,4 +1,4 @@
-"""Takes apart an update whose leaves are coupled through small arrays, for two passes over the gradients.
+"""Takes apart an update whose leaves depend on each other through small arrays, for two passes over the gradients.
 
 Why: clipping by the global norm needs the gradients of all leaves before any leaf can be updated. LOMO
 (arXiv:2306.09782) runs the backward pass twice. The first pass only computes the norm, and frees each gradient at once.
