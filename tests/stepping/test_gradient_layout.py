@@ -12,6 +12,7 @@ import optax_mpo as mpo
 from benchmarks.models import language_model
 from benchmarks.step_time import mlp
 from optax_mpo._core import xla_cpu
+from tests.helpers import ordinary_step
 
 EXACT = {"xla_allow_excess_precision": False}
 MODELS = {
@@ -30,17 +31,8 @@ def masters(model, tx):
   return step
 
 
-def unfused(model, tx):
-  def step(params, state, batch):
-    value, grads = jax.value_and_grad(model.loss)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return value, mpo.apply_updates(params, updates), state
-
-  return step
-
-
 ROUTES = {
-  "unfused": unfused,
+  "unfused": lambda model, tx: ordinary_step(model.loss, tx),
   "value_and_update": lambda model, tx: mpo.value_and_update(model.loss, tx),
   "fused_value_and_update": lambda model, tx: mpo.fused_value_and_update(model.fused_loss, tx),
 }

@@ -12,7 +12,7 @@ from optax import contrib
 import optax_mpo as mpo
 from optax_mpo._codecs import formats, known_weights
 from optax_mpo._updates import by_leaf
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, exact_jit
 
 SHAPES = {"a": {"w": (6, 8), "b": (8,)}, "c": {"w": (3, 6, 4)}}
 
@@ -112,11 +112,6 @@ COUPLED = {
 }
 
 
-def exact_jit(fun):
-  """Compiles with little optimisation, which is faster, and without excess precision."""
-  return jax.jit(fun, compiler_options={"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0})
-
-
 def assert_groups_are_the_whole(tx, params, opt_state, steps=3):
   """Trains both ways, and asserts equal bits. Returns the components."""
   components = []
@@ -129,8 +124,8 @@ def assert_groups_are_the_whole(tx, params, opt_state, steps=3):
     leaves, state = step_in_groups(update, leaves, state, jax.tree.leaves(grads))
     return treedef.unflatten(leaves), state_treedef.unflatten(state)
 
-  grouped = exact_jit(in_groups)
-  whole = exact_jit(lambda *args: whole_step(tx, *args))
+  grouped = exact_jit(in_groups, xla_backend_optimization_level=0)  # which compiles faster
+  whole = exact_jit(lambda *args: whole_step(tx, *args), xla_backend_optimization_level=0)
   got = want = (params, opt_state)
   for step in range(steps):
     grads = make_grads(params, step)
