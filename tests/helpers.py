@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 import optax_mpo as mpo
-from optax_mpo._stepping.site import layer_step, of_groups
+from optax_mpo._stepping.layered import layer_step
+from optax_mpo._stepping.site import of_groups
 
 ROOT = pathlib.Path(__file__).parent.parent
 """The folder with README.md, docs, examples and benchmarks."""

@@ -13,6 +13,7 @@ from typing import Any
 from optax_mpo._backends import cpu_rows, gpu_kernel
 from optax_mpo._core import order
 from optax_mpo._program import elementwise
+from optax_mpo._program.layer_rules import Entries
 from optax_mpo._program.program import Slice
 
 
@@ -63,7 +64,7 @@ def of_weights(update: Slice, count: int, kernels: bool) -> Backend:
 
 def of_layers(
   update: Slice,
-  axes: Sequence[int],
+  entries: Sequence[Entries],
   kernels: bool,
   one: Callable[..., list[Any]],
   avals: Sequence[Any],
@@ -73,14 +74,14 @@ def of_layers(
 
   Args:
     update: updates the whole stack.
-    axes: the layer axes of the outputs.
+    entries: where a layer lies in the weight and the states.
     kernels: whether kernels are allowed.
     one: `one(gradient, weight, *states, *shared)` returns the new weight and states of one layer.
     avals: the shapes of the gradients, weights and states of one layer.
     shared: the shapes of the other values that the update reads; the last one is the index of the layer.
   """
-  single = len(update.inputs) == len(update.outputs) + 1 and not any(axes)
-  no_kernel = "no kernel: its layers are not along the first axis, or its update takes several gradients"
+  single = len(update.inputs) == len(update.outputs) + 1 and all(e == Entries(0) for e in entries)
+  no_kernel = "no kernel: its layers do not lie one by one along the first axis, or its update takes several gradients"
   kernel, why = _kernel_of(update, stacked=True) if single and kernels else (None, no_kernel)
   rows = cpu_rows.of_layer(one, avals, shared) if single else None
   return Backend(kernels, kernel=kernel, rows=rows, no_kernel=why if kernels else "")

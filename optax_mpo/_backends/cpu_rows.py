@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from optax_mpo._core import xla_cpu
 from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program.layer_rules import Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Slice
 
 ELEMENTS = 2**19
@@ -113,10 +114,11 @@ class Rows:
     update = self.update
     env = update.constants | dict(zip(update.shared, shared, strict=True))
     env |= dict(zip(update.inputs, [grad, *values], strict=True))
-    axes: dict[int, int | None] = dict.fromkeys(update.inputs, self.axis)
+    rows = Entries(self.axis, size=self.count)
+    where: dict[int, Entries | None] = dict.fromkeys(update.inputs, rows)
     try:
-      by_layer.run(update.operations, update.program, env, axes, start, length, self.count)
-    except by_layer.NotSeparableError as error:
+      by_layer.run(update.operations, update.program, env, where, start, length - self.count + 1, is_rows=True)
+    except NotSeparableError as error:
       raise NotByRowsError(str(error)) from error
     alike: set[int] = set()  # large arrays filled with one scalar, which XLA never makes
     spread: set[int] = set()  # broadcasts and slices of them, which XLA never makes either
@@ -128,7 +130,7 @@ class Rows:
       return operation.name in ("dynamic_slice", "slice", "squeeze")
 
     for operation in update.operations:
-      large = [v for v in operation.outputs if v >= 0 and axes.get(v) is None and size(v) > _SHARED]
+      large = [v for v in operation.outputs if v >= 0 and where.get(v) is None and size(v) > _SHARED]
       numbers = all(size(a) == 1 or (isinstance(a, int) and a in alike) for a in operation.inputs)
       if large and numbers and operation.name != "iota":
         alike.update(large)
@@ -138,7 +140,7 @@ class Rows:
         raise NotByRowsError(f"{jax_forms.where(operation)} makes a large array that all rows share")
     results = []
     for atom in update.outputs:
-      if not isinstance(atom, int) or axes.get(atom) != self.axis:
+      if not isinstance(atom, int) or where.get(atom) != rows:
         raise NotByRowsError("the update moves the rows")
       results.append(env[atom])
     return results

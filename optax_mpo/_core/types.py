@@ -3,6 +3,7 @@
 JAX keeps that sharding in an array's type, so a function traced with shapes alone does not accept the array.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,12 +15,22 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def struct(x: Any, without: int | None = None) -> jax.ShapeDtypeStruct:
   """The type of an array, a ref or a type, as a `ShapeDtypeStruct`, less the axis `without` if given."""
   aval = _type(x)
-  keep = [i for i in range(len(aval.shape)) if i != without]
+  return _cut(aval, [(i, n) for i, n in enumerate(aval.shape) if i != without])
+
+
+def resized(x: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
+  """The same type with another number of entries along an axis, which is not split over devices."""
+  aval = _type(x)
+  return _cut(aval, [(None, size) if i == axis else (i, n) for i, n in enumerate(aval.shape)])
+
+
+def _cut(aval: Any, axes: Sequence[tuple[int | None, int]]) -> jax.ShapeDtypeStruct:
+  """The type with these axes: for each the one it comes from, whose sharding it keeps, and its size."""
   sharding, manual = _typed(aval, AxisType.Explicit, AxisType.Manual), getattr(aval, "manual_axis_type", None)
   if sharding is not None:
     spec = [*sharding.spec, *[None] * len(aval.shape)]
-    sharding = NamedSharding(sharding.mesh, PartitionSpec(*(spec[i] for i in keep)))
-  shape = tuple(aval.shape[i] for i in keep)
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*(None if i is None else spec[i] for i, _ in axes)))
+  shape = tuple(n for _, n in axes)
   return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding, manual_axis_type=manual)
 
 

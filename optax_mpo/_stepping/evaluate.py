@@ -17,8 +17,9 @@ from optax_mpo._core import order, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
-from optax_mpo._stepping.plan import Plan, Released, ScanPlan, constant, run_own
+from optax_mpo._stepping.plan import Own, Plan, Released, ScanPlan, constant, run_own
 from optax_mpo._stepping.site import Site, Step, apply_all
+from optax_mpo._stepping.windows import Window
 
 
 class _Stepped:
@@ -31,6 +32,15 @@ class _Stepped:
   def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
     """Replaces them."""
     raise NotImplementedError
+
+  def stacks(self, index: int) -> tuple[list[Any], list[Window]]:
+    """The arrays that hold the weights, then the states of a site, and which part of each they are."""
+    arrays = [x for values in self.get(index) for x in values]
+    return arrays, [Window.whole(x) for x in arrays]
+
+  def put_stacks(self, index: int, r: Released, arrays: list[Any]) -> None:
+    """Replaces these arrays, after a scan has updated the layers of `r` in them."""
+    self.put(index, *r.layered.split(arrays))
 
   def step(
     self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
@@ -67,40 +77,49 @@ class Whole(_Stepped):
 
 
 class Layer(_Stepped):
-  """One layer of the stacks that a scan carries."""
+  """One layer of the stacks that a scan carries.
 
-  def __init__(self, released: Sequence[Released], stacks: Sequence[tuple[list[Any], list[Any]]], index: Any):
-    self._released, self.stacks, self._index = released, [tuple(map(list, s)) for s in stacks], index
+  Attributes:
+    arrays: the stacks of weights and states, by the site in the program around the scan.
+  """
+
+  def __init__(
+    self, released: Sequence[Released], arrays: dict[int, list[Any]], outer: dict[int, list[Window]], index: Any
+  ):
+    self._released, self.arrays, self._outer, self._index = released, dict(arrays), outer, index
     self._ordered = 1
 
   def get(self, index: int) -> tuple[list[Any], list[Any]]:
-    at, r, (params, states) = self._index, self._released[index], self.stacks[index]
-    return (
-      [lax.dynamic_index_in_dim(p, at, a, False) for p, a in zip(params, r.layered.param_axes, strict=True)],
-      [lax.dynamic_index_in_dim(s, at, a, False) for s, a in zip(states, r.layered.state_axes, strict=True)],
-    )
+    arrays, windows = self.stacks(index)
+    return self._released[index].layered.split([w.read(x) for w, x in zip(windows, arrays, strict=True)])
 
   def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
-    layered, stacks = self._released[index].layered, self.stacks[index]
-    for stack, new, axes in zip(stacks, (params, states), (layered.param_axes, layered.state_axes), strict=True):
-      for k, (value, axis) in enumerate(zip(new, axes, strict=True)):
-        stack[k] = lax.dynamic_update_index_in_dim(stack[k], value, self._index, axis)
+    arrays, windows = self.stacks(index)
+    new = [w.write(x, y) for w, x, y in zip(windows, arrays, [*params, *states], strict=True)]
+    self.arrays[self._released[index].index] = new
+
+  def stacks(self, index: int) -> tuple[list[Any], list[Window]]:
+    r = self._released[index]
+    return list(self.arrays[r.index]), r.layered.windows(self._outer[r.index], self._index)
+
+  def put_stacks(self, index: int, r: Released, arrays: list[Any]) -> None:
+    self.arrays[self._released[index].index] = arrays
 
   def step(
     self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
   ) -> None:
     at = xla_cpu.after_use(self._index, onward)
     for index, grad, known in zip(indices, grads, shared, strict=True):
-      layered, (params, states) = self._released[index].layered, self.stacks[index]
-      new = layered.write(grad, [*params, *states], known[:-1], at, self._ordered)
-      self.stacks[index] = new[: len(params)], new[len(params) :]
-      self._ordered += len(layered.parts)
+      r = self._released[index]
+      arrays, outer = self.arrays[r.index], self._outer[r.index]
+      self.arrays[r.index] = r.layered.write(grad, arrays, outer, known[:-1], at, self._ordered)
+      self._ordered += len(r.layered.parts)
 
   def held(self, index: int) -> Any:
-    return self.stacks[index]
+    return self.arrays[self._released[index].index]
 
   def hold(self, index: int, values: Any) -> None:
-    self.stacks[index] = values
+    self.arrays[self._released[index].index] = values
 
 
 class Parts(_Stepped):
@@ -216,30 +235,44 @@ def _run_scan(
   ]
   consts, carry, xs = values[: counts[0]], values[counts[0] : first], values[first:]
   inner_shared = [[*shared[r.index], *(env[v] for v in r.given)] for r in scan.released]
+  starts = {r.index: _start(r, store, scan.length) for r in scan.released}
+  outer = {index: windows for index, (_, windows) in starts.items()}
 
   def step(state: Any, inputs: Any) -> tuple[Any, list[Any]]:
-    (carry, stacks), (index, xs) = state, inputs
-    layer = Layer(scan.released, stacks, index)
+    (carry, arrays), (index, xs) = state, inputs
+    layer = Layer(scan.released, arrays, outer, index)
     xs = list(xs)
     for k, own in scan.own.items():
-      xs[k] = run_own(own, program, layer.get(own.released)[0][own.leaf], index, scan.length)
+      xs[k] = run_own(own, program, _weight(own, env, layer, index), index, scan.length)
     inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
     evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
     out = [jax_forms.value(a, inner) for a in body.outputs[: counts[1]]]
     ys = [body.outputs[counts[1] + j] for j in scan.kept]
-    return (out, layer.stacks), [jax_forms.value(a, inner) for a in ys]
+    return (out, layer.arrays), [jax_forms.value(a, inner) for a in ys]
 
-  stacks = [_start(r, store, scan.length) for r in scan.released]
   indexed = jnp.arange(scan.length, dtype=jnp.int32), xs
-  (carry, stacks), ys = lax.scan(step, (carry, stacks), indexed, **jax_forms.scan_options(operation))
-  for r, (new, states), handed in zip(scan.released, stacks, inner_shared, strict=True):
-    store.put(r.index, new, r.layered.finish(states, handed) if r.layered.finish else states)
+  carried = carry, {index: arrays for index, (arrays, _) in starts.items()}
+  (carry, new), ys = lax.scan(step, carried, indexed, **jax_forms.scan_options(operation))
+  for r, handed in zip(scan.released, inner_shared, strict=True):
+    if r.layered.finish:
+      store.put(r.index, [], r.layered.finish(new[r.index], handed))
+    else:
+      store.put_stacks(r.index, r, new[r.index])
   outputs = operation.outputs
   env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
 
 
-def _start(r: Released, store: Store, length: int) -> tuple[list[Any], list[Any]]:
+def _weight(own: Own, env: dict[int, Any], layer: Layer, index: Any) -> Any:
+  """A layer of a weight: of one that the scan updates, or of another, where that lies."""
+  if own.released is not None:
+    return layer.get(own.released)[0][own.leaf]
+  weight = env[own.source]
+  return Window.whole(weight).narrowed(own.entries, index).read(weight)
+
+
+def _start(r: Released, store: Store, length: int) -> tuple[list[Any], list[Window]]:
+  """The arrays that a scan carries, and which part of each it updates."""
   if r.layered.finish is None:
-    params, states = store.get(r.index)
-    return list(params), list(states)
-  return [], [jnp.zeros((length, *s.shape), s.dtype) for s in r.layered.step.states]
+    return store.stacks(r.index)
+  arrays = [jnp.zeros((length, *s.shape), s.dtype) for s in r.layered.step.states]
+  return arrays, [Window.whole(x) for x in arrays]

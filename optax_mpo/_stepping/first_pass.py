@@ -16,8 +16,10 @@ import jax.numpy as jnp
 
 from optax_mpo._core import types
 from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program.layer_rules import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Operation, Program
-from optax_mpo._stepping.site import Layered, Step
+from optax_mpo._stepping.layered import Layered, entries_of_gradients
+from optax_mpo._stepping.site import Step
 from optax_mpo._updates.coupled import Part
 
 
@@ -51,11 +53,15 @@ def part_step(part: Part, program: Program, grad: int) -> Step:
   return Step(run, (struct(grad),), (), tuple(struct(v) for v in part.outputs), shared, layer_part)
 
 
-def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any], length: int) -> Layered:
-  """Makes the step of one layer for the first pass, as `site.layer_step` does for the second.
+def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any], count: int) -> Layered:
+  """Makes the step of one layer for the first pass, as `layered.layer_step` does for the second.
 
   The state of a layer is its own reductions. After the scan, those of the stack are made from them.
   """
+
+  entries = entries_of_gradients(step, post, stacks, given, count)
+  if any(e.covered(count) != set(range(g.shape[e.axis])) for e, g in zip(entries, step.grads, strict=True)):
+    raise NotSeparableError("its reductions are made for all of its layers in one scan")
 
   def whole(ys: Any, shared: Any, values: Any) -> list[Any]:
     return step.run(post(ys, values), [], [], shared)[1]
@@ -68,30 +74,30 @@ def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any
   across: list[Operation] = []
   after: list[Operation] = []
 
-  def begin(ys: Any, handed: Any) -> tuple[dict[int, Any], dict[int, int | None]]:
+  def begin(ys: Any, handed: Any) -> tuple[dict[int, Any], dict[int, Where]]:
     values = [*(y[None] for y in ys), *handed]
     env = dict(program.constants) | dict(zip(program.inputs, values, strict=True))
-    return env, dict.fromkeys(program.inputs[: len(stacks)], 0)
+    return env, dict.fromkeys(program.inputs[: len(stacks)], Entries(0))
 
   def split(index: Any, ys: Any, handed: Any) -> list[Any]:
-    (env, axes), crossed = begin(ys, handed), set()
+    (env, where), crossed = begin(ys, handed), set()
     for operation in program.operations:
       read = {a for a in operation.inputs if isinstance(a, int)}
       if read & crossed:
         if any(marks[a] for a in read - crossed):
-          raise by_layer.NotSeparableError(f"{jax_forms.where(operation)} needs all layers before it goes on with each")
+          raise NotSeparableError(f"{jax_forms.where(operation)} needs all layers before it goes on with each")
         after.append(operation)
         crossed.update(operation.outputs)
-      elif operation.name in _REDUCED_AGAIN and axes.get(operation.inputs[0]) in operation.eqn.params["axes"]:
+      elif operation.name in _REDUCED_AGAIN and _is_across(operation, where):
         across.append(operation)
         crossed.update(operation.outputs)
       else:
         inside.append(operation)
         if not any(marks[a] for a in read):
           after.append(operation)
-        by_layer.run([operation], program, env, axes, index, length)
+        by_layer.run([operation], program, env, where, index, count)
     if any(isinstance(a, int) and marks[a] and a not in crossed for a in program.outputs):
-      raise by_layer.NotSeparableError("other leaves need more of its gradient than reductions over the layers")
+      raise NotSeparableError("other leaves need more of its gradient than reductions over the layers")
     return []
 
   jax.eval_shape(split, number, layers, rest)
@@ -100,8 +106,8 @@ def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any
 
   def run(ys: Any, params: Any, states: Any, shared: Any) -> tuple[list[Any], list[Any]]:
     *handed, index = shared
-    env, axes = begin(ys, handed)
-    by_layer.run(inside, program, env, axes, index, length)
+    env, where = begin(ys, handed)
+    by_layer.run(inside, program, env, where, index, count)
     return [], [jax_forms.run_operation(o, [env[a] for a in o.inputs], **_unsharded(o))[0] for o in across]
 
   def finish(totals: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
@@ -114,7 +120,13 @@ def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any
   avals = [program.aval(o.outputs[0]) for o in across]
   kept = tuple(types.struct(a) for a in avals)
   layer = Step(run, tuple(layers), (), kept, (*rest, number), _no_deeper)
-  return Layered(layer, (), (0,) * len(kept), finish)
+  return Layered(layer, (Entries(0),) * len(kept), tuple(entries), finish)
+
+
+def _is_across(operation: Operation, where: dict[int, Where]) -> bool:
+  """Whether a reduction is over the axis of the layers."""
+  entries = where.get(operation.inputs[0])
+  return entries is not None and entries.axis in operation.eqn.params["axes"]
 
 
 def _needed(operations: list[Operation], wanted: set[int]) -> list[Operation]:
@@ -131,4 +143,4 @@ def _unsharded(operation: Operation) -> dict[str, Any]:
 
 
 def _no_deeper(*_: Any) -> Any:
-  raise by_layer.NotSeparableError("its reductions are made for one scan, not for scans inside of scans")
+  raise NotSeparableError("its reductions are made for one scan, not for scans inside of scans")

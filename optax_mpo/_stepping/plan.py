@@ -7,10 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from optax_mpo._program import by_layer
+from optax_mpo._program.layer_rules import ELEMENTWISE, Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Program
-from optax_mpo._stepping.site import Layered, Site
+from optax_mpo._stepping.layered import Layered
+from optax_mpo._stepping.site import Site
 
-FOLLOWED = by_layer.ELEMENTWISE | {"transpose", "reshape", "squeeze", "broadcast_in_dim", "optimization_barrier"}
+FOLLOWED = ELEMENTWISE | frozenset(
+  "transpose reshape squeeze broadcast_in_dim optimization_barrier pad rev slice split concatenate".split()
+)
 """Operations that a gradient is followed through, back to the scan that stacks it."""
 
 
@@ -37,19 +41,29 @@ class Released:
 
 @dataclasses.dataclass
 class Own:
-  """A scanned operand that is made from one released weight alone: the body makes it from its layer of the weight."""
+  """A scanned operand that is made from one weight alone: the body makes it from its layer of the weight.
 
-  released: int
+  Attributes:
+    released: the released site whose stacks the scan carries, and that has the weight; None for a weight that the scan
+      does not update.
+    leaf: which of the site's weights.
+    operations: those that make the operand from the weight.
+    source: the variable of the weight.
+    result: the variable of the operand.
+    entries: where a layer lies in the weight.
+  """
+
+  released: int | None
   leaf: int
   operations: tuple[Operation, ...]
   source: int
   result: int
-  axis: int
+  entries: Entries
 
 
 @dataclasses.dataclass
 class ScanPlan:
-  """A scan that updates stacks in its carry."""
+  """A scan that updates stacks in its carry, or reads weights where they lie."""
 
   operation: Operation
   body: Program
@@ -105,11 +119,11 @@ def constant(program: Program, atom: Atom) -> Any:
   return atom.val
 
 
-def run_own(own: Own, program: Program, value: Any, index: Any, length: int) -> Any:
+def run_own(own: Own, program: Program, value: Any, index: Any, count: int) -> Any:
   """Makes one entry of a scanned operand from one layer of a weight."""
-  env: dict[int, Any] = {own.source: jnp.expand_dims(value, own.axis)}
-  axes: dict[int, int | None] = {own.source: own.axis}
-  by_layer.run(own.operations, program, env, axes, index, length)
-  if axes[own.result] != 0:
-    raise by_layer.NotSeparableError("the layer axis is not the one that is scanned")
+  env: dict[int, Any] = {own.source: jnp.expand_dims(value, own.entries.axis) if own.entries.size == 1 else value}
+  where: dict[int, Entries | None] = {own.source: own.entries}
+  by_layer.run(own.operations, program, env, where, index, count)
+  if where[own.result] != Entries(0):
+    raise NotSeparableError("the operand is not scanned along the layers")
   return env[own.result][0]

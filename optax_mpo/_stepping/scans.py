@@ -1,9 +1,11 @@
 """Decides which stacks of layers are updated inside a scan, one layer at a time.
 
 How: a gradient that a scan stacks is followed from the scan to its end. If everything on this path can be done for one
-layer alone, and so can the update, then the layer is updated inside the scan.
+layer alone, and so can the update, then the layer is updated inside the scan. Several scans may each have some of the
+layers: the gradients of such *pieces* are padded with zeros and added.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
-from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program import by_layer, jax_forms, layer_origins
+from optax_mpo._program.layer_rules import Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._stepping.layered import layer_step, type_of_layer
 from optax_mpo._stepping.plan import FOLLOWED, Own, Plan, Released, ScanPlan, run_own
-from optax_mpo._stepping.site import Place, Site, Values, layer_step, small_stacks
+from optax_mpo._stepping.site import Place, Site, Values, small_stacks
+
+_FREE = frozenset(["reshape", "squeeze", "optimization_barrier"])  # a scan reads the result as it reads the operand
 
 
 def gradient_size(program: Program, site: Site) -> int:
@@ -23,11 +29,30 @@ def gradient_size(program: Program, site: Site) -> int:
   return sum(math.prod(program.aval(a).shape) for a in site.grads)
 
 
+@dataclasses.dataclass
+class Piece:
+  """The layers of a site whose gradients one scan makes.
+
+  Attributes:
+    scan: the operation of the scan.
+    path: the operations after the scan that are done inside it, or before it.
+    used: which of the stacked results become gradients.
+    released: how the layers are updated.
+    covered: the entries along the axis of the layers.
+  """
+
+  scan: int
+  path: list[int]
+  used: list[int]
+  released: Released
+  covered: set[int]
+
+
 class ScanPlacer:
   """Places sites in the scans of a program.
 
   Attributes:
-    scans: the plan of each scan that updates stacks, by the position of its operation.
+    scans: the plan of each scan that updates stacks or reads weights where they lie, by the position of its operation.
     skipped: the operations that are done inside such a scan.
   """
 
@@ -43,170 +68,250 @@ class ScanPlacer:
     self.program, self.sites, self.results, self.users, self.make_plan = program, sites, results, users, make_plan
     self.scans: dict[int, ScanPlan] = {}
     self.skipped: set[int] = set()
+    self._weights = {v: leaf for site in sites for leaf, views in enumerate(site.params) for v in views}
 
   def place(self) -> None:
     """Places what it can, and sets the place of each site that gets its gradient from a scan."""
-    candidates: dict[int, list[tuple[int, list[int]]]] = {}
+    pieces = self._unread(self._pieces())
+    for found in pieces.values():
+      self.skipped |= {i for piece in found for i in piece.path}
+    for i, operation in enumerate(self.program.operations):
+      if operation.name == "scan" and i not in self.skipped:
+        self._place_in_scan(i, [piece for found in pieces.values() for piece in found if piece.scan == i])
+
+  def _pieces(self) -> dict[int, list[Piece]]:
+    """The pieces of the sites whose layers can all be updated in scans."""
+    candidates: dict[int, list[int]] = {}  # by the last scan
+    stacked: dict[int, dict[int, set[int]]] = {}
     for index, site in enumerate(self.sites):
-      found = [self._scan_of(atom) for atom in site.grads]
-      scans = {scan for scan, _ in found}
-      if scans == {None} or not site.leaves:
+      found = [self._stacked(atom) for atom in site.grads]
+      if not any(found) or not site.leaves:
         continue
-      if len(scans) > 1 or None in scans:
+      if len({max(f, default=None) for f in found}) > 1:
         site.put(Place.AT_END, "its leaves depend on each other, and get their gradients in different places")
         continue
-      scan = scans.pop()
-      assert scan is not None
-      candidates.setdefault(scan, []).append((index, sorted({i for _, path in found for i in path})))
-    for scan, found in candidates.items():
-      self._place_in_scan(scan, found)
+      # Leaves that depend on each other are updated in one scan; a single one may be in pieces.
+      last = max(found[0])
+      stacked[index] = found[0] if len(found) == 1 else {last: {v for f in found for v in f[last]}}
+      candidates.setdefault(last, []).append(index)
+    for scan, indices in candidates.items():
+      length = jax_forms.scan_options(self.program.operations[scan])["length"]
+      for k in small_stacks([gradient_size(self.program, self.sites[index]) for index in indices], length):
+        self.sites[indices[k]].put(Place.AFTER_SCAN, "small, so that it is updated whole")
+        del stacked[indices[k]]
+    pieces = {index: self._pieces_of(index, stacked[index]) for index in sorted(stacked)}
+    return {index: found for index, found in pieces.items() if found}
 
-  def _scan_of(self, atom: Atom) -> tuple[int | None, list[int]]:
-    """Follows a gradient back to the last scan that stacks it. Returns the scan and the operations after it."""
+  def _pieces_of(self, index: int, stacked: dict[int, set[int]]) -> list[Piece]:
+    """The pieces of a site, last scan first; empty where they are not all of it.
+
+    Layers may also be interleaved in one scan. Then each of the results that it stacks has some of them.
+    """
+    found, why = [], ""
+    left: set[int] = set()
+
+    def add(scan: int, chosen: set[int]) -> str:
+      nonlocal left
+      try:
+        piece, length = self._piece(index, scan, chosen)
+      except (NotSeparableError, TypeError) as error:
+        return str(error)
+      left = left if found else set(range(length))
+      if not piece.covered <= left:
+        return "some of its layers get gradients from several scans"
+      found.append(piece)
+      left -= piece.covered
+      return ""
+
+    for scan in sorted(stacked, reverse=True):
+      refused = add(scan, stacked[scan])
+      if refused and len(stacked[scan]) > 1 and len(self.sites[index].grads) == 1:
+        for v in sorted(stacked[scan]):
+          add(scan, {v})
+      why = why or refused
+      if found and not left:
+        return found
+    if found:
+      why = why or f"{len(left)} of its layers get no gradient from a scan"
+    self.sites[index].put(Place.AT_END, why)
+    return []
+
+  def _stacked(self, atom: Atom) -> dict[int, set[int]]:
+    """Follows a gradient back to the scans that stack it, and the results in which they do."""
     operations, makers = self.program.operations, self.program.makers
-    scan, seen = None, set()
+    found: dict[int, set[int]] = {}
+    seen: set[int] = set()
     queue = [atom] if isinstance(atom, int) else []
     while queue:
       var = queue.pop()
       i = makers.get(var)
-      if i is None or i in seen:
+      if i is None or var in seen:
         continue
+      seen.add(var)
       operation = operations[i]
       if operation.name == "scan":
         if list(operation.outputs).index(var) >= jax_forms.scan_counts(operation)[1]:
-          scan = i if scan is None else max(scan, i)
+          found.setdefault(i, set()).add(var)
       elif operation.name in FOLLOWED:
-        seen.add(i)
         queue += [a for a in operation.inputs if isinstance(a, int)]
-    if scan is None:
-      return None, []
-    # Everything after the scan has to be done inside it. What does not depend on the scan can be done before it.
-    path = jax_forms.slice_of(self.program, [atom], {v for i in range(scan + 1) for v in operations[i].outputs})
-    position = {v: i for i in range(scan + 1, len(operations)) for v in operations[i].outputs if v >= 0}
-    return scan, sorted({position[v] for operation in path for v in operation.outputs if v >= 0})
+    return found
 
-  def _place_in_scan(self, scan: int, candidates: list[tuple[int, list[int]]]) -> None:
-    operation = self.program.operations[scan]
-    consts, carry, _ = jax_forms.scan_counts(operation)
-    length = jax_forms.scan_options(operation)["length"]
-    ys = {v: j for j, v in enumerate(operation.outputs[carry:]) if v >= 0}
-    accepted: list[tuple[int, list[int], Released, list[int]]] = []
-    small = small_stacks([gradient_size(self.program, self.sites[index]) for index, _ in candidates], length)
-    for k in small:
-      self.sites[candidates[k][0]].put(Place.AFTER_SCAN, "small, so that it is updated whole")
-    # A stacked gradient that anything else reads still has to be stacked. Each refusal changes which paths are left, so
-    # this is repeated until nothing is refused.
-    for index, path in (c for k, c in enumerate(candidates) if k not in small):
-      site = self.sites[index]
-      try:
-        released, used = self._release(index, path, scan, ys, length)
-      except (by_layer.NotSeparableError, TypeError) as error:
-        site.put(Place.AT_END, str(error))
-        continue
-      accepted.append((index, path, released, used))
-    while True:
-      inside = {i for _, path, _, _ in accepted for i in path}
-      bad = [a for a in accepted if self._read_elsewhere(a, operation.outputs[carry:], inside)]
-      if not bad:
-        break
-      for index, *_ in bad:
-        self.sites[index].put(Place.AT_END, "its stacked gradient is also used elsewhere")
-      accepted = [a for a in accepted if a not in bad]
-    if not accepted:
-      return
+  def _piece(self, index: int, scan: int, chosen: set[int]) -> tuple[Piece, int]:
+    """Makes the update of one layer from the results `chosen` of a scan. Returns the number of all layers, too.
 
-    body = jax_forms.flatten_towards(
-      jax_forms.scan_body(operation),
-      [False] * carry + [any(j in used for _, _, _, used in accepted) for j in range(len(operation.outputs) - carry)],
-      FOLLOWED,
-    )
-    released = [r for _, _, r, _ in accepted]
-    for _, _, r, used in accepted:
-      r.inner.grads = tuple(body.outputs[carry + j] for j in used)
-    own = self._own(operation, consts + carry, released, body, length)
-    taken = {j for _, _, _, used in accepted for j in used}
-    kept = [j for j in range(len(operation.outputs) - carry) if j not in taken]
-    results = [*body.outputs[:carry], *(body.outputs[carry + j] for j in kept)]
-    plan = self.make_plan(body, [r.inner for r in released], results)
-    self.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, length)
-    self.skipped |= {i for _, path, _, _ in accepted for i in path}
-    for r in released:
-      r.site.put(Place.IN_SCAN_BY_KERNEL if r.layered.backend.kernel else Place.IN_SCAN, r.layered.backend.no_kernel)
-
-  def _release(
-    self, index: int, path: list[int], scan: int, ys: dict[int, int], length: int
-  ) -> tuple[Released, list[int]]:
-    """Makes the update of one layer, or raises NotSeparableError."""
+    Raises:
+      NotSeparableError: where a layer cannot be updated alone.
+    """
     program, site = self.program, self.sites[index]
-    outputs = set(program.operations[scan].outputs)
+    operation = program.operations[scan]
+    carry, count = jax_forms.scan_counts(operation)[1], jax_forms.scan_options(operation)["length"]
+    ys = {v: j for j, v in enumerate(operation.outputs[carry:]) if v in chosen}
+    outputs = {v for v in operation.outputs if v >= 0}
+    before = {v for o in program.operations[: scan + 1] for v in o.outputs if v >= 0}
+    fills = self._fills(site.grads, before, set(ys), count)
+
+    # Everything after the scan has to be done inside it. What does not depend on the scan can be done before it.
     layered, later = set(ys), outputs - set(ys)  # what depends on the stacked results, and on the others
-    early, operations = [], []
-    for i in path:
-      operation = program.operations[i]
+    path, early, operations = [], [], []
+    for operation in jax_forms.slice_of(program, site.grads, before | set(fills)):
+      position = program.makers[next(v for v in operation.outputs if v >= 0)]
+      operation = program.operations[position]
       read = {a for a in operation.inputs if isinstance(a, int)}
       if read & later or operation.name == "scan":
-        raise by_layer.NotSeparableError(f"its gradient gets another part after the scan, {jax_forms.where(operation)}")
+        raise NotSeparableError(f"its gradient gets another part after the scan, {jax_forms.where(operation)}")
+      path.append(position)
       if read & layered:
         layered.update(operation.outputs)
         operations.append(operation)
       else:
-        early.append(i)
+        early.append(position)
     made = {v for operation in operations for v in operation.outputs}
     read = jax_forms.read_by(operations, site.grads)
     used = sorted(read & set(ys), key=lambda v: ys[v])
-    given = tuple(sorted(read - made - set(used) - set(program.constants)))
+    given = tuple(sorted(read - made - set(used) - set(fills) - set(program.constants)))
 
     def post(stacks: Values, values: Values) -> list[Any]:
       env = dict(program.constants) | dict(zip(used, stacks, strict=True)) | dict(zip(given, values, strict=True))
+      env |= {v: jnp.full(program.aval(v).shape, x) for v, x in fills.items()}
       jax_forms.run(program, operations, env)
       return [jax_forms.value(a, env) for a in site.grads]
 
     structs = [[types.struct(program.aval(v)) for v in part] for part in (used, given)]
-    layered = (site.step.layered or layer_step)(site.step, post, structs[0], structs[1], length)
+    layered = (site.step.layered or layer_step)(site.step, post, structs[0], structs[1], count)
     inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
-    return Released(site, inner, given, early, layered, index), [ys[v] for v in used]
+    released = Released(site, inner, given, early, layered, index)
+    lengths = [grad.shape[e.axis] for grad, e in zip(site.step.grads, layered.gradients, strict=True)]
+    covered = [e.covered(count) for e in layered.gradients]
+    if len(covered) > 1 and any(c != set(range(n)) for c, n in zip(covered, lengths, strict=True)):
+      raise NotSeparableError("its leaves depend on each other, and some of their layers are not in this scan")
+    return Piece(scan, path, [ys[v] for v in used], released, covered[0]), lengths[0]
 
-  def _read_elsewhere(self, candidate: Any, outputs: Sequence[int], inside: set[int]) -> bool:
-    index, path, released, used = candidate
-    here = {outputs[j] for j in used}
-    here |= {v for i in path if i not in released.early for v in self.program.operations[i].outputs if v >= 0}
+  def _fills(self, grads: Sequence[Atom], before: set[int], ys: set[int], count: int) -> dict[int, Any]:
+    """The scalars that other parts of a gradient have at these layers, such as the zeros around another piece."""
+    program = self.program
+    layered, operations = set(ys), []
+    for operation in program.operations:
+      if any(isinstance(a, int) and a in layered for a in operation.inputs) and not any(
+        v in before for v in operation.outputs
+      ):
+        layered.update(v for v in operation.outputs if v >= 0)
+        operations.append(operation)
+    needed = jax_forms.slice_of(dataclasses.replace(program, operations=operations), grads, before)
+    if not any(len(operation.inputs) > 1 and operation.name in ("add", "add_any") for operation in needed):
+      return {}
+    read = jax_forms.read_by(needed)
+    where = by_layer.entries_of(needed, program, {v: Entries(0) for v in ys & read}, count)
+    fills = {}
+    for operation in needed:
+      entries = next((where.get(a) for a in operation.inputs if isinstance(a, int) and where.get(a)), None)
+      for atom in operation.inputs:
+        if entries is None or not isinstance(atom, int) or atom in layered:
+          continue
+        if program.aval(atom).shape == program.aval(operation.outputs[0]).shape:
+          value = layer_origins.fill(program, atom, entries, count)
+          if value is not None:
+            fills[atom] = value
+    return fills
+
+  def _unread(self, pieces: dict[int, list[Piece]]) -> dict[int, list[Piece]]:
+    """Refuses sites whose stacked gradient anything else reads, since it still has to be stacked.
+
+    Each refusal changes which operations are left outside, so this is repeated until nothing is refused.
+    """
+    while True:
+      inside = {i for found in pieces.values() for piece in found for i in piece.path}
+      bad = [index for index, found in pieces.items() if any(self._read_elsewhere(p, inside) for p in found)]
+      if not bad:
+        return pieces
+      for index in bad:
+        self.sites[index].put(Place.AT_END, "its stacked gradient is also used elsewhere")
+        del pieces[index]
+
+  def _read_elsewhere(self, piece: Piece, inside: set[int]) -> bool:
+    operations, released = self.program.operations, piece.released
+    operation = operations[piece.scan]
+    ys = operation.outputs[jax_forms.scan_counts(operation)[1] :]
+    here = {ys[j] for j in piece.used}
+    here |= {v for i in piece.path if i not in released.early for v in operations[i].outputs if v >= 0}
     if here & self.results:
       return True
-    others = {a for k, site in enumerate(self.sites) if k != index for a in site.grads if isinstance(a, int)}
+    others = {a for k, site in enumerate(self.sites) if k != released.index for a in site.grads if isinstance(a, int)}
     return bool(here & others) or any(i not in inside for v in here for i in self.users.get(v, ()))
 
-  def _own(
-    self, operation: Operation, first: int, released: list[Released], body: Program, length: int
-  ) -> dict[int, Own]:
-    """Finds the scanned operands that are layers of released weights, and tells the sites in the body about them."""
-    sources = {v: (n, leaf) for n, r in enumerate(released) for leaf, views in enumerate(r.site.params) for v in views}
+  def _place_in_scan(self, scan: int, pieces: list[Piece]) -> None:
+    operation = self.program.operations[scan]
+    consts, carry, _ = jax_forms.scan_counts(operation)
+    count = jax_forms.scan_options(operation)["length"]
+    released = [piece.released for piece in pieces]
+    own = self._own(operation, consts + carry, released, count)
+    if not released and not own:
+      return
+    taken = {j for piece in pieces for j in piece.used}
+    stacked = range(len(operation.outputs) - carry)
+    body = jax_forms.flatten_towards(
+      jax_forms.scan_body(operation), [False] * carry + [j in taken for j in stacked], FOLLOWED
+    )
+    for piece in pieces:
+      piece.released.inner.grads = tuple(body.outputs[carry + j] for j in piece.used)
+    for k, r in enumerate(released):  # the sites in the body have their weights there
+      views = [
+        [body.inputs[consts + carry + i] for i, o in own.items() if (o.released, o.leaf) == (k, leaf)]
+        for leaf in range(len(r.site.leaves))
+      ]
+      r.inner.params = tuple(map(tuple, views))
+    kept = [j for j in stacked if j not in taken]
+    results = [*body.outputs[:carry], *(body.outputs[carry + j] for j in kept)]
+    plan = self.make_plan(body, [r.inner for r in released], results)
+    self.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, count)
+    for r in released:
+      r.site.put(Place.IN_SCAN_BY_KERNEL if r.layered.backend.kernel else Place.IN_SCAN, r.layered.backend.no_kernel)
+
+  def _own(self, operation: Operation, first: int, released: list[Released], count: int) -> dict[int, Own]:
+    """Finds the scanned operands that the body can read from weights: its own, or those that nothing here updates."""
     own = {}
-    inner_params: list[list[list[int]]] = [[[] for _ in r.site.leaves] for r in released]
     for position, atom in enumerate(operation.inputs[first:]):
-      chain, var = [], atom
-      while isinstance(var, int) and var not in sources:
-        maker = self.program.makers.get(var)
-        if maker is None:
-          break
-        step = self.program.operations[maker]
-        if step.name not in FOLLOWED or len(step.inputs) != 1:
-          break
-        chain.append(step)
-        var = step.inputs[0]
-      if not isinstance(var, int) or var not in sources:
+      found = layer_origins.origin(self.program, atom, count, self._weights.keys())
+      if found is None:
         continue
-      number, leaf = sources[var]
-      entry = Own(number, leaf, tuple(chain[::-1]), var, atom, released[number].layered.param_axes[leaf])
+      numbers = [k for k, r in enumerate(released) if self._is_layer(r, found)]
+      if not numbers and all(o.name in _FREE for o in found.operations):
+        continue  # the scan reads it where it lies anyway
+      leaf = self._weights[found.source]
+      entry = Own(numbers[0] if numbers else None, leaf, found.operations, found.source, atom, found.entries)
+      struct = type_of_layer(self.program.aval(found.source), found.entries)
       try:
         jax.eval_shape(
-          lambda x, i, entry=entry: run_own(entry, self.program, x, i, length),
-          types.struct(self.program.aval(var), entry.axis),
+          lambda x, i, entry=entry: run_own(entry, self.program, x, i, count),
+          struct,
           jax.ShapeDtypeStruct((), jnp.int32),
         )
-      except by_layer.NotSeparableError:
+      except NotSeparableError:
         continue
       own[position] = entry
-      inner_params[number][leaf].append(body.inputs[first + position])
-    for r, params in zip(released, inner_params, strict=True):
-      r.inner.params = tuple(tuple(views) for views in params)
     return own
+
+  def _is_layer(self, released: Released, found: layer_origins.Origin) -> bool:
+    """Whether this is the layer that a scan updates."""
+    leaf = self._weights[found.source]
+    views = released.site.params[leaf] if leaf < len(released.site.params) else ()
+    return found.source in views and released.layered.entries[leaf] == found.entries

@@ -25,13 +25,14 @@ import optax
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import apply
 from optax_mpo._core import trees, wrapping
-from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program import jax_forms
+from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program, Slice
 
 PyTree = Any
 
 # Each slice computes large results of these itself: keeping them would cost more.
-_CHEAP = by_layer.ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
+_CHEAP = ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
 _SMALL = 1024  # elements
 _BY_LAYERS = "fused_value_and_update"  # the caller whose users can put leaves into one layer
 _MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")  # Python's message

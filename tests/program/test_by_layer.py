@@ -20,7 +20,7 @@ from optax import contrib
 
 import optax_mpo as mpo
 from optax_mpo._core import wrapping
-from optax_mpo._program.by_layer import NotSeparableError
+from optax_mpo._program.layer_rules import NotSeparableError
 from optax_mpo._updates import by_leaf
 from tests.helpers import one_layer
 
@@ -94,13 +94,13 @@ MIXED = {
   "mean_to_rows": (lambda x: spread(x.mean(1)), "sub"),
   "cumsum": (lambda x: jnp.cumsum(x, 0), "cumsum"),
   "sort": (lambda x: jnp.sort(x, 0), "sort"),
-  "flip": (lambda x: x[::-1], "rev"),
+  "flip": (lambda x: x[::-1], "sub"),
   "roll": (lambda x: jnp.roll(x, 1, 0), "slice"),
   "first_layer": (lambda x: spread(x[:1]), "slice"),
-  "pad": (lambda x: jnp.pad(x, ((1, 0), (0, 0), (0, 0)))[:L], "pad"),
-  "concatenate": (lambda x: jnp.concatenate([TABLE, x], 0)[::2], "concatenate"),
-  "reshape": (lambda x: jnp.cumsum(x.reshape(-1), 0).reshape(SHAPE), "reshape"),
-  "merge_axes": (lambda x: jnp.sort(x.reshape(L * L, L), 0).reshape(SHAPE), "reshape"),
+  "pad": (lambda x: jnp.pad(x, ((1, 0), (0, 0), (0, 0)))[:L], "slice"),
+  "concatenate": (lambda x: jnp.concatenate([TABLE, x], 0)[::2], "slice"),
+  "reshape": (lambda x: jnp.cumsum(x.reshape(-1), 0).reshape(SHAPE), "cumsum"),
+  "merge_axes": (lambda x: jnp.sort(x.reshape(L * L, L), 0).reshape(SHAPE), "sort"),
   "rows_as_layers": (lambda x: x.reshape(L, L * L).T.reshape(SHAPE), "sub"),
   "contracted": (lambda x: spread(jnp.einsum("abc,abc->bc", x, TABLE)), "dot_general"),
   "outer": (lambda x: spread(jnp.einsum("abc,dbc->ad", x, x)[:, :, None]), "dot_general"),

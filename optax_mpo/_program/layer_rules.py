@@ -1,0 +1,394 @@
+"""What each operation does to the layers of a stack: keeps them apart, moves their axis, or mixes them.
+
+Why: `by_layer` runs the update of a stack for one layer at a time. It has to know, operation by operation, that the
+result for a layer depends on this layer alone, and where in the result it lies.
+
+How: one rule for each operation. A rule gets the values for one layer, with their `Entries`, and the types of the whole
+arrays. It returns the results for this layer, with theirs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from optax_mpo._core import xla_cpu
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Operation, Program
+
+ELEMENTWISE = frozenset(
+  """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
+  convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt held igamma
+  igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square
+  or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+  shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+  mul_add psum psum_invariant pmax pmin pvary""".split()
+)
+
+_REDUCTIONS = frozenset(
+  """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin reduce""".split()
+)
+_CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
+
+
+class Entries(NamedTuple):
+  """The entries of an axis that belong to a layer: `size` consecutive ones, from `start + stride * index` on.
+
+  Stacks `[layers, ...]` have `Entries(0)`. In a stack that is reshaped to `[layers / 2, 2, ...]` before it is scanned,
+  an iteration takes two entries, and one that is reversed has a negative stride.
+  """
+
+  axis: int
+  start: int = 0
+  stride: int = 1
+  size: int = 1
+
+  def first(self, index: Any) -> Any:
+    """The first entry of the layer at `index`, i32[]."""
+    scaled = index if self.stride == 1 else index * self.stride
+    return scaled + self.start if self.start else scaled
+
+  def within(self, length: int, count: int) -> bool:
+    """Whether all of `count` layers lie in an axis of `length`."""
+    ends = (self.start, self.start + self.stride * (count - 1))
+    return min(ends) >= 0 and max(ends) + self.size <= length
+
+  def covered(self, count: int) -> set[int]:
+    """All entries of `count` layers."""
+    return {self.start + self.stride * i + k for i in range(count) for k in range(self.size)}
+
+  def on(self, axis: int) -> "Entries":
+    """The same entries of another axis."""
+    return self._replace(axis=axis)
+
+  def spread(self, start: int, step: int) -> "Entries":
+    """Where they lie once entry `i` of the axis is entry `start + step * i`."""
+    return self._replace(start=start + step * self.start, stride=step * self.stride)
+
+  def reversed(self, length: int) -> "Entries":
+    """Where they lie once an axis of this length is reversed."""
+    return self._replace(start=length - self.size - self.start, stride=-self.stride)
+
+
+class NotSeparableError(Exception):
+  """An update of stacked layers that cannot be run for one layer alone. The message names the operation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """The layer that rules run for.
+
+  Attributes:
+    index: i32[], which layer.
+    count: the number of layers.
+    is_rows: whether "layers" are rows of one weight, as for `cpu_rows`.
+    run: `by_layer.run`, for operations that contain others.
+  """
+
+  index: Any
+  count: int
+  is_rows: bool
+  run: Callable[..., None]
+
+  def cut(self, value: Any, entries: Entries) -> Any:
+    """Slices this layer out of an array that does not depend on the layer."""
+    if value.shape[entries.axis] == 1:  # the same for all layers, or there is only one
+      return value
+    return lax.dynamic_slice_in_dim(value, entries.first(self.index), entries.size, entries.axis)
+
+
+def _with(items: Sequence[Any], axis: int, item: Any) -> tuple[Any, ...]:
+  """The items, with another one at `axis`."""
+  return (*items[:axis], item, *items[axis + 1 :])
+
+
+Where = Entries | None  # None: the array does not depend on the layer
+Rule = Callable[[Operation, list[Any], list[Where], Layer, list[Any]], tuple[list[Any], list[Where]]]
+_Result = tuple[list[Any], list[Where]]
+
+
+def rule_of(operation: Operation) -> Rule:
+  """The rule of an operation. Raises NotSeparableError where there is none."""
+  name = operation.name
+  if name in ELEMENTWISE:
+    return _elementwise
+  if name in _REDUCTIONS:
+    return _reduction
+  if name in _CUMULATIVE:
+    return _cumulative
+  rule = _RULES.get(name)
+  if rule is None:
+    raise NotSeparableError(f"{jax_forms.where(operation)} is not known to keep layers apart")
+  return rule
+
+
+def _mixes(operation: Operation) -> NotSeparableError:
+  return NotSeparableError(f"{jax_forms.where(operation)} mixes the layers")
+
+
+def _alike(
+  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+) -> tuple[list[Any], Entries]:
+  """The operands of one shape, each for this layer, and where the layer lies in all of them."""
+  entries = next(e for e in where if e is not None)
+  if any(e not in (None, entries) for e in where):
+    raise _mixes(operation)
+  cut = [
+    layer.cut(v, entries) if e is None and aval.ndim else v for v, e, aval in zip(values, where, avals, strict=True)
+  ]
+  return cut, entries
+
+
+def _elementwise(
+  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+) -> _Result:
+  values, entries = _alike(operation, values, where, layer, avals)
+  changes = {"sharding": None} if operation.eqn.params.get("sharding") is not None else {}
+  results = jax_forms.run_operation(operation, values, **changes)
+  return results, [entries] * len(results)
+
+
+def _barrier(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  # Only CPUs update by rows, and XLA:CPU removes barriers once it has eliminated common subexpressions.
+  return values if layer.is_rows else jax_forms.run_operation(operation, values), where
+
+
+def _constraint(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  return values, where  # the sharding of a stack says nothing about one layer
+
+
+def _laid_out(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  # The backward pass makes a layer's gradient by itself; rows are sliced from a gradient that is already in order.
+  return values if layer.is_rows else [xla_cpu.laid_out(*values)], where
+
+
+def _reduction(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  reduced = operation.eqn.params["dimensions" if operation.name == "reduce" else "axes"]
+  values, entries = _alike(operation, values, where, layer, avals)
+  if entries.axis in reduced:
+    raise _mixes(operation)
+  results = jax_forms.run_operation(operation, values)
+  return results, [entries.on(entries.axis - sum(r < entries.axis for r in reduced))] * len(results)
+
+
+def _cumulative(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  (entries,) = where
+  assert entries is not None
+  if operation.eqn.params["axis"] == entries.axis:
+    raise _mixes(operation)
+  return jax_forms.run_operation(operation, values), where
+
+
+def _broadcast_in_dim(
+  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+) -> _Result:
+  params, entries = operation.eqn.params, where[0]
+  assert entries is not None
+  axis = params["broadcast_dimensions"][entries.axis]
+  if params["shape"][axis] != avals[0].shape[entries.axis]:
+    raise _mixes(operation)
+  shape = _with(params["shape"], axis, entries.size)
+  return jax_forms.run_operation(operation, values, shape=shape, sharding=None), [entries.on(axis)]
+
+
+def _reshape(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  new, (entries,) = operation.eqn.params["new_sizes"], where
+  assert entries is not None
+  found = reshaped(entries, avals[0].shape, new) if operation.eqn.params.get("dimensions") is None else None
+  if found is None:
+    raise _mixes(operation)
+  shape = _with(new, found.axis, found.size)
+  return jax_forms.run_operation(operation, values, new_sizes=shape, sharding=None), [found]
+
+
+def reshaped(entries: Entries, old: Sequence[int], new: Sequence[int]) -> Entries | None:
+  """Where layers lie after a reshape, which may keep their axis, join it with axes after it, or split it."""
+  before, length = math.prod(old[: entries.axis]), old[entries.axis]
+  starts = [i for i in range(len(new)) if math.prod(new[:i]) == before]
+  found = (_resized(entries, i, length, new[i]) for i in sorted(starts, key=lambda i: new[i] != length))
+  return next((e for e in found if e is not None), None)
+
+
+def _resized(entries: Entries, axis: int, old: int, new: int) -> Entries | None:
+  """Where a layer lies once its axis of `old` entries, and those after it, are reshaped to one of `new` and others."""
+  if new >= old:
+    factor, rest = divmod(new, old)
+    found = Entries(axis, entries.start * factor, entries.stride * factor, entries.size * factor)
+    return None if rest else found
+  factor, rest = divmod(old, new)
+  if rest or any(part % factor for part in entries[1:]):
+    return None
+  return Entries(axis, *(part // factor for part in entries[1:]))
+
+
+def _transpose(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  (entries,) = where
+  assert entries is not None
+  axis = operation.eqn.params["permutation"].index(entries.axis)
+  return jax_forms.run_operation(operation, values), [entries.on(axis)]
+
+
+def _squeeze(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  (entries,), gone = where, operation.eqn.params["dimensions"]
+  assert entries is not None
+  if entries.axis in gone:
+    raise _mixes(operation)
+  return jax_forms.run_operation(operation, values), [entries.on(entries.axis - sum(d < entries.axis for d in gone))]
+
+
+def _concatenate(
+  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+) -> _Result:
+  dimension = operation.eqn.params["dimension"]
+  if all(e is None or e.axis != dimension for e in where):
+    return _elementwise(operation, values, where, layer, avals)
+  found = [(k, e) for k, e in enumerate(where) if e is not None]
+  if len(found) > 1:
+    raise _mixes(operation)
+  ((k, entries),) = found  # the layer is all in this operand
+  return [values[k]], [entries.spread(sum(aval.shape[dimension] for aval in avals[:k]), 1)]
+
+
+def _slice(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  params, (entries,) = operation.eqn.params, where
+  assert entries is not None
+  axis, start, limit, strides = entries.axis, params["start_indices"], params["limit_indices"], params["strides"]
+  stride = strides[axis] if strides else 1
+  moved = entries.spread(-start[axis], 1)
+  if not moved.within(limit[axis] - start[axis], layer.count) or moved.start % stride or moved.stride % stride:
+    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers")
+  if stride > 1 and entries.size > 1:
+    raise _mixes(operation)
+  changes = {"start_indices": _with(start, axis, 0), "limit_indices": _with(limit, axis, entries.size)}
+  changes |= {"strides": _with(strides, axis, 1)} if strides else {}
+  found = moved._replace(start=moved.start // stride, stride=moved.stride // stride)
+  return jax_forms.run_operation(operation, values, **changes), [found]
+
+
+def _split(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  axis, (entries,) = operation.eqn.params["axis"], where
+  assert entries is not None
+  if axis != entries.axis:
+    results = jax_forms.run_operation(operation, values)
+    return results, [entries] * len(results)
+  raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers")
+
+
+def _pad(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  entries, config = where[0], operation.eqn.params["padding_config"]
+  if entries is None or where[1] is not None:
+    raise _mixes(operation)
+  low, high, interior = config[entries.axis]
+  step = interior + 1
+  moved = entries.spread(low, step)
+  length = low + high + (avals[0].shape[entries.axis] - 1) * step + 1
+  if not moved.within(length, layer.count) or (interior and entries.size > 1):
+    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers")
+  config = _with(config, entries.axis, (0, 0, 0))
+  return jax_forms.run_operation(operation, values, padding_config=config), [moved]
+
+
+def _rev(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  (entries,) = where
+  assert entries is not None
+  if entries.axis in operation.eqn.params["dimensions"]:
+    entries = entries.reversed(avals[0].shape[entries.axis])
+  return jax_forms.run_operation(operation, values), [entries]
+
+
+def _sort(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  if any(e is not None and e.axis == operation.eqn.params["dimension"] for e in where):
+    raise _mixes(operation)
+  return _elementwise(operation, values, where, layer, avals)
+
+
+def _bitcast_convert_type(
+  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+) -> _Result:
+  # A conversion to a narrower type adds a last axis, one to a wider type removes it; the other axes stay.
+  (entries,) = where
+  assert entries is not None
+  if operation.eqn.outvars[0].aval.ndim == entries.axis:
+    raise _mixes(operation)
+  return jax_forms.run_operation(operation, values), where
+
+
+def _dot_general(
+  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+) -> _Result:
+  contracted, batch = operation.eqn.params["dimension_numbers"]
+  out: set[Entries] = set()
+  free = len(batch[0])
+  for side in (0, 1):
+    entries, ndim = where[side], avals[side].ndim
+    frees = [d for d in range(ndim) if d not in contracted[side] and d not in batch[side]]
+    if entries is not None and entries.axis in contracted[side]:
+      raise _mixes(operation)
+    if entries is not None and entries.axis in batch[side]:
+      position, other = list(batch[side]).index(entries.axis), 1 - side
+      same = entries.on(batch[other][position])
+      if where[other] is None:
+        values[other] = layer.cut(values[other], same)
+      elif where[other] != same:
+        raise _mixes(operation)
+      out.add(entries.on(position))
+    elif entries is not None:
+      out.add(entries.on(free + frees.index(entries.axis)))
+    free += len(frees)
+  if len(out) != 1:
+    raise _mixes(operation)
+  return jax_forms.run_operation(operation, values, out_sharding=None), [out.pop()]
+
+
+def _cond(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  if where[0] is not None:
+    raise _mixes(operation)
+  branches = operation.bodies
+  found: list[list[Where]] = []
+
+  def branch(program: Program, out: list[Where] | None) -> Callable[..., list[Any]]:
+    def apply(index: Any, *operands: Any) -> list[Any]:
+      env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
+      inner: dict[int, Where] = dict(zip(program.inputs, where[1:], strict=True))
+      layer.run(program.operations, program, env, inner, index, layer.count, layer.is_rows)
+      results = [jax_forms.value(a, env) for a in program.outputs]
+      here = [inner.get(a) if isinstance(a, int) else None for a in program.outputs]
+      if out is None:
+        found.append(here)
+        return results
+      at = dataclasses.replace(layer, index=index)
+      return [
+        at.cut(r, e) if e is not None and had is None else r for r, e, had in zip(results, out, here, strict=True)
+      ]
+
+    return apply
+
+  for program in branches:
+    jax.eval_shape(branch(program, None), layer.index, *values[1:])
+  out = [next((e for e in choices if e is not None), None) for choices in zip(*found, strict=True)]
+  if any(e not in (None, o) for choices in found for e, o in zip(choices, out, strict=True)):
+    raise _mixes(operation)
+  return lax.switch(values[0], [branch(p, out) for p in branches], layer.index, *values[1:]), out
+
+
+_RULES: dict[str, Rule] = {
+  "optimization_barrier": _barrier,
+  "sharding_constraint": _constraint,
+  "laid_out": _laid_out,
+  "bitcast_convert_type": _bitcast_convert_type,
+  "broadcast_in_dim": _broadcast_in_dim,
+  "reshape": _reshape,
+  "transpose": _transpose,
+  "squeeze": _squeeze,
+  "concatenate": _concatenate,
+  "slice": _slice,
+  "split": _split,
+  "pad": _pad,
+  "rev": _rev,
+  "sort": _sort,
+  "dot_general": _dot_general,
+  "cond": _cond,
+}

@@ -1,0 +1,254 @@
+"""The update of one layer of a stack, made from that of the whole stack, and how it is written in place.
+
+Why: Optax updates the whole stack at once, but a scan completes the gradient of one layer at a time.
+
+How: `by_layer` makes the update of one layer from that of the stack. It takes the operations that lead from what the
+scan stacks to the gradient, and those of the update. A layer lies in a weight where it lies in its gradient.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_mpo._backends import step_weight
+from optax_mpo._backends.backend import Backend, of_layers
+from optax_mpo._core import order, types
+from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program.layer_rules import Entries, NotSeparableError
+from optax_mpo._program.program import Program, Slice
+from optax_mpo._stepping.site import Step, Values
+from optax_mpo._stepping.windows import Window
+
+_MOST_GUESSES = 64  # of which axis of a state is the layers'; more than two are rare
+
+
+@dataclasses.dataclass(frozen=True)
+class Layered:
+  """The step of one layer.
+
+  Attributes:
+    step: updates the layer. Its `shared` are those of the stack's step, the other given values, and the layer's index.
+    entries: where a layer lies in each weight, then in each state.
+    gradients: where it lies in each gradient.
+    finish: None where the new states of the layers, stacked, are the new state. Otherwise the states of the layers
+      start as zeros, and `finish(states, shared)` makes the new state of the stack from them.
+    parts: the same update in parts, each written before the next one reads. `part(grads, params, states, shared)` makes
+      new values; their positions among weights, then states, stand beside it. Empty: in one part.
+    backend: how the layer may be updated other than by XLA.
+  """
+
+  step: Step
+  entries: tuple[Entries, ...]
+  gradients: tuple[Entries, ...]
+  finish: Callable[[Values, Values], list[Any]] | None = None
+  parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
+  backend: Backend = dataclasses.field(default_factory=Backend)
+
+  def split(self, values: Values) -> tuple[list[Any], list[Any]]:
+    """Separates weights from states."""
+    first = len(self.step.params)
+    return list(values[:first]), list(values[first:])
+
+  def windows(self, outer: Sequence[Window], index: Any) -> list[Window]:
+    """The layer at `index` of each part `outer` of a stack."""
+    return [window.narrowed(e, index) for window, e in zip(outer, self.entries, strict=True)]
+
+  def write(
+    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Any, count: int
+  ) -> list[Any]:
+    """Updates the layer at `index` of stacks of weights and states, and returns the stacks.
+
+    Args:
+      grads: the gradients of the layer.
+      stacks: the weights, then the states.
+      outer: the parts of them that `index` counts the layers of.
+      shared: the values that the update shares with others, without the index.
+      index: i32[], which layer.
+      count: a different number for each update of the layer; the next one may use `count + len(parts)`.
+    """
+    if not self.backend.is_special or not all(window.is_whole for window in outer):
+      return self._write(grads, stacks, outer, shared, index, count)
+
+    def pure(grad: Any, stacks: Values, shared: Values, index: Any) -> list[Any]:
+      return self._write([grad], stacks, outer, shared, index, count)
+
+    return step_weight.step(pure, self.backend, grads[0], stacks, shared, index)
+
+  def _write(
+    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Any, count: int
+  ) -> list[Any]:
+    stacks = list(stacks)
+
+    def read(at: Any) -> tuple[list[Any], list[Any]]:
+      return self.split([window.read(s) for window, s in zip(self.windows(outer, at), stacks, strict=True)])
+
+    def put(places: Sequence[int], values: Values, at: Any) -> list[Any]:
+      windows = self.windows(outer, at)
+      for place, value in zip(places, values, strict=True):
+        stacks[place] = windows[place].write(stacks[place], value)
+      return [stacks[place] for place in places]
+
+    if not self.parts:
+      params, states = self.step.run(grads, *read(index), [*shared, index])
+      put(range(len(stacks)), [*params, *states], index)
+    done = grads
+    for k, (run, places) in enumerate(self.parts):
+      at = order.after(index, order.first_elements(done), count + k)
+      done = put(places, run(grads, *read(at), [*shared, at]), at)
+    return stacks
+
+
+def type_of_layer(stack: Any, entries: Entries) -> jax.ShapeDtypeStruct:
+  """The type of one layer of a stack; one entry alone loses its axis."""
+  if entries.size == 1:
+    return types.struct(stack, entries.axis)
+  return types.resized(stack, entries.axis, entries.size)
+
+
+def layer_step(
+  step: Step,
+  post: Callable[[Values, Values], list[Any]],
+  stacks: Sequence[Any],
+  given: Sequence[Any],
+  count: int,
+) -> Layered:
+  """Makes the step of one layer from that of a stack.
+
+  Args:
+    step: updates the stack.
+    post: `post(stacks, given)` makes the gradients that `step` takes from what the scan stacks along axis 0.
+    stacks: the shapes of what the scan stacks.
+    given: the shapes of the other values that `post` takes.
+    count: the number of layers that the scan stacks.
+
+  Raises:
+    NotSeparableError: where a layer cannot be updated alone.
+  """
+  layers = [Entries(0)] * len(stacks)
+  params = entries_of_gradients(step, post, stacks, given, count)
+  if len(params) != len(step.params):
+    raise NotSeparableError("its gradient is made of several")
+
+  def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
+    return step.run(post(ys, values), params, states, shared)
+
+  program, _ = jax_forms.trace(
+    whole, list(stacks), list(step.params), list(step.states), list(step.shared), list(given)
+  )
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  refused: NotSeparableError | None = None
+  for states in _entries_of_states(step, params, count):
+    entries = [*params, *states]
+    run_part = functools.partial(_run_part, program, [*layers, *entries], entries, count)
+    inputs, known = program.inputs[: len(layers) + len(entries)], program.inputs[len(layers) + len(entries) :]
+    layer = Step(
+      functools.partial(_run_whole, run_part, by_layer.Part.whole(program, inputs), len(params)),
+      tuple(types.struct(s, 0) for s in stacks),
+      tuple(type_of_layer(s, e) for s, e in zip(step.params, params, strict=True)),
+      tuple(type_of_layer(s, e) for s, e in zip(step.states, states, strict=True)),
+      (*step.shared, *given, number),
+    )
+    try:
+      jax.eval_shape(layer.run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
+    except NotSeparableError as error:
+      refused = refused or error
+      continue
+    places = {len(params) + j: len(layers) + len(params) + j for j in range(len(states))}
+    parts = by_layer.parts(program, inputs, program.outputs, places, {*known, *program.constants})
+    avals = [*layer.grads, *layer.params, *layer.states]
+    update = Slice(program, program.operations, inputs, known, program.constants, program.outputs)
+    backend = of_layers(update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared)
+    return Layered(
+      layer,
+      tuple(entries),
+      tuple(params),
+      parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
+      backend=backend,
+    )
+  assert refused is not None
+  raise refused
+
+
+def entries_of_gradients(
+  step: Step, post: Callable[..., list[Any]], stacks: Sequence[Any], given: Sequence[Any], count: int
+) -> list[Entries]:
+  """Where a layer lies in each gradient, and so in each weight; arguments and errors are those of `layer_step`."""
+  program, _ = jax_forms.trace(post, list(stacks), list(given))
+  scanned: dict[int, Entries | None] = dict.fromkeys(program.inputs[: len(stacks)], Entries(0))
+  where = by_layer.entries_of(program.operations, program, scanned, count)
+  entries = []
+  for atom, grad in zip(program.outputs, step.grads, strict=True):
+    e = where.get(atom) if isinstance(atom, int) else None
+    if e is None or program.aval(atom).shape != grad.shape or not e.within((*grad.shape, 0)[e.axis], count):
+      raise NotSeparableError("its gradient has no axis of layers")
+    entries.append(e)
+  return entries
+
+
+def _entries_of_states(step: Step, params: Sequence[Entries], count: int) -> Any:
+  """Where a layer may lie in the states. Which guess is right, the update has to show.
+
+  A state of a weight's shape has its layers where the weight has them. Any other, such as the scales of blocks or a
+  factor of a second moment, has them on an axis of the same length.
+  """
+  guesses = []
+  for state in step.states:
+    alike = [e for e, param in zip(params, step.params, strict=True) if param.shape == state.shape]
+    e, length = params[0], step.params[0].shape[params[0].axis]
+    axes = sorted((a for a, n in enumerate(state.shape) if n == length), key=lambda a: (a != e.axis, a))
+    guesses.append(alike[:1] or [e.on(a) for a in axes])
+    if not guesses[-1]:
+      raise NotSeparableError(
+        f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers"
+      )
+  return itertools.islice(itertools.product(*guesses), _MOST_GUESSES)
+
+
+def _one(layer: Step, grad: Any, param: Any, *rest: Any) -> list[Any]:
+  """Updates a layer of a single weight; `rest` are its states and the shared values."""
+  params, states = layer.run([grad], [param], rest[: len(layer.states)], rest[len(layer.states) :])
+  return [*params, *states]
+
+
+def _run_whole(
+  run_part: Callable[..., list[Any]], part: by_layer.Part, count: int, ys: Values, params: Values, *rest: Any
+) -> tuple[list[Any], list[Any]]:
+  results = run_part(part, ys, params, *rest)
+  return results[:count], results[count:]
+
+
+def _run_part(
+  program: Program,
+  in_entries: Sequence[Entries],
+  out_entries: Sequence[Entries],
+  count: int,
+  part: by_layer.Part,
+  ys: Values,
+  params: Values,
+  states: Values,
+  shared: Values,
+) -> list[Any]:
+  """Runs a part of an update for one layer; the index is the last of `shared`."""
+  *shared, index = shared
+  env, where = dict(program.constants), {}
+  env.update(zip(program.inputs[len(in_entries) :], shared, strict=True))
+  for var, value, e in zip(part.inputs, [*ys, *params, *states], in_entries, strict=True):
+    env[var], where[var] = (jnp.expand_dims(value, e.axis) if e.size == 1 else value), e
+  by_layer.run(part.operations, program, env, where, index, count)
+  results = []
+  for k in part.outputs:
+    atom, out = program.outputs[k], out_entries[k]
+    e = where.get(atom) if isinstance(atom, int) else None
+    value = jax_forms.value(atom, env)
+    if e is None:  # it does not depend on the layer, so it was computed for all layers
+      value, e = lax.dynamic_slice_in_dim(value, out.first(index), out.size, out.axis), out
+    if e != out:
+      raise NotSeparableError("the update moves the layer axis")
+    results.append(lax.squeeze(value, [out.axis]) if out.size == 1 else value)
+  return results

@@ -1,0 +1,65 @@
+"""Stacks of layers as people store and scan them take no more memory than a stack along the first axis.
+
+Temporaries of the step compiled by XLA:GPU, in bytes per parameter: AdamW, 16 layers of 2048 x 2048, batch 8. Without
+gradient release they would be at least 2, the gradient in bf16.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import lax
+
+import optax_mpo as mpo
+
+L, D = 16, 2048
+
+layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+two_layers = jax.checkpoint(lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None))
+group = jax.checkpoint(lambda x, w: (scan(x, w), None))
+
+
+def scan(x, w):
+  return lax.scan(layer, x, w)[0]
+
+
+def exact():
+  return mpo.compensated(optax.adamw(1e-3))
+
+
+def compact():
+  return mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8)
+
+
+CASES = {  # the axis of the layers, how they are scanned, the bounds with 16 bits and with 8 bits and 8-bit state
+  "first axis": (0, scan, 0.28, 0.56),
+  "second axis": (1, scan, 0.28, 0.56),
+  "cast": (0, lambda x, w: scan(x.astype(jnp.float32), w.astype(jnp.float32)), 0.66, 0.9),
+  "reversed": (0, lambda x, w: scan(x, w[::-1]), 0.28, 0.56),
+  "in two parts": (0, lambda x, w: scan(scan(x, w[:3]), w[3:]), 0.28, 0.56),
+  "even, then odd": (0, lambda x, w: scan(scan(x, w[::2]), w[1::2]), 0.28, 0.56),
+  "alternating": (0, lambda x, w: lax.scan(two_layers, x, (w[::2], w[1::2]))[0], 0.42, 0.7),
+  "pairs": (0, lambda x, w: lax.scan(two_layers, x, w.reshape(L // 2, 2, D, D))[0], 0.52, 1.1),
+  "two levels": (0, lambda x, w: lax.scan(group, x, w.reshape(4, 4, D, D))[0], 0.9, 1.2),
+  "stacks of stacks": ((0, 1), lambda x, w: lax.scan(group, x, w)[0], 1.52, 1.2),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("optimizer", [exact, compact], ids=["exact", "compact"])
+@pytest.mark.filterwarnings("ignore:compensated. without a gradient")
+@pytest.mark.few(4)
+def test_temporaries(name, optimizer):
+  axis, run, *bounds = CASES[name]
+  shape = (4, 4, D, D) if axis == (0, 1) else (D, L, D) if axis else (L, D, D)
+
+  def loss(params, x):
+    w = params["w"] if axis == (0, 1) else jnp.moveaxis(params["w"], axis, 0)
+    return jnp.mean(run(x, w).astype(jnp.float32) ** 2)
+
+  tx = optimizer()
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros(shape)}))
+  x = jax.ShapeDtypeStruct((8, D), jnp.bfloat16)
+  step = mpo.value_and_update(loss, tx)
+  report = mpo.gpu_memory(step, params, state, x, donate_argnums=(0, 1), target="h200")
+  assert report.temporary_bytes / (L * D * D) <= bounds[optimizer is compact]

@@ -1,0 +1,214 @@
+"""Stacks of layers as people store and scan them: on any axis, reversed, cut, reshaped, shared.
+
+Each is updated inside its scans, and equals the ordinary step bit for bit. Both sides are compiled without fusion, as
+in `test_property`. There are two stacks: where a scalar divides only one array, XLA multiplies with its reciprocal.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from hypothesis import strategies as st
+from jax import lax
+
+import optax_mpo as mpo
+from tests.helpers import assert_same_bits, ordinary_step, quick_jit
+
+L, D = 8, 16
+
+
+def exact():
+  return mpo.compensated(optax.adamw(1e-2))
+
+
+def eight_bit():
+  return mpo.compensated(mpo.quantized_state(optax.lion(1e-2), min_size=1, block_size=8), bits=8)
+
+
+def layer(x, w):
+  return jnp.tanh(x @ w), None
+
+
+def scan(x, w, **options):
+  return lax.scan(layer, x, w, **options)[0]
+
+
+def pairs(x, w):
+  def body(x, w):
+    return layer(layer(x, w[0])[0], w[1])[0], None
+
+  return lax.scan(body, x, w.reshape(-1, 2, *w.shape[1:]))[0]
+
+
+def two_levels(x, w):
+  return lax.scan(jax.checkpoint(lambda x, w: (scan(x, w), None)), x, w.reshape(-1, 2, *w.shape[1:]))[0]
+
+
+def alternating(x, w):
+  def body(x, w):
+    return layer(layer(x, w[0])[0], w[1])[0], None
+
+  return lax.scan(body, x, (w[::2], w[1::2]))[0]
+
+
+def padded(x, w):
+  """Scans two layers more than there are, which are switched off."""
+  more = jnp.concatenate([w, jnp.ones((2, *w.shape[1:]), w.dtype)])
+  on = jnp.arange(len(more)) < len(w)
+  return lax.scan(lambda x, c: (jnp.where(c[1], layer(x, c[0])[0], x), None), x, (more, on))[0]
+
+
+WAYS: dict[str, Callable[[Any, Any], Any]] = {
+  "first axis": scan,
+  "reversed stack": lambda x, w: scan(x, w[::-1]),
+  "reversed scan": lambda x, w: scan(x, w, reverse=True),
+  "cut": lambda x, w: scan(scan(x, w[:3]), w[3:]),
+  "cut in three, one reversed": lambda x, w: scan(scan(scan(x, w[:2]), w[2:5], reverse=True), w[5:]),
+  "even, then odd": lambda x, w: scan(scan(x, w[::2]), w[1::2]),
+  "alternating": alternating,
+  "pairs": pairs,
+  "reversed pairs": lambda x, w: pairs(x, w[::-1]),
+  "two levels": two_levels,
+  "cut, then pairs": lambda x, w: pairs(scan(x, w[:2]), w[2:]),
+  "cast": lambda x, w: scan(x.astype(jnp.float32), w.astype(jnp.float32)).astype(x.dtype),
+  "unrolled scan": lambda x, w: scan(x, w, unroll=2),
+  "transposed layers": lambda x, w: scan(x, jnp.swapaxes(w, 1, 2)),
+}
+AT_END = {  # what the reason says
+  "padded": (padded, "takes some of the layers"),
+  "some alone": (lambda x, w: layer(scan(x, w[1:]), w[0])[0], "1 of its layers"),
+  "overlapping": (lambda x, w: scan(scan(x, w[:5]), w[3:]), "its gradient gets another part after the scan"),
+}
+
+
+def _params(length, axis):
+  keys = jax.random.split(jax.random.key(0), 2)
+  return {
+    name: jnp.moveaxis(jax.random.normal(key, (length, D, D)) * D**-0.5, 0, axis)
+    for name, key in zip(("v", "w"), keys, strict=True)
+  }
+
+
+def _loss(run, axis):
+  def loss(params, x):
+    v, w = (jnp.moveaxis(params[name], axis, 0) for name in ("v", "w"))
+    x = run(x, w) * scan(x.astype(v.dtype), v)
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+  return loss
+
+
+def make(way, axis, dtype=jnp.bfloat16):
+  return _loss(lambda x, w: way(x.astype(dtype), w), axis), _params(L, axis)
+
+
+def assert_equal_to_ordinary(loss, params, tx, steps=3):
+  params, state = mpo.init(tx, params)
+  one, other = quick_jit(ordinary_step(loss, tx)), quick_jit(mpo.value_and_update(loss, tx))
+  want, got = (None, params, state), (None, params, state)
+  for i in range(steps):
+    x = jax.random.normal(jax.random.key(100 + i), (4, D))
+    want, got = one(*want[1:], x), other(*got[1:], x)
+    assert_same_bits(got, want)
+
+
+def places(loss, params, tx):
+  params, state = jax.eval_shape(lambda: mpo.init(tx, params))
+  return [(leaf.stepped, leaf.why) for leaf in mpo.explain(loss, tx, params, state, jnp.ones((4, D)))]
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize(
+  ("optimizer", "axis"),
+  [(exact, 0), (exact, 1), (exact, 2), (eight_bit, 0), (eight_bit, 1)],
+  ids=lambda x: getattr(x, "__name__", x),
+)
+@pytest.mark.few(12)
+def test_every_way_is_updated_in_its_scans(way, optimizer, axis):
+  loss, params = make(WAYS[way], axis)
+  tx = optimizer()
+  assert [place for place, _ in places(loss, params, tx)] == ["in scan"] * 2
+  assert_equal_to_ordinary(loss, params, tx)
+
+
+@pytest.mark.parametrize("way", list(AT_END))
+def test_what_is_not_updated_in_a_scan_says_why(way):
+  run, why = AT_END[way]
+  loss, params = make(run, 0)
+  _, (place, found) = places(loss, params, exact())
+  assert place == "at the end"
+  assert why in found
+  assert_equal_to_ordinary(loss, params, exact())
+
+
+def test_blocks_of_state_along_the_layers_are_not_taken_apart():
+  loss, params = make(scan, 2)
+  assert all(p == "at the end" and "no entry for each" in why for p, why in places(loss, params, eight_bit()))
+  assert_equal_to_ordinary(loss, params, eight_bit())
+
+
+def test_a_stack_in_two_scans_is_updated_in_the_last_one():
+  loss, params = make(lambda x, w: scan(scan(x, w), w), 1)
+  assert places(loss, params, exact()) == [("in scan", "")] * 2
+  assert_equal_to_ordinary(loss, params, exact())
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """Consecutive layers. `order`: of the stack. `way`: how they are scanned."""
+
+  length: int
+  order: str
+  way: str
+  cast: bool
+
+
+segments = st.builds(
+  Segment,
+  length=st.sampled_from([2, 4, 6]),
+  order=st.sampled_from(["as stored", "reversed"]),
+  way=st.sampled_from(["scan", "reverse", "unrolled", "pairs", "two levels", "alternating"]),
+  cast=st.booleans(),
+)
+_SCANS: dict[str, Callable[[Any, Any], Any]] = {
+  "scan": scan,
+  "reverse": functools.partial(scan, reverse=True),
+  "unrolled": functools.partial(scan, unroll=2),
+  "pairs": pairs,
+  "two levels": two_levels,
+  "alternating": alternating,
+}
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(
+  st.lists(segments, min_size=1, max_size=3),
+  st.sampled_from([(exact, 0), (exact, 1), (exact, 2), (eight_bit, 0), (eight_bit, 1)]),
+  st.booleans(),
+  st.booleans(),
+)
+@pytest.mark.full
+def test_random_stacks(parts, how, whole_reversed, shared):
+  optimizer, axis = how
+  length = sum(part.length for part in parts)
+
+  def run(x, w):
+    x = x.astype(jnp.bfloat16)
+    w = w[::-1] if whole_reversed else w
+    start = 0
+    for part in parts:
+      piece, start = w[start : start + part.length], start + part.length
+      piece = piece[::-1] if part.order == "reversed" else piece
+      to = jnp.float32 if part.cast else jnp.bfloat16
+      x = _SCANS[part.way](x.astype(to), piece.astype(to)).astype(jnp.bfloat16)
+    return scan(x, w) if shared else x
+
+  loss, params = _loss(run, axis), _params(length, axis)
+  assert [place for place, _ in places(loss, params, optimizer())] == ["in scan"] * 2
+  assert_equal_to_ordinary(loss, params, optimizer())
