@@ -4,7 +4,7 @@ Why: Flax's own `TrainState.create` and `nnx.Optimizer` call `tx.init(params)`, 
 cut off. And both take a tree of gradients, which steps with gradient release never have.
 
 How: both are thin. They hold what `optax_mpo.init` makes. Their `step_with(loss_fn, ...)` is one of the steps of this
-library; what a model changes besides its params (batch statistics, counters of random streams) is returned as aux.
+library; what `loss_fn` changes besides the params (batch statistics, random streams, metrics) is returned as aux.
 
 Needs flax: `pip install 'optax_mpo[flax]'`. `import optax_mpo` alone does not import it.
 """
@@ -18,7 +18,7 @@ import optax
 from flax import nnx, struct
 
 from optax_mpo._codecs import apply
-from optax_mpo._core import buffers
+from optax_mpo._core import buffers, trees
 from optax_mpo._layers import fused_step
 from optax_mpo._stepping import value_and_update
 from optax_mpo._transforms import compensated
@@ -26,6 +26,8 @@ from optax_mpo._transforms import compensated
 PyTree = Any
 Fused = Literal["auto", "layer", "off"]
 Where = Callable[[tuple[Any, ...], jax.Array], bool]
+
+_STEP = "optax_mpo.flax.Optimizer.step_with"  # the tag of the step's nnx.update_context
 
 
 def _make_step(loss_fn: Callable[..., Any], tx: Any, fused: Fused, two_pass: bool) -> Callable[..., Any]:
@@ -266,38 +268,70 @@ class Optimizer(nnx.Pytree):
   def step_with(self, model: nnx.Module, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
     """Does one training step: updates `model` (params, batch statistics, random streams) and this object in place.
 
+    As with `nnx.value_and_grad`, changes that `loss_fn` makes to NNX objects are kept: random streams and metrics among
+    `args` are updated, and the model gets the variables that its forward pass makes, as `sow` does.
+
     Args:
       model: the model that this object was made with.
-      loss_fn: `loss_fn(model, *args)`, which returns the loss, f32[], or `(loss, aux)`. It gets a copy of the model,
-        whose variables it may change. With `fused="layer"` it gets handles for the params instead of a model, and only
-        the params are updated.
-      *args: what `loss_fn` takes, such as a batch and random keys.
+      loss_fn: `loss_fn(model, *args)`, which returns the loss, f32[], or `(loss, aux)`. It gets copies of the model and
+        of other NNX objects, which it may change. With `fused="layer"` it gets handles for the params instead of a
+        model, and only the params of the model are updated.
+      *args: what `loss_fn` takes: a batch, random keys, `nnx.Rngs`, an `nnx.Metric`, another module.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
       What `loss_fn` returns.
 
     Raises:
-      ValueError: what the step raises.
+      ValueError: if `loss_fn` adds or removes trained variables; and what the step raises.
     """
-    graphdef, params, rest = nnx.split(model, self.wrt, ...)
+    leaves, treedef = jax.tree.flatten(args, is_leaf=_is_node)
+    nodes = [x for x in leaves if _is_node(x)]
+    others = [None if _is_node(x) else x for x in leaves]
+    seen = () if self.fused == "layer" else model  # with handles, loss_fn does not see the model
 
-    def whole(params: PyTree, rest: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
-      if self.fused == "layer":
-        out, changed = loss_fn(params, *args), rest
-      else:
-        copy = nnx.merge(graphdef, params, rest, copy=True)
-        out = loss_fn(copy, *args)
-        changed = nnx.as_pure(nnx.state(copy, nnx.Not(self.wrt)))
-      loss, aux = out if has_aux else (out, None)
-      return loss, (aux, changed)
+    # As the transformations of NNX do: split outside, merge and split inside, and a merge outside, which finds the
+    # caller's objects by the context and changes them.
+    with nnx.update_context(_STEP):
+      with nnx.split_context(_STEP) as context:
+        graph, weights, rest = context.split(seen, self.wrt, ...)
+        nodes_graph, states = context.split(nodes)
 
-    step = _make_step(whole, self.tx, self.fused, self.two_pass)
-    pure = (nnx.as_pure(params), nnx.as_pure(self.opt_state), nnx.as_pure(rest))
-    (loss, (aux, changed)), new_params, new_state = step(*pure, *args)
-    nnx.update(model, new_params, changed)
+      def whole(params: PyTree, rest: PyTree, states: PyTree, others: list[Any]) -> tuple[jax.Array, Any]:
+        with nnx.merge_context(_STEP, inner=True) as context:
+          copy = context.merge(graph, weights if self.fused == "layer" else params, rest)
+          copies = context.merge(nodes_graph, states)
+        given, values = iter(copies), zip(leaves, others, strict=True)
+        args = treedef.unflatten([next(given) if _is_node(x) else other for x, other in values])
+        out = loss_fn(params if self.fused == "layer" else copy, *args)
+        with nnx.split_context(_STEP) as context:
+          new_graph, kept, *new = context.split(copy, self.wrt, ...)
+          changed = (new_graph, *new), context.split(copies)
+        _check_trained(nnx.as_pure(weights), nnx.as_pure(kept))
+        loss, aux = out if has_aux else (out, None)
+        return loss, (aux, changed)
+
+      step = _make_step(whole, self.tx, self.fused, self.two_pass)
+      pure = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
+      (loss, (aux, changed)), new_params, new_state = step(*pure, rest, states, others)
+      (graph, rest), (nodes_graph, states) = changed
+      with nnx.merge_context(_STEP, inner=False) as context:
+        context.merge(graph, weights if self.fused == "layer" else new_params, rest)
+        context.merge(nodes_graph, states)
+    if self.fused == "layer":
+      nnx.update(model, new_params)
     jax.tree.map(
       lambda old, new: old.set_value(new), self.opt_state, new_state, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
     self.step.set_value(self.step.get_value() + 1)
     return (loss, aux) if has_aux else loss
+
+
+def _check_trained(before: PyTree, after: PyTree) -> None:
+  hint = "Make all trained variables before the Optimizer, which has state for each of them, and keep them."
+  trees.flatten_like(before, after, "Optimizer.step_with: the tree of trained variables after loss_fn", hint)
+
+
+def _is_node(x: Any) -> bool:
+  """Whether `x` is an object of NNX that `loss_fn` may change: a module, random streams, a metric, a variable."""
+  return isinstance(x, nnx.Pytree | nnx.Variable)

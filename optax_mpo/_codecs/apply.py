@@ -35,13 +35,15 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
 
   Raises:
     ValueError: if structures or shapes differ, with the path of the leaf.
-    TypeError: if the two arguments are swapped; noticed only while tracing.
+    TypeError: if a leaf of `params` is not an array, or the two arguments are swapped; the latter is noticed only while
+      tracing.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
     >>> mpo.apply_updates({"w": jnp.ones(2, jnp.bfloat16)}, {"w": jnp.full(2, 0.5)})
     {'w': Array([1.5, 1.5], dtype=bfloat16)}
   """
+  trees.check_arrays(params, "apply_updates")
   steps = trees.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
   new = []
   for (leaf_name, leaf), step in zip(trees.named_leaves(params), steps, strict=True):

@@ -26,7 +26,7 @@ def cast(
   numbers and rounds up instead of down.
 
   Args:
-    params: a tree of arrays. Leaves of dtypes other than f32 are not cast.
+    params: a tree of arrays. Arrays of dtypes other than f32, and leaves that are not arrays, are not cast.
     dtype: the low precision, bfloat16 or float16.
     where: `where(path, leaf) -> bool` selects the f32 leaves to cast, by JAX's key paths (`jax.tree_util.keystr(path)`
       gives a string). None: all of them.

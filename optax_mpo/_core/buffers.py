@@ -2,7 +2,7 @@
 
 Why: JAX refuses to donate a buffer twice, and donating it deletes every array that shares it. Outside of `jit`, a leaf
 that a function passes through is the argument itself: f32 params that stay in f32, or a state that starts as a copy of
-the params (`optax.schedule_free`, `optax.lookahead`).
+the params (`optax.schedule_free`, `optax.lookahead`). A NumPy array that is passed through changes with the caller's.
 
 How: compare buffers by address, and copy a leaf whose buffer is taken already. Under `jit` there is nothing to do: each
 result has its own buffer.
@@ -11,9 +11,12 @@ result has its own buffer.
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 Tree = TypeVar("Tree")
+
+_HOST = -1  # in place of the number of a device
 
 
 def own(tree: Tree, others: Any) -> Tree:
@@ -26,6 +29,8 @@ def own(tree: Tree, others: Any) -> Tree:
   def own_leaf(leaf: Any) -> Any:
     addresses = _addresses(leaf)
     if not taken.isdisjoint(addresses):
+      if isinstance(leaf, np.ndarray):
+        return leaf.copy()
       return jax.device_put(leaf, leaf.sharding, may_alias=False)
     taken.update(addresses)
     return leaf
@@ -35,6 +40,8 @@ def own(tree: Tree, others: Any) -> Tree:
 
 def _addresses(leaf: Any) -> list[tuple[int, int]]:
   """Device and address of each buffer of an array; empty for tracers, deleted arrays and non-arrays."""
+  if isinstance(leaf, np.ndarray):
+    return [(_HOST, leaf.ctypes.data)]
   if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_deleted():
     return []
   return [(shard.device.id, shard.data.unsafe_buffer_pointer()) for shard in leaf.addressable_shards]

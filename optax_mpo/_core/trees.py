@@ -1,5 +1,6 @@
 """Names for the leaves of a tree, and the checks that every public function makes on its trees."""
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,6 +69,30 @@ def listed(names: Iterable[str], most: int = 5) -> str:
   return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def check_arrays(params: PyTree, caller: str, also_numbers: bool = True) -> None:
+  """Checks that each leaf is an array, or also a Python number, which JAX takes as one.
+
+  Raises:
+    TypeError: for any other leaf, such as the activation function of an Equinox module. Neither `jax.jit` nor the
+      `init` of an Optax transformation takes these.
+  """
+  for leaf_name, leaf in named_leaves(params):
+    if not (is_array(leaf) or (also_numbers and isinstance(leaf, numbers.Number))):
+      raise TypeError(f"{caller}: {_not_an_array(leaf_name, leaf)}")
+
+
+def _not_an_array(leaf_name: str, leaf: Any) -> str:
+  if isinstance(leaf, numbers.Number):
+    advice = "Convert it with jnp.asarray, or leave it out."
+  else:
+    advice = (
+      "Split the tree: make the state and the step of its arrays alone, with None in place of everything else, and put "
+      "the two together inside loss_fn. In Equinox: params, static = eqx.partition(model, eqx.is_inexact_array), and "
+      "model = eqx.combine(params, static)."
+    )
+  return f"{leaf_name} is a {type(leaf).__name__}, not an array. {advice}"
+
+
 def check_trainable(leaf_name: str, leaf: Any) -> None:
   """Checks that `leaf` is a bfloat16, float16 or float32 array; only these are trained.
 
@@ -75,9 +100,7 @@ def check_trainable(leaf_name: str, leaf: Any) -> None:
     TypeError: if it is not an array, or has another dtype.
   """
   if not is_array(leaf):
-    raise TypeError(
-      f"{leaf_name} is a {type(leaf).__name__}, not an array. Convert it with jnp.asarray, or leave it out."
-    )
+    raise TypeError(_not_an_array(leaf_name, leaf))
   dtype = leaf.dtype
   if dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
     return

@@ -72,9 +72,7 @@ def fused_value_and_update(
   tx = wrapping.as_transformation(tx, "fused_value_and_update", "tx", "loss_fn, tx")
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
-    for name, leaf in trees.named_leaves(params):
-      if not trees.is_array(leaf):
-        raise TypeError(f"fused_value_and_update: {name} is a {type(leaf).__name__}, not an array.")
+    trees.check_arrays(params, "fused_value_and_update", also_numbers=False)
     params, opt_state, args, kwargs = _guarded((params, opt_state, args, kwargs))
     update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "fused_value_and_update")
     shared, shared_states = update.run_shared()

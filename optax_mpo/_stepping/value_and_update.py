@@ -157,6 +157,7 @@ def value_and_update(
       two passes would repeat.
     ValueError: by the step, where `opt_state` is not the state of `tx` for `params`, where `tx` couples leaves and
       `two_pass` does not help, and where `loss_fn` closes over a leaf of `params`.
+    TypeError: by the step, where a leaf of `params` is not an array, or `tx.update` needs extra arguments.
     The step also raises what `jax.value_and_grad` raises.
 
   Memory: saves the gradient tree, 2 to 4 bytes per parameter. At any time there is the gradient of one leaf, or, for

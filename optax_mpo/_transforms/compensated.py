@@ -318,7 +318,7 @@ def init(
   Raises:
     ValueError: for another `dtype`, or if a leaf is cast that no `compensated` in `tx` trains (its bits would be lost)
       or that two train.
-    TypeError: for a leaf that cannot be trained, such as an integer or float64 leaf, with its path.
+    TypeError: for a leaf that cannot be trained, such as a function, or an integer or float64 array, with its path.
 
     It warns if something around `compensated` changes its updates.
 
@@ -341,6 +341,7 @@ def init(
 
 def seeded(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, optax.OptState]:
   """Returns what `init` returns, and does not check whether something around `compensated` changes its updates."""
+  trees.check_arrays(params, "init")
   seeds: dict[int, _Seed] = {}
   mixed = []
   names = [leaf_name for leaf_name, _ in trees.named_leaves(params)]

@@ -56,6 +56,7 @@ def convert(
   Raises:
     ValueError: if the states belong to different Optax transformations, with the leaf or the container that differs;
       and what `init` raises.
+    TypeError: if a leaf of params is not an array; and what `init` raises.
 
   Memory: the old and the new params and state, and the f32 masters, 4 bytes per parameter, while it runs; less under
     `jax.jit` if params and state are donated.
@@ -75,6 +76,7 @@ def convert(
   tx = wrapping.as_transformation(tx, "convert", "tx", "tx, params, opt_state")
   given = params, opt_state
   params, opt_state = modules.pure(params), modules.pure(opt_state)
+  trees.check_arrays(params, "convert")
   masters = _masters(params, opt_state)
   state_form = wrapping.state_shapes(tx, params)
   if _nodes(state_form, compensated.CompensatedState):

@@ -354,7 +354,13 @@ def _set_bits(bits: int) -> Iterable[int]:
 
 
 def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str) -> None:
-  """Raises ValueError where `opt_state` does not match the structure and shapes of `tx.init(params)`."""
+  """Checks params and state.
+
+  Raises:
+    TypeError: if a leaf of `params` is not an array.
+    ValueError: where `opt_state` does not match the structure and shapes of `tx.init(params)`.
+  """
+  trees.check_arrays(params, caller)
   try:
     expected = wrapping.state_shapes(tx, params)
   except jax.errors.ConcretizationTypeError:

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(optax_mpo.__file__).parent
 # only folders that are listed before it.
 GROUND = {"_core"}
 FLOORS = {
-  "_core": (set(), {"jax", "optax"}),
+  "_core": (set(), {"jax", "numpy", "optax"}),
   "_codecs": (GROUND, {"jax", "numpy", "optax"}),
   "_program": (GROUND, {"jax", "numpy"}),
   "_backends": ({"_program"} | GROUND, {"jax"}),

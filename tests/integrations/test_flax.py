@@ -215,6 +215,144 @@ def test_nnx_fused_layers_get_handles():
   np.testing.assert_allclose(losses["layer"], losses["auto"], rtol=1e-2)  # without jit, bf16 roundings may differ
 
 
+class Changing(nnx.Module):
+  """A model whose forward pass changes more than values: `change` adds and removes variables and modules."""
+
+  def __init__(self, change=lambda model, x: None):
+    self.linear, self.rngs = nnx.Linear(FEATURES, CLASSES, rngs=nnx.Rngs(0)), nnx.Rngs(1)
+    self.removed, self.calls, self.change = nnx.BatchStat(jnp.zeros(2)), 0, change
+
+  def __call__(self, x):
+    self.calls += 1
+    self.change(self, x)
+    return self.linear(x)
+
+
+def sow(model, x):
+  model.sow(nnx.Intermediate, "sown", x)
+
+
+def make_variable(model, x):
+  model.made = nnx.Cache({"mean": x.mean(), "pair": (x.min(), x.max())})
+
+
+def make_module(model, x):
+  model.made = nnx.BatchNorm(FEATURES, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+  model.again = model.made
+  model.made(x)
+
+
+def remove_variable(model, x):
+  if hasattr(model, "removed"):
+    del model.removed
+
+
+def draw(model, rngs):
+  jax.random.normal(rngs(), (2,))
+
+
+def average(model, inputs):
+  inputs["metric"].update(values=jnp.float32(3))
+
+
+def count(model, variable):
+  variable.set_value(variable.get_value() + 1)
+
+
+# What the forward pass does to the model; what loss_fn does to a further argument, and that argument.
+CHANGES = {
+  "sow": (sow, None, lambda model: ()),
+  "a new variable": (make_variable, None, lambda model: ()),
+  "a new module, twice": (make_module, None, lambda model: ()),
+  "a variable removed": (remove_variable, None, lambda model: ()),
+  "streams": (sow, draw, lambda model: (nnx.Rngs(2).fork(),)),
+  "a metric in a dict with other things": (
+    *(sow, average),
+    lambda model: ({"metric": nnx.metrics.Average(), "name": "text", "fn": jnp.tanh, "none": None, "x": jnp.ones(2)},),
+  ),
+  "a variable": (sow, count, lambda model: (nnx.Variable(jnp.zeros([])),)),
+  "another model": (sow, lambda model, other: other(jnp.ones((1, FEATURES))), lambda model: (Changing(make_variable),)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow..' outside:DeprecationWarning")
+@pytest.mark.parametrize("fused", ["auto", "off"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_nnx_objects_change_as_with_value_and_grad(name, fused):
+  change, use, make_args = CHANGES[name]
+
+  @relaxed
+  def loss(model, batch, *args):
+    for arg in args:
+      use(model, arg)
+    return cross_entropy(model(batch[0]), batch[1])
+
+  def run(step):
+    model = Changing(change)
+    optimizer, args = Optimizer(model, make_tx(), fused=fused), make_args(model)
+    values = [step(optimizer, model, loss, batch(i), *args) for i in range(2)]
+    graph, params, rest = nnx.split((model, args), lambda path, x: path[:2] == (0, "linear"), ...)
+    return params, (graph, nnx.as_pure(rest), values[0])
+
+  params, got = run(lambda optimizer, *given: optimizer.step_with(*given))
+  old_params, want = run(lambda optimizer, model, loss, *args: nnx.value_and_grad(loss)(model, *args)[0])
+  assert got[0] == want[0]
+  assert_same_bits(got[1:], want[1:])
+  assert not np.array_equal(jax.tree.leaves(params)[1], jax.tree.leaves(old_params)[1])
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow..' outside:DeprecationWarning")
+@pytest.mark.parametrize("fused", ["auto", "layer", "off"])
+def test_nnx_objects_change_under_jit(fused):
+  @relaxed
+  def loss(model, batch, rngs, metric):
+    x = (batch[0] + jax.random.normal(rngs(), batch[0].shape)).astype(jnp.bfloat16)
+    logits = mpo.fused_layer(linear)(model["linear"], x) if fused == "layer" else model(x)
+    value = cross_entropy(logits, batch[1])
+    metric.update(values=value)
+    return value
+
+  @nnx.jit
+  def step(model, optimizer, batch, rngs, metric):
+    return optimizer.step_with(model, loss, batch, rngs, metric)
+
+  model, rngs, metric = Changing(sow), nnx.Rngs(2), nnx.metrics.Average()
+  linear, optimizer = nnx.clone(model.linear), Optimizer(model, make_tx(), fused=fused)
+  values = []
+  for i in range(3):
+    values.append(step(model, optimizer, batch(i), rngs, metric))
+    sown = jax.tree.leaves(nnx.pop(model, nnx.Intermediate))
+    assert [x.shape for x in sown] == ([] if fused == "layer" else [(16, FEATURES)])
+  assert int(rngs.default.count.get_value()) == 3
+  assert values[0] != values[1]
+  np.testing.assert_allclose(relaxed(metric.compute)(), np.mean(values), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fused", ["auto", "off"])
+def test_an_object_that_the_model_and_an_argument_share_stays_one(fused):
+  @relaxed
+  def loss(model, batch, rngs):
+    assert rngs is model.rngs
+    draw(model, rngs)
+    draw(model, model.rngs)
+    return cross_entropy(model(batch[0]), batch[1])
+
+  model = Changing()
+  Optimizer(model, make_tx(), fused=fused).step_with(model, loss, batch(0), model.rngs)
+  assert int(model.rngs.default.count.get_value()) == 2
+
+
+@pytest.mark.parametrize("fused", ["auto", "off"])
+def test_trained_variables_that_the_forward_pass_makes_are_named(fused):
+  def change(model, x):
+    model.late = nnx.Param(jnp.ones(3))
+
+  model = Changing(change)
+  optimizer = Optimizer(model, make_tx(), fused=fused)
+  with pytest.raises(ValueError, match=r"step_with: .* it has params\['late'\], .*before the Optimizer"):
+    optimizer.step_with(model, relaxed(lambda model, batch: cross_entropy(model(batch[0]), batch[1])), batch(0))
+
+
 @pytest.mark.parametrize(
   "make", [lambda **o: linen_state(**o), lambda **o: Optimizer(NNXClassifier(nnx.Rngs(0)), make_tx(), **o)]
 )

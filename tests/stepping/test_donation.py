@@ -14,6 +14,7 @@ import optax_mpo as mpo
 from optax_mpo.checkpoint import Checkpointer
 from optax_mpo.export import load_safetensors, save_safetensors
 from optax_mpo.flax import Optimizer, TrainState
+from tests.helpers import assert_same_bits
 
 
 def masters():
@@ -163,20 +164,44 @@ CASES = {
 }
 
 
+def is_key(x):
+  return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 # schedule_free around compensated must be donatable too. tests/transforms/test_probes.py tests the warning.
 @pytest.mark.filterwarnings("ignore:init. something around compensated changes its update")
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_made_can_be_donated_whole(name, tmp_path):
   callers, made = CASES[name](tmp_path)
-  values = [np.asarray(x) for x in jax.tree.leaves(callers) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+  values = [np.array(x) for x in jax.tree.leaves(callers) if not is_key(x)]
   arrays = [x for x in jax.tree.leaves(made) if isinstance(x, jax.Array)]
   assert arrays
   jax.block_until_ready(jax.jit(lambda arrays: arrays, donate_argnums=0)(arrays))
   assert all(x.is_deleted() for x in arrays)
   assert not any(x.is_deleted() for x in jax.tree.leaves(callers))
-  after = [np.asarray(x) for x in jax.tree.leaves(callers) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+  after = [np.array(x) for x in jax.tree.leaves(callers) if not is_key(x)]
   for a, b in zip(after, values, strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+ON_THE_HOST = [
+  *("init of compensated", "init of bits_0", "init of schedule_free", "tx.init of schedule_free", "convert to bits_0"),
+  *("convert to f32", "convert back", "lookahead", "cast", "master_params", "TrainState with an average in f32"),
+]
+
+
+@pytest.mark.parametrize("name", ON_THE_HOST)
+def test_numpy_arrays_are_not_shared(name, tmp_path, monkeypatch):
+  """A run that starts from NumPy arrays does not change when the caller overwrites them."""
+  of_jax = masters()
+  monkeypatch.setattr(f"{__name__}.masters", lambda: jax.tree.map(np.array, of_jax))
+  callers, made = CASES[name](tmp_path)
+  before, theirs = jax.tree.map(np.array, made), [x for x in jax.tree.leaves(callers) if isinstance(x, np.ndarray)]
+  for x in theirs:
+    x[...] = 7
+  assert_same_bits(jax.tree.map(np.array, made), before)
+  ours = [x for x in jax.tree.leaves(made) if isinstance(x, np.ndarray)]
+  assert not any(np.shares_memory(x, y) for i, x in enumerate(ours) for y in [*theirs, *ours[:i]])
 
 
 def test_a_train_state_with_an_average_and_f32_leaves_is_donated_step_after_step():

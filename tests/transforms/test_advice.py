@@ -1,6 +1,8 @@
 """Errors about arguments and about updates that depend on each other name the cause, and what they recommend works."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import optax
 import pytest
 
 import optax_mpo as mpo
+from tests.helpers import assert_same_bits, ordinary_step, quick_jit
 
 PARAMS = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
 X = jnp.ones((2, 4))
@@ -68,6 +71,91 @@ def test_other_type_errors_are_those_of_the_transformation():
   tx = optax.GradientTransformation(lambda p: (), update)
   with pytest.raises(TypeError, match="mine"):
     mpo.value_and_update(loss, tx)(PARAMS, (), X)
+
+
+# --- Leaves that are not arrays ---------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class MLP:
+  """A module as Equinox makes it: its activation is a leaf of the tree."""
+
+  a: Any
+  b: Any
+  activation: Any
+
+  def __call__(self, x):
+    return self.activation(x.astype(self.a.dtype) @ self.a) @ self.b
+
+
+def partition(tree):
+  """`eqx.partition(tree, eqx.is_inexact_array)`."""
+  return (
+    jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, tree),
+    jax.tree.map(lambda x: None if isinstance(x, jax.Array) else x, tree),
+  )
+
+
+def combine(*trees):
+  """`eqx.combine(*trees)`."""
+  return jax.tree.map(lambda x, y: y if x is None else x, *trees, is_leaf=lambda x: x is None)
+
+
+@pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu, "tanh", object()], ids=lambda x: type(x).__name__)
+def test_functions_and_other_objects_among_the_params_are_named(activation):
+  tx = mpo.compensated(optax.adam(1e-2))
+  masked = optax.masked(tx, lambda params: jax.tree.map(lambda x: isinstance(x, jax.Array), params))
+  model = MLP(**PARAMS, activation=activation)
+  params, state = mpo.init(tx, partition(model)[0])
+
+  def of_model(model, x):
+    return jnp.mean(model(x).astype(jnp.float32) ** 2)
+
+  calls = {
+    "init": (lambda: mpo.init(tx, model), lambda: mpo.init(masked, model)),
+    "value_and_update": [lambda t=t: mpo.value_and_update(of_model, t)(model, state, X) for t in (tx, optax.sgd(1.0))],
+    "fused_value_and_update": [lambda: mpo.fused_value_and_update(of_model, tx)(model, state, X)],
+    "explain": [lambda: mpo.explain(of_model, tx, model, state, X)],
+    "convert": [lambda: mpo.convert(tx, model, state)],
+    "apply_updates": [lambda: mpo.apply_updates(model, params)],
+    "": [lambda: tx.init(model), lambda: mpo.lost_updates(model, params)],
+  }
+  kind = type(activation).__name__
+  for caller, variants in calls.items():
+    for call in variants:
+      with pytest.raises(TypeError, match=rf"^({caller}: )?params.activation is a {kind}, not.*eqx.partition") as error:
+        call()
+      assert str(error.value).startswith(caller)
+
+
+def test_a_module_is_trained_as_its_error_recommends():
+  tx = mpo.compensated(optax.adam(1e-2))
+  params, static = partition(MLP(**PARAMS, activation=jnp.tanh))
+  layer = mpo.fused_layer(lambda params, x: combine(params, static)(x))
+  steps = {
+    "automatic": mpo.value_and_update(lambda p, x: jnp.mean(combine(p, static)(x).astype(jnp.float32) ** 2), tx),
+    "by layers": mpo.fused_value_and_update(lambda p, x: jnp.mean(layer(p, x).astype(jnp.float32) ** 2), tx),
+    "ordinary": ordinary_step(lambda p, x: jnp.mean(combine(p, static)(x).astype(jnp.float32) ** 2), tx),
+  }
+  results = {}
+  for name, step in steps.items():
+    step, run = quick_jit(step), mpo.init(tx, params)
+    for _ in range(3):
+      _, *run = step(*run, X)
+    results[name] = run
+  assert_same_bits(results["automatic"], results["ordinary"])
+  assert_same_bits(results["by layers"], results["ordinary"])
+  trained = combine(mpo.master_params(*results["automatic"]), static)
+  assert trained.activation is jnp.tanh
+  assert trained(X).dtype == jnp.float32
+
+
+def test_cast_leaves_what_is_not_an_array_alone():
+  model = MLP(**PARAMS, activation=jnp.tanh)
+  low = mpo.cast(model)
+  assert low.activation is jnp.tanh
+  assert low(X).dtype == jnp.bfloat16
 
 
 # --- Arguments in the wrong order -------------------------------------------------------------------------------------
