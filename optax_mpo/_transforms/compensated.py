@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._backends import cpu_rows, step_weight
-from optax_mpo._codecs import bf16, blocks, cast, checks, formats, known_weights, stochastic_rounding
+from optax_mpo._codecs import blocks, cast, checks, codec, formats, known_weights, stochastic_rounding
 from optax_mpo._core import buffers, modules, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import probes
@@ -115,9 +115,9 @@ def compensated(
   References:
     Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
   """
-  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in bf16.BITS:
+  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in formats.BITS:
     raise ValueError(
-      f"compensated: bits has to be one of {bf16.BITS}, but it is {bits!r}. It is a Python int and static: under "
+      f"compensated: bits has to be one of {formats.BITS}, but it is {bits!r}. It is a Python int and static: under "
       "optax.inject_hyperparams, name it in static_args."
     )
   if rounding not in ("nearest", "stochastic"):
@@ -131,14 +131,14 @@ def compensated(
   def init(params: PyTree) -> CompensatedState:
     named, treedef = trees.named_leaves(params), jax.tree.structure(params)
     for leaf_name, leaf in named:
-      trees.check_trainable(leaf_name, leaf)
+      checks.check_param("compensated", leaf_name, leaf, bits)
     _warn_of_f32(params)
     masters, kept = (
       zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
     )
     if probes.is_trying():
       return CompensatedState(treedef.unflatten(kept), optax.EmptyState())
-    if not (stochastic or bits == 16 or tried):
+    if not (stochastic or tried):
       tried.append(True)
       probes.warn_of_lost_decay(inner, params, bits)
     inner_state = inner.init(treedef.unflatten(masters))
@@ -281,7 +281,7 @@ def _seed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
   if seed is None:
     # There is no f32 original: the low-precision value itself is the master weight, and its bits are zero.
     leaf = jnp.asarray(leaf)
-    kept = jnp.zeros_like(leaf, dtype=bf16.bits_dtype(bits)) if bits else None
+    kept = jnp.zeros_like(leaf, dtype=codec.bits_dtype(bits)) if bits else None
     return formats.widen(leaf), _kept_or_masked(kept)
   if seed.low is not None:
     raise ValueError(
