@@ -11,19 +11,19 @@ layer at a time.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo._codecs import blocks
+from optax_mpo._codecs import blocks, levels
 from optax_mpo._core import buffers, trees, wrapping
 from optax_mpo._transforms import state_flow, state_kinds
 
 PyTree = Any
-Where = Callable[[tuple[Any, ...], Any], Literal["signed", "nonnegative", "wide", False] | None]
+Where = Callable[[tuple[Any, ...], Any], state_kinds.Kind | None]
 
 _SHORTEST = 8  # a shorter last axis saves little: each block has a scale of two bytes
 
@@ -202,8 +202,8 @@ def dequantized(opt_state: PyTree) -> PyTree:
 
 
 def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:
-  if bits not in blocks.BITS or isinstance(bits, bool):
-    raise ValueError(f"quantized_state: bits has to be one of {blocks.BITS}, but it is {bits!r}.")
+  if bits not in levels.BITS or isinstance(bits, bool):
+    raise ValueError(f"quantized_state: bits has to be one of {levels.BITS}, but it is {bits!r}.")
   if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
     raise ValueError(
       f"quantized_state: block_size has to be a power of two, 2 or more, but it is {block_size!r}. The default, 32, is "
@@ -241,9 +241,10 @@ def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size:
   if chosen is False:
     return leaf
   name = trees.name(path, "the state's ")
-  if chosen not in blocks.KINDS:
+  if chosen not in [*levels.KINDS]:
+    *first, last = map(repr, levels.KINDS)
     raise ValueError(
-      f"quantized_state: where returned {chosen!r} for {name}. Return 'signed', 'nonnegative' or 'wide' to store it by "
+      f"quantized_state: where returned {chosen!r} for {name}. Return {', '.join(first)} or {last} to store it by "
       "blocks, False to keep it as it is, or None for the default."
     )
   if not _is_storable(leaf):
@@ -252,7 +253,7 @@ def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size:
       f"quantized_state: where asks to store {name}, which is {described}. Only float32 and bfloat16 arrays with an "
       "axis have blocks: return None or False for it."
     )
-  return blocks.quantize(jnp.asarray(leaf).astype(jnp.float32), blocks.codes_dtype(bits, chosen), block_size)
+  return blocks.quantize(jnp.asarray(leaf).astype(jnp.float32), levels.KINDS[chosen](bits).dtype, block_size)
 
 
 def _named(state: PyTree) -> list[tuple[str, Any]]:
@@ -268,7 +269,7 @@ def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
   if not _is_quantized(leaf):
     return
   values, scales = leaf
-  if values.dtype not in [blocks.codes_dtype(bits, kind) for kind in blocks.KINDS]:
+  if values.dtype not in [kind(bits).dtype for kind in levels.KINDS.values()]:
     raise ValueError(f"quantized_state: {name} is stored as {values.dtype}, but bits={bits}. {_REMAKE}")
   expected = (*values.shape[:-1], blocks.blocks(values.shape[-1], block_size))
   if scales.shape != expected or scales.dtype != jnp.uint16:

@@ -23,7 +23,7 @@ How: `init` and `update` are traced, and each value is described by what is prov
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ from jax.core import Tracer
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._transforms.state_kinds import Kind
 
 PyTree = Any
-Kind = Literal["signed", "nonnegative", "wide", False]  # False: not stored in 8 bits
 
 # Operations whose results are non-negative if all operands are.
 _KEEPS_SIGN = frozenset(
