@@ -72,3 +72,8 @@ def raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None
 def bits_or_none(kept: Any) -> jax.Array | None:
   """Returns the bits kept for a leaf, or None for a tree without leaves, which a wrapper may leave there."""
   return kept if jax.tree.leaves(kept) else None
+
+
+def bits_or_masked(kept: jax.Array | None) -> Any:
+  """Returns the bits kept for a leaf as a state holds them."""
+  return optax.MaskedNode() if kept is None else kept

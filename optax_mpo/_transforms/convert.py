@@ -16,7 +16,7 @@ import optax
 
 from optax_mpo._codecs import blocks, formats
 from optax_mpo._core import buffers, modules, trees, wrapping
-from optax_mpo._transforms import compensated, quantized
+from optax_mpo._transforms import compensated, initialise, quantized
 
 PyTree = Any
 
@@ -80,7 +80,7 @@ def convert(
   if _nodes(state_form, compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)
-    new_params, new_state = compensated.seeded(tx, masters, dtype, where)
+    new_params, new_state = initialise.initialised(tx, masters, dtype, where)
   else:
     new_params = jax.tree.map(lambda m: m.astype(jnp.float32) if formats.is_low(m) else m, masters)
     new_state = tx.init(new_params)
