@@ -34,13 +34,7 @@ _INF = 0x7F80_0000
 _NAN = 0x7FC0_0000  # the canonical quiet NaN; its upper half is a bf16 NaN
 
 
-def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  low, kept = split(primals[0], bits)
-  constant = None if kept is None else codec.no_tangent(kept)
-  return (low, kept), (tangents[0].astype(low.dtype), constant)
-
-
-@codec.operation(_split_jvp, static=(1,))
+@codec.split
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: bf16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
@@ -64,11 +58,7 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   return low, kept.astype(codec.bits_dtype(bits))
 
 
-def _round_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  return round_stochastically(*primals, bits), tangents[0]
-
-
-@codec.operation(_round_jvp, static=(2,))
+@codec.round_stochastically
 def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
   """Rounds `x: f32[*s]` stochastically to a number that `split` with `bits` keeps exactly -> f32[*s].
 
@@ -85,11 +75,7 @@ def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Arra
   return lax.bitcast_convert_type(jnp.where(finite, rounded, pattern), jnp.float32)
 
 
-def _join_jvp(primals: Any, tangents: Any) -> Any:
-  return join(*primals), tangents[0].astype(jnp.float32)
-
-
-@codec.operation(_join_jvp)
+@codec.join
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: bf16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
@@ -146,7 +132,7 @@ def _is_power_of_two(old: jax.Array) -> jax.Array:
   return (lax.bitcast_convert_type(old, jnp.uint16) & 0x7F) == 0
 
 
-def _difference_jvp(primals: Any, tangents: Any) -> Any:
+def _difference_jvp(difference: Any, primals: Any, tangents: Any) -> Any:
   return difference(*primals), tangents[1].astype(jnp.float32) - tangents[0].astype(jnp.float32)
 
 
@@ -165,7 +151,7 @@ def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   return jnp.where(use_mark, lax.bitcast_convert_type(marked, jnp.float32), u)
 
 
-def _add_difference_jvp(primals: Any, tangents: Any) -> Any:
+def _add_difference_jvp(add_difference: Any, primals: Any, tangents: Any) -> Any:
   return add_difference(*primals), (tangents[0].astype(jnp.float32) + tangents[1]).astype(jnp.bfloat16)
 
 

@@ -20,7 +20,7 @@ arXiv:2110.02861.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,11 @@ class Quantized(NamedTuple):
 
   values: jax.Array
   scales: jax.Array
+
+
+def is_quantized(x: Any) -> bool:
+  """Whether `x` is a `Quantized`."""
+  return isinstance(x, Quantized)
 
 
 def blocks(length: int, block_size: int) -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import formats
-from optax_mpo._core import buffers, trees
+from optax_mpo._core import buffers, trees, types
 
 PyTree = Any
 
@@ -64,7 +64,7 @@ def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None,
       f"{caller}: dtype has to be {names}, but it is a {type(dtype).__name__}. Call "
       f"{'cast(params, dtype)' if caller == 'cast' else 'init(tx, params, dtype=dtype)'}."
     ) from None
-  if not formats.is_format(dtype):
+  if jnp.dtype(dtype) not in types.LOW_DTYPES:
     raise ValueError(f"dtype has to be {names}, but it is {jnp.dtype(dtype)}: there is no codec for other formats.")
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):

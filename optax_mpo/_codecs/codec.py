@@ -1,5 +1,10 @@
-"""What the codecs of all formats share: the dtypes of compensation bits, and integer operations with derivatives."""
+"""What the codecs of all formats share: the dtypes of compensation bits, and derivatives of operations on integers.
 
+Why: integer operations have no derivative, and JAX silently takes it for zero. The derivatives here pass straight
+through roundings, as `astype` does, and treat the bits as constants.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,18 +28,34 @@ def dtype_bits(dtype: jnp.dtype) -> int:
 def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:
   """Decorates a function: compiled as one call outside of jit, inlined inside, with a derivative.
 
-  Integer operations have no derivative, and JAX silently takes it for zero. The derivatives below pass straight through
-  roundings, as `astype` does, and treat the bits as constants.
+  Args:
+    derivative: `derivative(fun, *static, primals, tangents)` is the JVP rule; `fun` is the decorated function.
+    static: the indices of the static arguments.
   """
 
   def decorate(fun: Any) -> Any:
     fun = jax.custom_jvp(fun, nondiff_argnums=static)
-    fun.defjvp(derivative)
-    return jax.jit(fun, static_argnums=static, inline=True)
+    jitted = jax.jit(fun, static_argnums=static, inline=True)
+    fun.defjvp(functools.partial(derivative, jitted))
+    return jitted
 
   return decorate
 
 
-def no_tangent(x: jax.Array) -> Any:
-  """The tangent of an integer array."""
-  return np.zeros(x.shape, jax.dtypes.float0)
+def _split_jvp(split: Any, bits: int, primals: Any, tangents: Any) -> Any:
+  low, kept = split(primals[0], bits)
+  constant = None if kept is None else np.zeros(kept.shape, jax.dtypes.float0)
+  return (low, kept), (tangents[0].astype(low.dtype), constant)
+
+
+def _join_jvp(join: Any, primals: Any, tangents: Any) -> Any:
+  return join(*primals), tangents[0].astype(jnp.float32)
+
+
+def _round_jvp(round_stochastically: Any, bits: int, primals: Any, tangents: Any) -> Any:
+  return round_stochastically(*primals, bits), tangents[0]
+
+
+split = operation(_split_jvp, static=(1,))
+join = operation(_join_jvp)
+round_stochastically = operation(_round_jvp, static=(2,))

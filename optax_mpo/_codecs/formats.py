@@ -55,11 +55,6 @@ BITS = tuple(sorted({bits for codec in _CODECS.values() for bits in codec.BITS})
 """The compensation widths that some format supports, in bits per parameter."""
 
 
-def is_format(dtype: Any) -> bool:
-  """Whether there is a codec for weights of `dtype`."""
-  return jnp.dtype(dtype) in _CODECS
-
-
 def is_low(leaf: Any) -> bool:
   """Whether the dtype of a leaf is one of the formats."""
   return leaf.dtype in _CODECS

@@ -13,8 +13,6 @@ With 16 bits, every f32 of magnitude 2^-17 (7.6e-6) to 65504 comes back bit for 
 infinity in fp16, from 65520 on, are infinite in the master too: fp16 training that gets there has diverged.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,13 +33,7 @@ _OVERFLOW = (127 + 15) << 23 | 0x7F_F000  # 65520, which rounds to infinity
 _LOW_SMALLEST_NORMAL, _LOW_INF, _LOW_NAN = 0x0400, 0x7C00, 0x7E00
 
 
-def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  low, kept = split(primals[0], bits)
-  constant = None if kept is None else codec.no_tangent(kept)
-  return (low, kept), (tangents[0].astype(low.dtype), constant)
-
-
-@codec.operation(_split_jvp, static=(1,))
+@codec.split
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: f16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
@@ -78,11 +70,7 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   return low, (offset & ((1 << bits) - 1)).astype(codec.bits_dtype(bits))
 
 
-def _join_jvp(primals: Any, tangents: Any) -> Any:
-  return join(*primals), tangents[0].astype(jnp.float32)
-
-
-@codec.operation(_join_jvp)
+@codec.join
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: f16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
@@ -117,11 +105,7 @@ def widen(low: jax.Array) -> jax.Array:
   return join(low, None)
 
 
-def _round_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  return round_stochastically(*primals, bits), tangents[0]
-
-
-@codec.operation(_round_jvp, static=(2,))
+@codec.round_stochastically
 def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
   """Rounds `x: f32[*s]` stochastically to a number that `split` with `bits` keeps exactly -> f32[*s].
 

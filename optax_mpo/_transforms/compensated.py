@@ -197,8 +197,8 @@ def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
   """Whether this is a CPU, and some 8-bit state is so large that XLA:CPU updates it slowly in one piece."""
   if jax.default_backend() != "cpu" or step_weight.is_left_out():
     return False
-  found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, blocks.Quantized))
-  large = any(isinstance(x, blocks.Quantized) and x.values.size >= cpu_rows.ELEMENTS for x in found)
+  found = jax.tree.leaves(state, is_leaf=blocks.is_quantized)
+  large = any(blocks.is_quantized(x) and x.values.size >= cpu_rows.ELEMENTS for x in found)
   return large and not any(types.is_split(x) for x in jax.tree.leaves(params))
 
 

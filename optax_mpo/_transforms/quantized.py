@@ -140,24 +140,26 @@ def quantized_state(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, QuantizedState, "quantized_state")
-    old, treedef = jax.tree.flatten(state.inner_state, is_leaf=_is_quantized)
+    old, treedef = jax.tree.flatten(state.inner_state, is_leaf=blocks.is_quantized)
     paths = [name for name, _ in _named(state.inner_state)]
     for name, leaf in zip(paths, old, strict=True):
       _check_stored(name, leaf, bits, block_size)
     like = _dtypes(inner, updates if params is None else params, len(old))
 
     def run(stored: list[Any]) -> tuple[optax.Updates, list[jax.Array]]:
-      wide = [blocks.dequantize(x).astype(d) if _is_quantized(x) else x for x, d in zip(stored, like, strict=True)]
+      wide = [
+        blocks.dequantize(x).astype(d) if blocks.is_quantized(x) else x for x, d in zip(stored, like, strict=True)
+      ]
       new_updates, new_state = inner.update(updates, treedef.unflatten(wide), params, **extra_args)
       new = _flatten_new(treedef, state.inner_state, new_state)
       for name, before, after in zip(paths, stored, new, strict=True):
-        if _is_quantized(before) and jnp.shape(after) != before.values.shape:
+        if blocks.is_quantized(before) and jnp.shape(after) != before.values.shape:
           raise ValueError(
             f"quantized_state: the wrapped transformation changes {name} from {before.values.shape} to "
             f"{jnp.shape(after)}. Keep it as it is with where=..., which is given its path."
           )
       return new_updates, [
-        jnp.asarray(after).astype(jnp.float32) if _is_quantized(before) else after
+        jnp.asarray(after).astype(jnp.float32) if blocks.is_quantized(before) else after
         for before, after in zip(stored, new, strict=True)
       ]
 
@@ -166,12 +168,14 @@ def quantized_state(
     # The barriers make the two runs differ, so that XLA does not merge them.
     _, new = run(old)
     pairs = [
-      lax.optimization_barrier((before, blocks.largest_of(x, before))) if _is_quantized(before) else (before, None)
+      lax.optimization_barrier((before, blocks.largest_of(x, before)))
+      if blocks.is_quantized(before)
+      else (before, None)
       for x, before in zip(new, old, strict=True)
     ]
     updates, new = run([before for before, _ in pairs])
     new = [
-      blocks.requantize(x, before, state.step, 2 * i, top) if _is_quantized(before) else x
+      blocks.requantize(x, before, state.step, 2 * i, top) if blocks.is_quantized(before) else x
       for i, (x, (before, top)) in enumerate(zip(new, pairs, strict=True))
     ]
     return updates, QuantizedState(jnp.asarray(optax.safe_increment(state.step)), treedef.unflatten(new))
@@ -197,7 +201,9 @@ def dequantized(opt_state: PyTree) -> PyTree:
     >>> mpo.dequantized(state).inner_state[0].trace.round(1)
     Array([0., 1., 2., 3., 4., 5., 6., 7.], dtype=float32)
   """
-  wide = jax.tree.map(lambda x: blocks.dequantize(x) if _is_quantized(x) else x, opt_state, is_leaf=_is_quantized)
+  wide = jax.tree.map(
+    lambda x: blocks.dequantize(x) if blocks.is_quantized(x) else x, opt_state, is_leaf=blocks.is_quantized
+  )
   return buffers.own(wide, opt_state)
 
 
@@ -211,10 +217,6 @@ def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:
     )
   if not isinstance(min_size, int) or min_size < 0:
     raise ValueError(f"quantized_state: min_size has to be a whole number of elements, but it is {min_size!r}.")
-
-
-def _is_quantized(x: Any) -> bool:
-  return isinstance(x, blocks.Quantized)
 
 
 def _is_storable(leaf: Any) -> bool:
@@ -257,7 +259,7 @@ def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size:
 
 
 def _named(state: PyTree) -> list[tuple[str, Any]]:
-  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_quantized)
+  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=blocks.is_quantized)
   return [(trees.name(path, "state.inner_state"), leaf) for path, leaf in found]
 
 
@@ -266,7 +268,7 @@ _REMAKE = "Make the state anew with init, or pass the one that this transformati
 
 def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
   """Raises ValueError if a stored leaf was made with other options, or if its two arrays do not match."""
-  if not _is_quantized(leaf):
+  if not blocks.is_quantized(leaf):
     return
   values, scales = leaf
   if values.dtype not in [kind(bits).dtype for kind in levels.KINDS.values()]:
@@ -281,7 +283,7 @@ def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
 
 def _flatten_new(treedef: Any, old: PyTree, new: PyTree) -> list[Any]:
   """Returns the leaves of the new inner state, in the order of the old ones."""
-  plain = jax.tree.map(lambda x: 0 if _is_quantized(x) else x, old, is_leaf=_is_quantized)
+  plain = jax.tree.map(lambda x: 0 if blocks.is_quantized(x) else x, old, is_leaf=blocks.is_quantized)
   hint = "A state has to keep its structure from step to step for its leaves to be stored."
   return trees.flatten_like(plain, new, "quantized_state: the new state of the wrapped transformation", hint, "the old")
 
