@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from optax_mpo._core import xla_cpu
+from optax_mpo._core import types, xla_cpu
 from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.layer_rules import Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Slice
@@ -181,7 +181,7 @@ def _are_rows(avals: Sequence[Any]) -> bool:
     return False
   grad, weight, *states = avals
   in_blocks = any(a.dtype == jnp.uint16 and a.shape != weight.shape for a in states)
-  packed = any(a.dtype.name in ("int4", "uint4") for a in avals)  # XLA:CPU does not write those in place
+  packed = any(types.is_packed(a.dtype) for a in avals)  # XLA:CPU does not write those in place
   if not in_blocks or packed or len(weight.shape) < 2 or grad.dtype != weight.dtype:
     return False
   return all(len(a.shape) == len(weight.shape) and a.shape[:-1] == weight.shape[:-1] for a in avals)
@@ -198,7 +198,7 @@ def _rows_of(update: Slice, stacked: bool) -> Rows | None:
 
 def _carried_dtype(dtype: Any) -> Any:
   """Integers for 16-bit floats: XLA:CPU of JAX 0.10 writes these by way of f32 arrays, of all rows each time."""
-  return jnp.dtype(jnp.uint16) if dtype in (jnp.bfloat16, jnp.float16) else dtype
+  return jnp.dtype(jnp.uint16) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 else dtype
 
 
 def _carried(x: Any) -> Any:

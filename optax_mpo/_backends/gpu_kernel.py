@@ -22,6 +22,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from optax_mpo._core import types
 from optax_mpo._program import elementwise, jax_forms
 from optax_mpo._program.program import Program, Slice
 
@@ -205,9 +206,9 @@ def make(update: Slice, stacked: bool) -> Kernel:
   if any(isinstance(c, Tracer) for c in program.constants.values()):
     raise elementwise.NotElementwiseError("it closes over a traced value")
   for var in inputs:
-    name = program.aval(var).dtype.name
-    if name in ("int4", "uint4") or name.startswith("float8"):  # not all cards have instructions for float8
-      raise elementwise.NotElementwiseError(f"it is stored as {name}")
+    dtype = program.aval(var).dtype
+    if types.is_packed(dtype) or dtype.name.startswith("float8"):  # not all cards have instructions for float8
+      raise elementwise.NotElementwiseError(f"it is stored as {dtype}")
   elements = elementwise.take_apart(program, operations, inputs, [*given, *program.constants], outputs, shape)
   for var, out in zip(inputs[1:], outputs, strict=True):
     aval = program.aval(out)

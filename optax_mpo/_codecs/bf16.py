@@ -14,16 +14,19 @@ Source: the layout follows Lewandowski & Kosson, "Memory Efficient Mixed-Precisi
 idea of a remainder is from NVIDIA Apex's `store_param_remainders`, here without its bug at ties.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from optax_mpo._codecs import codec
 
 BITS = (0, 4, 8, 16)
 """The supported compensation widths, in bits per parameter."""
+
+CUT = 16
+"""The bits of an f32 pattern that bf16 does not have."""
 
 _ALL = 0xFFFF_FFFF
 _MAGNITUDE = 0x7FFF_FFFF
@@ -31,43 +34,7 @@ _INF = 0x7F80_0000
 _NAN = 0x7FC0_0000  # the canonical quiet NaN; its upper half is a bf16 NaN
 
 
-def bits_dtype(bits: int) -> jnp.dtype:
-  """Returns the unsigned integer dtype that holds `bits` compensation bits: uint4, uint8 or uint16."""
-  return jnp.dtype({4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16}[bits])
-
-
-def dtype_bits(dtype: jnp.dtype) -> int:
-  """Returns how many compensation bits a `dtype` holds, or -1 if it is not a dtype of compensation bits."""
-  return {bits_dtype(b): b for b in BITS if b}.get(jnp.dtype(dtype), -1)
-
-
-def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:
-  """Decorates a function: compiled as one call outside of jit, inlined inside, with a derivative.
-
-  Integer operations have no derivative, and JAX silently takes it for zero. The derivatives below pass straight through
-  roundings, as `astype` does, and treat the bits as constants.
-  """
-
-  def decorate(fun: Any) -> Any:
-    fun = jax.custom_jvp(fun, nondiff_argnums=static)
-    fun.defjvp(derivative)
-    return jax.jit(fun, static_argnums=static, inline=True)
-
-  return decorate
-
-
-def no_tangent(x: jax.Array) -> Any:
-  """The tangent of an integer array."""
-  return np.zeros(x.shape, jax.dtypes.float0)
-
-
-def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  low, kept = split(primals[0], bits)
-  constant = None if kept is None else no_tangent(kept)
-  return (low, kept), (tangents[0].astype(low.dtype), constant)
-
-
-@operation(_split_jvp, static=(1,))
+@codec.split
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: bf16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
@@ -88,14 +55,10 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   if bits == 0:
     return low, None
   kept = (pattern >> (16 - bits)) & ((1 << bits) - 1)
-  return low, kept.astype(bits_dtype(bits))
+  return low, kept.astype(codec.bits_dtype(bits))
 
 
-def _round_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  return round_stochastically(*primals, bits), tangents[0]
-
-
-@operation(_round_jvp, static=(2,))
+@codec.round_stochastically
 def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
   """Rounds `x: f32[*s]` stochastically to a number that `split` with `bits` keeps exactly -> f32[*s].
 
@@ -112,11 +75,7 @@ def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Arra
   return lax.bitcast_convert_type(jnp.where(finite, rounded, pattern), jnp.float32)
 
 
-def _join_jvp(primals: Any, tangents: Any) -> Any:
-  return join(*primals), tangents[0].astype(jnp.float32)
-
-
-@operation(_join_jvp)
+@codec.join
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: bf16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
@@ -126,7 +85,7 @@ def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   upper = lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32) << 16
   if kept is None:
     return lax.bitcast_convert_type(upper, jnp.float32)
-  bits = dtype_bits(kept.dtype)
+  bits = codec.dtype_bits(kept.dtype)
   half = 1 << (bits - 1)
   offset = ((kept.astype(jnp.uint32) ^ half) - half) << (16 - bits)  # sign extension, modulo 2^32
   magnitude = upper & _MAGNITUDE
@@ -173,11 +132,11 @@ def _is_power_of_two(old: jax.Array) -> jax.Array:
   return (lax.bitcast_convert_type(old, jnp.uint16) & 0x7F) == 0
 
 
-def _difference_jvp(primals: Any, tangents: Any) -> Any:
+def _difference_jvp(difference: Any, primals: Any, tangents: Any) -> Any:
   return difference(*primals), tangents[1].astype(jnp.float32) - tangents[0].astype(jnp.float32)
 
 
-@operation(_difference_jvp)
+@codec.operation(_difference_jvp)
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   """Returns the update `u: f32[*s]` from `old: bf16[*s]` to `new: bf16[*s]`, for `add_difference`."""
   old32, new32 = widen(old), widen(new)
@@ -192,11 +151,11 @@ def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   return jnp.where(use_mark, lax.bitcast_convert_type(marked, jnp.float32), u)
 
 
-def _add_difference_jvp(primals: Any, tangents: Any) -> Any:
+def _add_difference_jvp(add_difference: Any, primals: Any, tangents: Any) -> Any:
   return add_difference(*primals), (tangents[0].astype(jnp.float32) + tangents[1]).astype(jnp.bfloat16)
 
 
-@operation(_add_difference_jvp)
+@codec.operation(_add_difference_jvp)
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   """Adds `u: f32[*s]` to `old: bf16[*s]` -> `bf16[*s]`; gives `new` if `u = difference(old, new)`."""
   old32 = widen(old)

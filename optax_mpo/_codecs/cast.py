@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import formats
-from optax_mpo._core import buffers, trees
+from optax_mpo._core import buffers, trees, types
 
 PyTree = Any
 
@@ -56,15 +56,15 @@ def cast(
 
 def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None, caller: str) -> list[tuple[Any, bool]]:
   """Returns each leaf and whether to cast it."""
+  names = " or ".join(formats.NAMES)
   try:
     jnp.dtype(dtype)
   except (TypeError, ValueError):  # NumPy tries to read a structure out of a dict
     raise TypeError(
-      f"{caller}: dtype has to be bfloat16 or float16, but it is a {type(dtype).__name__}. Call "
+      f"{caller}: dtype has to be {names}, but it is a {type(dtype).__name__}. Call "
       f"{'cast(params, dtype)' if caller == 'cast' else 'init(tx, params, dtype=dtype)'}."
     ) from None
-  if not formats.is_format(dtype):
-    names = " or ".join(formats.NAMES)
+  if jnp.dtype(dtype) not in types.LOW_DTYPES:
     raise ValueError(f"dtype has to be {names}, but it is {jnp.dtype(dtype)}: there is no codec for other formats.")
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):

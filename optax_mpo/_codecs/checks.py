@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._codecs import bf16, formats
+from optax_mpo._codecs import codec, formats
 from optax_mpo._core import trees
 
 PyTree = Any
@@ -21,9 +21,9 @@ def check_update(
   grads = trees.flatten_like(
     params, updates, "compensated: the tree of updates", "Differentiate with respect to the very params you pass."
   )
-  expected = bf16.bits_dtype(bits) if bits else None
+  expected = codec.bits_dtype(bits) if bits else None
   for (leaf_name, leaf), c, g in zip(trees.named_leaves(params), kept, grads, strict=True):
-    trees.check_trainable(leaf_name, leaf)
+    check_param("compensated", leaf_name, leaf, bits)
     found = getattr(bits_or_none(c), "dtype", None)
     if found != (expected if formats.is_low(leaf) else None):
       raise_foreign_bits(leaf_name, leaf, found, bits)
@@ -39,12 +39,22 @@ def check_update(
   return kept, grads
 
 
+def check_param(who: str, leaf_name: str, leaf: Any, bits: int) -> None:
+  """Checks that a param can be trained, and that its format supports `bits` compensation bits."""
+  trees.check_trainable(leaf_name, leaf)
+  if formats.is_low(leaf) and bits not in formats.widths(leaf.dtype):
+    raise ValueError(
+      f"{who}: {leaf_name} is {leaf.dtype}, for which bits has to be one of {formats.widths(leaf.dtype)}, but it is "
+      f"{bits}. Choose other bits, or give this leaf a compensated of its own with optax.multi_transform."
+    )
+
+
 def described(x: Any) -> str:
   return f"an array of shape {x.shape}" if trees.is_array(x) else f"a {type(x).__name__}"
 
 
 def raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None:
-  found_bits = 0 if found is None else bf16.dtype_bits(found)
+  found_bits = 0 if found is None else codec.dtype_bits(found)
   if not formats.is_low(leaf):
     raise ValueError(
       f"compensated: {leaf_name} is {leaf.dtype}, but the state holds {found_bits} compensation bits for it, so that "
@@ -62,3 +72,8 @@ def raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None
 def bits_or_none(kept: Any) -> jax.Array | None:
   """Returns the bits kept for a leaf, or None for a tree without leaves, which a wrapper may leave there."""
   return kept if jax.tree.leaves(kept) else None
+
+
+def bits_or_masked(kept: jax.Array | None) -> Any:
+  """Returns the bits kept for a leaf as a state holds them."""
+  return optax.MaskedNode() if kept is None else kept

@@ -11,6 +11,16 @@ from optax_mpo._codecs import bf16, fp16
 class Codec(Protocol):
   """What a module of a format has; shapes are [*s] throughout, `low` is in the format, `kept` None without bits."""
 
+  @property
+  def BITS(self) -> tuple[int, ...]:  # noqa: N802
+    """The supported widths of compensation bits; 0 is one."""
+    ...
+
+  @property
+  def CUT(self) -> int:  # noqa: N802
+    """How many bits of an f32 pattern the format cuts off. As many compensation bits are exact in its normal range."""
+    ...
+
   def split(self, x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
     """Splits `x: f32` into `(low, kept: uint{bits})`."""
     ...
@@ -41,16 +51,23 @@ class Codec(Protocol):
 _CODECS: dict[Any, Codec] = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16}
 
 NAMES = tuple(dtype.name for dtype in _CODECS)
-
-
-def is_format(dtype: Any) -> bool:
-  """Whether there is a codec for weights of `dtype`."""
-  return jnp.dtype(dtype) in _CODECS
+BITS = tuple(sorted({bits for codec in _CODECS.values() for bits in codec.BITS}))
+"""The compensation widths that some format supports, in bits per parameter."""
 
 
 def is_low(leaf: Any) -> bool:
   """Whether the dtype of a leaf is one of the formats."""
   return leaf.dtype in _CODECS
+
+
+def widths(dtype: Any) -> tuple[int, ...]:
+  """The compensation widths that a format supports."""
+  return _CODECS[jnp.dtype(dtype)].BITS
+
+
+def is_exact(dtype: Any, bits: int) -> bool:
+  """Whether `bits` compensation bits hold all that a format cuts off, in the range of its normal numbers."""
+  return bits >= _CODECS[jnp.dtype(dtype)].CUT
 
 
 def add(x: jax.Array, step: jax.Array) -> jax.Array:

@@ -13,31 +13,27 @@ With 16 bits, every f32 of magnitude 2^-17 (7.6e-6) to 65504 comes back bit for 
 infinity in fp16, from 65520 on, are infinite in the master too: fp16 training that gets there has diverged.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._codecs import bf16
+from optax_mpo._codecs import codec
 
-_ALL = 0xFFFF_FFFF
+BITS = (0, 4, 8, 16)
+"""The supported compensation widths, in bits per parameter."""
+
+CUT = 13
+"""The bits of an f32 pattern that fp16 does not have."""
+
 _MAGNITUDE = 0x7FFF_FFFF
 _INF = 0x7F80_0000
-_CUT = 13  # the bits of an f32 pattern that fp16 does not have
 _REBIAS = (127 - 15) << 10  # from the exponent bias of f32 to that of fp16, in patterns with 10 bits of mantissa
 _SMALLEST_NORMAL = (127 - 14) << 23
 _OVERFLOW = (127 + 15) << 23 | 0x7F_F000  # 65520, which rounds to infinity
 _LOW_SMALLEST_NORMAL, _LOW_INF, _LOW_NAN = 0x0400, 0x7C00, 0x7E00
 
 
-def _split_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  low, kept = split(primals[0], bits)
-  constant = None if kept is None else bf16.no_tangent(kept)
-  return (low, kept), (tangents[0].astype(low.dtype), constant)
-
-
-@bf16.operation(_split_jvp, static=(1,))
+@codec.split
 def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """Splits `x: f32[*s]` into `(low: f16[*s], kept: uint{bits}[*s])`; `kept` is None where bits is 0.
 
@@ -45,14 +41,14 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   """
   pattern = lax.bitcast_convert_type(x, jnp.uint32)
   magnitude = pattern & _MAGNITUDE
-  dropped = max(_CUT - bits, 0)
+  dropped = max(CUT - bits, 0)
 
   # From 2^-14 on: the pattern, rounded to what the bits can hold, then to the nearest multiple of 2^13.
   rounded = magnitude
-  if 0 < bits < _CUT:
+  if 0 < bits < CUT:
     rounded = (magnitude + (1 << (dropped - 1))) >> dropped << dropped
-  normal = (rounded + (1 << (_CUT - 1))) >> _CUT
-  normal_offset = (rounded.astype(jnp.int32) - (normal << _CUT).astype(jnp.int32)) >> dropped
+  normal = (rounded + (1 << (CUT - 1))) >> CUT
+  normal_offset = (rounded.astype(jnp.int32) - (normal << CUT).astype(jnp.int32)) >> dropped
 
   # Below: whole units of 2^-(24 + bits), which an f32 can count exactly.
   scaled = jnp.minimum(jnp.abs(x), 2.0**-14) * jnp.float32(2.0 ** (24 + bits))
@@ -71,14 +67,10 @@ def split(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
   low = lax.bitcast_convert_type(low.astype(jnp.uint16), jnp.float16)
   if bits == 0:
     return low, None
-  return low, (offset & ((1 << bits) - 1)).astype(bf16.bits_dtype(bits))
+  return low, (offset & ((1 << bits) - 1)).astype(codec.bits_dtype(bits))
 
 
-def _join_jvp(primals: Any, tangents: Any) -> Any:
-  return join(*primals), tangents[0].astype(jnp.float32)
-
-
-@bf16.operation(_join_jvp)
+@codec.join
 def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """Joins `(low: f16[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`.
 
@@ -86,18 +78,18 @@ def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
   """
   pattern = lax.bitcast_convert_type(low, jnp.uint16).astype(jnp.uint32)
   sign, magnitude = pattern >> 15 << 31, pattern & 0x7FFF
-  bits = 0 if kept is None else bf16.dtype_bits(kept.dtype)
+  bits = 0 if kept is None else codec.dtype_bits(kept.dtype)
   offset = jnp.zeros(low.shape, jnp.int32)
   if kept is not None and bits:
     half = 1 << (bits - 1)
     offset = (kept.astype(jnp.int32) ^ half) - half
     offset = jnp.where((magnitude == 0) & (offset == -half), 0, offset)  # `split` never makes this
   is_fixed = (magnitude < _LOW_SMALLEST_NORMAL) | ((magnitude == _LOW_SMALLEST_NORMAL) & (offset < 0))
-  dropped, limit = max(_CUT - bits, 0), 1 << (_CUT - 1)
+  dropped, limit = max(CUT - bits, 0), 1 << (CUT - 1)
 
   moved = offset << dropped
   moved = jnp.where((moved >= limit) | (moved < -limit), 0, moved)  # bits of another number
-  normal = ((magnitude + _REBIAS) << _CUT) + moved.astype(jnp.uint32)
+  normal = ((magnitude + _REBIAS) << CUT) + moved.astype(jnp.uint32)
   special = jnp.where(magnitude > _LOW_INF, jnp.uint32(0x7FC0_0000), jnp.uint32(_INF))
   normal = jnp.where(magnitude >= _LOW_INF, special, normal)
 
@@ -113,11 +105,7 @@ def widen(low: jax.Array) -> jax.Array:
   return join(low, None)
 
 
-def _round_jvp(bits: int, primals: Any, tangents: Any) -> Any:
-  return round_stochastically(*primals, bits), tangents[0]
-
-
-@bf16.operation(_round_jvp, static=(2,))
+@codec.round_stochastically
 def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
   """Rounds `x: f32[*s]` stochastically to a number that `split` with `bits` keeps exactly -> f32[*s].
 
@@ -126,7 +114,7 @@ def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Arra
   """
   pattern = lax.bitcast_convert_type(x, jnp.uint32)
   magnitude = pattern & _MAGNITUDE
-  dropped = max(_CUT - bits, 0)
+  dropped = max(CUT - bits, 0)
   normal = pattern
   if dropped:
     normal = (pattern + (random >> (32 - dropped))) >> dropped << dropped

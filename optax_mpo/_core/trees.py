@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_mpo._core import types
+
 PyTree = Any
 KeyPath = tuple[Any, ...]
 
@@ -94,7 +96,7 @@ def _not_an_array(leaf_name: str, leaf: Any) -> str:
 
 
 def check_trainable(leaf_name: str, leaf: Any) -> None:
-  """Checks that `leaf` is a bfloat16, float16 or float32 array; only these are trained.
+  """Checks that `leaf` is a float32 array or has one of the low-precision dtypes; only these are trained.
 
   Raises:
     TypeError: if it is not an array, or has another dtype.
@@ -102,7 +104,7 @@ def check_trainable(leaf_name: str, leaf: Any) -> None:
   if not is_array(leaf):
     raise TypeError(_not_an_array(leaf_name, leaf))
   dtype = leaf.dtype
-  if dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+  if dtype in (*types.LOW_DTYPES, jnp.float32):
     return
   if dtype == jnp.float64:
     advice = "Convert it to float32 first; there is no codec for float64 master weights."

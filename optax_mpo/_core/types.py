@@ -11,6 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+LOW_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+"""The floating-point dtypes in which weights are stored instead of float32; `_codecs/formats.py` has their codecs."""
+
+
+def is_packed(dtype: Any) -> bool:
+  """Whether several elements of a dtype share a byte, such as two of `int4`."""
+  info = {jnp.integer: jnp.iinfo, jnp.floating: jnp.finfo}
+  return any(jnp.issubdtype(dtype, kind) and of(dtype).bits < 8 for kind, of in info.items())
+
 
 def struct(x: Any, without: int | None = None) -> jax.ShapeDtypeStruct:
   """The type of an array, a ref or a type, as a `ShapeDtypeStruct`, less the axis `without` if given."""

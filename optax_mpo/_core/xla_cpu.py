@@ -60,7 +60,7 @@ def held(x: jax.Array, like: jax.Array) -> jax.Array:
 
   Args:
     x: the value to return.
-    like: [*s], of a 16-bit dtype: any array that `x` is computed from.
+    like: [*s], of a dtype of 8 or 16 bits: any array that `x` is computed from.
   """
   return _held.bind(x, like) if x.size >= _HELD else x
 
@@ -77,7 +77,8 @@ def on_all_cores(i: jax.Array) -> jax.Array:
 
 
 def _divided_by_one(x: Any, like: Any) -> Any:
-  zero = lax.bitcast_convert_type(like, jnp.uint16).astype(jnp.uint32) >> 16
+  bits = 8 * like.dtype.itemsize
+  zero = lax.bitcast_convert_type(like, f"uint{bits}").astype(jnp.uint32) >> bits
   return x / lax.bitcast_convert_type(zero + jnp.uint32(0x3F80_0000), jnp.float32)
 
 

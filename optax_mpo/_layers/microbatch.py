@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import trees
+from optax_mpo._core import trees, types
 
 PyTree = Any
 
@@ -76,7 +76,7 @@ def split(
 
 
 def _widen(weight: jax.Array) -> jax.Array:
-  return weight.astype(jnp.float32) if weight.dtype in (jnp.bfloat16, jnp.float16) else weight
+  return weight.astype(jnp.float32) if weight.dtype in types.LOW_DTYPES else weight
 
 
 def _spread(axes: PyTree, tree: PyTree, what: str) -> list[int | None]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_mpo._core import types
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -345,7 +346,7 @@ class _Builder:
     if name == "clamp":
       return self.simplified("min", (self.simplified("max", (args[1], args[0]), dtype), args[2]), dtype)
     wide = name == "bitcast_convert_type" and dtype.itemsize != self.nodes[args[0]].dtype.itemsize
-    if name not in _COMPUTE or wide or dtype == np.dtype("float64") or dtype.name in ("int4", "uint4"):
+    if name not in _COMPUTE or wide or dtype == np.dtype("float64") or types.is_packed(dtype):
       raise NotElementwiseError(f"{jax_forms.where(operation)} is not known to the kernel")
     return self.simplified(name, tuple(args), dtype)
 

@@ -187,10 +187,10 @@ def union(sets: Iterable[int]) -> int:
 
 
 def _scan_dependencies(operation: Operation, inputs: list[int]) -> list[int]:
-  try:
-    (consts, carry, _), body = scan_counts(operation), flatten(scan_body(operation))
-  except _NOT_THERE:  # an unknown JAX: each result may depend on every operand
+  scan = read_scan(operation)
+  if scan is None:  # each result may depend on every operand
     return [union(inputs)] * len(operation.outputs)
+  consts, carry, body = scan
   carried = inputs[consts : consts + carry]
   while True:
     found = output_bits(body, dependencies(body, [*inputs[:consts], *carried, *inputs[consts + carry :]]))
@@ -212,6 +212,15 @@ def scan_counts(operation: Operation) -> tuple[int, int, int]:
     return consts, carry, len(operation.inputs) - consts - carry
   consts, carry, xs = (len(part) for part in params["ft_in"].unpack())  # from JAX 0.11 on
   return consts, carry, xs
+
+
+def read_scan(operation: Operation) -> tuple[int, int, Program] | None:
+  """The numbers of a scan's constant and carried operands, and its body; None if this JAX is unknown."""
+  try:
+    consts, carry, _ = scan_counts(operation)
+    return consts, carry, flatten(scan_body(operation))
+  except _NOT_THERE:
+    return None
 
 
 def scan_options(operation: Operation) -> dict[str, Any]:

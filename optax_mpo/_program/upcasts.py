@@ -4,13 +4,12 @@ Why: JAX promotes, and so does Flax with `dtype=None`: the product of a bf16 wei
 f32, at a fraction of the speed and with twice the memory for its result.
 
 How: follow weights through the program of a loss function, its loops, branches and calls, to the products that use
-them. A product counts if the weight was converted on the way, or if the other operand has more bits. A product of bf16
-operands that accumulates in f32 (`preferred_element_type`) does not count. Its derivative has an f32 operand, so only
-the program of the loss is searched.
+them. A product counts if one of its operands is as wide as f32. A product of bf16 operands that accumulates in f32
+(`preferred_element_type`) does not count. Its derivative has an f32 operand, so only the program of the loss is
+searched.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
@@ -23,45 +22,34 @@ _MOVES = frozenset(
 )
 
 
-class _Weight(NamedTuple):
-  """A variable that is the weight of this leaf, perhaps converted to more bits."""
-
-  leaf: int
-  converted: bool
-
-
 def products(program: Program, low: Mapping[int, int]) -> dict[int, str]:
-  """Returns, for each weight in a product of more bits than its own, the operation and line of code of the first one.
+  """Returns, for each weight in a product that runs in f32, the operation and line of code of the first one.
 
   Args:
     program: the program of a loss function, without its derivative.
     low: the low-precision weights: the variable of an input -> the index of its leaf.
   """
   found: dict[int, str] = {}
-  _follow(program, {variable: _Weight(i, False) for variable, i in low.items()}, found)
+  _follow(program, {**low}, found)
   return found
 
 
-def _follow(program: Program, known: dict[int, _Weight], found: dict[int, str]) -> list[_Weight | None]:
-  """Follows the weights known among the inputs, and returns those known among the outputs."""
+def _follow(program: Program, known: dict[int, int], found: dict[int, str]) -> list[int | None]:
+  """Follows the weights known among the inputs, by their leaves, and returns those known among the outputs."""
 
-  def weight(atom: Atom) -> _Weight | None:
+  def weight(atom: Atom) -> int | None:
     return known.get(atom) if isinstance(atom, int) else None
 
   for operation in program.operations:
     weights = [weight(a) for a in operation.inputs]
-    if not any(weights):
+    if all(w is None for w in weights):
       continue
     if operation.name in _PRODUCTS:
-      widest = max(_bits(program, a) for a in operation.inputs[:2])
-      for w, operand in zip(weights, operation.inputs, strict=True):
-        if w is not None and (w.converted or _bits(program, operand) < widest):
-          found.setdefault(w.leaf, jax_forms.where(operation))
+      if any(program.aval(a).dtype.itemsize >= 4 for a in operation.inputs[:2]):
+        found.update((w, jax_forms.where(operation)) for w in weights if w is not None and w not in found)
     elif operation.name in _MOVES:
-      for w, before, after in zip(weights, operation.inputs, operation.outputs, strict=False):
-        if w is not None and after >= 0:
-          bits, new_bits = _bits(program, before), _bits(program, after)
-          known[after] = _Weight(w.leaf, new_bits > bits or (w.converted and new_bits == bits))
+      results = zip(operation.outputs, weights, strict=False)
+      known.update((v, w) for v, w in results if v >= 0 and w is not None)
     else:
       for body in jax_forms.bodies(operation):
         if len(body.inputs) > len(weights):
@@ -73,7 +61,3 @@ def _follow(program: Program, known: dict[int, _Weight], found: dict[int, str]) 
         if operation.name in jax_forms.CALLS:
           known.update((v, w) for v, w in zip(operation.outputs, results, strict=True) if v >= 0 and w is not None)
   return [weight(a) for a in program.outputs]
-
-
-def _bits(program: Program, atom: Atom) -> int:
-  return program.aval(atom).dtype.itemsize

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo._core import modules, wrapping
+from optax_mpo._core import modules, types, wrapping
 from optax_mpo._program import upcasts
 from optax_mpo._stepping import planning, value_and_update
 from optax_mpo._stepping.plan import gradient_bytes
@@ -162,7 +162,7 @@ def _upcasts(traced: value_and_update.Traced) -> dict[int, str]:
   """Returns advice for the low-precision weights whose products run in f32, by leaf."""
   program = traced.forward()
   leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
-  low = {v: i for v, i in leaves if program.aval(v).dtype in (jax.numpy.bfloat16, jax.numpy.float16)}
+  low = {v: i for v, i in leaves if program.aval(v).dtype in types.LOW_DTYPES}
   return {
     i: f"in f32 at {where}, as the input is: cast that to {(name := traced.leaves[i].dtype.name)}, in Flax with "
     f"dtype=jnp.{name}"

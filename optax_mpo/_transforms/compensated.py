@@ -11,11 +11,7 @@ expression of the two. XLA fuses it into the update, so that no f32 copy is stor
 Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381.
 """
 
-import contextlib
-import contextvars
-import dataclasses
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,10 +19,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._backends import cpu_rows, step_weight
-from optax_mpo._codecs import bf16, blocks, cast, checks, formats, known_weights, stochastic_rounding
+from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
 from optax_mpo._core import buffers, modules, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
-from optax_mpo._transforms import probes
+from optax_mpo._transforms import initialise, probes
 
 PyTree = Any
 
@@ -115,9 +111,9 @@ def compensated(
   References:
     Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
   """
-  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in bf16.BITS:
+  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in formats.BITS:
     raise ValueError(
-      f"compensated: bits has to be one of {bf16.BITS}, but it is {bits!r}. It is a Python int and static: under "
+      f"compensated: bits has to be one of {formats.BITS}, but it is {bits!r}. It is a Python int and static: under "
       "optax.inject_hyperparams, name it in static_args."
     )
   if rounding not in ("nearest", "stochastic"):
@@ -131,14 +127,14 @@ def compensated(
   def init(params: PyTree) -> CompensatedState:
     named, treedef = trees.named_leaves(params), jax.tree.structure(params)
     for leaf_name, leaf in named:
-      trees.check_trainable(leaf_name, leaf)
-    _warn_of_f32(params)
+      checks.check_param("compensated", leaf_name, leaf, bits)
+    initialise.warn_of_f32(params)
     masters, kept = (
-      zip(*(_seed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
+      zip(*(initialise.claimed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
     )
     if probes.is_trying():
       return CompensatedState(treedef.unflatten(kept), optax.EmptyState())
-    if not (stochastic or bits == 16 or tried):
+    if not (stochastic or tried):
       tried.append(True)
       probes.warn_of_lost_decay(inner, params, bits)
     inner_state = inner.init(treedef.unflatten(masters))
@@ -201,13 +197,9 @@ def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
   """Whether this is a CPU, and some 8-bit state is so large that XLA:CPU updates it slowly in one piece."""
   if jax.default_backend() != "cpu" or step_weight.is_left_out():
     return False
-  found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, blocks.Quantized))
-  large = any(isinstance(x, blocks.Quantized) and x.values.size >= cpu_rows.ELEMENTS for x in found)
+  found = jax.tree.leaves(state, is_leaf=blocks.is_quantized)
+  large = any(blocks.is_quantized(x) and x.values.size >= cpu_rows.ELEMENTS for x in found)
   return large and not any(types.is_split(x) for x in jax.tree.leaves(params))
-
-
-def _kept_or_masked(kept: jax.Array | None) -> Any:
-  return optax.MaskedNode() if kept is None else kept
 
 
 def _master(leaf: jax.Array, kept: Any) -> jax.Array:
@@ -224,7 +216,7 @@ def _step(
   new = xla_cpu.held(formats.add(master, step).astype(jnp.float32), leaf)
   update, low, kept = formats.step(leaf, new, bits, random)
   known_weights.remember(update, leaf, low)
-  return update, _kept_or_masked(kept)
+  return update, checks.bits_or_masked(kept)
 
 
 def _check_rounding(inner_state: Any, stochastic: bool) -> None:
@@ -235,61 +227,6 @@ def _check_rounding(inner_state: Any, stochastic: bool) -> None:
       "state is the same but for the number of steps: wrap it in optax_mpo.RoundingState(step, inner_state) or take it "
       "out of one, with state._replace(inner_state=...)."
     )
-
-
-@dataclasses.dataclass
-class _Seed:
-  """A master weight on its way through `tx.init`, and the param that a `compensated` made of it."""
-
-  name: str
-  placeholder: jax.Array  # low[*s]: what the transformations around `compensated` see; kept alive for its id
-  master: jax.Array  # f32[*s]
-  low: jax.Array | None = None  # None until a `compensated` claims the leaf
-
-
-_seeds: contextvars.ContextVar[dict[int, _Seed] | None] = contextvars.ContextVar("optax_mpo_seeds", default=None)
-
-
-@contextlib.contextmanager
-def _seeding(seeds: dict[int, _Seed]) -> Iterator[None]:
-  token = _seeds.set(seeds)
-  try:
-    yield
-  finally:
-    _seeds.reset(token)
-
-
-def _warn_of_f32(params: PyTree) -> None:
-  """Warns if no param has low precision, as when Flax's own TrainState or nnx.Optimizer calls `tx.init`."""
-  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-  whole = bool(leaves) and not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
-  if _seeds.get() is None and whole and not any(map(formats.is_low, leaves)) and not wrapping.is_for_shapes():
-    warnings.warn(
-      "compensated: all params that init was given are float32. They will be trained in float32, and compensated saves "
-      "no memory. Make them and the state with params, opt_state = optax_mpo.init(tx, params), or with TrainState or "
-      "Optimizer of optax_mpo.flax instead of Flax's own. If they are to stay float32, say so: "
-      "optax_mpo.init(tx, params, where=lambda path, leaf: False).",
-      stacklevel=3,
-    )
-
-
-def _seed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
-  """Returns a leaf's master weight f32[*s] and its bits, for `init`."""
-  if not formats.is_low(leaf):
-    return leaf, optax.MaskedNode()
-  seed = (_seeds.get() or {}).get(id(leaf))
-  if seed is None:
-    # There is no f32 original: the low-precision value itself is the master weight, and its bits are zero.
-    leaf = jnp.asarray(leaf)
-    kept = jnp.zeros_like(leaf, dtype=bf16.bits_dtype(bits)) if bits else None
-    return formats.widen(leaf), _kept_or_masked(kept)
-  if seed.low is not None:
-    raise ValueError(
-      f"init: {leaf_name} is trained by two compensated(...) transformations, and each would keep bits for it. Wrap "
-      "the whole chain once, or give each its own leaves with optax.masked or optax.multi_transform."
-    )
-  seed.low, kept = formats.split(seed.master, leaf.dtype, bits)
-  return formats.join(seed.low, kept), _kept_or_masked(kept)
 
 
 def init(
@@ -334,36 +271,9 @@ def init(
     True
   """
   tx = wrapping.as_transformation(tx, "init", "tx", "tx, params")
-  new, opt_state = seeded(tx, params, dtype, where)
+  new, opt_state = initialise.initialised(tx, params, dtype, where)
   probes.warn_of_changes(tx, new, master_params)
   return new, opt_state
-
-
-def seeded(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, optax.OptState]:
-  """Returns what `init` returns, and does not check whether something around `compensated` changes its updates."""
-  trees.check_arrays(params, "init")
-  seeds: dict[int, _Seed] = {}
-  mixed = []
-  names = [leaf_name for leaf_name, _ in trees.named_leaves(params)]
-  for leaf_name, (leaf, low) in zip(names, cast.chosen(params, dtype, where, "init"), strict=True):
-    if low:
-      master = jnp.asarray(leaf)
-      leaf = formats.split(master, dtype, 0)[0]
-      seeds[id(leaf)] = _Seed(leaf_name, leaf, master)
-    mixed.append(leaf)
-  treedef = jax.tree.structure(params)
-  with _seeding(seeds):
-    opt_state = tx.init(treedef.unflatten(mixed))
-  lost = [seed.name for seed in seeds.values() if seed.low is None]
-  if lost:
-    raise ValueError(
-      f"init: no compensated(...) in tx trains {trees.listed(lost)}, so that the bits cut off would be lost. Wrap the "
-      "transformation of these leaves in compensated (bits=0 keeps none), keep them in float32 with where=..., or, to "
-      "hold frozen weights in bfloat16, cast them with optax_mpo.cast before. If they are wrapped, something around "
-      "compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
-    )
-  low = [seeds[id(leaf)].low if id(leaf) in seeds else leaf for leaf in mixed]
-  return buffers.own((treedef.unflatten(low), opt_state), params)
 
 
 def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:

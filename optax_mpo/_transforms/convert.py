@@ -16,7 +16,7 @@ import optax
 
 from optax_mpo._codecs import blocks, formats
 from optax_mpo._core import buffers, modules, trees, wrapping
-from optax_mpo._transforms import compensated, quantized
+from optax_mpo._transforms import compensated, initialise, quantized
 
 PyTree = Any
 
@@ -82,23 +82,19 @@ def convert(
   if _nodes(state_form, compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)
-    new_params, new_state = compensated.seeded(tx, masters, dtype, where)
+    new_params, new_state = initialise.initialised(tx, masters, dtype, where)
   else:
     new_params = jax.tree.map(lambda m: m.astype(jnp.float32) if formats.is_low(m) else m, masters)
     new_state = tx.init(new_params)
   old, new = _plain(opt_state), _plain(new_state)
   hint = "Give it the transformation that made opt_state, with compensated and quantized_state put around or taken off."
-  blank = jax.tree.map(lambda _: 0, new, is_leaf=_is_quantized)
+  blank = jax.tree.map(lambda _: 0, new, is_leaf=blocks.is_quantized)
   values = trees.flatten_like(blank, old, "convert: opt_state", hint, "tx's state")
   names = [name for name, _ in _named(new)]
   counted = {type(state): state.step for state in reversed(_nodes(opt_state, _COUNTED))}
   filled = _fill(new_state, iter(zip(names, values, strict=True)), counted)
   new = modules.in_form_of(given[0], new_params), modules.in_variables_of(given[1], filled)
   return buffers.own(new, given)
-
-
-def _is_quantized(x: Any) -> bool:
-  return isinstance(x, blocks.Quantized)
 
 
 def _nodes(state: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:
@@ -108,7 +104,7 @@ def _nodes(state: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:
 
 
 def _named(state: PyTree) -> list[tuple[str, Any]]:
-  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_quantized)
+  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=blocks.is_quantized)
   return [(trees.name(path, "opt_state"), leaf) for path, leaf in found]
 
 
@@ -134,7 +130,7 @@ def _plain(state: PyTree) -> PyTree:
   def strip(x: Any) -> Any:
     return _plain(x.inner_state) if isinstance(x, _OURS) else x
 
-  return jax.tree.map(strip, state, is_leaf=lambda x: isinstance(x, _OURS) or _is_quantized(x))
+  return jax.tree.map(strip, state, is_leaf=lambda x: isinstance(x, _OURS) or blocks.is_quantized(x))
 
 
 def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, Any]) -> PyTree:
@@ -148,19 +144,19 @@ def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, A
     name, value = next(values)
     return _stored(name, value, x)
 
-  return jax.tree.map(fill, form, is_leaf=lambda x: isinstance(x, _OURS) or _is_quantized(x))
+  return jax.tree.map(fill, form, is_leaf=lambda x: isinstance(x, _OURS) or blocks.is_quantized(x))
 
 
 def _stored(name: str, value: Any, form: Any) -> Any:
   """Converts a leaf of the old state to the dtype or codes of the new one."""
-  have, want = (x.values if _is_quantized(x) else x for x in (value, form))
+  have, want = (x.values if blocks.is_quantized(x) else x for x in (value, form))
   if jnp.shape(have) != jnp.shape(want):
     raise ValueError(f"convert: {name} is {list(jnp.shape(have))}, but in tx's state {list(jnp.shape(want))}.")
-  if _is_quantized(value):
-    if _is_quantized(form) and jax.tree.map(_form, value) == jax.tree.map(_form, form):
+  if blocks.is_quantized(value):
+    if blocks.is_quantized(form) and jax.tree.map(_form, value) == jax.tree.map(_form, form):
       return value
     value = blocks.dequantize(value)
-  if not _is_quantized(form):
+  if not blocks.is_quantized(form):
     return jnp.asarray(value).astype(form.dtype) if trees.is_array(form) else value
   size = blocks.block_size_of(form.values.shape[-1], form.scales.shape[-1])
   return blocks.quantize(jnp.asarray(value).astype(jnp.float32), form.values.dtype, size)

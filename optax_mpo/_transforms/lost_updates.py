@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._codecs import bf16, formats
+from optax_mpo._codecs import checks, formats
 from optax_mpo._core import modules, trees
 from optax_mpo._transforms import compensated
 
@@ -47,10 +47,10 @@ def lost_updates(
     >>> {name: float(share) for name, share in mpo.lost_updates(params, updates, bits=8).items()}
     {'small': 0.0, 'w': 0.0}
   """
-  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in bf16.BITS:
+  if not isinstance(bits, int) or isinstance(bits, bool) or bits not in formats.BITS:
     found = repr(bits) if isinstance(bits, int) else f"a {type(bits).__name__}"
     raise ValueError(
-      f"lost_updates: bits has to be one of {bf16.BITS}, but it is {found}. "
+      f"lost_updates: bits has to be one of {formats.BITS}, but it is {found}. "
       "Call lost_updates(params, updates, bits, opt_state)."
     )
   given, params, updates = params, modules.pure(params), modules.pure(updates)
@@ -60,7 +60,7 @@ def lost_updates(
   for (name, leaf), master, step in zip(trees.named_leaves(params), masters, steps, strict=True):
     is_complex = trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
     if not is_complex:
-      trees.check_trainable(name, leaf)
+      checks.check_param("lost_updates", name, leaf, bits)
     if jnp.shape(step) != jnp.shape(leaf):
       raise ValueError(
         f"lost_updates: {name} has shape {jnp.shape(leaf)}, but its update has {jnp.shape(step)}. "

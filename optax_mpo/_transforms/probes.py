@@ -1,7 +1,8 @@
 """Tries a transformation on tiny params, and warns of two mistakes that raise no error.
 
-Why: weights with fewer than 16 bits, rounded to nearest, lose a weight decay below half an ulp. And if a wrapper around
-`compensated` changes its updates, or freezes weights that it updates, the bits belong to other weights than the params.
+Why: weights with fewer bits than were cut off, rounded to nearest, lose a weight decay below half an ulp. And if a
+wrapper around `compensated` changes its updates, or freezes weights that it updates, the bits belong to other weights
+than the params.
 
 How: every floating-point leaf is replaced by an array with the same number of axes and one element, in the same tree,
 so that masks and labels match. The update is traced, and only the results to be checked are computed. A transformation
@@ -46,8 +47,10 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
   leaves, treedef = jax.tree.flatten(params)
   first: dict[int, int] = {}  # one low-precision leaf per number of axes: vectors often have no decay
   for i, leaf in enumerate(leaves):
-    if formats.is_low(leaf):
+    if formats.is_low(leaf) and not formats.is_exact(leaf.dtype, bits):
       first.setdefault(leaf.ndim, i)
+  if not first:
+    return
 
   def updates(weights: list[Any]) -> list[Any]:
     tree = treedef.unflatten(weights)
@@ -73,8 +76,8 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
     warnings.warn(
       f"compensated: without a gradient {trees.named_leaves(params)[i][0]} changes by at most {change:.1e} of itself "
       f"in a step (weight decay, say), and bits={bits} with rounding='nearest' rounds that away: weights without a "
-      "gradient will not decay. Use bits=16, rounding='stochastic', or a larger product of learning rate and decay "
-      "(docs/compact.md has the bound).",
+      f"gradient will not decay. Use bits={max(formats.widths(leaves[i].dtype))}, rounding='stochastic', or a larger "
+      "product of learning rate and decay (docs/compact.md has the bound).",
       stacklevel=4,
     )
     return

@@ -11,19 +11,19 @@ layer at a time.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo._codecs import blocks
+from optax_mpo._codecs import blocks, levels
 from optax_mpo._core import buffers, trees, wrapping
 from optax_mpo._transforms import state_flow, state_kinds
 
 PyTree = Any
-Where = Callable[[tuple[Any, ...], Any], Literal["signed", "nonnegative", "wide", False] | None]
+Where = Callable[[tuple[Any, ...], Any], state_kinds.Kind | None]
 
 _SHORTEST = 8  # a shorter last axis saves little: each block has a scale of two bytes
 
@@ -140,24 +140,26 @@ def quantized_state(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, QuantizedState, "quantized_state")
-    old, treedef = jax.tree.flatten(state.inner_state, is_leaf=_is_quantized)
+    old, treedef = jax.tree.flatten(state.inner_state, is_leaf=blocks.is_quantized)
     paths = [name for name, _ in _named(state.inner_state)]
     for name, leaf in zip(paths, old, strict=True):
       _check_stored(name, leaf, bits, block_size)
     like = _dtypes(inner, updates if params is None else params, len(old))
 
     def run(stored: list[Any]) -> tuple[optax.Updates, list[jax.Array]]:
-      wide = [blocks.dequantize(x).astype(d) if _is_quantized(x) else x for x, d in zip(stored, like, strict=True)]
+      wide = [
+        blocks.dequantize(x).astype(d) if blocks.is_quantized(x) else x for x, d in zip(stored, like, strict=True)
+      ]
       new_updates, new_state = inner.update(updates, treedef.unflatten(wide), params, **extra_args)
       new = _flatten_new(treedef, state.inner_state, new_state)
       for name, before, after in zip(paths, stored, new, strict=True):
-        if _is_quantized(before) and jnp.shape(after) != before.values.shape:
+        if blocks.is_quantized(before) and jnp.shape(after) != before.values.shape:
           raise ValueError(
             f"quantized_state: the wrapped transformation changes {name} from {before.values.shape} to "
             f"{jnp.shape(after)}. Keep it as it is with where=..., which is given its path."
           )
       return new_updates, [
-        jnp.asarray(after).astype(jnp.float32) if _is_quantized(before) else after
+        jnp.asarray(after).astype(jnp.float32) if blocks.is_quantized(before) else after
         for before, after in zip(stored, new, strict=True)
       ]
 
@@ -166,12 +168,14 @@ def quantized_state(
     # The barriers make the two runs differ, so that XLA does not merge them.
     _, new = run(old)
     pairs = [
-      lax.optimization_barrier((before, blocks.largest_of(x, before))) if _is_quantized(before) else (before, None)
+      lax.optimization_barrier((before, blocks.largest_of(x, before)))
+      if blocks.is_quantized(before)
+      else (before, None)
       for x, before in zip(new, old, strict=True)
     ]
     updates, new = run([before for before, _ in pairs])
     new = [
-      blocks.requantize(x, before, state.step, 2 * i, top) if _is_quantized(before) else x
+      blocks.requantize(x, before, state.step, 2 * i, top) if blocks.is_quantized(before) else x
       for i, (x, (before, top)) in enumerate(zip(new, pairs, strict=True))
     ]
     return updates, QuantizedState(jnp.asarray(optax.safe_increment(state.step)), treedef.unflatten(new))
@@ -197,13 +201,15 @@ def dequantized(opt_state: PyTree) -> PyTree:
     >>> mpo.dequantized(state).inner_state[0].trace.round(1)
     Array([0., 1., 2., 3., 4., 5., 6., 7.], dtype=float32)
   """
-  wide = jax.tree.map(lambda x: blocks.dequantize(x) if _is_quantized(x) else x, opt_state, is_leaf=_is_quantized)
+  wide = jax.tree.map(
+    lambda x: blocks.dequantize(x) if blocks.is_quantized(x) else x, opt_state, is_leaf=blocks.is_quantized
+  )
   return buffers.own(wide, opt_state)
 
 
 def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:
-  if bits not in blocks.BITS or isinstance(bits, bool):
-    raise ValueError(f"quantized_state: bits has to be one of {blocks.BITS}, but it is {bits!r}.")
+  if bits not in levels.BITS or isinstance(bits, bool):
+    raise ValueError(f"quantized_state: bits has to be one of {levels.BITS}, but it is {bits!r}.")
   if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
     raise ValueError(
       f"quantized_state: block_size has to be a power of two, 2 or more, but it is {block_size!r}. The default, 32, is "
@@ -211,10 +217,6 @@ def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:
     )
   if not isinstance(min_size, int) or min_size < 0:
     raise ValueError(f"quantized_state: min_size has to be a whole number of elements, but it is {min_size!r}.")
-
-
-def _is_quantized(x: Any) -> bool:
-  return isinstance(x, blocks.Quantized)
 
 
 def _is_storable(leaf: Any) -> bool:
@@ -241,9 +243,10 @@ def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size:
   if chosen is False:
     return leaf
   name = trees.name(path, "the state's ")
-  if chosen not in blocks.KINDS:
+  if chosen not in [*levels.KINDS]:
+    *first, last = map(repr, levels.KINDS)
     raise ValueError(
-      f"quantized_state: where returned {chosen!r} for {name}. Return 'signed', 'nonnegative' or 'wide' to store it by "
+      f"quantized_state: where returned {chosen!r} for {name}. Return {', '.join(first)} or {last} to store it by "
       "blocks, False to keep it as it is, or None for the default."
     )
   if not _is_storable(leaf):
@@ -252,11 +255,11 @@ def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size:
       f"quantized_state: where asks to store {name}, which is {described}. Only float32 and bfloat16 arrays with an "
       "axis have blocks: return None or False for it."
     )
-  return blocks.quantize(jnp.asarray(leaf).astype(jnp.float32), blocks.codes_dtype(bits, chosen), block_size)
+  return blocks.quantize(jnp.asarray(leaf).astype(jnp.float32), levels.KINDS[chosen](bits).dtype, block_size)
 
 
 def _named(state: PyTree) -> list[tuple[str, Any]]:
-  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_quantized)
+  found = jax.tree_util.tree_leaves_with_path(state, is_leaf=blocks.is_quantized)
   return [(trees.name(path, "state.inner_state"), leaf) for path, leaf in found]
 
 
@@ -265,10 +268,10 @@ _REMAKE = "Make the state anew with init, or pass the one that this transformati
 
 def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
   """Raises ValueError if a stored leaf was made with other options, or if its two arrays do not match."""
-  if not _is_quantized(leaf):
+  if not blocks.is_quantized(leaf):
     return
   values, scales = leaf
-  if values.dtype not in [blocks.codes_dtype(bits, kind) for kind in blocks.KINDS]:
+  if values.dtype not in [kind(bits).dtype for kind in levels.KINDS.values()]:
     raise ValueError(f"quantized_state: {name} is stored as {values.dtype}, but bits={bits}. {_REMAKE}")
   expected = (*values.shape[:-1], blocks.blocks(values.shape[-1], block_size))
   if scales.shape != expected or scales.dtype != jnp.uint16:
@@ -280,7 +283,7 @@ def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
 
 def _flatten_new(treedef: Any, old: PyTree, new: PyTree) -> list[Any]:
   """Returns the leaves of the new inner state, in the order of the old ones."""
-  plain = jax.tree.map(lambda x: 0 if _is_quantized(x) else x, old, is_leaf=_is_quantized)
+  plain = jax.tree.map(lambda x: 0 if blocks.is_quantized(x) else x, old, is_leaf=blocks.is_quantized)
   hint = "A state has to keep its structure from step to step for its leaves to be stored."
   return trees.flatten_like(plain, new, "quantized_state: the new state of the wrapped transformation", hint, "the old")
 

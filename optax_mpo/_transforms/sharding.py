@@ -85,13 +85,13 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
 
   def choose(path: tuple[Any, ...], leaf: Any) -> Any:
     shape, sharding = _owner(path, known)
-    if isinstance(leaf, blocks.Quantized):
+    if blocks.is_quantized(leaf):
       codes = sharding if sharding is not None and leaf.values.shape == shape else replicated
       shardings: tuple[Any, Any] = (codes, _per_block(codes, leaf.scales.shape))
       return blocks.Quantized(*shardings)
     return sharding if sharding is not None and getattr(leaf, "shape", None) == shape else replicated
 
-  shardings = jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=lambda x: isinstance(x, blocks.Quantized))
+  shardings = jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=blocks.is_quantized)
   return modules.in_form_of(given, shardings)
 
 

@@ -8,14 +8,14 @@ other states, `state_flow` looks at what the transformation does with them.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from optax_mpo._codecs import blocks
+from optax_mpo._codecs import levels
 
 PyTree = Any
-Kind = blocks.Kind | bool  # False: not stored in 8 bits
+Kind = levels.Kind | Literal[False]  # False: not stored in 8 bits
 
 _NONNEGATIVE = """
   ScaleByRssState.sum_of_squares ScaleByRmsState.nu ScaleByRmsWithCountState.nu ScaleByAdamState.nu

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_mpo._codecs import bf16
+from optax_mpo._codecs import bf16, codec
 from tests import reference
 
 SPECIAL = np.array(
@@ -77,7 +77,7 @@ def test_every_pair_joins_to_a_number_that_rounds_to_its_upper_half(bits):
   edge = 1 << (bits - 1)
   rng = np.random.default_rng(0)
   for value in [0, 1, edge - 1, edge, edge + 1, 2 * edge - 1, rng.integers(0, 2 * edge, low.shape)]:
-    kept = jnp.asarray(np.broadcast_to(value, low.shape)).astype(bf16.bits_dtype(bits))
+    kept = jnp.asarray(np.broadcast_to(value, low.shape)).astype(codec.bits_dtype(bits))
     back = split(join(low, kept), 0)[0]
     same = (bits_of(back) == bits_of(low)) | (np.isnan(low.astype(np.float32)) & np.isnan(np.asarray(back, np.float32)))
     assert same.all(), (low[~same][:5], value)

@@ -1,6 +1,7 @@
 """The block codec: round trips, range, decay, bad numbers and odd shapes, compared with FlashOptim's companding."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_mpo._codecs import blocks
+from optax_mpo._codecs import blocks, levels
 
 KINDS = ("signed", "nonnegative")
 
@@ -19,7 +20,7 @@ def numbers(kind: str, shape: tuple[int, ...] = (64, 96), seed: int = 0) -> jax.
 
 
 def stored(x, kind: str, bits: int = 8, block_size: int = 32) -> blocks.Quantized:
-  return blocks.quantize(x, blocks.codes_dtype(bits, kind), block_size)
+  return blocks.quantize(x, levels.KINDS[kind](bits).dtype, block_size)
 
 
 def assert_same(a: blocks.Quantized, b: blocks.Quantized) -> None:
@@ -35,7 +36,14 @@ def decayed(q: blocks.Quantized, step: jax.Array, beta: float) -> blocks.Quantiz
 # --- What is stored ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", blocks.BITS)
+def test_the_dtype_of_codes_says_their_kind():
+  assert tuple(levels.KINDS) == get_args(levels.Kind)
+  for name, kind in levels.KINDS.items():
+    for bits in levels.BITS:
+      assert levels.of(kind(bits).dtype).kind == name
+
+
+@pytest.mark.parametrize("bits", levels.BITS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
   ("length", "block_size", "count"), [(96, 32, 3), (100, 32, 4), (33, 32, 2), (5, 32, 1), (128, 128, 1), (1, 2, 1)]
@@ -70,7 +78,7 @@ def test_codes_are_those_of_the_formula():
     np.testing.assert_allclose(blocks.dequantize(stored(jnp.asarray(x, jnp.float32), kind)), nearest, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bits", blocks.BITS)
+@pytest.mark.parametrize("bits", levels.BITS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_storing_again_changes_nothing(kind, bits):
   q = stored(numbers(kind, (64, 100)), kind, bits)
@@ -134,8 +142,8 @@ def test_small_negative_second_moments_become_nothing():
 @pytest.mark.parametrize("dtype", ["int4", "int8", "uint4", "uint8"])
 def test_numbers_are_rounded_in_proportion(dtype, negative):
   """A number rounds up if its fraction of the gap between two levels exceeds the threshold, for all levels."""
-  dtype, f32 = jnp.dtype(dtype), np.float32
-  signed = jnp.issubdtype(dtype, jnp.signedinteger)
+  kind, f32 = levels.of(jnp.dtype(dtype)), np.float32
+  signed = kind.kind == "signed"
   top = float(jnp.iinfo(dtype).max) + (negative and signed)
 
   def level(code):
@@ -148,12 +156,11 @@ def test_numbers_are_rounded_in_proportion(dtype, negative):
   np.testing.assert_allclose(position(level(np.arange(top))), np.arange(top), atol=1e-9)
   ways = np.linspace(0.01, 0.99, 99)[:, None]
   lower = np.arange(-top, 0) if negative and signed else np.arange(top)
-  is_past = blocks._is_past_signed if signed else blocks._is_past_nonnegative
-  slack = 0.06 / top + 1e-4  # the error bound of `_ways`, and f32 rounding
+  slack = 0.06 / top + 1e-4  # the error bound of `corrected`, and f32 rounding
   for shift in (-slack, slack):
     x = level(lower) + (ways + shift).clip(0, 1) * (level(lower + 1) - level(lower))
     part = jnp.asarray(position(x) - lower, f32)
-    past = is_past(part, blocks._ways(jnp.asarray(ways, f32), dtype), jnp.asarray(lower[None], f32), f32(top))
+    past = kind.is_past(part, kind.corrected(jnp.asarray(ways, f32)), jnp.asarray(lower[None], f32), f32(top))
     assert np.all(past == (shift > 0))
 
 

@@ -8,9 +8,8 @@ import optax
 import pytest
 
 import optax_mpo as mpo
-from optax_mpo._codecs import bf16, fp16
+from optax_mpo._codecs import codec, fp16
 
-BITS = (0, 4, 8, 16)
 SMALLEST = 2.0**-14  # the smallest normal number
 
 
@@ -62,7 +61,7 @@ def test_fewer_bits_round_to_half_a_unit(bits):
   assert np.abs(back - x)[~normal].max() <= 2.0 ** -(25 + bits)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", fp16.BITS)
 def test_splitting_again_and_every_foreign_pair(bits):
   x = jnp.asarray(numbers())
   low, kept = fp16.split(x, bits)
@@ -70,11 +69,11 @@ def test_splitting_again_and_every_foreign_pair(bits):
   chex.assert_trees_all_equal(again, (low, kept))
   every = jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(np.float16))
   for code in range(0, 1 << bits, max(1, (1 << bits) // 64)) if bits else ():
-    joined = fp16.join(every, jnp.full(every.shape, code, bf16.bits_dtype(bits)))
+    joined = fp16.join(every, jnp.full(every.shape, code, codec.bits_dtype(bits)))
     np.testing.assert_array_equal(fp16.split(joined, 0)[0], every)  # NaN equals NaN here
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", fp16.BITS)
 def test_special_values(bits):
   x = jnp.float32([65519.99, 65520, 1e30, jnp.inf, -jnp.inf, jnp.nan, -0.0])
   low, kept = fp16.split(x, bits)

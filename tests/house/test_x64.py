@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from optax_mpo._codecs import bf16, blocks, fp16, stochastic_rounding
+from optax_mpo._codecs import bf16, blocks, fp16, levels, stochastic_rounding
 from optax_mpo.checkpoint import Checkpointer
 
 WIDTH = 48
@@ -230,13 +230,13 @@ def test_codecs(bits, codec):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", blocks.KINDS)
+@pytest.mark.parametrize("kind", levels.KINDS)
 def test_blocks(bits, kind):
   x = np.random.default_rng(3).normal(size=(7, 100)).astype(np.float32)
 
   def run():
     wide = jnp.abs(jnp.asarray(x)) if kind == "nonnegative" else jnp.asarray(x)
-    stored = blocks.quantize(wide, blocks.codes_dtype(bits, kind), 32)
+    stored = blocks.quantize(wide, levels.KINDS[kind](bits).dtype, 32)
     moved = blocks.requantize(wide * jnp.float32(0.999), stored, jnp.int32(4), 6)
     return jax.tree.map(np.asarray, (stored, moved, blocks.dequantize(moved)))
 

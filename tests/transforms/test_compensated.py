@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_mpo as mpo
+from optax_mpo._codecs import fp16
 from tests import reference
 
 BITS = (0, 4, 8, 16)
@@ -278,6 +279,20 @@ def make(bits=16):
 def test_wrong_bits(bits):
   with pytest.raises(ValueError, match=r"bits has to be one of \(0, 4, 8, 16\)"):
     mpo.compensated(optax.adam(1e-3), bits=bits)
+
+
+def test_bits_that_the_format_of_a_leaf_does_not_support(monkeypatch):
+  tx, params, state, grads = make(bits=4)
+  half = jax.tree.map(lambda p: p.astype(jnp.float16), params)
+  monkeypatch.setattr(fp16, "BITS", (0, 8, 16))
+  words = r": params\['b'\] is float16, for which bits has to be one of \(0, 8, 16\), but it is 4"
+  with pytest.raises(ValueError, match="compensated" + words):
+    mpo.init(tx, half | {"b": jnp.ones(3)}, dtype=jnp.float16)
+  with pytest.raises(ValueError, match="compensated" + words):
+    tx.update(grads, state, half)
+  with pytest.raises(ValueError, match="lost_updates" + words):
+    mpo.lost_updates(half, grads, 4)
+  mpo.init(tx, params)  # bf16 supports them
 
 
 @pytest.mark.parametrize(

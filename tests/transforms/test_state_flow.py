@@ -13,6 +13,7 @@ from jax import lax
 
 import optax_mpo as mpo
 from optax_mpo._core import wrapping
+from optax_mpo._program import jax_forms
 from optax_mpo._transforms import state_flow, state_kinds
 
 SHAPE = (4, 64)
@@ -219,6 +220,11 @@ def test_an_update_that_does_not_trace_keeps_small_values():
 
   for update in (looks, asks):
     assert kinds_of(transformation(update), jnp.zeros(SHAPE))[1:] == ["wide", "wide"]
+
+
+def test_a_scan_of_an_unknown_jax_keeps_small_values(monkeypatch):
+  monkeypatch.setattr(jax_forms, "scan_counts", lambda operation: operation.eqn.params["in_tree"])
+  assert kinds_of(transformation(scanned), jnp.zeros(SHAPE))[1:] == ["wide", "wide"]
 
 
 def test_an_update_that_asks_for_the_loss_is_read_with_it():

@@ -1,0 +1,105 @@
+"""Hands f32 weights through `tx.init` to the `compensated` that trains them, for the bits that the cast cuts off.
+
+Why: `tx.init` gets low-precision params, so that whatever is around `compensated` makes its state for those. The bits
+that the cast cut off have to reach `compensated` past it.
+
+How: by identity. `initialised` notes which master each low-precision leaf was made of, and `claimed` looks a leaf up.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mpo._codecs import cast, checks, codec, formats
+from optax_mpo._core import buffers, trees, wrapping
+
+PyTree = Any
+
+
+@dataclasses.dataclass
+class _Original:
+  """A master weight on its way through `tx.init`, and the param that a `compensated` made of it."""
+
+  name: str
+  placeholder: jax.Array  # low[*s]: what the transformations around `compensated` see; kept alive for its id
+  master: jax.Array  # f32[*s]
+  low: jax.Array | None = None  # None until a `compensated` claims the leaf
+
+
+_originals: contextvars.ContextVar[dict[int, _Original]] = contextvars.ContextVar("optax_mpo_originals")
+
+
+@contextlib.contextmanager
+def _handing(originals: dict[int, _Original]) -> Iterator[None]:
+  token = _originals.set(originals)
+  try:
+    yield
+  finally:
+    _originals.reset(token)
+
+
+def warn_of_f32(params: PyTree) -> None:
+  """Warns if no param has low precision, as when Flax's own TrainState or nnx.Optimizer calls `tx.init`."""
+  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+  whole = bool(leaves) and not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
+  if _originals.get(None) is None and whole and not any(map(formats.is_low, leaves)) and not wrapping.is_for_shapes():
+    warnings.warn(
+      "compensated: all params that init was given are float32. They will be trained in float32, and compensated saves "
+      "no memory. Make them and the state with params, opt_state = optax_mpo.init(tx, params), or with TrainState or "
+      "Optimizer of optax_mpo.flax instead of Flax's own. If they are to stay float32, say so: "
+      "optax_mpo.init(tx, params, where=lambda path, leaf: False).",
+      stacklevel=3,
+    )
+
+
+def claimed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
+  """Returns a leaf's master weight f32[*s] and its bits, for the `init` of `compensated`."""
+  if not formats.is_low(leaf):
+    return leaf, optax.MaskedNode()
+  original = _originals.get({}).get(id(leaf))
+  if original is None:
+    # There is no f32 original: the low-precision value itself is the master weight, and its bits are zero.
+    leaf = jnp.asarray(leaf)
+    kept = jnp.zeros_like(leaf, dtype=codec.bits_dtype(bits)) if bits else None
+    return formats.widen(leaf), checks.bits_or_masked(kept)
+  if original.low is not None:
+    raise ValueError(
+      f"init: {leaf_name} is trained by two compensated(...) transformations, and each would keep bits for it. Wrap "
+      "the whole chain once, or give each its own leaves with optax.masked or optax.multi_transform."
+    )
+  original.low, kept = formats.split(original.master, leaf.dtype, bits)
+  return formats.join(original.low, kept), checks.bits_or_masked(kept)
+
+
+def initialised(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, PyTree]:
+  """Returns what `compensated.init` returns, without a check that nothing around `compensated` changes its updates."""
+  trees.check_arrays(params, "init")
+  originals: dict[int, _Original] = {}
+  mixed = []
+  names = [leaf_name for leaf_name, _ in trees.named_leaves(params)]
+  for leaf_name, (leaf, low) in zip(names, cast.chosen(params, dtype, where, "init"), strict=True):
+    if low:
+      master = jnp.asarray(leaf)
+      leaf = formats.split(master, dtype, 0)[0]
+      originals[id(leaf)] = _Original(leaf_name, leaf, master)
+    mixed.append(leaf)
+  treedef = jax.tree.structure(params)
+  with _handing(originals):
+    opt_state = tx.init(treedef.unflatten(mixed))
+  lost = [original.name for original in originals.values() if original.low is None]
+  if lost:
+    raise ValueError(
+      f"init: no compensated(...) in tx trains {trees.listed(lost)}, so that the bits cut off would be lost. Wrap the "
+      "transformation of these leaves in compensated (bits=0 keeps none), keep them in float32 with where=..., or, to "
+      "hold frozen weights in bfloat16, cast them with optax_mpo.cast before. If they are wrapped, something around "
+      "compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
+    )
+  low = [originals[id(leaf)].low if id(leaf) in originals else leaf for leaf in mixed]
+  return buffers.own((treedef.unflatten(low), opt_state), params)
