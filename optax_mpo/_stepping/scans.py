@@ -23,6 +23,8 @@ from optax_mpo._stepping.site import Place, Site, Values, small_stacks
 
 _FREE = frozenset(["reshape", "squeeze", "optimization_barrier"])  # a scan reads the result as it reads the operand
 
+_SUMS = ("add", "add_any")
+
 
 def gradient_size(program: Program, site: Site) -> int:
   """The elements of the gradients of a site."""
@@ -168,20 +170,20 @@ class ScanPlacer:
     ys = {v: j for j, v in enumerate(operation.outputs[carry:]) if v in chosen}
     outputs = {v for v in operation.outputs if v >= 0}
     before = {v for o in program.operations[: scan + 1] for v in o.outputs if v >= 0}
-    fills = self._fills(site.grads, before, set(ys), count)
+    fills, sums = self._fills(site.grads, before, set(ys), count)
 
     # Everything after the scan has to be done inside it. What does not depend on the scan can be done before it.
-    layered, later = set(ys), outputs - set(ys)  # what depends on the stacked results, and on the others
+    inner, later = set(ys) | set(fills), outputs - set(ys)  # what the scan's body makes, and what it cannot have
     path, early, operations = [], [], []
-    for operation in jax_forms.slice_of(program, site.grads, before | set(fills)):
+    for operation in jax_forms.slice_of(program, site.grads, (before - sums) | set(fills)):
       position = program.makers[next(v for v in operation.outputs if v >= 0)]
       operation = program.operations[position]
       read = {a for a in operation.inputs if isinstance(a, int)}
       if read & later or operation.name == "scan":
         raise NotSeparableError(f"its gradient gets another part after the scan, {jax_forms.where(operation)}")
       path.append(position)
-      if read & layered:
-        layered.update(operation.outputs)
+      if read & inner:
+        inner.update(operation.outputs)
         operations.append(operation)
       else:
         early.append(position)
@@ -206,32 +208,45 @@ class ScanPlacer:
       raise NotSeparableError("its leaves depend on each other, and some of their layers are not in this scan")
     return Piece(scan, path, [ys[v] for v in used], released, covered[0]), lengths[0]
 
-  def _fills(self, grads: Sequence[Atom], before: set[int], ys: set[int], count: int) -> dict[int, Any]:
-    """The scalars that other parts of a gradient have at these layers, such as the zeros around another piece."""
+  def _fills(
+    self, grads: Sequence[Atom], before: set[int], ys: set[int], count: int
+  ) -> tuple[dict[int, Any], set[int]]:
+    """The scalars that other parts of a gradient have at these layers, such as the zeros around another piece.
+
+    Returns:
+      The scalars, by variable, and the sums that have such parts.
+    """
     program = self.program
     layered, operations = set(ys), []
     for operation in program.operations:
-      if any(isinstance(a, int) and a in layered for a in operation.inputs) and not any(
-        v in before for v in operation.outputs
-      ):
+      if any(isinstance(a, int) and a in layered for a in operation.inputs) and before.isdisjoint(operation.outputs):
         layered.update(v for v in operation.outputs if v >= 0)
         operations.append(operation)
     needed = jax_forms.slice_of(dataclasses.replace(program, operations=operations), grads, before)
-    if not any(len(operation.inputs) > 1 and operation.name in ("add", "add_any") for operation in needed):
-      return {}
+    fills: dict[int, Any] = {}
+    sums: set[int] = set()
+    if not any(operation.name in _SUMS for operation in needed):
+      return fills, sums
     read = jax_forms.read_by(needed)
     where = by_layer.entries_of(needed, program, {v: Entries(0) for v in ys & read}, count)
-    fills = {}
+
+    def has_fill(atom: Atom, entries: Entries) -> bool:
+      made = program.makers.get(atom) if isinstance(atom, int) and atom not in layered else None
+      if made is None:
+        return False
+      value, operation = layer_origins.fill(program, atom, entries, count), program.operations[made]
+      if value is not None:
+        fills[atom] = value
+      elif operation.name in _SUMS and any([has_fill(a, entries) for a in operation.inputs]):
+        sums.add(atom)
+      return atom in fills or atom in sums
+
     for operation in needed:
-      entries = next((where.get(a) for a in operation.inputs if isinstance(a, int) and where.get(a)), None)
+      entries = next((e for a in operation.inputs if isinstance(a, int) and (e := where.get(a))), None)
       for atom in operation.inputs:
-        if entries is None or not isinstance(atom, int) or atom in layered:
-          continue
-        if program.aval(atom).shape == program.aval(operation.outputs[0]).shape:
-          value = layer_origins.fill(program, atom, entries, count)
-          if value is not None:
-            fills[atom] = value
-    return fills
+        if entries is not None and program.aval(atom).shape == program.aval(operation.outputs[0]).shape:
+          has_fill(atom, entries)
+    return fills, sums
 
   def _unread(self, pieces: dict[int, list[Piece]]) -> dict[int, list[Piece]]:
     """Refuses sites whose stacked gradient anything else reads, since it still has to be stacked.
@@ -239,7 +254,7 @@ class ScanPlacer:
     Each refusal changes which operations are left outside, so this is repeated until nothing is refused.
     """
     while True:
-      inside = {i for found in pieces.values() for piece in found for i in piece.path}
+      inside = {i for found in pieces.values() for p in found for i in p.path if i not in p.released.early}
       bad = [index for index, found in pieces.items() if any(self._read_elsewhere(p, inside) for p in found)]
       if not bad:
         return pieces

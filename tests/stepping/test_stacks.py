@@ -153,8 +153,11 @@ def test_blocks_of_state_along_the_layers_are_not_taken_apart():
   assert_equal_to_ordinary(loss, params, eight_bit())
 
 
-def test_a_stack_in_two_scans_is_updated_in_the_last_one():
-  loss, params = make(lambda x, w: scan(scan(x, w), w), 1)
+@pytest.mark.parametrize(
+  "way", [lambda x, w: scan(scan(x, w), w), lambda x, w: scan(scan(scan(x, w[:3]), w[3:]), w)], ids=["whole", "cut"]
+)
+def test_a_stack_in_several_scans_is_updated_in_the_last_one(way):
+  loss, params = make(way, 1)
   assert places(loss, params, exact()) == [("in scan", "")] * 2
   assert_equal_to_ordinary(loss, params, exact())
 
