@@ -1,11 +1,12 @@
 """Fully sharded training steps (FSDP) for the memory benchmarks: weights, state and batch are split over all devices.
 
-Each matrix is split by rows, also in a stack of layers, since 8-bit blocks run along the columns. XLA gathers a weight
-where the model uses it and scatters its gradient. No devices are needed: shapes on an abstract mesh are enough for
-`mpo.gpu_memory`.
+Each matrix is split by rows, also in a stack of layers, since 8-bit blocks run along the columns; or by columns, or
+along its largest axis, as many trainers do. XLA gathers a weight where the model uses it and scatters its gradient. No
+devices are needed: shapes on an abstract mesh are enough for `mpo.gpu_memory`.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +19,25 @@ from benchmarks.modes import Training
 PyTree = Any
 
 
-def rows(leaf: Any, mesh: AbstractMesh) -> NamedSharding:
-  """The sharding of a weight: by rows over all devices, or replicated if the rows do not divide."""
-  axis = max(leaf.ndim - 2, 0)
-  if leaf.ndim >= 2 and leaf.shape[axis] % mesh.size == 0:
+SPLITS: dict[str, Callable[[Sequence[int]], int]] = {
+  "rows": lambda shape: 0,
+  "columns": lambda shape: 1,
+  "largest": lambda shape: int(shape[1] > shape[0]),
+}
+"""Along which axis of a matrix of some shape it is split."""
+
+
+def split_of(leaf: Any, mesh: AbstractMesh, split: str) -> NamedSharding:
+  """The sharding of a weight over all devices: replicated if the axis does not divide."""
+  first = leaf.ndim - 2
+  axis = first + SPLITS[split](leaf.shape[-2:]) if first >= 0 else 0
+  if first >= 0 and leaf.shape[axis] % mesh.size == 0:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names[0]))
   return NamedSharding(mesh, PartitionSpec())
 
 
-def shard(training: Training, batch: PyTree, devices: int) -> tuple[Any, PyTree, PyTree, PyTree]:
-  """Shards a training over `devices`.
+def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") -> tuple[Any, PyTree, PyTree, PyTree]:
+  """Shards a training over `devices`, with each matrix split as one of SPLITS says.
 
   Returns:
     The jitted step, which donates params and state and keeps their shardings; and its arguments, ShapeDtypeStructs with
@@ -38,12 +48,12 @@ def shard(training: Training, batch: PyTree, devices: int) -> tuple[Any, PyTree,
   def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  replicated, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
-  params = jax.tree.map(lambda leaf: placed(leaf, rows(leaf, mesh)), training.params)
+  replicated, over_batch = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+  params = jax.tree.map(lambda leaf: placed(leaf, split_of(leaf, mesh, split)), training.params)
   opt_state = jax.tree.map(placed, training.opt_state, mpo.state_sharding(params, training.opt_state))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
   step = jax.jit(training.step, donate_argnums=(0, 1), out_shardings=(replicated, *shardings))
-  batch = jax.tree.map(lambda leaf: placed(leaf, replicated if leaf.shape[0] % devices else split), batch)
+  batch = jax.tree.map(lambda leaf: placed(leaf, replicated if leaf.shape[0] % devices else over_batch), batch)
   return step, params, opt_state, batch
 
 

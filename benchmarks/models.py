@@ -48,8 +48,8 @@ def f32(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def stacked(shapes: Shapes, layers: int) -> Shapes:
-  return jax.tree.map(lambda s: f32(layers, *s.shape), shapes)
+def stacked(shapes: Shapes, layers: int, axis: int = 0) -> Shapes:
+  return jax.tree.map(lambda s: f32(*s.shape[:axis], layers, *s.shape[axis:]), shapes)
 
 
 # --- Decoder language models ------------------------------------------------------------------------------------------
@@ -57,7 +57,11 @@ def stacked(shapes: Shapes, layers: int) -> Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
-  """A decoder: RMSNorm, causal attention (grouped-query if kv_heads < heads), SwiGLU."""
+  """A decoder: RMSNorm, causal attention (grouped-query if kv_heads < heads), SwiGLU.
+
+  `axis` is that of the layers in stacked weights, 1 as `nn.scan` of MaxText has it. With `groups`, layers are
+  rematerialised in two levels. With `experts`, each token goes to one of several SwiGLU blocks, by `lax.ragged_dot`.
+  """
 
   layers: int
   width: int
@@ -68,12 +72,16 @@ class LMConfig:
   tied: bool = False
   scan: bool = True
   remat: bool = True
+  axis: int = 0
+  groups: int = 0
+  experts: int = 0
 
 
 LM_SIZES = {
   "125m": LMConfig(layers=12, width=768, heads=12, hidden=2048),
   "350m": LMConfig(layers=24, width=1024, heads=16, hidden=2816),
   "1.3b": LMConfig(layers=24, width=2048, heads=16, hidden=5504),
+  "moe-500m": LMConfig(layers=12, width=768, heads=12, hidden=2048, experts=8),
   "llama3-8b": LMConfig(layers=32, width=4096, heads=32, hidden=14_336, vocab=128_256, kv_heads=8),
   "8.8b": LMConfig(layers=32, width=4096, heads=32, hidden=14_336, vocab=128_256),
   "70b": LMConfig(layers=80, width=8192, heads=64, hidden=28_672, vocab=128_256, kv_heads=8),
@@ -105,7 +113,20 @@ def lm_block(config: LMConfig, p: PyTree, x: jax.Array) -> jax.Array:
   weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1).astype(x.dtype)
   x = x + jnp.einsum("bhgqk,bkhd->bqhgd", weights, v).reshape(batch, context, config.width) @ p["out"]
   h = rms_norm(x, p["mlp_norm"])
+  if config.experts:
+    return x + routed(config, p, h.reshape(-1, config.width)).reshape(x.shape)
   return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+
+
+def routed(config: LMConfig, p: PyTree, x: jax.Array) -> jax.Array:
+  """Sends each token of `x: [tokens, width]` to its best expert, all tokens of an expert in one block of rows."""
+  weights = jax.nn.softmax((x @ p["router"]).astype(jnp.float32))
+  chosen = jnp.argmax(weights, -1)
+  order, sizes = jnp.argsort(chosen), jnp.bincount(chosen, length=config.experts).astype(jnp.int32)
+  rows = x[order]
+  hidden = jax.nn.silu(lax.ragged_dot(rows, p["gate"], sizes)) * lax.ragged_dot(rows, p["up"], sizes)
+  out = jnp.zeros_like(x).at[order].set(lax.ragged_dot(hidden, p["down"], sizes))
+  return out * jnp.max(weights, -1, keepdims=True).astype(x.dtype)
 
 
 def lm_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
@@ -115,12 +136,25 @@ def lm_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
   block = jax.checkpoint(block) if config.remat else block
   x = params["embedding"][tokens]
   if config.scan:
-    x, _ = lax.scan(lambda x, p: (block(p, x), None), x, params["blocks"])
+    blocks = jax.tree.map(lambda p: jnp.moveaxis(p, config.axis, 0), params["blocks"])
+    x = scan_layers(block, blocks, x, config.groups)
   else:
     for p in params["blocks"]:
       x = block(p, x)
   head = params["embedding"].T if config.tied else params["head"]
   return lm_head(params["norm"], head, x, targets)
+
+
+def scan_layers(block: Callable[..., Any], blocks: PyTree, x: jax.Array, groups: int) -> jax.Array:
+  """Applies stacked layers, each rematerialised; with `groups`, groups of them too."""
+
+  def scan(x: jax.Array, blocks: PyTree) -> tuple[jax.Array, None]:
+    return lax.scan(lambda x, p: (block(p, x), None), x, blocks)[0], None
+
+  if not groups:
+    return scan(x, blocks)[0]
+  grouped = jax.tree.map(lambda p: p.reshape(groups, -1, *p.shape[1:]), blocks)
+  return lax.scan(jax.checkpoint(scan), x, grouped)[0]
 
 
 def lm_head(norm: jax.Array, head: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
@@ -153,6 +187,7 @@ def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes:
   """Returns a decoder of one of LM_SIZES. `changes` replace fields of its LMConfig."""
   config = dataclasses.replace(LM_SIZES[size], **changes)
   width, kv_width = config.width, config.width // config.heads * (config.kv_heads or config.heads)
+  lead = (config.experts,) if config.experts else ()
   block = {
     "attention_norm": f32(width),
     "q": f32(width, width),
@@ -160,13 +195,15 @@ def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes:
     "v": f32(width, kv_width),
     "out": f32(width, width),
     "mlp_norm": f32(width),
-    "gate": f32(width, config.hidden),
-    "up": f32(width, config.hidden),
-    "down": f32(config.hidden, width),
+    "gate": f32(*lead, width, config.hidden),
+    "up": f32(*lead, width, config.hidden),
+    "down": f32(*lead, config.hidden, width),
   }
+  if config.experts:
+    block["router"] = f32(width, config.experts)
   params: Shapes = {
     "embedding": f32(config.vocab, width),
-    "blocks": stacked(block, config.layers) if config.scan else [block] * config.layers,
+    "blocks": stacked(block, config.layers, config.axis) if config.scan else [block] * config.layers,
     "norm": f32(width),
   }
   if not config.tied:
@@ -175,11 +212,14 @@ def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes:
     ["lm", size, "scan" if config.scan else "unrolled"]
     + ["tied"] * config.tied
     + ["noremat"] * (not config.remat)
+    + [f"axis{config.axis}"] * bool(config.axis)
+    + [f"{config.groups}groups"] * bool(config.groups)
     + [f"{batch}x{context}"] * ((batch, context) != (1, 1024))
   )
   tokens = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
-  losses = (functools.partial(loss, config) for loss in (lm_loss, lm_fused_loss))
-  return Model(name, params, next(losses), tokens, next(losses))
+  has_layers = not (config.axis or config.groups or config.experts)  # as `fused_scan` takes them
+  fused = functools.partial(lm_fused_loss, config) if has_layers else None
+  return Model(name, params, functools.partial(lm_loss, config), tokens, fused)
 
 
 # --- Vision models, as in the paper -----------------------------------------------------------------------------------

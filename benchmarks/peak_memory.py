@@ -48,17 +48,24 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-350m": lambda: language_model("350m"),
   "lm-350m-tied": lambda: language_model("350m", tied=True),
   "lm-350m-noremat": lambda: language_model("350m", remat=False),
+  "lm-350m-short": lambda: language_model("350m", remat=False, scan=False, context=512),
+  "lm-350m-axis1": lambda: language_model("350m", axis=1),
+  "lm-350m-groups": lambda: language_model("350m", groups=6),
+  "lm-moe-500m": lambda: language_model("moe-500m"),
   "lm-350m-unrolled": lambda: language_model("350m", scan=False),
   "lm-1.3b": lambda: language_model("1.3b"),
   "lm-8.8b": lambda: language_model("8.8b"),
   "lm-70b": lambda: language_model("70b"),
   "lm-1.3b-fsdp8": lambda: language_model("1.3b", batch=8),
+  "lm-1.3b-fsdp8-columns": lambda: language_model("1.3b", batch=8),
+  "lm-1.3b-fsdp8-largest": lambda: language_model("1.3b", batch=8),
   "lm-70b-fsdp8": lambda: language_model("70b", batch=8),
   "resnet50": resnet50,
   "vit-l16": lambda: vit("vit-l16"),
 }
 # Models that are fully sharded over several devices, and models with another target than the rest.
-DEVICES = {"lm-1.3b-fsdp8": 8, "lm-70b-fsdp8": 8}
+DEVICES: dict[str, int] = dict.fromkeys(("lm-1.3b-fsdp8", "lm-1.3b-fsdp8-columns", "lm-1.3b-fsdp8-largest", "lm-70b-fsdp8"), 8)
+SPLITS = {"lm-1.3b-fsdp8-columns": "columns", "lm-1.3b-fsdp8-largest": "largest"}  # the others are split by rows
 TARGETS = {"lm-70b-fsdp8": "h100"}
 # The modes for sharded models. flashoptim-jax ravels its state, which then cannot be sharded like the params.
 SHARDED_MODES = ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
@@ -105,7 +112,7 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
   try:
     training = MODES[mode].build(model, optimizer)
     if devices > 1:
-      step, *args = fsdp.shard(training, model.batch, devices)
+      step, *args = fsdp.shard(training, model.batch, devices, SPLITS.get(model_name, "rows"))
       report = mpo.gpu_memory(step, *args, target=target, devices=devices)
     else:
       args = (training.params, training.opt_state, model.batch)

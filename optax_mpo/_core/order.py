@@ -49,6 +49,16 @@ def in_order(values: PyTree) -> list[Any]:
   return [_row_major.bind(v) if is_float else v for v, is_float in zip(values, floating, strict=True)]
 
 
+def as_weights_lie(grads: Sequence[Any]) -> list[Any]:
+  """Returns gradients; on one GPU, with their axes in order in memory, as those of the weights that they are for.
+
+  XLA:GPU would choose what suits the product that makes a gradient, and lay out what is updated with it alike: for a
+  scan it would copy whole stacks of weights and state, before it and after it. On several devices XLA does not split
+  such a constraint, and would gather each gradient.
+  """
+  return [_as_weights_lie.bind(x) if x.ndim > 1 else x for x in grads]
+
+
 def barrier(values: PyTree) -> PyTree:
   """`lax.optimization_barrier`, also inside a `shard_map` where only some arrays differ between devices.
 
@@ -104,3 +114,6 @@ def row_major(x: Any) -> Any:
 
 _after = primitives.make_hint("after", {None: by_devices(after_values, _changed)})
 _row_major = primitives.make_hint("row_major", {None: by_devices(row_major, first)})
+_as_weights_lie = primitives.make_hint(
+  "as_weights_lie", {None: everywhere(first), "cuda": by_devices(row_major, first)}
+)

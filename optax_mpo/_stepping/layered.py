@@ -83,7 +83,7 @@ class Layered:
   def _write(
     self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Any, count: int
   ) -> list[Any]:
-    stacks = list(stacks)
+    stacks, grads = list(stacks), order.as_weights_lie(grads)
 
     def read(at: Any) -> tuple[list[Any], list[Any]]:
       return self.split([window.read(s) for window, s in zip(self.windows(outer, at), stacks, strict=True)])

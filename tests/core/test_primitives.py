@@ -42,6 +42,7 @@ EXAMPLES = {
   "after_use": ([jnp.int32(2), number(0), number(1)], {}),
   "held": ([array(0), array(1, jnp.bfloat16)], {}),
   "row_major": ([array(0)], {}),
+  "as_weights_lie": ([array(0)], {}),
   "laid_out": ([array(0)], {}),
   "tie": ([array(0), number(1), jnp.int32(2)], {}),
   "step_weight": ([jnp.int32(0), array(0), array(1), array(2), number(0)], STEP),
@@ -158,7 +159,7 @@ def objectives(primitive):
   return objective(fun, operands)[0], objective(plain, operands)[0]
 
 
-@pytest.mark.parametrize("name", ["held", "row_major", "laid_out", "tie"])
+@pytest.mark.parametrize("name", ["held", "row_major", "as_weights_lie", "laid_out", "tie"])
 def test_a_hint_is_transposed(name):
   operands, params = EXAMPLES[name]
   _, *others = operands
