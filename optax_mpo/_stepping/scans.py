@@ -119,6 +119,8 @@ class ScanPlacer:
       except (NotSeparableError, TypeError) as error:
         return str(error)
       left = left if found else set(range(length))
+      if found and piece.released.layered.across.totals != found[0].released.layered.across.totals:
+        return "its scans make different sums over the layers"
       if not piece.covered <= left:
         return "some of its layers get gradients from several scans"
       found.append(piece)
@@ -199,7 +201,7 @@ class ScanPlacer:
       return [jax_forms.value(a, env) for a in site.grads]
 
     structs = [[types.struct(program.aval(v)) for v in part] for part in (used, given)]
-    layered = (site.step.layered or layer_step)(site.step, post, structs[0], structs[1], count)
+    layered = layer_step(site.step, post, structs[0], structs[1], count)
     inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
     released = Released(site, inner, given, early, layered, index)
     lengths = [grad.shape[e.axis] for grad, e in zip(site.step.grads, layered.gradients, strict=True)]

@@ -278,7 +278,7 @@ def _first_pass(
     Site((part.leaf,), (traced.grads[part.leaf],), (), first_pass.part_step(part, passes.program, grads[part.leaf]))
     for part in passes.parts
   ]
-  store = evaluate.Parts(len(sites))
+  store = evaluate.Parts(sites)
   shared = [[known[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
   evaluate.run(traced.program, sites, [*traced.leaves, *traced.lifted], [], store, shared)
   parts = {
