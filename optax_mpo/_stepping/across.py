@@ -22,9 +22,9 @@ from optax_mpo._core import types
 from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.layer_rules import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.selects import REDUCTIONS
 from optax_mpo._stepping.site import Values
 
-_REDUCED_AGAIN = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or".split())
 _SMALL = 1024  # elements that are always few enough to be kept; otherwise, those of one layer
 
 
@@ -209,7 +209,7 @@ def _find(update: Update) -> _Found:
   def go_through(index: Any) -> None:
     env = dict(program.constants) | {v: types.zeros(program.aval(v)) for v in program.inputs}
     env |= {v: types.zeros(types.resized(program.aval(v), e.axis, e.size)) for v, e in layered.items() if e is not None}
-    for operation in program.operations:
+    for operation in jax_forms.slice_of(program, program.outputs, {*program.inputs, *program.constants}):
       read = {a for a in operation.inputs if isinstance(a, int)}
       error = next((found.refused[a] for a in operation.inputs if isinstance(a, int) and a in found.refused), None)
       if error is not None:
@@ -224,7 +224,7 @@ def _find(update: Update) -> _Found:
       except NotSeparableError as refused:
         if any(of_gradients[a] for a in read):
           entries = found.where.get(operation.inputs[0])
-          if operation.name not in _REDUCED_AGAIN or entries is None:
+          if operation.name not in REDUCTIONS or entries is None:
             raise
           found.totals[operation.outputs[0]] = _Total(operation, entries)
         needs_all(operation, refused, env)

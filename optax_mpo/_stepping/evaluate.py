@@ -153,6 +153,7 @@ def run(
   store: Store,
   shared: Sequence[Sequence[Any]],
   at_least: int = 0,
+  weights: Sequence[int] = (),
 ) -> list[Any]:
   """Runs a program and updates weights in it, each as soon as its gradient is complete.
 
@@ -164,12 +165,13 @@ def run(
     store: holds the weights and the state of each site; they are replaced there.
     shared: for each site the values that its update shares with others.
     at_least: bytes of gradient, as for `planning.make_plan`.
+    weights: variables that scans read where they lie, likewise.
 
   Returns:
     The values of `results`.
   """
   env = dict(program.constants) | dict(zip(program.inputs, inputs, strict=True))
-  evaluate(planning.make_plan(program, sites, results, at_least), env, store, shared)
+  evaluate(planning.make_plan(program, sites, results, at_least, weights), env, store, shared)
   return [jax_forms.value(a, env) for a in results]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from optax_mpo._core import types
-from optax_mpo._program import jax_forms
+from optax_mpo._program import selects
 from optax_mpo._program.program import Program
 from optax_mpo._stepping.site import Step
 from optax_mpo._updates.coupled import Part
@@ -26,7 +26,7 @@ def part_step(part: Part, program: Program, grad: int) -> Step:
 
   def run(grads: Any, params: Any, states: Any, shared: Any) -> tuple[list[Any], list[Any]]:
     env = dict(program.constants) | dict(zip((grad, *part.reads, *part.shared), [*grads, *shared], strict=True))
-    jax_forms.run(program, part.operations, env)
+    selects.run(program, part.operations, env)
     return [], [env[v] for v in part.outputs]
 
   shared = tuple(struct(v) for v in (*part.reads, *part.shared))

@@ -65,12 +65,18 @@ class ScanPlacer:
     results: set[int],
     users: dict[int, list[int]],
     make_plan: Callable[..., Plan],
+    weights: Sequence[int] = (),
   ):
-    """Takes a program, its sites, its results, the operations that read each variable, and what plans a scan's body."""
+    """Takes a program, its sites, its results, the operations that read each variable, and what plans a scan's body.
+
+    `weights` are variables that scans read where they lie, besides the weights of the sites.
+    """
     self.program, self.sites, self.results, self.users, self.make_plan = program, sites, results, users, make_plan
     self.scans: dict[int, ScanPlan] = {}
     self.skipped: set[int] = set()
-    self._weights = {v: leaf for site in sites for leaf, views in enumerate(site.params) for v in views}
+    self._weights = dict.fromkeys(weights, 0) | {
+      v: leaf for site in sites for leaf, views in enumerate(site.params) for v in views
+    }
 
   def place(self) -> None:
     """Places what it can, and sets the place of each site that gets its gradient from a scan."""
@@ -131,7 +137,7 @@ class ScanPlacer:
       refused = add(scan, stacked[scan])
       if refused and len(stacked[scan]) > 1 and len(self.sites[index].grads) == 1:
         for v in sorted(stacked[scan]):
-          add(scan, {v})
+          refused = add(scan, {v}) or refused
       why = why or refused
       if found and not left:
         return found

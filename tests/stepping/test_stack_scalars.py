@@ -1,7 +1,7 @@
 """Updates that need a few numbers of a whole stack of layers: its norm, or a flag whether any of its gradients is NaN.
 
-What depends on weights alone is made before the scan, what only goes to state is put together after it. Bits are equal
-to the ordinary step's where no sum over the layers is made in parts.
+What depends on weights alone is made before the scan, what only goes to state is put together after it, and what new
+weights need of all gradients takes two passes. Bits are equal to the ordinary step's where no sum is made in parts.
 """
 
 import re
@@ -76,8 +76,8 @@ def steps(loss, params, tx, nan_in=(), **options):
     yield got, want
 
 
-def in_scan(loss, params, tx):
-  stepped = [place for place, _ in places(loss, params, tx)]
+def in_scan(loss, params, tx, **options):
+  stepped = [place for place, _ in places(loss, params, tx, **options)]
   return stepped.count("in scan") == 2 and "at the end" not in stepped
 
 
@@ -160,17 +160,75 @@ def test_fused_scan_updates_them_too():
   assert_same_bits(got, quick_jit(ordinary_step(plain, tx))(params, state, x))
 
 
-REFUSED = {  # what the reason says
-  "clip": (optax.clip_by_block_rms(1e-3), "`reduce_sum` .*mixes the layers"),
-  "LAMB": (optax.scale_by_trust_ratio(), "mixes the layers"),
-  "NovoGrad": (optax.scale_by_novograd(), f"no entry for each of the {L} layers"),
+def clip_by_largest(limit):
+  return optax.stateless_with_tree_map(lambda u, p: u / jnp.maximum(1.0, jnp.max(jnp.abs(u)) / limit))
+
+
+def ratio_of_largest():
+  """As the trust ratio of LAMB does it with norms: what is measured depends on whether it is zero."""
+
+  def largest(x):
+    first = jnp.max(jnp.abs(x))
+    return jnp.max(jnp.square(jnp.where(first <= 0.0, jnp.ones_like(x), x)))
+
+  return optax.stateless_with_tree_map(lambda u, p: u * (largest(p) / (largest(u) + 1e-3)))
+
+
+NEED_ALL = {  # what the reason says in one pass; the bound on the difference, since sums are made in another order
+  "largest": (lambda: optax.chain(clip_by_largest(1e-3), optax.sgd(0.1)), "`reduce_max` .*mixes the layers", 0),
+  "ratio": (lambda: optax.chain(ratio_of_largest(), optax.sgd(0.1)), "`reduce_max` .*mixes the layers", 0),
+  "clip": (lambda: optax.chain(optax.clip_by_block_rms(1e-3), optax.sgd(0.1)), "`reduce_sum` .*mixes", 1e-6),
+  "LAMB": (lambda: optax.lamb(1e-2), "`reduce_sum` mixes the layers", 1e-6),
+  "Adafactor": (lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4), "`reduce_sum` .*mixes the layers", 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", list(NEED_ALL))
+@pytest.mark.parametrize("way", ["first axis", "cut", "two levels", "alternating"])
+@pytest.mark.few(6)
+def test_what_weights_need_of_all_gradients_takes_two_passes(name, way):
+  make_inner, why, bound = NEED_ALL[name]
+  loss, params = with_others(way)
+  tx = mpo.compensated(make_inner())
+  refused = [found for place, found in places(loss, params, tx) if place == "at the end"]
+  assert len(refused) == 2
+  assert all(re.search(why, found) for found in refused), refused
+  assert in_scan(loss, params, tx, two_pass=True)
+  for got, want in steps(loss, params, tx, two_pass=True):
+    if not bound:
+      assert_same_bits(got, want)
+    for a, b in zip(*(jax.tree.leaves(mpo.master_params(*x[1:])) for x in (got, want)), strict=True):
+      assert jnp.max(jnp.abs(a - b)) <= bound
+
+
+REFUSED = {  # also in two passes; what the reason says
+  "norm after clipping": (
+    lambda: optax.chain(optax.clip_by_global_norm(0.1), clip_by_largest(1e-3)),
+    "`reduce_max` .*mixes the layers",
+  ),
+  "NovoGrad": (optax.scale_by_novograd, f"no entry for each of the {L} layers"),
 }
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_weights_need_of_all_gradients_is_refused(name):
-  tx, why = REFUSED[name]
+def test_what_two_passes_cannot_do_says_why(name):
+  make_first, why = REFUSED[name]
   loss, params = make(scan, 0)
-  rows = places(loss, params, mpo.compensated(optax.chain(tx, optax.sgd(0.1))))
+  rows = places(loss, params, mpo.compensated(optax.chain(make_first(), optax.sgd(0.1))), two_pass=True)
   assert [place for place, _ in rows] == ["at the end"] * 2
   assert all(re.search(why, found) for _, found in rows), rows
+
+
+@pytest.mark.parametrize("way", ["cut", "two levels", "alternating"])
+def test_norms_of_all_leaves_are_made_in_pieces(way):
+  """Largest entries, whose order does not matter: bits are equal."""
+
+  def clip(updates, params):
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(u)) for u in jax.tree.leaves(updates)]))
+    return jax.tree.map(lambda u: u * jnp.minimum(1.0, 1e-3 / largest), updates)
+
+  loss, params = with_others(way)
+  tx = mpo.compensated(optax.chain(optax.stateless(clip), optax.sgd(0.1)))
+  assert in_scan(loss, params, tx, two_pass=True)
+  for got, want in steps(loss, params, tx, two_pass=True):
+    assert_same_bits(got, want)
