@@ -64,7 +64,9 @@ MODELS: dict[str, Callable[[], Model]] = {
   "vit-l16": lambda: vit("vit-l16"),
 }
 # Models that are fully sharded over several devices, and models with another target than the rest.
-DEVICES: dict[str, int] = dict.fromkeys(("lm-1.3b-fsdp8", "lm-1.3b-fsdp8-columns", "lm-1.3b-fsdp8-largest", "lm-70b-fsdp8"), 8)
+DEVICES: dict[str, int] = dict.fromkeys(
+  ("lm-1.3b-fsdp8", "lm-1.3b-fsdp8-columns", "lm-1.3b-fsdp8-largest", "lm-70b-fsdp8"), 8
+)
 SPLITS = {"lm-1.3b-fsdp8-columns": "columns", "lm-1.3b-fsdp8-largest": "largest"}  # the others are split by rows
 TARGETS = {"lm-70b-fsdp8": "h100"}
 # The modes for sharded models. flashoptim-jax ravels its state, which then cannot be sharded like the params.

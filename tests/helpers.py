@@ -75,5 +75,8 @@ def one_layer(group: Any, length: int) -> Callable[..., Any]:
   """
   none = dict.fromkeys(group.leaves)
   (whole,) = (site.step for site in of_groups([group], none, none))
-  layer = layer_step(whole, lambda stacks, _: list(stacks), whole.grads, [], length).step
+  layered = layer_step(whole, lambda stacks, _: list(stacks), whole.grads, [], length)
+  layer = layered.step
+  assert len(layer.states) == len(whole.states), "state that the whole stack has once"
+  assert len(layer.shared) == len(whole.shared) + 1, "values made before the layers"
   return lambda grads, params, states, shared, index: layer.run(grads, params, states, [*shared, index])

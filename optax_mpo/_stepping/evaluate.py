@@ -7,13 +7,14 @@ backward pass wait for the update. A scan that would stack the gradients of laye
 state in its carry, and updates them in place. Every operation is the one that JAX and Optax wrote.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import order, xla_cpu
+from optax_mpo._core import order, types, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
@@ -125,11 +126,11 @@ class Layer(_Stepped):
 class Parts(_Stepped):
   """What the first of two passes makes of the gradients."""
 
-  def __init__(self, count: int):
-    self.values: list[list[Any]] = [[] for _ in range(count)]
+  def __init__(self, sites: Sequence[Site]):
+    self.values: list[list[Any]] = [list(map(types.zeros, site.step.states)) for site in sites]
 
   def get(self, index: int) -> tuple[list[Any], list[Any]]:
-    return [], []
+    return [], self.values[index]
 
   def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
     self.values[index] = list(states)
@@ -152,6 +153,7 @@ def run(
   store: Store,
   shared: Sequence[Sequence[Any]],
   at_least: int = 0,
+  weights: Sequence[int] = (),
 ) -> list[Any]:
   """Runs a program and updates weights in it, each as soon as its gradient is complete.
 
@@ -163,12 +165,13 @@ def run(
     store: holds the weights and the state of each site; they are replaced there.
     shared: for each site the values that its update shares with others.
     at_least: bytes of gradient, as for `planning.make_plan`.
+    weights: variables that scans read where they lie, likewise.
 
   Returns:
     The values of `results`.
   """
   env = dict(program.constants) | dict(zip(program.inputs, inputs, strict=True))
-  evaluate(planning.make_plan(program, sites, results, at_least), env, store, shared)
+  evaluate(planning.make_plan(program, sites, results, at_least, weights), env, store, shared)
   return [jax_forms.value(a, env) for a in results]
 
 
@@ -202,11 +205,12 @@ def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Seq
       store.hold(index, new)
     env.update(zip(ties, held, strict=True))
 
+  begun: dict[int, _Begun] = {}
   step_due(-1)
   for i, operation in enumerate(plan.program.operations):
     if i in plan.scans:
       jax_forms.run(plan.program, [plan.program.operations[k] for k in plan.scans[i].early], env)
-      _run_scan(plan.scans[i], plan.program, env, store, shared)
+      _run_scan(plan, plan.scans[i], env, store, shared, begun)
     elif i not in plan.skipped:
       jax_forms.run(plan.program, [operation], env)
     step_due(i)  # also after a skipped operation, which may be the last one
@@ -219,23 +223,49 @@ def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
   return order.barrier(values) if values[1] else values
 
 
+@dataclasses.dataclass
+class _Begun:
+  """A stack that scans update, one or several, each some of its layers.
+
+  Attributes:
+    early: by the scan, the values that were made of the stack before any of its layers was updated.
+    totals: what the layers have given so far to the state that the whole stack has once.
+    left: the number of scans that are still to come.
+  """
+
+  early: dict[int, list[Any]]
+  totals: list[Any]
+  left: int
+
+
+def _begin(plan: Plan, index: int, store: Store, shared: Sequence[Any]) -> _Begun:
+  params, states = store.get(index)
+  pieces = [r for scan in plan.scans.values() for r in scan.released if r.index == index]
+  early = {id(r): r.layered.across.before(params, states, shared) for r in pieces}
+  return _Begun(early, list(map(types.zeros, pieces[0].layered.across.totals)), len(pieces))
+
+
 def _run_scan(
+  plan: Plan,
   scan: ScanPlan,
-  program: Program,
   env: dict[int, Any],
   store: Store,
   shared: Sequence[Sequence[Any]],
+  begun: dict[int, _Begun],
 ) -> None:
-  """Runs a scan with the stacks that it updates in its carry."""
-  operation, body = scan.operation, scan.body
+  """Runs a scan with the stacks that it updates in its carry; `begun` are those of which scans have updated layers."""
+  program, operation, body = plan.program, scan.operation, scan.body
   counts = jax_forms.scan_counts(operation)
   first = counts[0] + counts[1]
   values = [
     None if i >= first and i - first in scan.own else jax_forms.value(a, env) for i, a in enumerate(operation.inputs)
   ]
   consts, carry, xs = values[: counts[0]], values[counts[0] : first], values[first:]
-  inner_shared = [[*shared[r.index], *(env[v] for v in r.given)] for r in scan.released]
-  starts = {r.index: _start(r, store, scan.length) for r in scan.released}
+  for r in scan.released:
+    if r.index not in begun:
+      begun[r.index] = _begin(plan, r.index, store, shared[r.index])
+  inner_shared = [[*shared[r.index], *begun[r.index].early[id(r)], *(env[v] for v in r.given)] for r in scan.released]
+  starts = {r.index: _carried(r, store, begun[r.index].totals) for r in scan.released}
   outer = {index: windows for index, (_, windows) in starts.items()}
 
   def step(state: Any, inputs: Any) -> tuple[Any, list[Any]]:
@@ -254,10 +284,7 @@ def _run_scan(
   carried = carry, {index: arrays for index, (arrays, _) in starts.items()}
   (carry, new), ys = lax.scan(step, carried, indexed, **jax_forms.scan_options(operation))
   for r, handed in zip(scan.released, inner_shared, strict=True):
-    if r.layered.finish:
-      store.put(r.index, [], r.layered.finish(new[r.index], handed))
-    else:
-      store.put_stacks(r.index, r, new[r.index])
+    _put_carried(r, store, new[r.index], handed, begun[r.index])
   outputs = operation.outputs
   env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
 
@@ -270,9 +297,22 @@ def _weight(own: Own, env: dict[int, Any], layer: Layer, index: Any) -> Any:
   return Window.whole(weight).narrowed(own.entries, index).read(weight)
 
 
-def _start(r: Released, store: Store, length: int) -> tuple[list[Any], list[Window]]:
+def _carried(r: Released, store: Store, totals: Sequence[Any]) -> tuple[list[Any], list[Window]]:
   """The arrays that a scan carries, and which part of each it updates."""
-  if r.layered.finish is None:
-    return store.stacks(r.index)
-  arrays = [jnp.zeros((length, *s.shape), s.dtype) for s in r.layered.step.states]
-  return arrays, [Window.whole(x) for x in arrays]
+  arrays, windows = store.stacks(r.index)
+  places = r.layered.across.carried
+  return [*(arrays[k] for k in places), *totals], [*(windows[k] for k in places), *map(Window.whole, totals)]
+
+
+def _put_carried(r: Released, store: Store, new: Sequence[Any], shared: Sequence[Any], begun: _Begun) -> None:
+  """Stores the arrays that a scan has carried, and after the last scan also the state that the whole stack has once."""
+  across = r.layered.across
+  arrays, windows = store.stacks(r.index)
+  for k, value in zip(across.carried, new, strict=False):
+    arrays[k] = value
+  begun.totals = list(new[len(across.carried) :])
+  begun.left -= 1
+  if not begun.left:
+    for k, value in zip(across.wholes, across.after(begun.totals, shared), strict=True):
+      arrays[k] = windows[k].write(arrays[k], value)
+  store.put_stacks(r.index, r, arrays)

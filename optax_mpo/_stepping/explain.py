@@ -17,7 +17,7 @@ from optax_mpo._program import upcasts
 from optax_mpo._stepping import planning, value_and_update
 from optax_mpo._stepping.plan import gradient_bytes
 from optax_mpo._stepping.site import Place
-from optax_mpo._updates import by_leaf, coupled
+from optax_mpo._updates import by_leaf
 
 PyTree = Any
 
@@ -134,7 +134,7 @@ def explain(
   tx = wrapping.as_transformation(tx, "explain", "tx", _USAGE)
   update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "explain")
   traced = value_and_update.Traced(loss_fn, has_aux, update, params, args, kwargs)
-  passes = coupled.TwoPass(update, "explain") if two_pass and update.is_coupled else None
+  passes = value_and_update.two_passes(traced, update, "explain") if two_pass else None
   groups = passes.groups if passes else value_and_update.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = planning.make_plan(traced.program, sites, traced.results)

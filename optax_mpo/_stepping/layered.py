@@ -3,13 +3,14 @@
 Why: Optax updates the whole stack at once, but a scan completes the gradient of one layer at a time.
 
 How: `by_layer` makes the update of one layer from that of the stack. It takes the operations that lead from what the
-scan stacks to the gradient, and those of the update. A layer lies in a weight where it lies in its gradient.
+scan stacks to the gradient, and those of the update, except those that need all layers: `across` takes them out. A
+layer lies in a weight where it lies in its gradient.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_layers
 from optax_mpo._core import order, types
 from optax_mpo._program import by_layer, jax_forms
-from optax_mpo._program.layer_rules import Entries, NotSeparableError
+from optax_mpo._program.layer_rules import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Program, Slice
+from optax_mpo._stepping.across import Across, Update, take_apart
 from optax_mpo._stepping.site import Step, Values
 from optax_mpo._stepping.windows import Window
 
@@ -33,11 +35,11 @@ class Layered:
   """The step of one layer.
 
   Attributes:
-    step: updates the layer. Its `shared` are those of the stack's step, the other given values, and the layer's index.
-    entries: where a layer lies in each weight, then in each state.
+    step: updates the layer. Its states are those that have layers, and what the layer gives to the totals. Its `shared`
+      are those of the stack's step, the values made before the scan, the other given values, and the layer's index.
+    entries: where a layer lies in each weight, then in each of these states.
     gradients: where it lies in each gradient.
-    finish: None where the new states of the layers, stacked, are the new state. Otherwise the states of the layers
-      start as zeros, and `finish(states, shared)` makes the new state of the stack from them.
+    across: what is done for the whole stack, before and after.
     parts: the same update in parts, each written before the next one reads. `part(grads, params, states, shared)` makes
       new values; their positions among weights, then states, stand beside it. Empty: in one part.
     backend: how the layer may be updated other than by XLA.
@@ -46,7 +48,7 @@ class Layered:
   step: Step
   entries: tuple[Entries, ...]
   gradients: tuple[Entries, ...]
-  finish: Callable[[Values, Values], list[Any]] | None = None
+  across: Across
   parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
   backend: Backend = dataclasses.field(default_factory=Backend)
 
@@ -68,7 +70,7 @@ class Layered:
       grads: the gradients of the layer.
       stacks: the weights, then the states.
       outer: the parts of them that `index` counts the layers of.
-      shared: the values that the update shares with others, without the index.
+      shared: the other values that the update reads, without the index.
       index: i32[], which layer.
       count: a different number for each update of the layer; the next one may use `count + len(parts)`.
     """
@@ -130,49 +132,71 @@ def layer_step(
   Raises:
     NotSeparableError: where a layer cannot be updated alone.
   """
-  layers = [Entries(0)] * len(stacks)
   params = entries_of_gradients(step, post, stacks, given, count)
-  if len(params) != len(step.params):
+  if step.params and len(params) != len(step.params):
     raise NotSeparableError("its gradient is made of several")
 
   def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
     return step.run(post(ys, values), params, states, shared)
 
-  program, _ = jax_forms.trace(
-    whole, list(stacks), list(step.params), list(step.states), list(step.shared), list(given)
-  )
-  number = jax.ShapeDtypeStruct((), jnp.int32)
+  arguments = [list(stacks), list(step.params), list(step.states), list(step.shared), list(given)]
+  program, _ = jax_forms.trace(whole, *arguments)
+  counts = tuple(map(len, arguments))
+  large = max(g.size // g.shape[e.axis] * e.size for g, e in zip(step.grads, params, strict=True))
   refused: NotSeparableError | None = None
-  for states in _entries_of_states(step, params, count):
-    entries = [*params, *states]
-    run_part = functools.partial(_run_part, program, [*layers, *entries], entries, count)
-    inputs, known = program.inputs[: len(layers) + len(entries)], program.inputs[len(layers) + len(entries) :]
-    layer = Step(
-      functools.partial(_run_whole, run_part, by_layer.Part.whole(program, inputs), len(params)),
-      tuple(types.struct(s, 0) for s in stacks),
-      tuple(type_of_layer(s, e) for s, e in zip(step.params, params, strict=True)),
-      tuple(type_of_layer(s, e) for s, e in zip(step.states, states, strict=True)),
-      (*step.shared, *given, number),
-    )
+  for states in _entries_of_states(step, params, count, large):
+    entries = (*[Entries(0)] * len(stacks), *params[: len(step.params)], *states)
     try:
-      jax.eval_shape(layer.run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
+      return _layer_of(step, Update(program, counts, entries, count, large), stacks, params)
     except NotSeparableError as error:
-      refused = refused or error
-      continue
-    places = {len(params) + j: len(layers) + len(params) + j for j in range(len(states))}
-    parts = by_layer.parts(program, inputs, program.outputs, places, {*known, *program.constants})
-    avals = [*layer.grads, *layer.params, *layer.states]
-    update = Slice(program, program.operations, inputs, known, program.constants, program.outputs)
-    backend = of_layers(update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared)
-    return Layered(
-      layer,
-      tuple(entries),
-      tuple(params),
-      parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
-      backend=backend,
-    )
+      refused = refused or _named(error, step, params, states)
   assert refused is not None
   raise refused
+
+
+def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequence[Entries]) -> Layered:
+  """Makes the step of one layer, if the layers lie where `update` says."""
+  update, across = take_apart(update)
+  program, count = update.program, update.count
+  ys, params, states, shared, given = update.inputs
+  inputs, known = [*ys, *params, *states], [*shared, *given]
+  entries = [e for e in update.entries if e is not None][len(ys) :]
+  run_part = functools.partial(_run_part, program, [*[Entries(0)] * len(ys), *entries], entries, count)
+  whole = by_layer.Part.whole(program, inputs)
+  of_layer = [type_of_layer(types.struct(program.aval(v)), e) for v, e in zip([*params, *states], entries, strict=True)]
+  layer = Step(
+    functools.partial(_run_whole, run_part, whole, len(params)),
+    tuple(types.struct(s, 0) for s in stacks),
+    tuple(of_layer[: len(params)]),
+    tuple(of_layer[len(params) :]),
+    (*(types.struct(program.aval(v)) for v in known), jax.ShapeDtypeStruct((), jnp.int32)),
+  )
+  jax.eval_shape(layer.run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
+  places = {len(params) + j: len(ys) + len(params) + j for j in range(len(states))}
+  parts = by_layer.parts(program, inputs, program.outputs, places, {*known, *program.constants})
+  avals = [*layer.grads, *layer.params, *layer.states]
+  whole_update = Slice(program, program.operations, inputs, known, program.constants, program.outputs)
+  return Layered(
+    layer,
+    tuple(entries),
+    tuple(gradients),
+    across,
+    parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
+    backend=of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),
+  )
+
+
+def _named(
+  error: NotSeparableError, step: Step, gradients: Sequence[Entries], states: Sequence[Where]
+) -> NotSeparableError:
+  """The same error, which names the first state that has no layers."""
+  state = next((s for s, e in zip(step.states, states, strict=True) if e is None), None)
+  if state is None or not step.params:
+    return error
+  length = step.grads[0].shape[gradients[0].axis]
+  return NotSeparableError(
+    f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers: {error}"
+  )
 
 
 def entries_of_gradients(
@@ -191,22 +215,19 @@ def entries_of_gradients(
   return entries
 
 
-def _entries_of_states(step: Step, params: Sequence[Entries], count: int) -> Any:
+def _entries_of_states(step: Step, gradients: Sequence[Entries], count: int, large: int) -> Iterator[tuple[Where, ...]]:
   """Where a layer may lie in the states. Which guess is right, the update has to show.
 
   A state of a weight's shape has its layers where the weight has them. Any other, such as the scales of blocks or a
-  factor of a second moment, has them on an axis of the same length.
+  factor of a second moment, has them on an axis of the same length, or has none, such as a flag for the whole stack.
   """
-  guesses = []
+  guesses: list[list[Where]] = []
   for state in step.states:
-    alike = [e for e, param in zip(params, step.params, strict=True) if param.shape == state.shape]
-    e, length = params[0], step.params[0].shape[params[0].axis]
+    alike = [e for e, grad in zip(gradients, step.grads, strict=True) if grad.shape == state.shape]
+    e, length = gradients[0], step.grads[0].shape[gradients[0].axis]
     axes = sorted((a for a, n in enumerate(state.shape) if n == length), key=lambda a: (a != e.axis, a))
-    guesses.append(alike[:1] or [e.on(a) for a in axes])
-    if not guesses[-1]:
-      raise NotSeparableError(
-        f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers"
-      )
+    found: list[Where] = [*(alike[:1] or [e.on(a) for a in axes])]
+    guesses.append(found if found and state.size > large else [*found, None])
   return itertools.islice(itertools.product(*guesses), _MOST_GUESSES)
 
 

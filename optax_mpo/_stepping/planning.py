@@ -8,7 +8,7 @@ update would keep the old value in memory beside the new one. `scans` places sta
 the program, before it runs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 
@@ -25,13 +25,15 @@ _VIEWS = frozenset(
 )
 
 
-def make_plan(program: Program, sites: list[Site], results: Iterable[Atom], at_least: int = 0) -> Plan:
+def make_plan(
+  program: Program, sites: list[Site], results: Iterable[Atom], at_least: int = 0, weights: Sequence[int] = ()
+) -> Plan:
   """Plans where the `sites` are updated in `program`, which has to compute `results` too.
 
   Updates outside scans wait until their gradients have `at_least` bytes together, or for the end of the program: XLA
-  fuses nothing across the barrier of an update.
+  fuses nothing across the barrier of an update. `weights` are other variables that scans read where they lie.
   """
-  return _Planner(program, sites, results).plan(at_least)
+  return _Planner(program, sites, results).plan(at_least, weights)
 
 
 class _Planner:
@@ -45,8 +47,8 @@ class _Planner:
           self.users.setdefault(atom, []).append(i)
     self.result = Plan(program, sites)
 
-  def plan(self, at_least: int) -> Plan:
-    placer = ScanPlacer(self.program, self.sites, self.results, self.users, make_plan)
+  def plan(self, at_least: int, weights: Sequence[int]) -> Plan:
+    placer = ScanPlacer(self.program, self.sites, self.results, self.users, make_plan, weights)
     placer.place()
     self.result.scans, self.result.skipped = placer.scans, placer.skipped
     end = len(self.program.operations)

@@ -65,12 +65,18 @@ class ScanPlacer:
     results: set[int],
     users: dict[int, list[int]],
     make_plan: Callable[..., Plan],
+    weights: Sequence[int] = (),
   ):
-    """Takes a program, its sites, its results, the operations that read each variable, and what plans a scan's body."""
+    """Takes a program, its sites, its results, the operations that read each variable, and what plans a scan's body.
+
+    `weights` are variables that scans read where they lie, besides the weights of the sites.
+    """
     self.program, self.sites, self.results, self.users, self.make_plan = program, sites, results, users, make_plan
     self.scans: dict[int, ScanPlan] = {}
     self.skipped: set[int] = set()
-    self._weights = {v: leaf for site in sites for leaf, views in enumerate(site.params) for v in views}
+    self._weights = dict.fromkeys(weights, 0) | {
+      v: leaf for site in sites for leaf, views in enumerate(site.params) for v in views
+    }
 
   def place(self) -> None:
     """Places what it can, and sets the place of each site that gets its gradient from a scan."""
@@ -119,6 +125,8 @@ class ScanPlacer:
       except (NotSeparableError, TypeError) as error:
         return str(error)
       left = left if found else set(range(length))
+      if found and piece.released.layered.across.totals != found[0].released.layered.across.totals:
+        return "its scans make different sums over the layers"
       if not piece.covered <= left:
         return "some of its layers get gradients from several scans"
       found.append(piece)
@@ -129,7 +137,7 @@ class ScanPlacer:
       refused = add(scan, stacked[scan])
       if refused and len(stacked[scan]) > 1 and len(self.sites[index].grads) == 1:
         for v in sorted(stacked[scan]):
-          add(scan, {v})
+          refused = add(scan, {v}) or refused
       why = why or refused
       if found and not left:
         return found
@@ -199,7 +207,7 @@ class ScanPlacer:
       return [jax_forms.value(a, env) for a in site.grads]
 
     structs = [[types.struct(program.aval(v)) for v in part] for part in (used, given)]
-    layered = (site.step.layered or layer_step)(site.step, post, structs[0], structs[1], count)
+    layered = layer_step(site.step, post, structs[0], structs[1], count)
     inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
     released = Released(site, inner, given, early, layered, index)
     lengths = [grad.shape[e.axis] for grad, e in zip(site.step.grads, layered.gradients, strict=True)]

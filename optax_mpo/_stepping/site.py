@@ -36,7 +36,6 @@ class Step:
     params: likewise, of the weights.
     states: likewise, of the states.
     shared: likewise, of the values that the update shares with others.
-    layered: makes the step of one layer of a stack, as `layered.layer_step` does; None for that.
     backend: how they may be updated other than by XLA.
   """
 
@@ -45,7 +44,6 @@ class Step:
   params: tuple[Any, ...]
   states: tuple[Any, ...]
   shared: tuple[Any, ...]
-  layered: Callable[..., Any] | None = None
   backend: Backend = dataclasses.field(default_factory=Backend)
 
   def apply(self, grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:

@@ -21,7 +21,7 @@ import optax
 from optax_mpo._core import modules, order, primitives, trees, wrapping
 from optax_mpo._program import jax_forms, residuals
 from optax_mpo._program.program import Program
-from optax_mpo._stepping import evaluate, first_pass
+from optax_mpo._stepping import evaluate, first_pass, planning
 from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf, coupled
@@ -96,6 +96,19 @@ class Traced:
         site.put(Place.WITHOUT_GRADIENT, "its update does not read one")
     return sites
 
+  def sites_of_parts(self, passes: coupled.TwoPass) -> list[Site]:
+    """The sites of the first of two passes."""
+    return [
+      Site((part.leaf,), (self.grads[part.leaf],), (), first_pass.part_step(part, passes.program, gradient))
+      for part in passes.parts
+      for gradient in (passes.program.inputs[part.leaf],)
+    ]
+
+  def held_stacks(self, sites: list[Site]) -> set[int]:
+    """The leaves that are stacks of layers and can only be updated whole."""
+    planning.make_plan(self.program, sites, self.results)
+    return {i for site in sites if site.place is Place.AT_END for i in site.leaves}
+
   def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":
     """The same program with other values for its inputs and for constants."""
     other = copy.copy(self)
@@ -147,7 +160,8 @@ def value_and_update(
       schedules, but not on the gradients of other leaves. What it computes decides this, not its name.
     has_aux: whether `loss_fn` returns more than the loss.
     two_pass: allows updates that depend on all gradients through small arrays, such as clipping by their global norm,
-      at the cost of a second forward and backward pass. The first pass only computes these arrays.
+      at the cost of a second forward and backward pass. The first pass only computes these arrays. Stacks whose layers
+      depend on each other in this way (`optax.clip_by_block_rms`) are then updated in their scans, too.
 
   Returns:
     `step(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is `(loss, aux)`.
@@ -211,8 +225,9 @@ def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: 
   traced, update = traced.at(inputs, loss_constants), update.at(old, constants)
   values, new_states = update.run_shared()
   new_weights: dict[int, Any] = {}
-  if two_pass and update.is_coupled:
-    groups, values, new_weights, states = _first_pass(traced, update, old, values)
+  passes = two_passes(traced, update, _CALLER) if two_pass else None
+  if passes is not None:
+    groups, values, new_weights, states = _first_pass(traced, passes, old, values)
     new_states |= states
     # Without a barrier, XLA would see that both passes compute the same, and keep all of the first for the second.
     inputs, values = order.barrier((inputs, values))
@@ -259,8 +274,29 @@ def _differentiated_as(
   return step(*leaves)
 
 
+def two_passes(traced: Traced, update: by_leaf.Update, caller: str) -> coupled.TwoPass | None:
+  """Takes an update apart for two passes, where its leaves, or the layers of a stack, depend on each other.
+
+  Stacks that can only be updated whole in one pass are tried in two, and have to be released in both.
+  """
+  passes = coupled.TwoPass(update, caller) if update.is_coupled else None
+  alone = traced.held_stacks(traced.sites(passes.groups if passes else groups_of(update), update.kernels))
+  while alone:
+    try:
+      tried = coupled.TwoPass(update, caller, alone)
+    except ValueError:
+      break
+    held = traced.held_stacks(traced.sites(tried.groups, update.kernels)) | traced.held_stacks(
+      traced.sites_of_parts(tried)
+    )
+    if not held & alone:
+      return tried
+    alone -= held
+  return passes
+
+
 def _first_pass(
-  traced: Traced, update: by_leaf.Update, states: Sequence[Any], values: dict[int, Any]
+  traced: Traced, passes: coupled.TwoPass, states: Sequence[Any], values: dict[int, Any]
 ) -> tuple[list[by_leaf.Group], dict[int, Any], dict[int, Any], dict[int, Any]]:
   """Runs the backward pass for the small arrays that couple the leaves.
 
@@ -272,15 +308,13 @@ def _first_pass(
       f"{_CALLER}: two_pass runs loss_fn twice, and it has effects: {trees.listed(map(str, traced.effects))}. Take "
       "callbacks and prints out, or use an update that does not couple the leaves."
     )
-  passes = coupled.TwoPass(update, _CALLER)
-  grads, known = update.inputs[0], passes.known(values, traced.leaves, states)
-  sites = [
-    Site((part.leaf,), (traced.grads[part.leaf],), (), first_pass.part_step(part, passes.program, grads[part.leaf]))
-    for part in passes.parts
-  ]
-  store = evaluate.Parts(len(sites))
+  known = passes.known(values, traced.leaves, states)
+  sites = traced.sites_of_parts(passes)
+  store = evaluate.Parts(sites)
   shared = [[known[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
-  evaluate.run(traced.program, sites, [*traced.leaves, *traced.lifted], [], store, shared)
+  inputs = [*traced.leaves, *traced.lifted]
+  weights = traced.program.inputs[: len(traced.leaves)]
+  evaluate.run(traced.program, sites, inputs, [], store, shared, weights=weights)
   parts = {
     v: x for part, xs in zip(passes.parts, store.values, strict=True) for v, x in zip(part.outputs, xs, strict=True)
   }

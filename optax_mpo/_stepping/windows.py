@@ -54,6 +54,8 @@ class Window:
 
   def write(self, array: jax.Array, part: jax.Array) -> jax.Array:
     """Returns the array with another value for this part."""
+    if self.is_whole:
+      return part
     return lax.dynamic_update_slice(array, lax.expand_dims(part, self._left_out()), self._indices())
 
   def _left_out(self) -> tuple[int, ...]:

@@ -9,11 +9,14 @@ a block after clipping is no link: it is small, but needs a whole gradient. The 
 contributes to the links, such as the sum of its squares. The first pass makes the parts of each leaf. In between, links
 are made from parts. The second pass updates each leaf as if the links were constants. Small leaves are not worth two
 passes: their gradients are kept from the first pass, and they are updated in between.
+
+A leaf that is a stack of layers may depend on its own gradient in this way: each layer needs a number made of all. For
+such leaves, small arrays of a single leaf are links, too.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,8 +58,9 @@ class TwoPass:
     middle: the leaves that are updated between the passes.
   """
 
-  def __init__(self, update: by_leaf.Update, caller: str):
-    self._update, self._caller = update, caller
+  def __init__(self, update: by_leaf.Update, caller: str, alone: Collection[int] = ()):
+    """Takes the update apart. `alone` are leaves whose own small arrays the first pass makes as well."""
+    self._update, self._caller, self._alone = update, caller, alone
     self._grads, self._params, self._states = update.inputs
     try:
       self._take_apart(update.program)
@@ -77,6 +81,7 @@ class TwoPass:
     self._own_states(deps)
     owned = [1 << o if o is not None else 0 for o in self._owners]
     self._deps = jax_forms.dependencies(program, [*bits, *bits, *owned])
+    self._gradients = jax_forms.dependencies(program, [*bits, *([0] * len([*bits, *owned]))])
     self._free = self._made_of_free_states()
     self._given |= self._free
     self._small = {v for v in self._deps if self._size(v) <= SMALL}
@@ -140,6 +145,8 @@ class TwoPass:
   def _group(self, leaf: int) -> by_leaf.Group:
     program, count, update = self.program, len(self._grads), self._update
     links = {v for v in self._links if self._deps[v] & ~(1 << leaf)}
+    if leaf in self._alone:
+      links |= {v for v in self._small if self._deps[v] == 1 << leaf and self._gradients[v]}
     states = [j for j, owner in enumerate(self._owners) if owner == leaf and j not in update.shared_states]
     inputs = [self._grads[leaf], self._params[leaf], *(self._states[j] for j in states)]
     outputs = [program.outputs[leaf], *(program.outputs[count + j] for j in states)]

@@ -45,6 +45,15 @@ CASES = {  # the axis of the layers, how they are scanned, the bounds with 16 bi
 }
 
 
+def temporaries(loss, tx, shape, **options):
+  """The bytes per parameter."""
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros(shape)}))
+  x = jax.ShapeDtypeStruct((8, D), jnp.bfloat16)
+  step = mpo.value_and_update(loss, tx, **options)
+  report = mpo.gpu_memory(step, params, state, x, donate_argnums=(0, 1), target="h200")
+  return report.temporary_bytes / (L * D * D)
+
+
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("optimizer", [exact, compact], ids=["exact", "compact"])
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
@@ -57,12 +66,29 @@ def test_temporaries(name, optimizer):
     w = params["w"] if axis == (0, 1) else jnp.moveaxis(params["w"], axis, 0)
     return jnp.mean(run(x, w).astype(jnp.float32) ** 2)
 
-  tx = optimizer()
-  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros(shape)}))
-  x = jax.ShapeDtypeStruct((8, D), jnp.bfloat16)
-  step = mpo.value_and_update(loss, tx)
-  report = mpo.gpu_memory(step, params, state, x, donate_argnums=(0, 1), target="h200")
-  assert report.temporary_bytes / (L * D * D) <= bounds[optimizer is compact]
+  assert temporaries(loss, optimizer(), shape) <= bounds[optimizer is compact]
+
+
+NEEDS_ALL = {  # what an update needs of the whole stack, such as its norm or a flag for all gradients; in two passes?
+  "param rms": (lambda: optax.chain(optax.adam(1e-3), optax.scale_by_param_block_rms()), False, 0.28),
+  "NaNs": (lambda: optax.chain(optax.zero_nans(), optax.adam(1e-3)), False, 0.28),
+  "rms": (lambda: optax.chain(optax.clip_by_block_rms(1.0), optax.adam(1e-3)), True, 0.3),
+  "LAMB": (lambda: optax.lamb(1e-3), True, 0.3),
+  "Adafactor": (lambda: optax.adafactor(1e-3), True, 0.55),
+  "norm of all": (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), True, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", list(NEEDS_ALL))
+@pytest.mark.parametrize("way", ["first axis", "in two parts"])
+@pytest.mark.few(4)
+def test_a_few_numbers_of_a_whole_stack_need_no_whole_gradient(name, way):
+  inner, two_pass, bound = NEEDS_ALL[name]
+
+  def loss(params, x):
+    return jnp.mean(CASES[way][1](x, params["w"]).astype(jnp.float32) ** 2)
+
+  assert temporaries(loss, mpo.compensated(inner()), (L, D, D), two_pass=two_pass) <= bound
 
 
 def test_a_stack_is_not_laid_out_as_the_gradient_of_a_convolution_is():

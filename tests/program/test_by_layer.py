@@ -223,8 +223,6 @@ REFUSED = {
     lambda: optax.novograd(1e-3),
     r"its state has an array of shape \[\], with no entry for each of the 4 layers",
   ),
-  "zero_nans": (lambda: optax.zero_nans(), r"an array of shape \[\], with no entry"),
-  "sm3": (lambda: optax.sm3(1e-3), r"an array of shape \[5\], with no entry"),
 }
 
 

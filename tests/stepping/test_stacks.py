@@ -118,9 +118,9 @@ def assert_equal_to_ordinary(loss, params, tx, steps=3):
     assert_same_bits(got, want)
 
 
-def places(loss, params, tx):
+def places(loss, params, tx, **options):
   params, state = jax.eval_shape(lambda: mpo.init(tx, params))
-  return [(leaf.stepped, leaf.why) for leaf in mpo.explain(loss, tx, params, state, jnp.ones((4, D)))]
+  return [(leaf.stepped, leaf.why) for leaf in mpo.explain(loss, tx, params, state, jnp.ones((4, D)), **options)]
 
 
 @pytest.mark.parametrize("way", list(WAYS))
