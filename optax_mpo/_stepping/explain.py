@@ -14,8 +14,7 @@ import optax
 
 from optax_mpo._core import modules, types, wrapping
 from optax_mpo._program import upcasts
-from optax_mpo._stepping import planning, value_and_update
-from optax_mpo._stepping.plan import gradient_bytes
+from optax_mpo._stepping import held, planning, value_and_update
 from optax_mpo._stepping.site import Place
 from optax_mpo._updates import by_leaf, coupled
 
@@ -141,18 +140,19 @@ def explain(
   upcast = _upcasts(traced)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
 
-  def add(i: int, place: Place, why: str, held: int) -> None:
+  def add(i: int, place: Place, why: str, count: int) -> None:
     shape = tuple(jax.numpy.shape(traced.leaves[i]))
     why = "; ".join(filter(None, (why, upcast.get(i))))
-    rows[i] = Leaf(update.names[i], shape, str(place), why, held, math.prod(shape))
+    rows[i] = Leaf(update.names[i], shape, str(place), why, count, math.prod(shape))
 
   for index, site in enumerate(sites):
+    why = "; ".join(filter(None, (site.why, held.reason(plan, index))))
     for i in site.leaves:
-      add(i, site.place, site.why, gradient_bytes(plan, index))
+      add(i, site.place, why, held.gradient_bytes(plan, index))
   for i in passes.middle if passes else ():
     grad = traced.program.aval(traced.grads[i])
-    held = math.prod(grad.shape) * grad.dtype.itemsize
-    add(i, Place.BETWEEN_PASSES, "small, so that its gradient is kept from the first", held)
+    kept = math.prod(grad.shape) * grad.dtype.itemsize
+    add(i, Place.BETWEEN_PASSES, "small, so that its gradient is kept from the first", kept)
   explanation = Explanation(row for row in rows if row is not None)
   print(explanation)
   return explanation

@@ -61,7 +61,7 @@ def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any
 
   entries = entries_of_gradients(step, post, stacks, given, count)
   if any(e.covered(count) != set(range(g.shape[e.axis])) for e, g in zip(entries, step.grads, strict=True)):
-    raise NotSeparableError("its reductions are made for all of its layers in one scan")
+    raise NotSeparableError("its reductions are made for all of its layers in one scan: scan all of them there")
 
   def whole(ys: Any, shared: Any, values: Any) -> list[Any]:
     return step.run(post(ys, values), [], [], shared)[1]
@@ -85,7 +85,9 @@ def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any
       read = {a for a in operation.inputs if isinstance(a, int)}
       if read & crossed:
         if any(marks[a] for a in read - crossed):
-          raise NotSeparableError(f"{jax_forms.where(operation)} needs all layers before it goes on with each")
+          raise NotSeparableError(
+            f"{jax_forms.where(operation)} needs all layers before it goes on with each: do it for one layer at a time"
+          )
         after.append(operation)
         crossed.update(operation.outputs)
       elif operation.name in _REDUCED_AGAIN and _is_across(operation, where):
@@ -97,7 +99,9 @@ def layer_part(step: Step, post: Any, stacks: Sequence[Any], given: Sequence[Any
           after.append(operation)
         by_layer.run([operation], program, env, where, index, count)
     if any(isinstance(a, int) and marks[a] and a not in crossed for a in program.outputs):
-      raise NotSeparableError("other leaves need more of its gradient than reductions over the layers")
+      raise NotSeparableError(
+        "other leaves need more of its gradient than sums over the layers: let updates depend on norms or flags alone"
+      )
     return []
 
   jax.eval_shape(split, number, layers, rest)
@@ -143,4 +147,4 @@ def _unsharded(operation: Operation) -> dict[str, Any]:
 
 
 def _no_deeper(*_: Any) -> Any:
-  raise NotSeparableError("its reductions are made for one scan, not for scans inside of scans")
+  raise NotSeparableError("its reductions are made for one scan, not for scans inside of scans: scan all layers in one")

@@ -133,7 +133,7 @@ def layer_step(
   layers = [Entries(0)] * len(stacks)
   params = entries_of_gradients(step, post, stacks, given, count)
   if len(params) != len(step.params):
-    raise NotSeparableError("its gradient is made of several")
+    raise NotSeparableError("its gradient is made of several: scan leaves that depend on each other together")
 
   def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
     return step.run(post(ys, values), params, states, shared)
@@ -186,7 +186,7 @@ def entries_of_gradients(
   for atom, grad in zip(program.outputs, step.grads, strict=True):
     e = where.get(atom) if isinstance(atom, int) else None
     if e is None or program.aval(atom).shape != grad.shape or not e.within((*grad.shape, 0)[e.axis], count):
-      raise NotSeparableError("its gradient has no axis of layers")
+      raise NotSeparableError("its gradient has no axis of layers: keep them on an axis of the leaf")
     entries.append(e)
   return entries
 
@@ -205,7 +205,8 @@ def _entries_of_states(step: Step, params: Sequence[Entries], count: int) -> Any
     guesses.append(alike[:1] or [e.on(a) for a in axes])
     if not guesses[-1]:
       raise NotSeparableError(
-        f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers"
+        f"its state has an array of shape {list(state.shape)}, with no entry for each of the {length} layers: "
+        "use a transformation that keeps state for each, or make each layer a leaf"
       )
   return itertools.islice(itertools.product(*guesses), _MOST_GUESSES)
 
@@ -249,6 +250,6 @@ def _run_part(
     if e is None:  # it does not depend on the layer, so it was computed for all layers
       value, e = lax.dynamic_slice_in_dim(value, out.first(index), out.size, out.axis), out
     if e != out:
-      raise NotSeparableError("the update moves the layer axis")
+      raise NotSeparableError("the update moves the layer axis: keep it in place")
     results.append(lax.squeeze(value, [out.axis]) if out.size == 1 else value)
   return results
