@@ -31,8 +31,8 @@ class Leaf(NamedTuple):
     shape: the shape of the leaf.
     stepped: `in scan`, `after the scan`, `at once`, `at the end`, `between the passes`, `with a zero gradient` or
       `without a gradient`; with kernels also `in scan, by a kernel`, `at once, by a kernel` or `together`.
-    why: the reason, unless this is the best way.
-    gradient_bytes: the bytes of gradient that are held for it at a time.
+    why: the reason, unless this is the best way, and what to change.
+    gradient_bytes: the most bytes of gradient that are held for it at a time, with the parts that it is added up from.
     parameters: its number of elements.
   """
 
@@ -86,6 +86,9 @@ def explain(
   - `between the passes`: with `two_pass`, a leaf so small that its gradient is kept from the first pass.
   - `with a zero gradient`: the loss does not depend on it. It is updated as Optax would do it.
   - `without a gradient`: its update reads no gradient, as for frozen weights, so none is computed.
+
+  `gradient held` counts the gradient, the parts that it is added up from, and what a stack gets from other scans. It
+  may be several times the gradient; `why` then says what to change.
 
   If `with_kernels` is in or around `tx`, `by a kernel` marks what a GPU updates with a kernel of this package, and
   `together` marks small leaves that share a kernel. `why` says why other layers in scans are left to XLA.

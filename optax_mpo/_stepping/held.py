@@ -10,7 +10,10 @@ the buffers (`tests/memory/test_explain_bytes.py`):
 - Elementwise operations, padding and slices are fused with what reads them. So not their results are stored, but the
   arrays that they begin with, until the gradient is complete. Views, and casts of products, cost nothing.
 - The complete gradient takes the place of an array of its size that is needed no more, if no loop made that.
-- A loop adds products to the gradient in its carry in place. A scatter into zeros writes to what it is added to.
+- A loop adds a product to the gradient in its carry in place. A scatter into zeros writes to what it is added to.
+
+Where XLA has a choice, this is the most that we saw: that of JAX 0.12 adds a second product to a first one in place,
+that of JAX 0.10 stores both.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from optax_mpo._program import jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._stepping.plan import FOLLOWED, Plan, Released, constant, final_bytes
+from optax_mpo._stepping.site import Place
 
 _VIEWS = frozenset("transpose reshape squeeze expand_dims copy copy_p sharding_constraint optimization_barrier".split())
 _FUSED = ELEMENTWISE | FOLLOWED | frozenset(["dynamic_slice", "expand_dims", "sharding_constraint"])
@@ -176,9 +180,10 @@ def _inside_scan(operation: Operation, position: int) -> int:
   found = memory.sources(root)
   if not isinstance(root, int) or found.is_view:
     return 0  # it is handed on as it is
-  for var in found.stored:  # the sum itself is in the carry, and XLA adds products to it in place
-    if not (found.is_elementwise and memory.is_product(var)):
-      memory.keep(var, body.makers[root])
+  if found.is_elementwise and len(found.stored) == 1 and memory.is_product(*found.stored):
+    return 0  # XLA adds the only product to the carry in place
+  for var in found.stored:
+    memory.keep(var, body.makers[root])
   return memory.peak()
 
 
@@ -213,12 +218,16 @@ def gradient_bytes(plan: Plan, index: int) -> int:
 
 
 def reason(plan: Plan, index: int) -> str:
-  """Why more is held than the gradient itself, and what to change; in scans, more than that of one layer."""
-  site, memory, releases = plan.sites[index], _memory(plan, index), list(_releases(plan, index))
+  """Why the gradient of a site is held whole, or more than that, and what to change."""
+  program, site, memory = plan.program, plan.sites[index], _memory(plan, index)
+  releases = list(_releases(plan, index))
   if not releases:
-    if memory.peak() <= final_bytes(plan.program, site):
-      return ""
-    return next(filter(None, (_parts(memory, plan.program, a, bool(site.why)) for a in site.grads)), "")
+    atoms = [] if site.place is Place.TOGETHER else [a for a in site.grads if constant(program, a) is None]
+    first = "" if site.why else next(filter(None, (_summed(program, a) or _unfollowed(program, a) for a in atoms)), "")
+    known = bool(site.why or first)
+    more = memory.peak() > final_bytes(program, site)
+    parts = next(filter(None, (_parts(memory, a, known) for a in atoms)), "") if more else ""
+    return "; ".join(filter(None, (first, parts)))
   if not memory.arrays:
     return next(filter(None, (reason(inner, k) for _, inner, k, _ in releases)), "")
   first = jax_forms.where(memory.maker(min(memory.arrays)))
@@ -228,7 +237,7 @@ def reason(plan: Plan, index: int) -> str:
   )
 
 
-def _parts(memory: _Memory, program: Program, atom: Atom, known: bool) -> str:
+def _parts(memory: _Memory, atom: Atom, known: bool) -> str:
   """Why parts of a gradient are held, and what to change if that is not `known`."""
   found = memory.sources(atom)
   if found.is_view or not found.stored:
@@ -249,51 +258,53 @@ def _parts(memory: _Memory, program: Program, atom: Atom, known: bool) -> str:
   return why if known else f"{why}: {advice}"
 
 
-def unfollowed(program: Program, atom: Atom) -> str:
+def _unfollowed(program: Program, atom: Atom) -> str:
   """Why a gradient is not updated in the scan that stacks what it is made from, and what to change; or nothing."""
   size = math.prod(program.aval(atom).shape)
-  after: dict[int, tuple[Operation, ...]] = {}
-  queue = [atom] if isinstance(atom, int) else []
-  if queue:
-    after[atom] = ()
+  user: dict[int, Operation | None] = {atom: None} if isinstance(atom, int) else {}  # what reads a variable
+  queue = list(user)
   while queue:
     var = queue.pop(0)
     made = program.makers.get(var)
     if made is None:
       continue
-    operation, chain = program.operations[made], after[var]
+    operation = program.operations[made]
     if operation.name == "scan":
-      length, carry = jax_forms.scan_options(operation)["length"], jax_forms.scan_counts(operation)[1]
-      stacked = operation.outputs.index(var) >= carry and 2 * math.prod(program.aval(var).shape) >= size
-      if stacked and all(_keeps_axis(program, o, length) for o in chain):
-        blocking = next((o for o in chain if o.name not in FOLLOWED), None)
-        if blocking is not None:
-          return (
-            f"{jax_forms.where(blocking)} makes its gradient from what a scan stacks, and is not known to keep layers "
-            "apart: do the same to one layer in the body of the scan, or to the leaf before training"
-          )
-      continue
-    if _is_call(operation):
+      stacked = operation.outputs.index(var) >= jax_forms.scan_counts(operation)[1]
+      if stacked and 2 * math.prod(program.aval(var).shape) >= size and (reader := _not_followed(user, var)):
+        return (
+          f"{jax_forms.where(reader)} makes its gradient from what a scan stacks, and is not known to keep layers "
+          "apart: do the same to one layer in the body of the scan, or to the leaf before training"
+        )
+    elif _is_call(operation):
       if any(_has_scan(body) for body in jax_forms.bodies(operation)):
         return (
           f"its gradient is made inside of {jax_forms.where(operation)}, where no layers are updated: move the scan "
           "out of it"
         )
-      continue
-    for a in operation.inputs:
-      if isinstance(a, int) and a not in after:
-        after[a] = (operation, *chain)
-        queue.append(a)
+    elif _keeps_axis(program, operation):
+      for a in operation.inputs:
+        if isinstance(a, int) and a not in user:
+          user[a] = operation
+          queue.append(a)
   return ""
 
 
-def _keeps_axis(program: Program, operation: Operation, length: int) -> bool:
-  """Whether a product or a sum may keep an axis of layers apart; all other operations may."""
+def _not_followed(user: dict[int, Operation | None], var: int) -> Operation | None:
+  """The first operation after a scan that planning does not follow."""
+  operation = user[var]
+  while operation is not None and operation.name in FOLLOWED:
+    operation = next((user[v] for v in operation.outputs if v in user), None)
+  return operation
+
+
+def _keeps_axis(program: Program, operation: Operation) -> bool:
+  """Whether an operation may keep the layers along the first axis apart."""
   if operation.name == "dot_general":
     _, (batch, _) = operation.eqn.params["dimension_numbers"]
-    return 0 in batch and length == program.aval(operation.inputs[0]).shape[0]
-  if operation.name.startswith("reduce_") and "axes" in operation.eqn.params:
-    return 0 not in operation.eqn.params["axes"] and length == program.aval(operation.inputs[0]).shape[0]
+    return 0 in batch
+  if operation.name.startswith("reduce_"):
+    return 0 not in operation.eqn.params.get("axes", (0,))
   return operation.name not in _PRODUCTS
 
 
@@ -301,15 +312,17 @@ def _has_scan(program: Program) -> bool:
   return any(o.name == "scan" or any(_has_scan(body) for body in jax_forms.bodies(o)) for o in program.operations)
 
 
-def summed_in(program: Program, atom: Atom) -> Operation | None:
-  """The loop that sums a gradient in its carry."""
+def _summed(program: Program, atom: Atom) -> str:
+  """Says that a loop sums a gradient in its carry, and what to change; or nothing."""
   for var in _Memory(program).sources(atom).stored:
     operation = program.operations[program.makers[var]]
-    if operation.name == "while":
-      return operation
-    if operation.name == "scan" and operation.outputs.index(var) < jax_forms.scan_counts(operation)[1]:
-      return operation
-  return None
+    carry = jax_forms.scan_counts(operation)[1] if operation.name == "scan" else len(operation.outputs)
+    if operation.name in _LOOPS and operation.outputs.index(var) < carry:
+      return (
+        f"its gradient is summed in {jax_forms.where(operation)}, which takes the whole weight: if an iteration needs "
+        "only a part of it, scan over the parts"
+      )
+  return ""
 
 
 def _memory(plan: Plan, index: int) -> _Memory:

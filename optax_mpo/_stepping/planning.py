@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
-from optax_mpo._stepping import held
 from optax_mpo._stepping.plan import FOLLOWED, Plan, constant, final_bytes
 from optax_mpo._stepping.scans import ScanPlacer, gradient_size
 from optax_mpo._stepping.site import HELD, Place, Site
@@ -116,14 +115,7 @@ class _Planner:
     program = self.program
     if all(constant(program, atom) == 0 for atom in site.grads):
       return Place.WITH_ZERO_GRADIENT, "the loss does not depend on it"
-    for atom in site.grads:
-      if (loop := held.summed_in(program, atom)) is not None:
-        return Place.AT_ONCE, (
-          f"its gradient is summed in {jax_forms.where(loop)}, which takes the whole weight: if an iteration needs only "
-          "a part of it, scan over the parts"
-        )
-    why = next(filter(None, (held.unfollowed(program, atom) for atom in site.grads)), "")
-    return (Place.AT_ONCE_BY_KERNEL if site.step.backend.kernel else Place.AT_ONCE), why
+    return (Place.AT_ONCE_BY_KERNEL if site.step.backend.kernel else Place.AT_ONCE), ""
 
   def _last_read(self, var: int) -> int:
     """The last operation that reads a variable, or a view of it."""

@@ -9,7 +9,8 @@ the same layers with a frozen stack are subtracted. The backward pass goes throu
 trained, on which their input depends. In a scan inside a scan, the update of a layer reads that from the stack again,
 which takes one layer more; two layers in the body of a scan are both read there.
 
-What is told may differ from what is stored by 10% of all temporaries.
+What is told may differ from what is stored by 10% of all temporaries. For sums of two products, `explain` tells the
+most that XLA stores; that of JAX 0.12 stores one product less, since it adds the second to the first in place.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jax import lax
 
 import optax_mpo as mpo
 
-L, D = 16, 2048
+L, D = 32, 2048
 
 layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
 two_layers = jax.checkpoint(lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None))
@@ -51,16 +52,16 @@ def embed(x, w):
   return x * w[jnp.arange(8)]
 
 
+def indexed(x, w):
+  return lax.scan(lambda x, i: (layer(x, w[i])[0], None), x, jnp.arange(L))[0]
+
+
 def product(x, w):
   return jnp.tanh(x @ w)
 
 
-def picked(x, w):
-  return scan(x, w[jnp.arange(L)[::-1]])
-
-
 def groups(x, w):
-  return lax.scan(group, x, w.reshape(4, 4, D, D))[0]
+  return lax.scan(group, x, w.reshape(4, L // 4, D, D))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Case:
     stepped: where it is updated.
     why: a part of the reason.
     frozen: the same layers, in a stack along the first axis whose temporaries are subtracted.
+    in_place: bytes of gradient per parameter where XLA adds a second product in place.
     read: bytes per parameter of the weights that the body of the scan reads besides, one or two layers.
     shape: of the leaf.
   """
@@ -82,6 +84,7 @@ class Case:
   stepped: str
   why: str = ""
   frozen: Callable[[Any, Any], Any] | None = None
+  in_place: float | None = None
   read: float = 0
   shape: tuple[int, ...] = (L, D, D)
 
@@ -104,14 +107,14 @@ CASES = {
   ),
   "a layer alone, in f32": Case(
     lambda x, w: layer(scan(x.astype(jnp.float32), w[1:].astype(jnp.float32)).astype(x.dtype), w[0])[0],
-    5.875,
+    6 - ONE,
     "at the end",
     "2 parts are held",
   ),
   "a layer twice": Case(
     lambda x, w: scan(layer(x, w[0])[0], w), 4 + ONE, "at the end", "make those that are used elsewhere leaves"
   ),
-  "overlapping": Case(lambda x, w: scan(scan(x, w[:10]), w[6:]), 4.5, "at the end", "in one scan only"),
+  "overlapping": Case(lambda x, w: scan(scan(x, w[:20]), w[12:]), 4.5, "at the end", "in one scan only"),
   "shared": Case(lambda x, w: scan(scan(x, w), w), 2 + ONE, "in scan", "is held until then: use its layers in one"),
   "shared by three": Case(lambda x, w: scan(scan(scan(x, w), w), w), 6, "in scan", "is held until then"),
   "cut, then shared": Case(lambda x, w: scan(scan(scan(x, w[:3]), w[3:]), w), 2 + ONE, "in scan", "is held until then"),
@@ -119,7 +122,7 @@ CASES = {
     lambda x, w: layer(scan(scan(x, w[:4]), w[4:]), w[0])[0], 2 + ONE, "in scan", "is held until then"
   ),
   "shared in a scan": Case(
-    lambda x, w: lax.scan(group_twice, x, w.reshape(4, 4, D, D))[0],
+    lambda x, w: lax.scan(group_twice, x, w.reshape(4, L // 4, D, D))[0],
     0.5 + ONE,
     "in scan",
     "is held until then",
@@ -128,23 +131,30 @@ CASES = {
   ),
   "with frozen layers": Case(
     lambda x, w: scan(x, jnp.concatenate([w, jnp.zeros((2, D, D), w.dtype)])),
-    4.25,
+    4 + 2 * ONE,
     "at the end",
     "scan these in a scan of their own",
   ),
   "rolled": Case(lambda x, w: scan(x, jnp.roll(w, 1, 0)), 4, "at the end", "scan these in a scan of their own"),
-  "picked": Case(picked, 4, "at once", "makes its gradient from what a scan", frozen=picked),
-  "unrolled": Case(unrolled, 4, "at once", "16 parts are held"),
+  "unrolled": Case(unrolled, 4, "at once", "32 parts are held"),
   "summed in a scan": Case(repeated(product), 2, "at once", "is summed in `scan`", shape=SQUARE),
   "a stack summed in a scan": Case(repeated(scan), 4 + ONE, "at once", "is summed in `scan`"),
+  "picked in a scan": Case(indexed, 2, "at once", "scan over the parts"),
+  "two products summed in a scan": Case(
+    repeated(lambda x, w: product(product(x, w), w)), 6, "at once", "is summed in `scan`", in_place=4, shape=SQUARE
+  ),
+  "summed in two scans": Case(
+    lambda x, w: repeated(product)(repeated(product)(x, w), w), 6, "at once", "2 gradients are held", shape=SQUARE
+  ),
   "a product": Case(product, 2, "at once", shape=SQUARE),
   "a product in f32": Case(
     lambda x, w: x.astype(jnp.float32) @ w.astype(jnp.float32), 2, "at once", "cast that", shape=SQUARE
   ),
   "two products": Case(
-    lambda x, w: product(product(x, w), w), 4, "at once", "use the weight once, on all inputs", shape=SQUARE
+    lambda x, w: product(product(x, w), w), 4, "at once", "use the weight once, on all inputs", in_place=2, shape=SQUARE
   ),
   "embedding": Case(embed, 2, "at once", shape=TABLE),
+  "two embeddings": Case(lambda x, w: embed(x, w) * w[jnp.arange(8) * 3], 2, "at once", shape=TABLE),
   "embedding and head": Case(lambda x, w: embed(x, w) @ w.T, 2, "at once", shape=TABLE),
 }
 
@@ -174,4 +184,5 @@ def test_bytes_are_those_of_the_compiled_step(name):
   if case.frozen is not None:
     others += compiled(case.frozen, (L, D, D), trained=False)[1]
   print(name, *(f"{n / leaf.parameters:.3f}" for n in (leaf.gradient_bytes, stored, others)))
-  assert abs(stored - others - leaf.gradient_bytes) <= 0.1 * stored
+  told = [leaf.gradient_bytes] + ([] if case.in_place is None else [case.in_place * leaf.parameters])
+  assert min(abs(stored - others - n) for n in told) <= 0.1 * stored
