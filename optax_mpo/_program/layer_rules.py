@@ -31,6 +31,7 @@ ELEMENTWISE = frozenset(
 _REDUCTIONS = frozenset(
   """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin reduce""".split()
 )
+_CUT = "scan these in a scan of their own, without other arrays"
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
 
 
@@ -121,12 +122,14 @@ def rule_of(operation: Operation) -> Rule:
     return _cumulative
   rule = _RULES.get(name)
   if rule is None:
-    raise NotSeparableError(f"{jax_forms.where(operation)} is not known to keep layers apart")
+    raise NotSeparableError(
+      f"{jax_forms.where(operation)} is not known to keep layers apart: do it for one layer at a time"
+    )
   return rule
 
 
 def _mixes(operation: Operation) -> NotSeparableError:
-  return NotSeparableError(f"{jax_forms.where(operation)} mixes the layers")
+  return NotSeparableError(f"{jax_forms.where(operation)} mixes the layers: do it for one layer at a time")
 
 
 def _alike(
@@ -259,7 +262,7 @@ def _slice(operation: Operation, values: list[Any], where: list[Where], layer: L
   stride = strides[axis] if strides else 1
   moved = entries.spread(-start[axis], 1)
   if not moved.within(limit[axis] - start[axis], layer.count) or moved.start % stride or moved.stride % stride:
-    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers")
+    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers: {_CUT}")
   if stride > 1 and entries.size > 1:
     raise _mixes(operation)
   changes = {"start_indices": _with(start, axis, 0), "limit_indices": _with(limit, axis, entries.size)}
@@ -274,7 +277,7 @@ def _split(operation: Operation, values: list[Any], where: list[Where], layer: L
   if axis != entries.axis:
     results = jax_forms.run_operation(operation, values)
     return results, [entries] * len(results)
-  raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers")
+  raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers: {_CUT}")
 
 
 def _pad(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
@@ -286,7 +289,7 @@ def _pad(operation: Operation, values: list[Any], where: list[Where], layer: Lay
   moved = entries.spread(low, step)
   length = low + high + (avals[0].shape[entries.axis] - 1) * step + 1
   if not moved.within(length, layer.count) or (interior and entries.size > 1):
-    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers")
+    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers: {_CUT}")
   config = _with(config, entries.axis, (0, 0, 0))
   return jax_forms.run_operation(operation, values, padding_config=config), [moved]
 

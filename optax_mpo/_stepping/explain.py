@@ -14,8 +14,7 @@ import optax
 
 from optax_mpo._core import modules, types, wrapping
 from optax_mpo._program import upcasts
-from optax_mpo._stepping import planning, value_and_update
-from optax_mpo._stepping.plan import gradient_bytes
+from optax_mpo._stepping import held, planning, value_and_update
 from optax_mpo._stepping.site import Place
 from optax_mpo._updates import by_leaf
 
@@ -32,8 +31,8 @@ class Leaf(NamedTuple):
     shape: the shape of the leaf.
     stepped: `in scan`, `after the scan`, `at once`, `at the end`, `between the passes`, `with a zero gradient` or
       `without a gradient`; with kernels also `in scan, by a kernel`, `at once, by a kernel` or `together`.
-    why: the reason, unless this is the best way.
-    gradient_bytes: the bytes of gradient that are held for it at a time.
+    why: the reason, unless this is the best way, and what to change.
+    gradient_bytes: the most bytes of gradient that are held for it at a time, with the parts that it is added up from.
     parameters: its number of elements.
   """
 
@@ -88,6 +87,9 @@ def explain(
   - `with a zero gradient`: the loss does not depend on it. It is updated as Optax would do it.
   - `without a gradient`: its update reads no gradient, as for frozen weights, so none is computed.
 
+  `gradient held` counts the gradient, the parts that it is added up from, and what a stack gets from other scans. It
+  may be several times the gradient; `why` then says what to change.
+
   If `with_kernels` is in or around `tx`, `by a kernel` marks what a GPU updates with a kernel of this package, and
   `together` marks small leaves that share a kernel. `why` says why other layers in scans are left to XLA.
 
@@ -141,18 +143,19 @@ def explain(
   upcast = _upcasts(traced)
   rows: list[Leaf | None] = [None] * len(traced.leaves)
 
-  def add(i: int, place: Place, why: str, held: int) -> None:
+  def add(i: int, place: Place, why: str, count: int) -> None:
     shape = tuple(jax.numpy.shape(traced.leaves[i]))
     why = "; ".join(filter(None, (why, upcast.get(i))))
-    rows[i] = Leaf(update.names[i], shape, str(place), why, held, math.prod(shape))
+    rows[i] = Leaf(update.names[i], shape, str(place), why, count, math.prod(shape))
 
   for index, site in enumerate(sites):
+    why = "; ".join(filter(None, (site.why, held.reason(plan, index))))
     for i in site.leaves:
-      add(i, site.place, site.why, gradient_bytes(plan, index))
+      add(i, site.place, why, held.gradient_bytes(plan, index))
   for i in passes.middle if passes else ():
     grad = traced.program.aval(traced.grads[i])
-    held = math.prod(grad.shape) * grad.dtype.itemsize
-    add(i, Place.BETWEEN_PASSES, "small, so that its gradient is kept from the first", held)
+    kept = math.prod(grad.shape) * grad.dtype.itemsize
+    add(i, Place.BETWEEN_PASSES, "small, so that its gradient is kept from the first", kept)
   explanation = Explanation(row for row in rows if row is not None)
   print(explanation)
   return explanation

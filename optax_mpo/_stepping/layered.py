@@ -134,7 +134,7 @@ def layer_step(
   """
   params = entries_of_gradients(step, post, stacks, given, count)
   if step.params and len(params) != len(step.params):
-    raise NotSeparableError("its gradient is made of several")
+    raise NotSeparableError("its gradient is made of several: scan leaves that depend on each other together")
 
   def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
     return step.run(post(ys, values), params, states, shared)
@@ -210,7 +210,7 @@ def entries_of_gradients(
   for atom, grad in zip(program.outputs, step.grads, strict=True):
     e = where.get(atom) if isinstance(atom, int) else None
     if e is None or program.aval(atom).shape != grad.shape or not e.within((*grad.shape, 0)[e.axis], count):
-      raise NotSeparableError("its gradient has no axis of layers")
+      raise NotSeparableError("its gradient has no axis of layers: keep them on an axis of the leaf")
     entries.append(e)
   return entries
 
@@ -270,6 +270,6 @@ def _run_part(
     if e is None:  # it does not depend on the layer, so it was computed for all layers
       value, e = lax.dynamic_slice_in_dim(value, out.first(index), out.size, out.axis), out
     if e != out:
-      raise NotSeparableError("the update moves the layer axis")
+      raise NotSeparableError("the update moves the layer axis: keep it in place")
     results.append(lax.squeeze(value, [out.axis]) if out.size == 1 else value)
   return results

@@ -98,15 +98,10 @@ class Plan:
   last_use: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-def gradient_bytes(plan: Plan, index: int) -> int:
-  """The bytes of gradient that a site holds at a time."""
-  for scan in plan.scans.values():
-    for k, r in enumerate(scan.released):
-      if r.index == index:
-        return gradient_bytes(scan.plan, k)
-  site = plan.sites[index]
-  atoms = [a for a in site.grads if constant(plan.program, a) is None]
-  return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(plan.program.aval, atoms))
+def final_bytes(program: Program, site: Site) -> int:
+  """The bytes of the complete gradients of a site."""
+  atoms = [a for a in site.grads if constant(program, a) is None]
+  return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(program.aval, atoms))
 
 
 def constant(program: Program, atom: Atom) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
-from optax_mpo._stepping.plan import FOLLOWED, Plan, constant, gradient_bytes
+from optax_mpo._stepping.plan import FOLLOWED, Plan, constant, final_bytes
 from optax_mpo._stepping.scans import ScanPlacer, gradient_size
 from optax_mpo._stepping.site import HELD, Place, Site
 
@@ -91,7 +91,7 @@ class _Planner:
     size = 0
     for due, index in complete:
       waiting.append(index)
-      size += gradient_bytes(self.result, index)
+      size += final_bytes(self.program, self.sites[index])
       if size >= at_least:
         yield due, waiting
         waiting, size = [], 0
@@ -117,11 +117,6 @@ class _Planner:
     program = self.program
     if all(constant(program, atom) == 0 for atom in site.grads):
       return Place.WITH_ZERO_GRADIENT, "the loss does not depend on it"
-    summed = [
-      i for atom in site.grads if (i := self._made(atom)) >= 0 and program.operations[i].name in ("scan", "while")
-    ]
-    if summed:
-      return Place.AT_ONCE, f"its gradient is summed in a {program.operations[summed[0]].name}"
     return (Place.AT_ONCE_BY_KERNEL if site.step.backend.kernel else Place.AT_ONCE), ""
 
   def _last_read(self, var: int) -> int:

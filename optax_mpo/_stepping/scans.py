@@ -96,7 +96,9 @@ class ScanPlacer:
       if not any(found) or not site.leaves:
         continue
       if len({max(f, default=None) for f in found}) > 1:
-        site.put(Place.AT_END, "its leaves depend on each other, and get their gradients in different places")
+        site.put(
+          Place.AT_END, "its leaves depend on each other, and get gradients from different scans: scan them together"
+        )
         continue
       # Leaves that depend on each other are updated in one scan; a single one may be in pieces.
       last = max(found[0])
@@ -128,7 +130,7 @@ class ScanPlacer:
       if found and piece.released.layered.across.totals != found[0].released.layered.across.totals:
         return "its scans make different sums over the layers"
       if not piece.covered <= left:
-        return "some of its layers get gradients from several scans"
+        return "some of its layers get gradients from several scans: scan each layer once"
       found.append(piece)
       left -= piece.covered
       return ""
@@ -142,7 +144,9 @@ class ScanPlacer:
       if found and not left:
         return found
     if found:
-      why = why or f"{len(left)} of its layers get no gradient from a scan"
+      why = (
+        why or f"{len(left)} of its layers get no gradient from a scan: scan them too, or make them leaves of their own"
+      )
     self.sites[index].put(Place.AT_END, why)
     return []
 
@@ -188,7 +192,10 @@ class ScanPlacer:
       operation = program.operations[position]
       read = {a for a in operation.inputs if isinstance(a, int)}
       if read & later or operation.name == "scan":
-        raise NotSeparableError(f"its gradient gets another part after the scan, {jax_forms.where(operation)}")
+        raise NotSeparableError(
+          f"its gradient gets another part after the scan, {jax_forms.where(operation)}: use these layers in one scan "
+          "only, or make those that are used elsewhere leaves of their own"
+        )
       path.append(position)
       if read & inner:
         inner.update(operation.outputs)
@@ -213,7 +220,9 @@ class ScanPlacer:
     lengths = [grad.shape[e.axis] for grad, e in zip(site.step.grads, layered.gradients, strict=True)]
     covered = [e.covered(count) for e in layered.gradients]
     if len(covered) > 1 and any(c != set(range(n)) for c, n in zip(covered, lengths, strict=True)):
-      raise NotSeparableError("its leaves depend on each other, and some of their layers are not in this scan")
+      raise NotSeparableError(
+        "its leaves depend on each other, and some of their layers are not in this scan: scan all"
+      )
     return Piece(scan, path, [ys[v] for v in used], released, covered[0]), lengths[0]
 
   def _fills(
@@ -267,7 +276,8 @@ class ScanPlacer:
       if not bad:
         return pieces
       for index in bad:
-        self.sites[index].put(Place.AT_END, "its stacked gradient is also used elsewhere")
+        why = "its stacked gradient is also used elsewhere: add up weights, or share them, in the body of the scan"
+        self.sites[index].put(Place.AT_END, why)
         del pieces[index]
 
   def _read_elsewhere(self, piece: Piece, inside: set[int]) -> bool:

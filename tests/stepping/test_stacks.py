@@ -144,6 +144,7 @@ def test_what_is_not_updated_in_a_scan_says_why(way):
   _, (place, found) = places(loss, params, exact())
   assert place == "at the end"
   assert why in found
+  assert ": " in found.split("; ")[0]  # what to change
   assert_equal_to_ordinary(loss, params, exact())
 
 
@@ -158,8 +159,38 @@ def test_blocks_of_state_along_the_layers_are_not_taken_apart():
 )
 def test_a_stack_in_several_scans_is_updated_in_the_last_one(way):
   loss, params = make(way, 1)
-  assert places(loss, params, exact()) == [("in scan", "")] * 2
+  (v_place, v_why), (w_place, w_why) = places(loss, params, exact())
+  assert (v_place, v_why, w_place) == ("in scan", "", "in scan")
+  assert "from `scan` (scan, test_stacks.py" in w_why
+  assert "is held until then: use its layers in one scan only" in w_why
   assert_equal_to_ordinary(loss, params, exact())
+
+
+def in_a_cond(x, w):
+  return lax.cond(x[0, 0] > 0, lambda x, w: scan(x, w), lambda x, w: x, x, w)
+
+
+NOT_FOLLOWED = {  # what the reason says of a stack that is scanned after other operations
+  "picked": (lambda x, w: scan(x, w[jnp.arange(L)[::-1]]), "`scatter-add` (<lambda>, test_stacks.py:"),
+  "sorted": (lambda x, w: scan(x, jnp.sort(w, 0)), "`scatter-add` (<lambda>, test_stacks.py:"),
+  "summed up": (lambda x, w: scan(x, jnp.cumsum(w, 0)), "`cumsum` (<lambda>, test_stacks.py:"),
+  "multiplied": (lambda x, w: scan(x, jnp.einsum("lij,lkj->lik", w, w)), "`dot_general` (<lambda>, test_stacks.py:"),
+  "in a cond": (in_a_cond, "move the scan out of it"),
+  "used whole": (
+    lambda x, w: lax.fori_loop(0, 3, lambda _, x: scan(x, w), x),
+    "is summed in `scan` (<lambda>, test_stacks.py:",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_FOLLOWED))
+def test_a_stack_whose_gradient_is_not_followed_says_why(name):
+  run, why = NOT_FOLLOWED[name]
+  loss, params = make(run, 0)
+  (v_place, v_why), (w_place, w_why) = places(loss, params, exact())
+  assert (v_place, v_why, w_place) == ("in scan", "", "at once")
+  assert why in w_why
+  assert ": " in w_why.split("; ")[0]  # what to change
 
 
 @dataclasses.dataclass(frozen=True)
