@@ -5,10 +5,10 @@ has the gradient of one layer at a time, and should update that layer's weights 
 whole stack. Traced again for one layer, it could mean something else: a weight decay mask by rank would see scales as
 scalars, adafactor would factor other axes.
 
-How: run the operations of the update one by one on arrays that have the entries of one layer only, and track where these
-lie in the whole array (`layer_rules.Entries`): elementwise operations keep them there, a transpose moves them to another
-axis, a slice shifts them. An operation that mixes layers (a sum over their axis, say) or is not known is refused by
-name. Arrays that do not depend on the layer are sliced at its entries where they meet ones that do.
+How: run the operations of the update one by one on arrays that have the entries of one layer only, and track where
+these lie in the whole array (`layer_rules.Entries`): elementwise operations keep them there, a transpose moves them to
+another axis, a slice shifts them. An operation that mixes layers (a sum over their axis, say) or is not known is
+refused by name. Arrays that do not depend on the layer are sliced at its entries where they meet ones that do.
 """
 
 import dataclasses
