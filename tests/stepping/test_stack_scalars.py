@@ -164,7 +164,9 @@ def test_fused_scan_updates_them_too():
 
 
 def clip_by_largest(limit):
-  return optax.stateless_with_tree_map(lambda u, p: u / jnp.maximum(1.0, jnp.max(jnp.abs(u)) / limit))
+  # A product, and below a learning rate that is a power of two: XLA may reorder a division and the learning rate, or
+  # divide by a scalar as by its reciprocal, in one of two programs.
+  return optax.stateless_with_tree_map(lambda u, p: u * jnp.minimum(1.0, limit / jnp.max(jnp.abs(u))))
 
 
 def ratio_of_largest():
@@ -178,8 +180,8 @@ def ratio_of_largest():
 
 
 NEED_ALL = {  # what the reason says in one pass; the bound on the difference, since sums are made in another order
-  "largest": (lambda: optax.chain(clip_by_largest(1e-3), optax.sgd(0.1)), "`reduce_max` .*mixes the layers", 0),
-  "ratio": (lambda: optax.chain(ratio_of_largest(), optax.sgd(0.1)), "`reduce_max` .*mixes the layers", 0),
+  "largest": (lambda: optax.chain(clip_by_largest(1e-3), optax.sgd(0.125)), "`reduce_max` .*mixes the layers", 0),
+  "ratio": (lambda: optax.chain(ratio_of_largest(), optax.sgd(0.125)), "`reduce_max` .*mixes the layers", 0),
   "clip": (lambda: optax.chain(optax.clip_by_block_rms(1e-3), optax.sgd(0.1)), "`reduce_sum` .*mixes", 1e-6),
   "LAMB": (lambda: optax.lamb(1e-2), "`reduce_sum` mixes the layers", 1e-6),
   "Adafactor": (lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4), "`reduce_sum` .*mixes the layers", 1e-6),
