@@ -20,6 +20,9 @@ PyTree = Any
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "adamw": lambda: optax.adamw(3e-4, weight_decay=0.1),
   "adamw-clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.1)),
+  "adamw-recorded": lambda: optax.chain(
+    mpo.record_norms(), mpo.clip_by_delayed_norm(1.0), optax.adamw(3e-4, weight_decay=0.1)
+  ),
   "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
   "lion": lambda: optax.lion(1e-4, weight_decay=0.1),
 }

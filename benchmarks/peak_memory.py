@@ -75,6 +75,7 @@ SHARDED_MODES = ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-comp
 MODELS_OF = {
   "adamw": tuple(MODELS),
   "adamw-clip": ("lm-350m-unrolled", "lm-350m", "lm-1.3b"),
+  "adamw-recorded": ("lm-350m", "lm-1.3b"),
   "sgd": ("lm-350m", "lm-1.3b", "vit-l16", "resnet50"),
   "lion": ("lm-350m", "lm-1.3b", "vit-l16"),
 }

@@ -16,6 +16,7 @@ import optax
 from optax_mpo._core import modules, trees, wrapping
 from optax_mpo._layers import fused_call, handles
 from optax_mpo._updates import by_leaf
+from optax_mpo._updates.late import take
 
 PyTree = Any
 
@@ -74,10 +75,12 @@ def fused_value_and_update(
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     trees.check_arrays(params, "fused_value_and_update", also_numbers=False)
     params, opt_state, args, kwargs = _guarded((params, opt_state, args, kwargs))
-    update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "fused_value_and_update")
+    late = take(by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "fused_value_and_update"))
+    update = late.update
     shared, shared_states = update.run_shared()
     leaves, treedef = jax.tree.flatten(params)
-    states, state_treedef = jax.tree.flatten(opt_state)
+    old, state_treedef = jax.tree.flatten(opt_state)
+    states = late.with_parts(old)
     own = {j: s for j, s in enumerate(states) if j not in shared_states}
     context = handles.Step(update, leaves, own, shared)
 
@@ -96,6 +99,7 @@ def fused_value_and_update(
     fused_call.step_unreached(context, rest)
     new_states = [shared_states[j] if j in shared_states else jax.freeze(context.states[j]) for j in range(len(states))]
     new_params = [jax.freeze(ref) for ref in context.params]
+    new_states = late.finish(states, new_states, update.program.constants)
     return value, treedef.unflatten(new_params), state_treedef.unflatten(new_states)
 
   return step

@@ -17,6 +17,7 @@ from optax_mpo._program import upcasts
 from optax_mpo._stepping import held, planning, value_and_update
 from optax_mpo._stepping.site import Place
 from optax_mpo._updates import by_leaf
+from optax_mpo._updates.late import take
 
 PyTree = Any
 
@@ -134,7 +135,7 @@ def explain(
   """
   wrapping.check_loss(loss_fn, "explain", _USAGE)
   tx = wrapping.as_transformation(tx, "explain", "tx", _USAGE)
-  update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "explain")
+  update = take(by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "explain")).update
   traced = value_and_update.Traced(loss_fn, has_aux, update, params, args, kwargs)
   passes = value_and_update.two_passes(traced, update, "explain") if two_pass else None
   groups = passes.groups if passes else value_and_update.groups_of(update)

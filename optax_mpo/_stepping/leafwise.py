@@ -19,6 +19,7 @@ from optax_mpo._codecs import formats, known_weights
 from optax_mpo._core import trees
 from optax_mpo._stepping.site import apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
+from optax_mpo._updates.late import take
 
 PyTree = Any
 
@@ -44,7 +45,7 @@ def replaced(
   if not step_weight.is_traced([*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]):
     return new
   try:
-    taken = by_leaf.Update(tx, params, state, caller, kernels)
+    taken = take(by_leaf.Update(tx, params, state, caller, kernels)).rest
   except ValueError:  # an update that cannot be taken apart, such as one with side effects
     return new
   leaves, treedef = jax.tree.flatten(params)

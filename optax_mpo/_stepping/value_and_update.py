@@ -25,6 +25,7 @@ from optax_mpo._stepping import evaluate, first_pass, planning
 from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf, coupled
+from optax_mpo._updates.late import Late, take
 
 PyTree = Any
 
@@ -198,11 +199,12 @@ def value_and_update(
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), _CALLER)
-    traced = Traced(loss_fn, has_aux, update, params, args, kwargs)
+    late = take(update)
+    traced = Traced(loss_fn, has_aux, late.update, params, args, kwargs)
     states, state_treedef = jax.tree.flatten(opt_state)
     operands = ([*traced.leaves, *traced.lifted], states, traced.program.traced, update.program.traced)
     results, leaves, states = _differentiated_as(
-      functools.partial(_ordinary, traced, update), functools.partial(_released, traced, update, two_pass), operands
+      functools.partial(_ordinary, traced, update), functools.partial(_released, traced, late, two_pass), operands
     )
     return traced.output(results), jax.tree.structure(params).unflatten(leaves), state_treedef.unflatten(states)
 
@@ -219,10 +221,11 @@ Results = tuple[list[Any], list[Any], list[Any]]
 """What the loss function returned, the new weights and the new leaves of the state."""
 
 
-def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: Operands) -> Results:
+def _released(traced: Traced, late: Late, two_pass: bool, operands: Operands) -> Results:
   """Runs the step and updates each weight inside the backward pass."""
   inputs, old, loss_constants, constants = operands
-  traced, update = traced.at(inputs, loss_constants), update.at(old, constants)
+  old = late.with_parts(old)
+  traced, update = traced.at(inputs, loss_constants), late.update.at(old, constants)
   values, new_states = update.run_shared()
   new_weights: dict[int, Any] = {}
   passes = two_passes(traced, update, _CALLER) if two_pass else None
@@ -240,7 +243,7 @@ def _released(traced: Traced, update: by_leaf.Update, two_pass: bool, operands: 
   for kept, new in ((store.leaves, new_weights), (store.states, new_states)):
     for i, value in new.items():
       kept[i] = value
-  return results, store.leaves, store.states
+  return results, store.leaves, late.finish(old, store.states, update.program.constants)
 
 
 def _ordinary(traced: Traced, update: by_leaf.Update, operands: Operands) -> Results:

@@ -24,7 +24,7 @@ import optax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import apply
-from optax_mpo._core import trees, wrapping
+from optax_mpo._core import trees, types, wrapping
 from optax_mpo._program import jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program, Slice
@@ -220,6 +220,15 @@ class Update:
     other._state, other.program = list(opt_state), self.program.replaced(constants)
     return other
 
+  def rewritten(self, program: Program, names: Sequence[str] = ()) -> "Update":
+    """The same update with another program; `names` are those of further states, which start as zeros."""
+    other = copy.copy(self)
+    other.__dict__.pop("_used_gradients", None)
+    other.program, other.state_names = program, [*self.state_names, *names]
+    other._state = [*self._state, *(types.zeros(program.aval(v)) for v in program.inputs[len(self.program.inputs) :])]
+    other._own()
+    return other
+
   def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
     """Computes once what all leaves share.
 
@@ -242,6 +251,11 @@ class Update:
     for leaf in leaves:
       by_root.setdefault(self._root(leaf), []).append(leaf)
     return [tuple(group) for group in by_root.values()]
+
+  def states_of(self, leaf: int) -> list[int]:
+    """The leaves of the state that belong to a leaf, or to those that it is coupled to."""
+    count = len(self._params)
+    return [node - count for node in self._members[self._root(leaf)] if node >= count]
 
   @property
   def is_coupled(self) -> bool:

@@ -1,0 +1,100 @@
+"""State that is made of all leaves, but that no weight reads in the same step, such as a norm for the logs.
+
+Why: such state couples all leaves, although each weight could be updated alone. Two passes would be a waste.
+
+How: by dataflow. The new values of this *late* state are taken out of the update, so that nothing couples its leaves.
+What a leaf gives to them, such as the sum of its squares, is a small array: its *part*. Parts become state of their
+leaf, which the update of that leaf makes. After the step, the new values are made of the parts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from optax_mpo._core import types
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Operation
+from optax_mpo._updates import by_leaf
+from optax_mpo._updates.coupled import SMALL
+
+
+@dataclasses.dataclass(frozen=True)
+class Late:
+  """An update without its late state.
+
+  Attributes:
+    rest: the update without late state, which it keeps as it is.
+    update: the same, and it makes the parts: they are its last states.
+    states: which leaves of the state are late.
+    parts: the variables of the parts.
+    operations: make the new values of the late state from the parts and from state that belongs to no leaf.
+    outputs: these new values.
+  """
+
+  rest: by_leaf.Update
+  update: by_leaf.Update
+  states: tuple[int, ...] = ()
+  parts: tuple[int, ...] = ()
+  operations: tuple[Operation, ...] = ()
+  outputs: tuple[Any, ...] = ()
+
+  def with_parts(self, states: Sequence[Any]) -> list[Any]:
+    """The leaves of the state that `update` takes: those of the whole update, and zeros for the parts."""
+    return [*states, *(types.zeros(self.update.program.aval(v)) for v in self.parts)]
+
+  def finish(self, old: Sequence[Any], new: Sequence[Any], constants: dict[int, Any]) -> list[Any]:
+    """Makes the late state.
+
+    Args:
+      old: the leaves of the state before the step.
+      new: those that `update` has made, with the parts.
+      constants: of the program of the update.
+
+    Returns:
+      The new leaves of the state.
+    """
+    count = len(new) - len(self.parts)
+    inputs = self.update.inputs[2][:count]
+    env = constants | dict(zip(inputs, old[:count], strict=True)) | dict(zip(self.parts, new[count:], strict=True))
+    jax_forms.run(self.update.program, self.operations, env)
+    made = dict(zip(self.states, self.outputs, strict=True))
+    return [jax_forms.value(made[j], env) if j in made else new[j] for j in range(count)]
+
+
+def take(update: by_leaf.Update) -> Late:
+  """Takes late state out of an update. If its leaves would be coupled all the same, the update is returned as it is."""
+  if not update.is_coupled:
+    return Late(update, update)
+  program, count = update.program, len(update.names)
+  bits = [1 << i for i in range(count)]
+  states = update.inputs[2]
+  of_leaves = jax_forms.output_bits(program, jax_forms.dependencies(program, [*bits, *bits, *([0] * len(states))]))
+  late = [j for j, leaves in enumerate(of_leaves[count:]) if leaves & (leaves - 1)]
+  kept = {count + j: states[j] for j in late}
+  outputs = [kept.get(k, atom) for k, atom in enumerate(program.outputs)]
+  rest = update.rewritten(dataclasses.replace(program, outputs=outputs))
+  if rest.is_coupled:
+    return Late(update, update)
+
+  owners = {j: i for i in range(count) for j in rest.states_of(i)}
+  of_states = [1 << owners[j] if j in owners else 0 for j in range(len(states))]
+  deps = jax_forms.dependencies(program, [*bits, *bits, *of_states])
+  single = {v for v, leaves in deps.items() if leaves and not leaves & (leaves - 1) and _is_small(program.aval(v))}
+  made = [program.outputs[count + j] for j in late]
+  known = {*program.constants, *(v for j, v in enumerate(states) if j not in owners)}
+  operations = jax_forms.slice_of(program, made, known | single)
+  read = jax_forms.read_by(operations, made) - {v for operation in operations for v in operation.outputs}
+  if read - known - single:
+    return Late(update, update)  # it needs more of a leaf than small arrays
+
+  parts = sorted(read & single)
+  avals = [*program.avals, *(program.aval(v) for v in parts)]
+  inputs = [*program.inputs, *range(len(program.avals), len(avals))]
+  whole = dataclasses.replace(program, inputs=inputs, outputs=[*outputs, *parts], avals=avals)
+  names = [f"a part of {update.names[deps[v].bit_length() - 1]}" for v in parts]
+  return Late(rest, update.rewritten(whole, names), tuple(late), tuple(parts), tuple(operations), tuple(made))
+
+
+def _is_small(aval: Any) -> bool:
+  return math.prod(aval.shape) <= SMALL
