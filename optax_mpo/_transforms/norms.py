@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._core import trees
+from optax_mpo._core import trees, wrapping
 
 PyTree = Any
 
@@ -89,8 +89,9 @@ def record_norms(
     return RecordedNorms({key: jnp.zeros([], jnp.float32) for key in by_name(params)})
 
   def update(
-    updates: optax.Updates, state: RecordedNorms, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, RecordedNorms]:
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.OptState]:
+    state = wrapping.own_state(state, RecordedNorms, "record_norms")
     if of == "params" and params is None:
       raise ValueError(f"record_norms: {name!r} is a norm of the params: call tx.update(grads, opt_state, params).")
     measured = updates if of == "updates" else params
@@ -135,9 +136,9 @@ def clip_by_delayed_norm(max_norm: float, decay: float = 0.0) -> optax.GradientT
   """Clips by the global norm of the step before, or by its moving average, in one backward pass.
 
   `optax.clip_by_global_norm` needs the norm of all gradients before it can scale the first one, and so two backward
-  passes. This one scales by `max_norm / norm` where `norm` is known already and above `max_norm`. It keeps a long run at
-  the step size that clipping would give it, but a sudden spike is only answered in the next step. Where spikes are the
-  reason for clipping, use `optax.clip_by_global_norm` with `two_pass=True`, or clip each layer by its own norm.
+  passes. This one scales by `max_norm / norm` where `norm` is known already and above `max_norm`. It keeps a long run
+  at the step size that clipping would give it, but a sudden spike is only answered in the next step. Where spikes are
+  the reason for clipping, use `optax.clip_by_global_norm` with `two_pass=True`, or clip each layer by its own norm.
 
   The first step has no norm to clip by and is left as it is; so is each step until a norm is neither zero nor infinite
   nor NaN. A norm that is not finite is ignored.
@@ -172,8 +173,9 @@ def clip_by_delayed_norm(max_norm: float, decay: float = 0.0) -> optax.GradientT
     return DelayedNormState(jnp.zeros([], jnp.float32))
 
   def update(
-    updates: optax.Updates, state: DelayedNormState, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, DelayedNormState]:
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.OptState]:
+    state = wrapping.own_state(state, DelayedNormState, "clip_by_delayed_norm")
     scale = jnp.where(state.norm > max_norm, max_norm / state.norm, jnp.float32(1))
     norm = _norm(list(map(_sum_of_squares, jax.tree.leaves(updates))))
     average = jnp.where(state.norm > 0, decay * state.norm + (1 - decay) * norm, norm)

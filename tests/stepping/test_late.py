@@ -95,14 +95,15 @@ def test_norms_are_what_optax_computes():
   norms = mpo.recorded((state, optax.EmptyState()))
   np.testing.assert_allclose(norms["grad_norm"], optax.tree.norm(grads), rtol=1e-6)  # another order of the sum
   np.testing.assert_allclose(norms["grad_norm/b"], 4.0, rtol=0)
-  assert "grad_norm/c" not in norms and len(norms) == 3
+  assert norms.keys() == {"grad_norm", "grad_norm/a", "grad_norm/b"}
 
 
 def test_low_precision_gradients_have_a_norm_in_f32():
   grads = {"w": jnp.full((64, 64), 3.0, jnp.bfloat16)}
   tx = mpo.record_norms()
   updates, state = tx.update(grads, tx.init(grads))
-  assert updates is grads and state.norms["grad_norm"].dtype == jnp.float32
+  assert updates is grads
+  assert state.norms["grad_norm"].dtype == jnp.float32
   assert float(state.norms["grad_norm"]) == 192.0
 
 
