@@ -1,12 +1,14 @@
 """The first checks that every wrapper of an Optax transformation makes on it and on its state."""
 
 import contextvars
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from optax_mpo._core import buffers
+from optax_mpo._core import buffers, trees
 
 State = TypeVar("State")
 
@@ -40,6 +42,20 @@ def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
     )
 
 
+def extra_args(tx_args: Mapping[str, Any] | None, caller: str, loss: bool = True) -> dict[str, Any]:
+  """Checks the extra arguments of `tx.update`, and adds a place for the loss as `value`, which may also be among them.
+
+  Raises:
+    TypeError: if they are not a mapping with names as its keys.
+  """
+  if tx_args is not None and not (isinstance(tx_args, Mapping) and all(isinstance(key, str) for key in tx_args)):
+    raise TypeError(
+      f"{caller}: tx_args has to be a dict of the extra arguments of tx.update, by name, such as {{'value': x}}, but "
+      f"it is a {type(tx_args).__name__}."
+    )
+  return ({"value": jnp.zeros([], jnp.float32)} if loss else {}) | dict(tx_args or {})
+
+
 _for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_for_shapes", default=False)
 
 
@@ -55,6 +71,29 @@ def state_shapes(tx: optax.GradientTransformation, params: Any) -> Any:
 def is_for_shapes() -> bool:
   """Whether `init` runs for `state_shapes`, so that its result is not used for training."""
   return _for_shapes.get()
+
+
+def check_state(tx: optax.GradientTransformation, params: Any, opt_state: Any, caller: str) -> None:
+  """Checks params and state.
+
+  Raises:
+    TypeError: if a leaf of `params` is not an array.
+    ValueError: where `opt_state` does not match the structure and shapes of `tx.init(params)`.
+  """
+  trees.check_arrays(params, caller)
+  try:
+    expected = state_shapes(tx, params)
+  except jax.errors.ConcretizationTypeError:
+    return  # this init reads values; tx.update has to find errors itself
+  hint = "Make the state with optax_mpo.init(tx, params) or tx.init(params), for these very params."
+  leaves = trees.flatten_like(expected, opt_state, f"{caller}: opt_state", hint, root="tx.init(params)")
+  for (name, want), got in zip(trees.named_leaves(expected, "opt_state"), leaves, strict=True):
+    if not trees.is_array(want):
+      continue
+    if jnp.shape(got) != want.shape:
+      raise ValueError(
+        f"{caller}: {name} has shape {list(jnp.shape(got))}, but for these params it is {list(want.shape)}. {hint}"
+      )
 
 
 def own_state(state: Any, kind: type[State], caller: str) -> State:

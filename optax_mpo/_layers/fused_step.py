@@ -6,7 +6,7 @@ How: the step makes the refs that the layers write, differentiates once, so that
 that every weight is updated exactly once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,8 +26,8 @@ def fused_value_and_update(
 ) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
   """Makes a training step that updates each layer's weights inside the backward pass, without a tree of gradients.
 
-  `step(params, opt_state, *args, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`. Handles are indexed like the
-  params. `loss_fn` passes them to layers made by `fused_layer` and `fused_scan`, or reads them with `fused_value`.
+  `step(params, opt_state, *args, tx_args=None, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`. Handles are
+  indexed like the params. `loss_fn` passes them to layers made by `fused_layer` and `fused_scan`, or reads them with `fused_value`.
   From outside, the step is pure. Jit it and donate params and state: their memory is then updated in place. It runs the
   operations of `jax.value_and_grad`, `tx.update` and `apply_updates` and gives the same bits, except where XLA fuses
   the two programs differently (docs/fused_layers.md). The state is the same, so you can switch at any step.
@@ -47,7 +47,9 @@ def fused_value_and_update(
     ValueError: by the step, when it is traced: where the update couples leaves of different layers (as
       `optax.clip_by_global_norm` does), with the leaves and the operation; where `tx` changes the form of its state;
       where the state was made for other params.
-    TypeError: by the step: where a leaf of params is not an array, or `tx.update` needs extra arguments.
+    TypeError: by the step: where a leaf of params is not an array, or `tx.update` needs extra arguments that are not in
+      `tx_args`, a dict. The loss is not known yet when layers are updated; pass that of the step before as `value`, or
+      use `value_and_update`.
     FusedError: by the step: where a weight is not used or used twice, a handle is used outside the loss function or
       inside a transformation, or the step itself is differentiated or mapped.
 
@@ -72,15 +74,23 @@ def fused_value_and_update(
   wrapping.check_loss(loss_fn, "fused_value_and_update", "loss_fn, tx")
   tx = wrapping.as_transformation(tx, "fused_value_and_update", "tx", "loss_fn, tx")
 
-  def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
+  def step(
+    params: PyTree,
+    opt_state: optax.OptState,
+    *args: Any,
+    tx_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+  ) -> tuple[Any, PyTree, optax.OptState]:
     trees.check_arrays(params, "fused_value_and_update", also_numbers=False)
-    params, opt_state, args, kwargs = _guarded((params, opt_state, args, kwargs))
-    late = take(by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "fused_value_and_update"))
+    extra = wrapping.extra_args(tx_args, "fused_value_and_update", loss=False)
+    params, opt_state, extra, args, kwargs = _guarded((params, opt_state, extra, args, kwargs))
+    pure = modules.pure(params), modules.pure(opt_state)
+    late = take(by_leaf.Update(tx, *pure, "fused_value_and_update", extra=extra))
     update = late.update
     shared, shared_states = update.run_shared()
     leaves, treedef = jax.tree.flatten(params)
     old, state_treedef = jax.tree.flatten(opt_state)
-    states = late.with_parts(old)
+    states = late.with_parts([*old, *jax.tree.leaves(extra)])
     own = {j: s for j, s in enumerate(states) if j not in shared_states}
     context = handles.Step(update, leaves, own, shared)
 
@@ -100,7 +110,7 @@ def fused_value_and_update(
     new_states = [shared_states[j] if j in shared_states else jax.freeze(context.states[j]) for j in range(len(states))]
     new_params = [jax.freeze(ref) for ref in context.params]
     new_states = late.finish(states, new_states, update.program.constants)
-    return value, treedef.unflatten(new_params), state_treedef.unflatten(new_states)
+    return value, treedef.unflatten(new_params), state_treedef.unflatten(new_states[: len(old)])
 
   return step
 

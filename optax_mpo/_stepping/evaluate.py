@@ -8,7 +8,8 @@ state in its carry, and updates them in place. Every operation is the one that J
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -151,9 +152,10 @@ def run(
   inputs: Sequence[Any],
   results: Sequence[Atom],
   store: Store,
-  shared: Sequence[Sequence[Any]],
+  shared: Sequence[Sequence[Any]] | Callable[[Any], Sequence[Sequence[Any]]],
   at_least: int = 0,
   weights: Sequence[int] = (),
+  loss: Atom = None,
 ) -> list[Any]:
   """Runs a program and updates weights in it, each as soon as its gradient is complete.
 
@@ -163,16 +165,33 @@ def run(
     inputs: the values of the program's inputs.
     results: atoms of the program.
     store: holds the weights and the state of each site; they are replaced there.
-    shared: for each site the values that its update shares with others.
+    shared: for each site the values that its update shares with others; or a function that makes them of the loss.
     at_least: bytes of gradient, as for `planning.make_plan`.
     weights: variables that scans read where they lie, likewise.
+    loss: an atom of the program that `shared` needs before the first update.
 
   Returns:
     The values of `results`.
   """
   env = dict(program.constants) | dict(zip(program.inputs, inputs, strict=True))
-  evaluate(planning.make_plan(program, sites, results, at_least, weights), env, store, shared)
+  plan = planning.make_plan(program, sites, [*results, loss], at_least, weights, loss)
+  if callable(shared):
+    shared = _OnDemand(shared, lambda: None if loss is None else jax_forms.value(loss, env))
+  evaluate(plan, env, store, shared)
   return [jax_forms.value(a, env) for a in results]
+
+
+class _OnDemand(Sequence[Sequence[Any]]):
+  """Values of the sites that are made when the first is needed: by then the loss is known."""
+
+  def __init__(self, make: Callable[[Any], Sequence[Sequence[Any]]], loss: Callable[[], Any]):
+    self._make = functools.cache(lambda: make(loss()))
+
+  def __getitem__(self, index: Any) -> Any:
+    return self._make()[index]
+
+  def __len__(self) -> int:
+    return len(self._make())
 
 
 def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]]) -> None:

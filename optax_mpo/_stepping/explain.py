@@ -6,7 +6,7 @@ How: it makes the plan of the step without running it, and prints what the plan 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,7 @@ def explain(
   *args: Any,
   has_aux: bool = False,
   two_pass: bool = False,
+  tx_args: Mapping[str, Any] | None = None,
   **kwargs: Any,
 ) -> Explanation:
   """Prints and returns how `value_and_update(loss_fn, tx)` updates each leaf of `params`.
@@ -104,6 +105,7 @@ def explain(
     opt_state: likewise.
     *args: further arguments of `loss_fn`, likewise.
     has_aux: whether `loss_fn` returns more than the loss.
+    tx_args: extra arguments of `tx.update`, as for the step.
     two_pass: as for `value_and_update`. The table shows the second pass; the first holds no more.
     **kwargs: further arguments of `loss_fn`, likewise.
 
@@ -135,7 +137,11 @@ def explain(
   """
   wrapping.check_loss(loss_fn, "explain", _USAGE)
   tx = wrapping.as_transformation(tx, "explain", "tx", _USAGE)
-  update = take(by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "explain")).update
+  update = take(
+    by_leaf.Update(
+      tx, modules.pure(params), modules.pure(opt_state), "explain", extra=wrapping.extra_args(tx_args, "explain")
+    )
+  ).update
   traced = value_and_update.Traced(loss_fn, has_aux, update, params, args, kwargs)
   passes = value_and_update.two_passes(traced, update, "explain") if two_pass else None
   groups = passes.groups if passes else value_and_update.groups_of(update)

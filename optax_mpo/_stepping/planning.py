@@ -26,19 +26,26 @@ _VIEWS = frozenset(
 
 
 def make_plan(
-  program: Program, sites: list[Site], results: Iterable[Atom], at_least: int = 0, weights: Sequence[int] = ()
+  program: Program,
+  sites: list[Site],
+  results: Iterable[Atom],
+  at_least: int = 0,
+  weights: Sequence[int] = (),
+  first: Atom = None,
 ) -> Plan:
   """Plans where the `sites` are updated in `program`, which has to compute `results` too.
 
   Updates outside scans wait until their gradients have `at_least` bytes together, or for the end of the program: XLA
   fuses nothing across the barrier of an update. `weights` are other variables that scans read where they lie.
+  Nothing is updated before the atom `first` is made.
   """
-  return _Planner(program, sites, results).plan(at_least, weights)
+  return _Planner(program, sites, results, first).plan(at_least, weights)
 
 
 class _Planner:
-  def __init__(self, program: Program, sites: list[Site], results: Iterable[Atom]):
+  def __init__(self, program: Program, sites: list[Site], results: Iterable[Atom], first: Atom):
     self.program, self.sites = program, sites
+    self.first = self._made(first)
     self.results = {a for a in results if isinstance(a, int)}
     self.users: dict[int, list[int]] = {}
     for i, operation in enumerate(program.operations):
@@ -110,7 +117,7 @@ class _Planner:
   def _due(self, site: Site) -> int:
     complete = max((self._made(a) for a in site.grads), default=-1)
     read = max((self._last_read(v) for views in site.params for v in views), default=-1)
-    return max(complete, read)
+    return max(complete, read, self.first)
 
   def _place(self, site: Site) -> tuple[Place, str]:
     """How a site outside scans is updated, and why."""

@@ -11,7 +11,7 @@ References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) 
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,14 +165,17 @@ def value_and_update(
       depend on each other in this way (`optax.clip_by_block_rms`) are then updated in their scans, too.
 
   Returns:
-    `step(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is `(loss, aux)`.
+    `step(params, opt_state, *args, tx_args=None, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is
+    `(loss, aux)`. `tx_args` is a dict of extra arguments of `tx.update`. A transformation that takes `value`, such as
+    `optax.contrib.reduce_on_plateau`, gets the loss in f32, unless `tx_args` has another one.
 
   Raises:
     NotImplementedError: by the step, on a JAX whose programs it cannot read, and where `loss_fn` has side effects that
       two passes would repeat.
     ValueError: by the step, where `opt_state` is not the state of `tx` for `params`, where `tx` couples leaves and
       `two_pass` does not help, and where `loss_fn` closes over a leaf of `params`.
-    TypeError: by the step, where a leaf of `params` is not an array, or `tx.update` needs extra arguments.
+    TypeError: by the step, where a leaf of `params` is not an array, or `tx.update` needs other extra arguments than
+      those in `tx_args`; `grad` and `value_fn`, as line searches need them, cannot be given.
     The step also raises what `jax.value_and_grad` raises.
 
   Memory: saves the gradient tree, 2 to 4 bytes per parameter. At any time there is the gradient of one leaf, or, for
@@ -197,16 +200,32 @@ def value_and_update(
   wrapping.check_loss(loss_fn, _CALLER, "loss_fn, tx")
   tx = wrapping.as_transformation(tx, _CALLER, "tx", "loss_fn, tx")
 
-  def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
-    update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), _CALLER)
+  def step(
+    params: PyTree,
+    opt_state: optax.OptState,
+    *args: Any,
+    tx_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+  ) -> tuple[Any, PyTree, optax.OptState]:
+    extra = wrapping.extra_args(tx_args, _CALLER)
+    update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), _CALLER, extra=extra)
     late = take(update)
     traced = Traced(loss_fn, has_aux, late.update, params, args, kwargs)
     states, state_treedef = jax.tree.flatten(opt_state)
-    operands = ([*traced.leaves, *traced.lifted], states, traced.program.traced, update.program.traced)
-    results, leaves, states = _differentiated_as(
-      functools.partial(_ordinary, traced, update), functools.partial(_released, traced, late, two_pass), operands
+    operands = (
+      [*traced.leaves, *traced.lifted],
+      [*states, *jax.tree.leaves(extra)],
+      traced.program.traced,
+      update.program.traced,
     )
-    return traced.output(results), jax.tree.structure(params).unflatten(leaves), state_treedef.unflatten(states)
+    value = None if "value" in (tx_args or {}) else update.value
+    results, leaves, new_states = _differentiated_as(
+      functools.partial(_ordinary, traced, update, value),
+      functools.partial(_released, traced, late, two_pass, value),
+      operands,
+    )
+    new_state = state_treedef.unflatten(new_states[: len(states)])
+    return traced.output(results), jax.tree.structure(params).unflatten(leaves), new_state
 
   return step
 
@@ -221,37 +240,67 @@ Results = tuple[list[Any], list[Any], list[Any]]
 """What the loss function returned, the new weights and the new leaves of the state."""
 
 
-def _released(traced: Traced, late: Late, two_pass: bool, operands: Operands) -> Results:
+class _Shared:
+  """What the updates of all leaves share. It is computed when the loss is known, since it may depend on it.
+
+  Attributes:
+    values: by variable.
+    states: the new state that belongs to no leaf, by index.
+    old: the leaves of the old state, with the loss among them where the update reads it.
+  """
+
+  def __init__(self, late: Late, value: int | None, old: Sequence[Any], constants: dict[int, Any]):
+    self._late, self._value, self._constants = late, value, constants
+    self.values: dict[int, Any] | None = None
+    self.states: dict[int, Any] = {}
+    self.old = late.with_parts(old)
+
+  def compute(self, loss: Any) -> dict[int, Any]:
+    """Computes the values, unless that has been done, and returns them."""
+    if self.values is None:
+      if self._value is not None:
+        self.old[self._value] = jnp.asarray(loss, jnp.float32)
+      self.values, self.states = self._late.update.at(self.old, self._constants).run_shared()
+    return self.values
+
+
+def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, operands: Operands) -> Results:
   """Runs the step and updates each weight inside the backward pass."""
   inputs, old, loss_constants, constants = operands
-  old = late.with_parts(old)
-  traced, update = traced.at(inputs, loss_constants), late.update.at(old, constants)
-  values, new_states = update.run_shared()
+  shared = _Shared(late, value, old, constants)
+  traced, update = traced.at(inputs, loss_constants), late.update.at(shared.old, constants)
+  loss = None if value is None else traced.results[0]
   new_weights: dict[int, Any] = {}
   passes = two_passes(traced, update, _CALLER) if two_pass else None
   if passes is not None:
-    groups, values, new_weights, states = _first_pass(traced, passes, old, values)
-    new_states |= states
+    new_weights = _first_pass(traced, passes, shared, loss)
     # Without a barrier, XLA would see that both passes compute the same, and keep all of the first for the second.
-    inputs, values = order.barrier((inputs, values))
-  else:
-    groups = groups_of(update)
-  shared = [[values[v] for v in group.shared] for group in groups]
+    inputs, shared.values = order.barrier((inputs, shared.values))
+    loss = None
+  groups = groups_of(update) if passes is None else passes.groups
+
+  def of_sites(loss: Any) -> list[list[Any]]:
+    values = shared.compute(loss)
+    return [[values[v] for v in group.shared] for group in groups]
+
   sites = traced.sites(groups, update.kernels)
-  store = evaluate.Whole(inputs[: len(traced.leaves)], list(old), groups)
-  results = evaluate.run(traced.program, sites, inputs, traced.results, store, shared)
-  for kept, new in ((store.leaves, new_weights), (store.states, new_states)):
-    for i, value in new.items():
-      kept[i] = value
-  return results, store.leaves, late.finish(old, store.states, update.program.constants)
+  store = evaluate.Whole(inputs[: len(traced.leaves)], list(shared.old), groups)
+  results = evaluate.run(traced.program, sites, inputs, traced.results, store, of_sites, loss=loss)
+  shared.compute(results[0])  # if there was nothing to update
+  for kept, new in ((store.leaves, new_weights), (store.states, shared.states)):
+    for i, x in new.items():
+      kept[i] = x
+  return results, store.leaves, late.finish(shared.old, store.states, update.program.constants)
 
 
-def _ordinary(traced: Traced, update: by_leaf.Update, operands: Operands) -> Results:
+def _ordinary(traced: Traced, update: by_leaf.Update, value: int | None, operands: Operands) -> Results:
   """Runs the same step with all gradients first, as `jax.value_and_grad` and `tx.update` do."""
   inputs, old, loss_constants, constants = operands
   count = len(traced.leaves)
   out = jax_forms.call_source(traced.program.replaced(loss_constants), *inputs)
   results, grads = out[: len(out) - count], out[len(out) - count :]
+  if value is not None:
+    old = [jnp.asarray(results[0], jnp.float32) if j == value else x for j, x in enumerate(old)]
   new = jax_forms.call_source(update.program.replaced(constants), *grads, *inputs[:count], *old)
   return results, new[:count], new[count:]
 
@@ -298,28 +347,35 @@ def two_passes(traced: Traced, update: by_leaf.Update, caller: str) -> coupled.T
   return passes
 
 
-def _first_pass(
-  traced: Traced, passes: coupled.TwoPass, states: Sequence[Any], values: dict[int, Any]
-) -> tuple[list[by_leaf.Group], dict[int, Any], dict[int, Any], dict[int, Any]]:
-  """Runs the backward pass for the small arrays that couple the leaves.
+def _first_pass(traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: Any) -> dict[int, Any]:
+  """Runs the backward pass for the small arrays that couple the leaves, and adds them to what the leaves share.
 
   Returns:
-    The updates of single leaves, and the values that they share; the new weights and states that are already made.
+    The new weights that are already made, by leaf.
   """
   if traced.effects:
     raise NotImplementedError(
       f"{_CALLER}: two_pass runs loss_fn twice, and it has effects: {trees.listed(map(str, traced.effects))}. Take "
       "callbacks and prints out, or use an update that does not couple the leaves."
     )
-  known = passes.known(values, traced.leaves, states)
   sites = traced.sites_of_parts(passes)
   store = evaluate.Parts(sites)
-  shared = [[known[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
+
+  def known(loss: Any) -> dict[int, Any]:
+    return passes.known(shared.compute(loss), traced.leaves, shared.old)
+
+  def of_sites(loss: Any) -> list[list[Any]]:
+    values = known(loss)
+    return [[values[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
+
   inputs = [*traced.leaves, *traced.lifted]
   weights = traced.program.inputs[: len(traced.leaves)]
-  evaluate.run(traced.program, sites, inputs, [], store, shared, weights=weights)
+  results = [] if loss is None else [loss]
+  results = evaluate.run(traced.program, sites, inputs, results, store, of_sites, weights=weights, loss=loss)
   parts = {
     v: x for part, xs in zip(passes.parts, store.values, strict=True) for v, x in zip(part.outputs, xs, strict=True)
   }
-  links, new_weights, new_states = passes.links(parts, known)
-  return passes.groups, {v: links[v] for group in passes.groups for v in group.shared}, new_weights, new_states
+  links, new_weights, new_states = passes.links(parts, known(results[0] if results else None))
+  shared.values = {v: links[v] for group in passes.groups for v in group.shared}
+  shared.states |= new_states
+  return new_weights

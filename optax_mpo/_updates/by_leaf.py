@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -107,42 +107,57 @@ class Update:
     opt_state: PyTree,
     caller: str,
     kernels: bool = False,
+    extra: Mapping[str, Any] | None = None,
   ):
+    """Traces and takes apart an update. `extra` are extra arguments of `tx.update`, which become state of no leaf."""
     self._caller = caller
+    self._extra, self._extra_treedef = jax.tree.flatten(dict(extra or {}))
     self._params, self._treedef = jax.tree.flatten(params)
     self._state, self._state_treedef = jax.tree.flatten(opt_state)
     self.names = [name for name, _ in trees.named_leaves(params)]
     self.state_names = [name for name, _ in trees.named_leaves(opt_state, "opt_state")]
-    check_state(tx, params, opt_state, caller)
+    wrapping.check_state(tx, params, opt_state, caller)
     with step_weight.left_out() as met:
-      self.program, out = jax_forms.trace(self._whole(tx), self._params, self._params, self._state)
+      self.program, out = jax_forms.trace(self._whole(tx), self._params, self._params, self._state, self._extra)
     self.kernels = kernels or bool(met)
     self._check_result(out)
+    self._state += self._extra
+    self.state_names += [name for name, _ in trees.named_leaves(extra or {}, "tx_args")]
     self._own()
 
   def _whole(self, tx: optax.GradientTransformation) -> Any:
-    tx_update = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update)).update
+    tx_update = optax.with_extra_args_support(tx).update
 
-    def whole(grads: list[Any], params: list[Any], state: list[Any]) -> tuple[PyTree, PyTree]:
-      tree = self._treedef.unflatten(params)
+    def whole(grads: list[Any], params: list[Any], state: list[Any], extra: list[Any]) -> tuple[PyTree, PyTree, Any]:
+      tree, extra_args = self._treedef.unflatten(params), self._extra_treedef.unflatten(extra)
+      given = self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree
       try:
-        updates, new_state = tx_update(self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree)
+        updates, new_state = tx_update(*given, **extra_args)
       except TypeError as error:
         missing = _MISSING.search(str(error))
         if missing is None:
           raise
         names = re.findall(r"'(\w+)'", missing[1])
-        raise TypeError(
-          f"{self._caller}: tx.update needs the extra argument {' and '.join(map(repr, names))}, which a fused step "
-          "does not hand on. Train with jax.value_and_grad and tx.update(grads, opt_state, params, "
-          f"{', '.join(f'{name}={name}' for name in names)})."
-        ) from error
-      return apply.apply_updates(tree, updates), new_state
+        self._raise_missing(names, error)
+      return apply.apply_updates(tree, updates), new_state, extra
 
     return whole
 
-  def _check_result(self, out: tuple[PyTree, PyTree]) -> None:
-    _, new_state = out
+  def _raise_missing(self, names: Sequence[str], error: TypeError) -> NoReturn:
+    needs = f"{self._caller}: tx.update needs the extra argument {' and '.join(map(repr, names))}"
+    if not {"grad", "value_fn"}.isdisjoint(names):
+      names = list(dict.fromkeys(["value", *names]))
+      raise TypeError(
+        f"{needs}: it evaluates the loss again, or needs all gradients at once, and a step with gradient release has "
+        "neither. Train with jax.value_and_grad and tx.update(grads, opt_state, params, "
+        f"{', '.join(f'{name}={name}' for name in names)})."
+      ) from error
+    given = ", ".join(f"{name!r}: ..." for name in names)
+    loss = " value_and_update hands on the loss as value by itself." if "value" in names else ""
+    raise TypeError(f"{needs}. Pass it to the step: step(..., tx_args={{{given}}}).{loss}") from error
+
+  def _check_result(self, out: tuple[PyTree, PyTree, Any]) -> None:
+    _, new_state, _ = out
     if jax.tree.structure(new_state) != self._state_treedef:
       raise ValueError(
         f"{self._caller}: tx.update changes the structure of its state, from {self._state_treedef} to "
@@ -228,6 +243,16 @@ class Update:
     other._state = [*self._state, *(types.zeros(program.aval(v)) for v in program.inputs[len(self.program.inputs) :])]
     other._own()
     return other
+
+  @property
+  def value(self) -> int | None:
+    """Which leaf of the state stands for the extra argument `value`, if the update reads it."""
+    name = "tx_args['value']"
+    if name not in self.state_names:
+      return None
+    j = self.state_names.index(name)
+    var = self.inputs[2][j]
+    return j if any(var in operation.inputs for operation in self.program.operations) else None
 
   def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
     """Computes once what all leaves share.
@@ -365,26 +390,3 @@ def _set_bits(bits: int) -> Iterable[int]:
     low = bits & -bits
     yield low.bit_length() - 1
     bits ^= low
-
-
-def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str) -> None:
-  """Checks params and state.
-
-  Raises:
-    TypeError: if a leaf of `params` is not an array.
-    ValueError: where `opt_state` does not match the structure and shapes of `tx.init(params)`.
-  """
-  trees.check_arrays(params, caller)
-  try:
-    expected = wrapping.state_shapes(tx, params)
-  except jax.errors.ConcretizationTypeError:
-    return  # this init reads values; tx.update has to find errors itself
-  hint = "Make the state with optax_mpo.init(tx, params) or tx.init(params), for these very params."
-  leaves = trees.flatten_like(expected, opt_state, f"{caller}: opt_state", hint, root="tx.init(params)")
-  for (name, want), got in zip(trees.named_leaves(expected, "opt_state"), leaves, strict=True):
-    if not trees.is_array(want):
-      continue
-    if jnp.shape(got) != want.shape:
-      raise ValueError(
-        f"{caller}: {name} has shape {list(jnp.shape(got))}, but for these params it is {list(want.shape)}. {hint}"
-      )
