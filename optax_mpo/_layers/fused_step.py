@@ -27,8 +27,8 @@ def fused_value_and_update(
   """Makes a training step that updates each layer's weights inside the backward pass, without a tree of gradients.
 
   `step(params, opt_state, *args, tx_args=None, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`. Handles are
-  indexed like the params. `loss_fn` passes them to layers made by `fused_layer` and `fused_scan`, or reads them with `fused_value`.
-  From outside, the step is pure. Jit it and donate params and state: their memory is then updated in place. It runs the
+  indexed like the params. `loss_fn` passes them to layers made by `fused_layer` and `fused_scan`, or reads them with
+  `fused_value`. From outside, the step is pure. Jit it and donate params and state: their memory is then updated in place. It runs the
   operations of `jax.value_and_grad`, `tx.update` and `apply_updates` and gives the same bits, except where XLA fuses
   the two programs differently (docs/fused_layers.md). The state is the same, so you can switch at any step.
 

@@ -52,6 +52,10 @@ CASES = {  # the transformation, the extra arguments of the ordinary step, those
 }
 
 
+def is_plateau(x):
+  return isinstance(x, optax.contrib.ReduceLROnPlateauState)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_extra_arguments_give_the_bits_of_the_ordinary_step(name):
   make, extra_args, tx_args, options = CASES[name]
@@ -66,7 +70,8 @@ def test_extra_arguments_give_the_bits_of_the_ordinary_step(name):
     x = jax.random.normal(jax.random.key(100 + i), (4, D))
     want, got = one(*want[1:], x), other(*got[1:], x)
     assert_same_bits(got, want)
-  assert optax.tree.get(got[2], "scale", 0.0) < 1  # with a plateau, the learning rate has been reduced
+  plateau = jax.tree.leaves(got[2], is_leaf=is_plateau)[-1]
+  assert not is_plateau(plateau) or plateau.scale < 1  # the learning rate has been reduced
 
 
 def test_stacks_are_still_updated_in_their_scan():
