@@ -34,6 +34,8 @@ from optax_mpo._transforms.loss_scale import LossScaleState as LossScaleState
 from optax_mpo._transforms.loss_scale import loss_scale as loss_scale
 from optax_mpo._transforms.loss_scale import loss_scaled as loss_scaled
 from optax_mpo._transforms.lost_updates import lost_updates as lost_updates
+from optax_mpo._transforms.per_layer import PerLayerState as PerLayerState
+from optax_mpo._transforms.per_layer import per_layer as per_layer
 from optax_mpo._transforms.quantized import QuantizedState as QuantizedState
 from optax_mpo._transforms.quantized import dequantized as dequantized
 from optax_mpo._transforms.quantized import quantized_state as quantized_state
@@ -45,7 +47,7 @@ __version__ = "0.1.0"
 # Public classes name this module as their own, so that pickles do not depend on the layout of the folders.
 _CLASSES = (
   *(Buffer, CompensatedState, Explanation, FusedError, LossScaleState, MemoryReport),
-  *(Quantized, QuantizedState, RoundingState),
+  *(PerLayerState, Quantized, QuantizedState, RoundingState),
 )
 _BEFORE_THE_FOLDERS = {  # pickles made before the move into folders name these modules
   "_blocks": "_codecs.blocks",

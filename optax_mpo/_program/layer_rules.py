@@ -377,6 +377,25 @@ def _cond(operation: Operation, values: list[Any], where: list[Where], layer: La
   return lax.switch(values[0], [branch(p, out) for p in branches], layer.index, *values[1:]), out
 
 
+def _scan(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  # A scan along the axis of the layers, without a carry, does to a layer what its body does.
+  scan = jax_forms.read_scan(operation)
+  if scan is None or scan[1] or any(e is not None for e in where[: scan[0]]):
+    raise _mixes(operation)
+  count, _, body = scan
+  consts, xs = values[:count], values[count:]
+  entries = next(e for e in where if e is not None)
+  if entries.axis or any(e not in (None, entries) for e in where[count:]):
+    raise _mixes(operation)
+  xs = [layer.cut(v, entries) if e is None else v for v, e in zip(xs, where[count:], strict=True)]
+  if entries.size == 1:
+    results = jax_forms.call(body, *consts, *(lax.squeeze(x, [0]) for x in xs))
+    results = [lax.expand_dims(r, [0]) for r in results]
+  else:
+    results = lax.map(lambda x: jax_forms.call(body, *consts, *x), xs)
+  return results, [entries] * len(results)
+
+
 _RULES: dict[str, Rule] = {
   "optimization_barrier": _barrier,
   "sharding_constraint": _constraint,
@@ -394,4 +413,5 @@ _RULES: dict[str, Rule] = {
   "sort": _sort,
   "dot_general": _dot_general,
   "cond": _cond,
+  "scan": _scan,
 }
