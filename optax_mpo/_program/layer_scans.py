@@ -27,8 +27,8 @@ class Crossing(Operation):
     enters: whether the axis is taken away.
   """
 
-  entries: Entries = Entries(0)
-  enters: bool = True
+  entries: Entries = dataclasses.field(kw_only=True)
+  enters: bool = dataclasses.field(kw_only=True)
 
   @property
   def name(self) -> str:
@@ -67,7 +67,7 @@ def opened(program: Program, where: dict[int, Where]) -> Program:
 
 def _open(new: Program, scan: Operation, consts: int, body: Program, entries: Entries) -> None:
   def cross(atom: Atom, var: int, enters: bool) -> None:
-    new.operations.append(Crossing(scan.eqn, (atom,), (var,), scan.caller, (), entries, enters))
+    new.operations.append(Crossing(scan.eqn, (atom,), (var,), scan.caller, entries=entries, enters=enters))
 
   def enter(atom: Atom, aval: Any) -> int:
     var = new.new(aval)

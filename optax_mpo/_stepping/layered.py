@@ -192,16 +192,19 @@ def _opened(update: Update) -> Program:
   program, read = update.program, [v for part in update.inputs[:3] for v in part]
   if all(operation.name != "scan" for operation in program.operations):
     return program
-  where = {v: e for v, e in zip(read, update.entries, strict=True) if e is not None}
+  where: dict[int, Where] = {v: e for v, e in zip(read, update.entries, strict=True) if e is not None}
   return layer_scans.opened(program, by_layer.entries_of(program.operations, program, where, update.count))
 
 
 def _named(
   error: NotSeparableError, step: Step, gradients: Sequence[Entries], states: Sequence[Where]
 ) -> NotSeparableError:
-  """The same error, which names the first state that has no layers."""
+  """The same error, which names the first state that has no layers, and what helps."""
   state = next((s for s, e in zip(step.states, states, strict=True) if e is None), None)
-  if state is None or not step.params:
+  if not step.params:
+    return error
+  error = NotSeparableError(f"{error}, or wrap the transformation in per_layer, along the axis that the model scans")
+  if state is None:
     return error
   length = step.grads[0].shape[gradients[0].axis]
   return NotSeparableError(

@@ -139,8 +139,9 @@ def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, A
   def fill(x: Any) -> Any:
     if isinstance(x, _OURS):
       inner = _fill(x.inner_state, values, counted)
-      # In `per_layer` each layer has a counter.
-      steps = {"step": _broadcast(counted[type(x)], x.step)} if type(x) in counted else {}
+      steps = {}
+      if isinstance(x, _COUNTED) and type(x) in counted:  # in `per_layer` each layer has a counter
+        steps["step"] = _broadcast(counted[type(x)], x.step)
       return x._replace(inner_state=inner, **steps)
     name, value = next(values)
     return _stored(name, value, x)

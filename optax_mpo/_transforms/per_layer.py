@@ -72,9 +72,10 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
     `init` and `update` raise ValueError for a stack without that axis, such as a scalar, for stacks of different
     lengths if `where` is None, and for another result of `where`. All name the leaf.
 
-  Memory: the state of `tx`, for each layer. A step with gradient release adds that of one layer's update: muon with
-    f32 momentum takes 8 bytes per parameter inside `compensated`, and less than 0.1 more at 1.3B. An ordinary step
-    writes the new state and the updates of one leaf at a time next to the old ones.
+  Memory: the state of `tx`, for each layer: inside `compensated`, muon with f32 momentum holds 8 bytes per parameter,
+    5.06 with 8 bits and 8-bit state, adafactor 4 and a little. A step with gradient release adds that of one layer's
+    update: for muon 16 bytes per parameter of one layer's weight. An ordinary step adds copies of one whole leaf, of
+    its gradients and updates in f32: up to 20 bytes per parameter of the largest leaf.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo

@@ -1,4 +1,4 @@
-"""`per_layer` on a scanned model equals the transformation on a list of layers, bit for bit, and is updated in the scan.
+"""`per_layer` on a scanned model equals the transformation on a list of layers, bit for bit, inside the scan too.
 
 Both sides are compiled without fusion, as in `tests/stepping/test_stacks.py`, and without XLA's algebraic simplifier:
 it divides by a scalar that divides only one array as a product, and a list of layers shares the scalars of all layers.
@@ -58,7 +58,7 @@ def is_stack(path, leaf):
 
 
 def as_list(params):
-  return params | {"layers": [jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(L)]}
+  return params | {"layers": [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(L)]}
 
 
 def batch(i):
@@ -131,7 +131,9 @@ WRAPPED = {
   "8-bit state inside": lambda: mpo.per_layer(eight_bit(muon()), is_stack),
   "8-bit state outside": lambda: eight_bit(mpo.per_layer(muon(), is_stack)),
   "4-bit state": lambda: mpo.per_layer(eight_bit(optax.lamb(1e-2), bits=4), is_stack),
-  "hyperparams": lambda: mpo.per_layer(optax.inject_hyperparams(optax.lamb)(lambda count: 1e-2 / (1 + count)), is_stack),
+  "hyperparams": lambda: mpo.per_layer(
+    optax.inject_hyperparams(optax.lamb)(lambda count: 1e-2 / (1 + count)), is_stack
+  ),
 }
 
 
@@ -186,7 +188,7 @@ def test_layers_on_another_axis():
 def test_stacks_of_stacks():
   grads = jax.random.normal(jax.random.key(0), (2, 3, D, D))
   tx, one = mpo.per_layer(mpo.per_layer(muon())), muon()
-  got, state = tx.update(grads, tx.init(grads), grads)
+  got, _ = tx.update(grads, tx.init(grads), grads)
   want, _ = one.update(grads[1, 2], one.init(grads[1, 2]), grads[1, 2])
   assert_same_bits(got[1, 2], want)
 
@@ -315,7 +317,7 @@ def test_misuse_is_named():
     mpo.per_layer("adam")  # pyright: ignore[reportArgumentType]
   with pytest.raises(TypeError, match="per_layer: update was given a tuple for its state"):
     tx.update(params, (), params)
-  with pytest.raises(ValueError, match=r"params\['head'\] was not a stack of layers when the state was made, and now is"):
+  with pytest.raises(ValueError, match=r"params\['head'\] was not a stack of layers when the state was made"):
     mpo.per_layer(optax.lamb(1e-3), lambda path, leaf: True).update(params, tx.init(params), params)
   with pytest.raises(ValueError, match=r"no compensated\(...\) in tx trains params\['w'\].*put it inside"):
     mpo.init(mpo.per_layer(mpo.compensated(optax.lamb(1e-3))), {"w": jnp.ones((2, 3))})
