@@ -117,7 +117,7 @@ MIXED = {
   "scan": (lambda x: lax.scan(lambda c, y: (c + y, c), jnp.zeros((L, L)), x)[1], "scan"),
   "map_of_rows": (lambda x: lax.map(lambda y: y @ y, x.transpose(1, 0, 2)).transpose(1, 0, 2), "scan"),
   "map_with_all": (lambda x: lax.map(lambda y: y - x[0], TABLE), "scan"),
-  "map_after_all": (lambda x: lax.map(lambda y: jnp.sum(x, 0) + y, TABLE), "reduce_sum"),
+  "map_after_all": (lambda x: lax.map(lambda y: jnp.sum(x, 0) + y, TABLE), "scan"),
   "while": (lambda x: lax.while_loop(lambda y: y.sum() < 9, lambda y: y + 1, x), "while"),
   "cond_of_all": (lambda x: lax.cond(x.sum() > 0, lambda y: y, lambda y: -y, x), "reduce_sum"),
   "cond_transposes": (lambda x: lax.cond(TABLE[0, 0, 0] > 0, lambda y: y.transpose(1, 0, 2), lambda y: y, x), "cond"),

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import optax_mpo as mpo
+from optax_mpo.checkpoint import Checkpointer
 from tests.helpers import assert_same_bits, ordinary_step, quick_jit
 
 L, D = 3, 16
@@ -152,6 +153,7 @@ def assert_fused_equals_ordinary(loss, tx, params, steps=3):
 
 
 @pytest.mark.parametrize("name", list(WRAPPED))
+@pytest.mark.few(5)
 def test_stacks_are_updated_in_their_scan_as_in_the_ordinary_step(name):
   tx = mpo.compensated(WRAPPED[name](), bits=8)
   assert places(scanned, tx, make_params())["params['layers']['w']"] == ("in scan", "")
@@ -256,6 +258,22 @@ def test_kernels_leave_stacks_to_xla_and_say_why():
   assert place == "in scan"
   assert why.startswith("no kernel: `scan` (")
   assert_fused_equals_ordinary(scanned, tx, make_params(), steps=1)
+
+
+def test_explain_recommends_it_for_what_is_not_separable():
+  place, why = places(scanned, mpo.compensated(optax.lamb(1e-2)), make_params())["params['layers']['w']"]
+  assert place == "at the end"
+  assert "`reduce_sum`" in why
+  assert "or wrap the transformation in per_layer, along the axis that the model scans" in why
+
+
+def test_a_checkpoint_holds_the_state_of_each_layer(tmp_path):
+  tx = mpo.compensated(mpo.per_layer(eight_bit(muon()), is_stack), bits=8)
+  kept = mpo.init(tx, make_params())
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, kept)
+    _, restored = checkpoints.restore(jax.eval_shape(lambda: kept))
+  assert_same_bits(restored, kept)
 
 
 def test_fused_layers_take_stacks_too():
