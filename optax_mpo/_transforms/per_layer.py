@@ -75,7 +75,7 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
   Memory: the state of `tx`, for each layer: inside `compensated`, muon with f32 momentum holds 8 bytes per parameter,
     5.06 with 8 bits and 8-bit state, adafactor 4 and a little. A step with gradient release adds that of one layer's
     update: for muon 16 bytes per parameter of one layer's weight. An ordinary step adds copies of one whole leaf, of
-    its gradients and updates in f32: up to 20 bytes per parameter of the largest leaf.
+    its gradients and updates in f32: up to 24 bytes per parameter of the largest leaf.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
