@@ -39,6 +39,8 @@ from optax_mpo._transforms.norms import RecordedNorms as RecordedNorms
 from optax_mpo._transforms.norms import clip_by_delayed_norm as clip_by_delayed_norm
 from optax_mpo._transforms.norms import record_norms as record_norms
 from optax_mpo._transforms.norms import recorded as recorded
+from optax_mpo._transforms.per_layer import PerLayerState as PerLayerState
+from optax_mpo._transforms.per_layer import per_layer as per_layer
 from optax_mpo._transforms.quantized import QuantizedState as QuantizedState
 from optax_mpo._transforms.quantized import dequantized as dequantized
 from optax_mpo._transforms.quantized import quantized_state as quantized_state
@@ -50,7 +52,7 @@ __version__ = "0.1.0"
 # Public classes name this module as their own, so that pickles do not depend on the layout of the folders.
 _CLASSES = (
   *(Buffer, CompensatedState, DelayedNormState, Explanation, FusedError, LossScaleState, MemoryReport),
-  *(Quantized, QuantizedState, RecordedNorms, RoundingState),
+  *(PerLayerState, Quantized, QuantizedState, RecordedNorms, RoundingState),
 )
 _BEFORE_THE_FOLDERS = {  # pickles made before the move into folders name these modules
   "_blocks": "_codecs.blocks",

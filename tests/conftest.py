@@ -62,7 +62,7 @@ def _set_modes():
         setattr(module, name, relaxed(getattr(module, name)))
   for name in ("init", "apply"):
     setattr(flax.linen.Module, name, relaxed(getattr(flax.linen.Module, name)))
-  for name in ("compensated", "quantized_state", "loss_scaled", "with_kernels"):
+  for name in ("compensated", "quantized_state", "per_layer", "loss_scaled", "with_kernels"):
     setattr(optax_mpo, name, _making(strict, getattr(optax_mpo, name)))
 
 

@@ -114,6 +114,9 @@ class Rows:
     update = self.update
     env = update.constants | dict(zip(update.shared, shared, strict=True))
     env |= dict(zip(update.inputs, [grad, *values], strict=True))
+    if self.count == length:  # all rows at once, which the update may mix
+      jax_forms.run(update.program, update.operations, env)
+      return [jax_forms.value(a, env) for a in update.outputs]
     rows = Entries(self.axis, size=self.count)
     where: dict[int, Entries | None] = dict.fromkeys(update.inputs, rows)
     try:

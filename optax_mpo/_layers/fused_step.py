@@ -28,9 +28,10 @@ def fused_value_and_update(
 
   `step(params, opt_state, *args, tx_args=None, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`. Handles are
   indexed like the params. `loss_fn` passes them to layers made by `fused_layer` and `fused_scan`, or reads them with
-  `fused_value`. From outside, the step is pure. Jit it and donate params and state: their memory is then updated in place. It runs the
-  operations of `jax.value_and_grad`, `tx.update` and `apply_updates` and gives the same bits, except where XLA fuses
-  the two programs differently (docs/fused_layers.md). The state is the same, so you can switch at any step.
+  `fused_value`. From outside, the step is pure. Jit it and donate params and state: their memory is then updated in
+  place. It runs the operations of `jax.value_and_grad`, `tx.update` and `apply_updates` and gives the same bits, except
+  where XLA fuses the two programs differently (docs/fused_layers.md). The state is the same, so you can switch at any
+  step.
 
   Args:
     loss_fn: returns a scalar, or `(scalar, aux)`. One fused layer or `fused_value` has to use each weight, unless the

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from optax_mpo._core import types
 from optax_mpo._program import jax_forms
 from optax_mpo._program.layer_rules import Layer, Where, rule_of
+from optax_mpo._program.layer_scans import Crossing
 from optax_mpo._program.program import Atom, Operation, Program
 
 
@@ -51,7 +52,10 @@ def run(
   for operation in operations:
     values = [jax_forms.operand(a, env) for a in operation.inputs]
     found = [where.get(a) if isinstance(a, int) else None for a in operation.inputs]
-    if all(e is None for e in found):
+    if isinstance(operation, Crossing):
+      result, entries = operation.run(values[0], found[0], layer)
+      results, out = [result], [entries]
+    elif all(e is None for e in found):
       results, out = jax_forms.run_operation(operation, values), [None] * len(operation.outputs)
     else:
       results, out = rule_of(operation)(operation, values, found, layer, [program.aval(a) for a in operation.inputs])

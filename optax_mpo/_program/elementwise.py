@@ -202,6 +202,8 @@ class _Builder:
     given: Sequence[int],
     outputs: Sequence[Atom],
   ) -> Elements:
+    if (scan := next((o for o in operations if o.name == "scan"), None)) is not None:
+      raise NotElementwiseError(f"{jax_forms.where(scan)} is not known to the kernel")
     read = jax_forms.read_by(operations, outputs)
     hoisted: list[Operation] = []
     sources: list[Source] = []

@@ -273,7 +273,9 @@ def slice_of(program: Program, outputs: Iterable[Atom], given: set[int] | frozen
 def without_unused(operation: Operation, needed: set[int]) -> Operation:
   used = [v in needed for v in operation.outputs]
   cut = _CUTS.get(operation.name)
-  return operation if cut is None or all(used) else cut(operation, used)
+  if cut is None or (all(used) and operation.name != "scan"):  # a scan may have operands that no result needs
+    return operation
+  return cut(operation, used)
 
 
 def _cut_barrier(operation: Operation, used: list[bool]) -> Operation:
@@ -310,6 +312,8 @@ def _cut_scan(operation: Operation, used: list[bool]) -> Operation:
     used_inputs, eqn = rule(used, operation.eqn)
   except TypeError:  # from JAX 0.11 on, it also asks which operands may be written to
     used_inputs, eqn = rule(used, [True] * len(operation.inputs), operation.eqn)
+  if all(used) and all(used_inputs):
+    return operation
   kept = {id(v) for v in eqn.outvars}  # the used results, and the carry that they need
   outputs = _kept(operation.outputs, [id(v) in kept for v in operation.eqn.outvars])
   return Operation(eqn, _kept(operation.inputs, used_inputs), outputs, operation.caller)

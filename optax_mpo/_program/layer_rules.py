@@ -10,13 +10,16 @@ arrays. It returns the results for this layer, with theirs.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 
 from optax_mpo._core import xla_cpu
 from optax_mpo._program import jax_forms
+from optax_mpo._program.entries import Entries as Entries
+from optax_mpo._program.entries import NotSeparableError as NotSeparableError
+from optax_mpo._program.entries import Where as Where
 from optax_mpo._program.program import Operation, Program
 
 ELEMENTWISE = frozenset(
@@ -33,49 +36,6 @@ _REDUCTIONS = frozenset(
 )
 _CUT = "scan these in a scan of their own, without other arrays"
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
-
-
-class Entries(NamedTuple):
-  """The entries of an axis that belong to a layer: `size` consecutive ones, from `start + stride * index` on.
-
-  Stacks `[layers, ...]` have `Entries(0)`. In a stack that is reshaped to `[layers / 2, 2, ...]` before it is scanned,
-  an iteration takes two entries, and one that is reversed has a negative stride.
-  """
-
-  axis: int
-  start: int = 0
-  stride: int = 1
-  size: int = 1
-
-  def first(self, index: Any) -> Any:
-    """The first entry of the layer at `index`, i32[]."""
-    scaled = index if self.stride == 1 else index * self.stride
-    return scaled + self.start if self.start else scaled
-
-  def within(self, length: int, count: int) -> bool:
-    """Whether all of `count` layers lie in an axis of `length`."""
-    ends = (self.start, self.start + self.stride * (count - 1))
-    return min(ends) >= 0 and max(ends) + self.size <= length
-
-  def covered(self, count: int) -> set[int]:
-    """All entries of `count` layers."""
-    return {self.start + self.stride * i + k for i in range(count) for k in range(self.size)}
-
-  def on(self, axis: int) -> "Entries":
-    """The same entries of another axis."""
-    return self._replace(axis=axis)
-
-  def spread(self, start: int, step: int) -> "Entries":
-    """Where they lie once entry `i` of the axis is entry `start + step * i`."""
-    return self._replace(start=start + step * self.start, stride=step * self.stride)
-
-  def reversed(self, length: int) -> "Entries":
-    """Where they lie once an axis of this length is reversed."""
-    return self._replace(start=length - self.size - self.start, stride=-self.stride)
-
-
-class NotSeparableError(Exception):
-  """An update of stacked layers that cannot be run for one layer alone. The message names the operation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +66,6 @@ def _with(items: Sequence[Any], axis: int, item: Any) -> tuple[Any, ...]:
   return (*items[:axis], item, *items[axis + 1 :])
 
 
-Where = Entries | None  # None: the array does not depend on the layer
 Rule = Callable[[Operation, list[Any], list[Where], Layer, list[Any]], tuple[list[Any], list[Where]]]
 _Result = tuple[list[Any], list[Where]]
 
@@ -377,6 +336,25 @@ def _cond(operation: Operation, values: list[Any], where: list[Where], layer: La
   return lax.switch(values[0], [branch(p, out) for p in branches], layer.index, *values[1:]), out
 
 
+def _scan(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  # A scan along the axis of the layers, without a carry, does to a layer what its body does.
+  scan = jax_forms.read_scan(operation)
+  if scan is None or scan[1] or any(e is not None for e in where[: scan[0]]):
+    raise _mixes(operation)
+  count, _, body = scan
+  consts, xs = values[:count], values[count:]
+  entries = next(e for e in where if e is not None)
+  if entries.axis or any(e not in (None, entries) for e in where[count:]):
+    raise _mixes(operation)
+  xs = [layer.cut(v, entries) if e is None else v for v, e in zip(xs, where[count:], strict=True)]
+  if entries.size == 1:
+    results = jax_forms.call(body, *consts, *(lax.squeeze(x, [0]) for x in xs))
+    results = [lax.expand_dims(r, [0]) for r in results]
+  else:
+    results = lax.map(lambda x: jax_forms.call(body, *consts, *x), xs)
+  return results, [entries] * len(results)
+
+
 _RULES: dict[str, Rule] = {
   "optimization_barrier": _barrier,
   "sharding_constraint": _constraint,
@@ -394,4 +372,5 @@ _RULES: dict[str, Rule] = {
   "sort": _sort,
   "dot_general": _dot_general,
   "cond": _cond,
+  "scan": _scan,
 }

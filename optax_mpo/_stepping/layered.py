@@ -20,7 +20,7 @@ from jax import lax
 from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_layers
 from optax_mpo._core import order, types
-from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program import by_layer, jax_forms, layer_scans
 from optax_mpo._program.layer_rules import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Program, Slice
 from optax_mpo._stepping.across import Across, Update, take_apart
@@ -157,7 +157,7 @@ def layer_step(
 def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequence[Entries]) -> Layered:
   """Makes the step of one layer, if the layers lie where `update` says."""
   update, across = take_apart(update)
-  program, count = update.program, update.count
+  program, count = _opened(update), update.count
   ys, params, states, shared, given = update.inputs
   inputs, known = [*ys, *params, *states], [*shared, *given]
   entries = [e for e in update.entries if e is not None][len(ys) :]
@@ -175,7 +175,8 @@ def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequ
   places = {len(params) + j: len(ys) + len(params) + j for j in range(len(states))}
   parts = by_layer.parts(program, inputs, program.outputs, places, {*known, *program.constants})
   avals = [*layer.grads, *layer.params, *layer.states]
-  whole_update = Slice(program, program.operations, inputs, known, program.constants, program.outputs)
+  stacked = update.program
+  whole_update = Slice(stacked, stacked.operations, inputs, known, stacked.constants, stacked.outputs)
   return Layered(
     layer,
     tuple(entries),
@@ -186,12 +187,24 @@ def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequ
   )
 
 
+def _opened(update: Update) -> Program:
+  """The program of an update for `by_layer.run`, with scans over layers taken apart."""
+  program, read = update.program, [v for part in update.inputs[:3] for v in part]
+  if all(operation.name != "scan" for operation in program.operations):
+    return program
+  where: dict[int, Where] = {v: e for v, e in zip(read, update.entries, strict=True) if e is not None}
+  return layer_scans.opened(program, by_layer.entries_of(program.operations, program, where, update.count))
+
+
 def _named(
   error: NotSeparableError, step: Step, gradients: Sequence[Entries], states: Sequence[Where]
 ) -> NotSeparableError:
-  """The same error, which names the first state that has no layers."""
+  """The same error, which names the first state that has no layers, and what helps."""
   state = next((s for s, e in zip(step.states, states, strict=True) if e is None), None)
-  if state is None or not step.params:
+  if not step.params:
+    return error
+  error = NotSeparableError(f"{error}, or wrap the transformation in per_layer, along the axis that the model scans")
+  if state is None:
     return error
   length = step.grads[0].shape[gradients[0].axis]
   return NotSeparableError(

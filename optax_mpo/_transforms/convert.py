@@ -139,12 +139,19 @@ def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, A
   def fill(x: Any) -> Any:
     if isinstance(x, _OURS):
       inner = _fill(x.inner_state, values, counted)
-      steps = {"step": counted[type(x)]} if type(x) in counted else {}
+      steps = {}
+      if isinstance(x, _COUNTED) and type(x) in counted:  # in `per_layer` each layer has a counter
+        steps["step"] = _broadcast(counted[type(x)], x.step)
       return x._replace(inner_state=inner, **steps)
     name, value = next(values)
     return _stored(name, value, x)
 
   return jax.tree.map(fill, form, is_leaf=lambda x: isinstance(x, _OURS) or blocks.is_quantized(x))
+
+
+def _broadcast(step: Any, form: Any) -> Any:
+  """A step counter in the shape of another."""
+  return step if jnp.shape(step) == form.shape else jnp.broadcast_to(jnp.ravel(step)[0], form.shape)
 
 
 def _stored(name: str, value: Any, form: Any) -> Any:

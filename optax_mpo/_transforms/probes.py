@@ -58,7 +58,7 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
     start = inner.init(tree)
 
     def made_at(step: jax.Array) -> list[Any]:
-      state = jax.tree.map(lambda x: step.astype(x.dtype) if _is_counter(x) else x, start)
+      state = jax.tree.map(lambda x: jnp.full_like(x, step, x.dtype) if _is_counter(x) else x, start)
       made = treedef.flatten_up_to(inner.update(zeros, state, tree)[0])
       return [made[i] for i in first.values()]
 
@@ -132,7 +132,9 @@ def _flag() -> Iterator[None]:
 
 
 def _is_counter(x: Any) -> bool:
-  return trees.is_array(x) and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
+  if not trees.is_array(x) or x.shape not in ((), (1,)):  # in `per_layer` each layer has a counter
+    return False
+  return x.dtype == jnp.int32 if x.shape else jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _tiny(leaf: Any, value: float, dtype: Any = None) -> Any:

@@ -30,9 +30,9 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
     scans, updated at the end of the step or of a fused layer.
 
   The update has to be per element, or per block of 8-bit state, as in Adam, AdamW, Lion, SGD and most others. XLA
-  computes everything else: other updates (adafactor, lamb), 4-bit storage, stochastic rounding, axes that do not split
-  into tiles of 128 elements, several devices, CPUs. `explain` lists which leaves a kernel updates, and for layers in
-  scans why one does not.
+  computes everything else: other updates (adafactor, lamb, `per_layer`), 4-bit storage, stochastic rounding, axes that
+  do not split into tiles of 128 elements, several devices, CPUs. `explain` lists which leaves a kernel updates, and for
+  layers in scans why one does not.
 
   The kernels compute the same as XLA, with the instructions of XLA's own kernels: tests compare them with XLA's
   program. They are opt-in, as only one card, an H200, has run them (docs/gpu.md).

@@ -83,8 +83,9 @@ class Group:
     """Raises ValueError: the leaves are stacks of layers, and one layer alone cannot be updated."""
     raise ValueError(
       f"the update of the stacked weights {trees.listed(self.names[: len(self.leaves)])} cannot be done layer by "
-      f"layer: {why}. Give each layer weights of its own (a list of trees, and fused_layer for each), use a "
-      "transformation that treats each element alone, or step with tx.update."
+      f"layer: {why}. Wrap the transformation in per_layer, which treats each layer as a weight of its own, give each "
+      "layer weights of its own (a list of trees, and fused_layer for each), use a transformation that treats each "
+      "element alone, or step with tx.update."
     )
 
 

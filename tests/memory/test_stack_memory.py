@@ -111,3 +111,25 @@ def test_a_stack_is_not_laid_out_as_the_gradient_of_a_convolution_is():
     mpo.value_and_update(loss, tx), params, state, x, donate_argnums=(0, 1), target="h200", params_argnum=0
   )
   assert report.temporary_bytes / report.parameter_count <= 2.2
+
+
+PER_LAYER = {  # one layer is 1/16 = 0.0625 of the stack; Newton-Schulz holds four f32 matrices of its size
+  "Muon": (lambda: optax.contrib.muon(1e-3), 8, 1.02),
+  "Muon, 8-bit state": (lambda: mpo.quantized_state(optax.contrib.muon(1e-3)), 5.07, 1.22),
+  "Adafactor": (lambda: optax.adafactor(1e-3), 4.01, 0.4),
+  "LAMB": (lambda: optax.lamb(1e-3), 12, 0.52),
+}
+
+
+@pytest.mark.parametrize("name", list(PER_LAYER))
+@pytest.mark.few(2)
+def test_per_layer_takes_its_state_and_the_update_of_one_layer(name):
+  inner, stored, bound = PER_LAYER[name]
+  tx = mpo.compensated(mpo.per_layer(inner()))
+
+  def loss(params, x):
+    return jnp.mean(scan(x, params["w"]).astype(jnp.float32) ** 2)
+
+  kept = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((L, D, D))}))
+  assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) <= (stored + 0.001) * L * D * D
+  assert temporaries(loss, tx, (L, D, D)) <= bound

@@ -176,6 +176,14 @@ def test_a_scan_is_cut_down_to_what_is_used():
   assert jax_forms.scan_counts(whole) == (1, 2, 2)
 
 
+def test_a_scan_loses_operands_that_no_result_needs():
+  """As the dependencies say. A slice that reads them could not run where they are not known yet."""
+  program, _ = jax_forms.trace(lambda x, xs: lax.map(lambda z: z[0] + x, xs), 1.0, (jnp.ones(3), jnp.ones(3)))
+  (cut,) = jax_forms.slice_of(program, program.outputs, frozenset())
+  assert set(cut.inputs) == {program.inputs[0], program.inputs[1]}
+  assert len(program.operations[0].inputs) == 3
+
+
 def test_slices_stop_at_what_is_given():
   program, _ = jax_forms.trace(lambda x: jnp.cos(jnp.sin(x)), 1.0)
   sine = program.operations[0].outputs[0]

@@ -3,8 +3,11 @@
 import re
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
+import optax_mpo as mpo
 from benchmarks.models import language_model
 from benchmarks.modes import MODES
 
@@ -31,4 +34,23 @@ def test_no_stack_is_copied_for_each_layer(mode, width):
   options = {"xla_backend_optimization_level": 0}  # LLVM runs after copies are placed, and takes most of the time
   step = jax.jit(training.step, donate_argnums=(0, 1), compiler_options=options)
   program = step.lower(training.params, training.opt_state, model.batch).compile()
+  assert copies_in_loops(program) == []
+
+
+def eight_bit():
+  return mpo.quantized_state(optax.contrib.muon(1e-2), min_size=1)
+
+
+@pytest.mark.parametrize("inner", [lambda: optax.contrib.muon(1e-2), lambda: optax.lamb(1e-2), eight_bit])
+def test_no_stack_is_copied_where_layers_are_weights_of_their_own(inner):
+  tx = mpo.compensated(mpo.per_layer(inner()))
+
+  def loss(params, x):
+    x, _ = jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, params["w"])
+    return jnp.mean(x.astype(jnp.float32) ** 2)
+
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((LAYERS, 64, 64))}))
+  options = {"xla_backend_optimization_level": 0}
+  step = jax.jit(mpo.value_and_update(loss, tx), donate_argnums=(0, 1), compiler_options=options)
+  program = step.lower(params, state, jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)).compile()
   assert copies_in_loops(program) == []
