@@ -53,7 +53,7 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
   for (leaf_name, leaf), step in zip(trees.named_leaves(params), steps, strict=True):
     if isinstance(step, overwritten.NewValue):
       checks.check_new_value("apply_updates", leaf_name, leaf, step.value)
-      new.append(jnp.asarray(step.value).astype(leaf.dtype))
+      new.append(jnp.asarray(leaf + step))
       continue
     made = known_weights.new_weights(step, leaf)
     if made is not None:

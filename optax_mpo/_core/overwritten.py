@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 
@@ -20,23 +22,29 @@ KEY = "_overwrite_with_gradient"  # flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT
 
 
 class NewValue:
-  """The update of an overwritten leaf; a pytree node. `param + NewValue(x)` is `x`, also in `optax.apply_updates`."""
+  """The update of an overwritten leaf: `param + NewValue(x)` is `x`, also in `optax.apply_updates`.
+
+  It is a pytree node of `value` and a flag. A wrapper that sets updates to zero, such as `optax.MultiSteps` between its
+  steps, sets the flag to zero as well, and then the param stays as it is.
+  """
 
   __array_ufunc__ = None  # NumPy arrays leave the addition to __radd__, as JAX's do
 
-  def __init__(self, value: Any):
-    self.value = value
+  def __init__(self, value: Any, is_new: Any = np.True_):
+    self.value, self.is_new = value, is_new
 
   def __radd__(self, old: Any) -> Any:
-    return self.value
+    if isinstance(self.is_new, np.bool_):
+      return self.value if self.is_new else old
+    return jnp.where(jnp.asarray(self.is_new).astype(bool), self.value, old)
 
   def __repr__(self) -> str:
-    return f"NewValue({self.value!r})"
+    return f"NewValue({self.value!r}, {self.is_new!r})"
 
 
 jax.tree_util.register_pytree_with_keys(
   NewValue,
-  lambda x: (((jax.tree_util.GetAttrKey("value"), x.value),), None),
+  lambda x: (((jax.tree_util.GetAttrKey("value"), x.value), (jax.tree_util.GetAttrKey("is_new"), x.is_new)), None),
   lambda _, children: NewValue(*children),
 )
 

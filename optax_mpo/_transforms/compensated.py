@@ -357,6 +357,11 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
   return buffers.own(modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)
 
 
+def wrapped(tx: optax.GradientTransformation, opt_state: optax.OptState) -> optax.GradientTransformation:
+  """Returns `tx` in `compensated`, unless its state shows that there is one in it already."""
+  return tx if _states_in(opt_state) else compensated(tx)
+
+
 def _states_in(tree: PyTree) -> list[CompensatedState]:
   found = jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, CompensatedState))
   return [s for s in found if isinstance(s, CompensatedState)]

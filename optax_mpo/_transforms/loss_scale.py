@@ -114,7 +114,7 @@ def loss_scaled(
     for g, is_replaced in zip(jax.tree.leaves(grads), overwritten.flags(grads), strict=True):
       finite = finite if is_replaced else finite & jnp.isfinite(g).all()
     updates, inner_state = inner.update(grads, state.inner_state, params, **extra_args)
-    updates = _unless_skipped(finite, updates, params)
+    updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
     inner_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state)
     skipped = jnp.where(finite, state.skipped, jnp.asarray(optax.safe_increment(state.skipped)))
     if not dynamic:
@@ -127,19 +127,6 @@ def loss_scaled(
     return updates, LossScaleState(new_scale, jnp.where(grow, 0, good), skipped, inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _unless_skipped(finite: jax.Array, updates: optax.Updates, params: PyTree) -> optax.Updates:
-  """Returns `updates` where `finite`, and otherwise updates that change nothing."""
-  old = dict(jax.tree_util.tree_leaves_with_path(params))
-
-  def chosen(path: tuple[Any, ...], u: Any) -> Any:
-    if isinstance(u, overwritten.NewValue):
-      return overwritten.NewValue(jnp.where(finite, u.value, old[path]))
-    return jnp.where(finite, u, jnp.zeros_like(u))
-
-  is_new = lambda x: isinstance(x, overwritten.NewValue)  # noqa: E731
-  return jax.tree_util.tree_map_with_path(chosen, updates, is_leaf=is_new)
 
 
 def loss_scale(opt_state: optax.OptState) -> jax.Array:

@@ -171,6 +171,30 @@ def test_the_loss_scale_leaves_them_alone():
     assert float(params[KEY]["scale"][0]) == scale
 
 
+def test_updates_of_zero_change_nothing():
+  tx = optax.MultiSteps(mpo.compensated(optax.sgd(1.0)), 2)
+  params, opt_state = mpo.init(tx, {"w": jnp.ones(3), KEY: {"scale": jnp.full(1, 5.0)}})
+  old = params
+  for scale, want in ((2.0, 5.0), (4.0, 3.0)):  # it averages gradients, these ones too
+    grads = {"w": jnp.ones(3), KEY: {"scale": jnp.full(1, scale)}}
+    for update in (jax.jit(tx.update), tx.update):
+      updates, new_state = update(grads, opt_state, params)
+      for apply in (mpo.apply_updates, optax.apply_updates):
+        new = apply(params, updates)
+        assert float(new[KEY]["scale"][0]) == want
+    params, opt_state = new, new_state
+  assert float(old["w"][0] - params["w"][0]) == 1.0
+
+
+def test_microbatches_refuse_them():
+  layer = mpo.fused_layer(lambda v, x: x @ v["params"] * v[KEY]["s"][None], microbatches=2)
+  tx = mpo.compensated(optax.sgd(1.0))
+  params, opt_state = mpo.init(tx, {"params": jnp.ones((4, 4)), KEY: {"s": jnp.ones(4)}})
+  step = mpo.fused_value_and_update(lambda h, x: jnp.sum(layer(h, x)), tx)
+  with pytest.raises(ValueError, match=rf"microbatches add up gradients, and params\['{KEY}'\]\['s'\]"):
+    step(params, opt_state, jnp.ones((4, 4), jnp.bfloat16))
+
+
 @pytest.mark.full
 def test_fused_layers():
   model = Layers()
