@@ -36,7 +36,9 @@ class NewValue:
   def __radd__(self, old: Any) -> Any:
     if isinstance(self.is_new, np.bool_):
       return self.value if self.is_new else old
-    return jnp.where(jnp.asarray(self.is_new).astype(bool), self.value, old)
+    flag, value = jnp.asarray(self.is_new).astype(bool), jnp.asarray(self.value)
+    flag = flag.reshape(flag.shape + (1,) * (value.ndim - flag.ndim))  # it has axes of its own after a vmap
+    return jnp.where(flag, value, old)
 
   def __repr__(self) -> str:
     return f"NewValue({self.value!r}, {self.is_new!r})"

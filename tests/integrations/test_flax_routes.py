@@ -1,5 +1,7 @@
 """What users of Flax type: gradients given to the object, the default kind of step, averages, runs taken over."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,6 +180,15 @@ def test_a_state_of_another_transformation_is_an_error():
   state = make(adam())
   with pytest.raises(ValueError, match=r"TrainState\.step_with: opt_state"):
     state.replace(opt_state=mpo.compensated(optax.sgd(1.0)).init(state.params)).step_with(linen_loss, inputs())
+
+
+def test_pickles_name_the_public_module():
+  assert {TrainState.__module__, Optimizer.__module__} == {"optax_mpo.flax"}
+  state = make(adam()).replace(tx=None)  # Optax's functions have no names of their own
+  data = pickle.dumps(jax.tree.map(np.asarray, state))
+  assert b"optax_mpo.flax" in data
+  assert b"_flax" not in data
+  assert_same_bits(pickle.loads(data).params, state.params)
 
 
 # --- Averages ---------------------------------------------------------------------------------------------------------

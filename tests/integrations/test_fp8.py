@@ -186,6 +186,16 @@ def test_updates_of_zero_change_nothing():
   assert float(old["w"][0] - params["w"][0]) == 1.0
 
 
+def test_updates_may_be_mapped():
+  tx = mpo.compensated(optax.sgd(1.0))
+  params, opt_state = mpo.init(tx, {"w": jnp.ones((3, 2)), KEY: {"history": jnp.ones((3, 2))}})
+  grads = jax.tree.map(lambda p: jnp.full(p.shape, 4.0), params)
+  state_axes = jax.tree.map(lambda x: 0 if x.ndim else None, opt_state)
+  updates, _ = jax.vmap(tx.update, in_axes=(0, state_axes, 0))(grads, opt_state, params)
+  for apply in (mpo.apply_updates, optax.apply_updates, jax.vmap(mpo.apply_updates)):
+    assert_same_bits(apply(params, updates)[KEY], grads[KEY])
+
+
 def test_microbatches_refuse_them():
   layer = mpo.fused_layer(lambda v, x: x @ v["params"] * v[KEY]["s"][None], microbatches=2)
   tx = mpo.compensated(optax.sgd(1.0))
