@@ -4,6 +4,7 @@ Why: Optax adds an f32 update to a bf16 weight in f32, and casts. With an update
 new weight, except for a few pairs of old and new weights (listed in `bf16`).
 
 How: within one trace the new weights are known (`known_weights`). Otherwise `formats.add_difference` handles the pairs.
+Overwritten leaves get the value that their update holds.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, formats, known_weights
-from optax_mpo._core import trees
+from optax_mpo._core import overwritten, trees
 
 PyTree = Any
 
@@ -25,6 +26,9 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
   `jit`, for an update that overflows f32). `optax.apply_updates` adds in f32, with 24 significand bits. If one update
   makes a weight 65536 times smaller, it can miss by up to 2^-13 of the old weight; for a weight under 2^-100, by up to
   2^-99. Compensation bits never move a weight, whichever function is used: a master weight always rounds to its param.
+
+  Leaves under the key `_overwrite_with_gradient` (scales and histories of Flax's FP8 layers) become their gradients, by
+  either function.
 
   Args:
     params: a tree of arrays; `None` is skipped.
@@ -47,6 +51,10 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
   steps = trees.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
   new = []
   for (leaf_name, leaf), step in zip(trees.named_leaves(params), steps, strict=True):
+    if isinstance(step, overwritten.NewValue):
+      checks.check_new_value("apply_updates", leaf_name, leaf, step.value)
+      new.append(jnp.asarray(leaf + step))
+      continue
     made = known_weights.new_weights(step, leaf)
     if made is not None:
       new.append(made)

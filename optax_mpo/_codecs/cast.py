@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import formats
-from optax_mpo._core import buffers, trees, types
+from optax_mpo._core import buffers, overwritten, trees, types
 
 PyTree = Any
 
@@ -26,7 +26,8 @@ def cast(
   numbers and rounds up instead of down.
 
   Args:
-    params: a tree of arrays. Arrays of dtypes other than f32, and leaves that are not arrays, are not cast.
+    params: a tree of arrays. Not cast are arrays of dtypes other than f32, leaves that are not arrays, and leaves
+      under the key `_overwrite_with_gradient`, such as the scales of Flax's FP8 layers.
     dtype: the low precision, bfloat16 or float16.
     where: `where(path, leaf) -> bool` selects the f32 leaves to cast, by JAX's key paths (`jax.tree_util.keystr(path)`
       gives a string). None: all of them.
@@ -68,7 +69,8 @@ def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None,
     raise ValueError(f"dtype has to be {names}, but it is {jnp.dtype(dtype)}: there is no codec for other formats.")
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    asked = trees.is_array(leaf) and leaf.dtype in (jnp.float32, jnp.float64) and (where is None or where(path, leaf))
+    wide = trees.is_array(leaf) and leaf.dtype in (jnp.float32, jnp.float64) and not overwritten.is_overwritten(path)
+    asked = wide and (where is None or where(path, leaf))
     if asked and leaf.dtype == jnp.float64:
       raise TypeError(f"{trees.name(path)} is float64. Convert it to float32 first: its further bits would be lost.")
     found.append((leaf, bool(asked)))

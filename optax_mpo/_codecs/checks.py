@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import codec, formats
-from optax_mpo._core import trees
+from optax_mpo._core import overwritten, trees
 
 PyTree = Any
 
@@ -22,7 +22,11 @@ def check_update(
     params, updates, "compensated: the tree of updates", "Differentiate with respect to the very params you pass."
   )
   expected = codec.bits_dtype(bits) if bits else None
-  for (leaf_name, leaf), c, g in zip(trees.named_leaves(params), kept, grads, strict=True):
+  replaced = overwritten.flags(params)
+  for (leaf_name, leaf), c, g, is_replaced in zip(trees.named_leaves(params), kept, grads, replaced, strict=True):
+    if is_replaced:
+      check_new_value("compensated", leaf_name, leaf, g)
+      continue
     check_param("compensated", leaf_name, leaf, bits)
     found = getattr(bits_or_none(c), "dtype", None)
     if found != (expected if formats.is_low(leaf) else None):
@@ -46,6 +50,16 @@ def check_param(who: str, leaf_name: str, leaf: Any, bits: int) -> None:
     raise ValueError(
       f"{who}: {leaf_name} is {leaf.dtype}, for which bits has to be one of {formats.widths(leaf.dtype)}, but it is "
       f"{bits}. Choose other bits, or give this leaf a compensated of its own with optax.multi_transform."
+    )
+
+
+def check_new_value(who: str, leaf_name: str, leaf: Any, value: Any) -> None:
+  """Checks the gradient of an overwritten leaf, which is its new value."""
+  if not trees.is_array(value) or value.shape != jnp.shape(leaf) or not jnp.issubdtype(value.dtype, jnp.floating):
+    kind = f"{value.dtype}{list(value.shape)}" if trees.is_array(value) else f"a {type(value).__name__}"
+    raise ValueError(
+      f"{who}: {leaf_name} is overwritten with its gradient. It is {leaf.dtype}{list(jnp.shape(leaf))}, and its "
+      f"gradient {kind}. Differentiate with respect to the very params you pass."
     )
 
 

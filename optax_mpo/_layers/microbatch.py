@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import trees, types
+from optax_mpo._core import overwritten, trees, types
 
 PyTree = Any
 
@@ -40,6 +40,12 @@ def split(
 
   @functools.wraps(fn)
   def parts(params: PyTree, *inputs: Any, **kwargs: Any) -> PyTree:
+    replaced = [name for name, path in _paths(params) if overwritten.is_overwritten(path)]
+    if replaced:
+      raise ValueError(
+        f"{who}: microbatches add up gradients, and {trees.listed(replaced)} are overwritten with theirs, which have "
+        "no sum. Leave microbatches out where there are FP8 layers."
+      )
     leaves, treedef = jax.tree.flatten(inputs)
     axes = _spread(in_axes, inputs, f"{who}: in_axes")
     sizes = {
@@ -73,6 +79,10 @@ def split(
     return out_treedef.unflatten([_merge(y, axis) for y, axis in zip(results, out_of, strict=True)])
 
   return parts
+
+
+def _paths(tree: PyTree) -> list[tuple[str, tuple[Any, ...]]]:
+  return [(trees.name(path), path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _widen(weight: jax.Array) -> jax.Array:

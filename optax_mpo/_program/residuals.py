@@ -19,11 +19,22 @@ from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Number:
+  """A literal, which has no hash of its own."""
+
+  literal: core.Literal
+
+
 class _Read(NamedTuple):
   """An operand of a scan, and whether the body reads one layer of it."""
 
-  operand: Atom
+  operand: int | _Number
   scanned: bool
+
+  @property
+  def atom(self) -> Atom:
+    return self.operand if isinstance(self.operand, int) else self.operand.literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +63,24 @@ def without_weights(program: Program, weights: Iterable[int]) -> Program:
   depends = jax_forms.dependencies(program, [bits[v] for v in program.inputs])
   sources: dict[int, _Source] = {}
   operations = list(program.operations)
+  same: dict[int, Atom] = {}  # variables that are no longer made, and what they are equal to
+
+  def known(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
+    return tuple(same.get(a, a) if isinstance(a, int) else a for a in atoms)
+
   for i, operation in enumerate(operations):
+    if same:
+      operations[i] = dataclasses.replace(operation, inputs=known(operation.inputs))
     if operation.name == "scan":
-      operations[i] = _reading(program, operation, sources)
+      operations[i], forwarded = _reading(program, operations[i], sources)
+      same |= forwarded
       sources |= _sources(program, operation, depends)
   if operations == program.operations:
     return program
-  read = jax_forms.read_by(operations, program.outputs)
+  outputs = list(known(program.outputs))
+  read = jax_forms.read_by(operations, outputs)
   cut = [jax_forms.without_unused(o, read) if o.name == "scan" else o for o in operations]
-  return dataclasses.replace(program, operations=cut)
+  return dataclasses.replace(program, operations=cut, outputs=outputs)
 
 
 def _sources(program: Program, operation: Operation, depends: dict[int, int]) -> dict[int, _Source]:
@@ -81,7 +101,7 @@ def _sources(program: Program, operation: Operation, depends: dict[int, int]) ->
     slice_ = jax_forms.slice_of(body, [atom], frozenset())
     read = jax_forms.read_by(slice_, [atom])
     reads = {
-      _Read(operand, k >= consts + carry): var
+      _Read(operand if isinstance(operand, int) else _Number(operand), k >= consts + carry): var
       for k, (operand, var) in enumerate(zip(operation.inputs, body.inputs, strict=True))
       if var in read
     }
@@ -89,8 +109,12 @@ def _sources(program: Program, operation: Operation, depends: dict[int, int]) ->
   return found
 
 
-def _reading(program: Program, operation: Operation, sources: dict[int, _Source]) -> Operation:
-  """Returns a scan whose body makes each layer of such results itself, where it reads them."""
+def _reading(program: Program, operation: Operation, sources: dict[int, _Source]) -> tuple[Operation, dict[int, Atom]]:
+  """Returns a scan whose body makes each layer of such results itself, where it reads them.
+
+  With it come results that the scan does not make, since they are its operands, as the scales of FP8 layers are: JAX
+  leaves them out when it traces the scan again.
+  """
   consts, carry, _ = jax_forms.scan_counts(operation)
   first, options = consts + carry, jax_forms.scan_options(operation)
   remade = {
@@ -99,7 +123,7 @@ def _reading(program: Program, operation: Operation, sources: dict[int, _Source]
     if k >= first and isinstance(a, int) and a in sources and program.aval(a).shape[0] == options["length"]
   }
   if not remade:
-    return operation
+    return operation, {}
   body = core.jaxpr_as_fun(jax_forms.scan_body(operation))
   kept = [a for k, a in enumerate(operation.inputs) if k not in remade]
   added = list(dict.fromkeys(read for source in remade.values() for read in source.reads))
@@ -120,9 +144,15 @@ def _reading(program: Program, operation: Operation, sources: dict[int, _Source]
     xs = full[first:], {read: x for read, x in known.items() if read.scanned}
     return lax.scan(step, full[consts:first], xs, **options)
 
-  atoms = [*kept, *(read.operand for read in added)]
+  atoms = [*kept, *(read.atom for read in added)]
   structs = [types.struct(program.aval(a)) for a in atoms]
   made, _ = jax_forms.trace(scan, structs[: len(kept)], structs[len(kept) :])
   (again,) = made.operations
   of = dict(zip(made.inputs, atoms, strict=True))
-  return dataclasses.replace(again, inputs=tuple(of[v] for v in again.inputs), outputs=operation.outputs)
+  results = [(a, v) for a, v in zip(made.outputs, operation.outputs, strict=True) if v >= 0]
+  if not all(isinstance(a, int) and (a in of or a in again.outputs) for a, _ in results):
+    return operation, {}
+  of = dict(reversed(results)) | of  # of results that are equal, the first
+  same = {v: of[a] for a, v in results if of[a] != v}
+  outputs = tuple(of.get(v, -1) for v in again.outputs)
+  return dataclasses.replace(again, inputs=tuple(of[v] for v in again.inputs), outputs=outputs), same

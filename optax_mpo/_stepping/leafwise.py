@@ -16,7 +16,7 @@ from jax import lax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import formats, known_weights
-from optax_mpo._core import trees
+from optax_mpo._core import overwritten, trees
 from optax_mpo._stepping.site import apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
@@ -56,7 +56,9 @@ def replaced(
   groups = [
     group
     for group in found
-    if formats.is_low(leaves[group.leaves[0]]) and gradients[group.leaves[0]].dtype == leaves[group.leaves[0]].dtype
+    if formats.is_low(leaves[group.leaves[0]])
+    and not isinstance(steps[group.leaves[0]], overwritten.NewValue)
+    and gradients[group.leaves[0]].dtype == leaves[group.leaves[0]].dtype
   ]
   sites = of_groups(groups, gradients, leaves, kernels)
   several = sum(site.step.backend.together is not None for site in sites) > 1

@@ -11,7 +11,7 @@ expression of the two. XLA fuses it into the update, so that no f32 copy is stor
 Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import optax
 
 from optax_mpo._backends import cpu_rows, step_weight
 from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
-from optax_mpo._core import buffers, modules, trees, types, wrapping, xla_cpu
+from optax_mpo._core import buffers, modules, overwritten, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
 
@@ -32,7 +32,7 @@ class CompensatedState(NamedTuple):
 
   Attributes:
     compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. A leaf without
-      bits (f32 params, bits=0) has an `optax.MaskedNode()`.
+      bits (f32 params, bits=0, overwritten leaves) has an `optax.MaskedNode()`.
     inner_state: the state of the wrapped transformation, made from f32 params. With stochastic rounding, a
       `RoundingState` around it.
   """
@@ -69,6 +69,10 @@ def compensated(
   Put everything that should compute in f32 inside: `compensated(optax.chain(optax.clip(1.0), optax.adamw(1e-3)))`.
   Nothing may change the updates between this transformation and the params: the bits belong to the weights that exactly
   these updates lead to.
+
+  Leaves under the key `_overwrite_with_gradient` (scales and histories of Flax's FP8 layers) become their gradients.
+  `inner` does not see them: its params, gradients and state have `optax.MaskedNode`s in their places. Nothing around
+  `compensated` may change these gradients (`loss_scaled` does not).
 
   Args:
     inner: the transformation to wrap.
@@ -126,17 +130,21 @@ def compensated(
 
   def init(params: PyTree) -> CompensatedState:
     named, treedef = trees.named_leaves(params), jax.tree.structure(params)
-    for leaf_name, leaf in named:
-      checks.check_param("compensated", leaf_name, leaf, bits)
+    replaced = overwritten.flags(params)
+    for (leaf_name, leaf), is_replaced in zip(named, replaced, strict=True):
+      if not is_replaced:
+        checks.check_param("compensated", leaf_name, leaf, bits)
     initialise.warn_of_f32(params)
-    masters, kept = (
-      zip(*(initialise.claimed(leaf_name, leaf, bits) for leaf_name, leaf in named), strict=True) if named else ((), ())
-    )
+    made = [
+      (optax.MaskedNode(), optax.MaskedNode()) if is_replaced else initialise.claimed(leaf_name, leaf, bits)
+      for (leaf_name, leaf), is_replaced in zip(named, replaced, strict=True)
+    ]
+    masters, kept = zip(*made, strict=True) if made else ((), ())
     if probes.is_trying():
       return CompensatedState(treedef.unflatten(kept), optax.EmptyState())
     if not (stochastic or tried):
       tried.append(True)
-      probes.warn_of_lost_decay(inner, params, bits)
+      probes.warn_of_lost_decay(inner, _without(replaced, treedef.flatten_up_to(params), treedef), bits)
     inner_state = inner.init(treedef.unflatten(masters))
     if stochastic:
       inner_state = RoundingState(jnp.zeros([], jnp.int32), inner_state)
@@ -165,15 +173,16 @@ def compensated(
       return ones, CompensatedState(counted, state.inner_state)
     kept, grads = checks.check_update(updates, state.compensation, params, bits)
     leaves, treedef = jax.tree.flatten(params)
+    replaced = overwritten.flags(params)
     masters = [_master(*pair) for pair in zip(leaves, kept, strict=True)]
-    grads = [xla_cpu.laid_out(jnp.asarray(g)).astype(jnp.float32) for g in grads]
+    wide = [xla_cpu.laid_out(jnp.asarray(g)).astype(jnp.float32) for g in grads]
 
     before = state.inner_state
     _check_rounding(before, stochastic)
     steps, inner_state = inner.update(
-      treedef.unflatten(grads),
+      _without(replaced, wide, treedef),
       before.inner_state if isinstance(before, RoundingState) else before,
-      treedef.unflatten(masters),
+      _without(replaced, masters, treedef),
       **extra_args,
     )
 
@@ -183,7 +192,10 @@ def compensated(
       inner_state = RoundingState(jnp.asarray(optax.safe_increment(before.step)), inner_state)
       random = [stochastic_rounding.random_bits(seed, before.step, i, leaf.shape) for i, leaf in enumerate(leaves)]
     stepped = [
-      _step(leaf, master, step, bits, r) for leaf, master, step, r in zip(leaves, masters, steps, random, strict=True)
+      (overwritten.NewValue(jnp.asarray(g).astype(leaf.dtype)), optax.MaskedNode())
+      if is_replaced
+      else _step(leaf, master, step, bits, r)
+      for is_replaced, g, leaf, master, step, r in zip(replaced, grads, leaves, masters, steps, random, strict=True)
     ]
     return (
       treedef.unflatten([s[0] for s in stepped]),
@@ -200,6 +212,13 @@ def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
   found = jax.tree.leaves(state, is_leaf=blocks.is_quantized)
   large = any(blocks.is_quantized(x) and x.values.size >= cpu_rows.ELEMENTS for x in found)
   return large and not any(types.is_split(x) for x in jax.tree.leaves(params))
+
+
+def _without(replaced: list[bool], leaves: Sequence[Any], treedef: Any) -> PyTree:
+  """The tree of leaves as the inner transformation sees it, without those that are overwritten."""
+  return treedef.unflatten(
+    [optax.MaskedNode() if masked else leaf for masked, leaf in zip(replaced, leaves, strict=True)]
+  )
 
 
 def _master(leaf: jax.Array, kept: Any) -> jax.Array:
@@ -244,7 +263,8 @@ def init(
 
   Args:
     tx: a transformation with `compensated` in it.
-    params: a tree of f32 params. Leaves of other dtypes stay as they are.
+    params: a tree of f32 params. Leaves of other dtypes, and leaves under the key `_overwrite_with_gradient`, stay as
+      they are.
     dtype: the low precision, bfloat16 or float16 (its bounds are in docs/compact.md).
     where: `where(path, leaf) -> bool` says which f32 leaves are cast, as in `cast`. None: all of them.
 
@@ -316,6 +336,7 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     trees.flatten_like(params, s.compensation, "master_params: the compensation in opt_state", hint) for s in found
   ]
   masters = []
+  replaced = overwritten.flags(params)
   for i, (leaf_name, leaf) in enumerate(trees.named_leaves(params)):
     kept = [c[i] for c in per_state if checks.bits_or_none(c[i]) is not None]
     if len(kept) > 1:
@@ -331,9 +352,14 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
         f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
         f"low-precision leaf of shape {list(kept[0].shape)}. {hint}"
       )
-    low = trees.is_array(leaf) and formats.is_low(leaf)
+    low = trees.is_array(leaf) and formats.is_low(leaf) and not replaced[i]
     masters.append(formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
   return buffers.own(modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)
+
+
+def wrapped(tx: optax.GradientTransformation, opt_state: optax.OptState) -> optax.GradientTransformation:
+  """Returns `tx` in `compensated`, unless its state shows that there is one in it already."""
+  return tx if _states_in(opt_state) else compensated(tx)
 
 
 def _states_in(tree: PyTree) -> list[CompensatedState]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import blocks, formats
-from optax_mpo._core import buffers, modules, trees, wrapping
+from optax_mpo._core import buffers, modules, overwritten, trees, wrapping
 from optax_mpo._transforms import compensated, initialise, quantized
 
 PyTree = Any
@@ -87,6 +87,8 @@ def convert(
     new_params = jax.tree.map(lambda m: m.astype(jnp.float32) if formats.is_low(m) else m, masters)
     new_state = tx.init(new_params)
   old, new = _plain(opt_state), _plain(new_state)
+  if overwritten.is_in(params):
+    old = _of_all_collections(old, new)
   hint = "Give it the transformation that made opt_state, with compensated and quantized_state put around or taken off."
   blank = jax.tree.map(lambda _: 0, new, is_leaf=blocks.is_quantized)
   values = trees.flatten_like(blank, old, "convert: opt_state", hint, "tx's state")
@@ -106,6 +108,14 @@ def _nodes(state: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:
 def _named(state: PyTree) -> list[tuple[str, Any]]:
   found = jax.tree_util.tree_leaves_with_path(state, is_leaf=blocks.is_quantized)
   return [(trees.name(path, "opt_state"), leaf) for path, leaf in found]
+
+
+def _of_all_collections(old: PyTree, new: PyTree) -> PyTree:
+  """Returns a state that Flax made, of `params["params"]` alone, in the form of `new`, which is of all variables."""
+  values = _named(old)
+  if [name.replace("['params']", "", 1) for name, _ in _named(new)] != [name for name, _ in values]:
+    return old
+  return jax.tree.structure(new, is_leaf=blocks.is_quantized).unflatten([value for _, value in values])
 
 
 def _masters(params: PyTree, opt_state: PyTree) -> PyTree:

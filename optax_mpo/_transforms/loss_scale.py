@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._core import buffers, modules, wrapping
+from optax_mpo._core import buffers, modules, overwritten, wrapping
 
 PyTree = Any
 
@@ -103,14 +103,16 @@ def loss_scaled(
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, LossScaleState, "loss_scaled")
 
-    def unscaled(g: jax.Array) -> jax.Array:
+    def unscaled(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
+      if overwritten.is_overwritten(path):
+        return g  # a new value, not a gradient
       dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
       return g.astype(dtype) / state.scale.astype(dtype)
 
-    grads = jax.tree.map(unscaled, updates)
+    grads = jax.tree_util.tree_map_with_path(unscaled, updates)
     finite = jnp.asarray(True)
-    for g in jax.tree.leaves(grads):
-      finite = finite & jnp.isfinite(g).all()
+    for g, is_replaced in zip(jax.tree.leaves(grads), overwritten.flags(grads), strict=True):
+      finite = finite if is_replaced else finite & jnp.isfinite(g).all()
     updates, inner_state = inner.update(grads, state.inner_state, params, **extra_args)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
     inner_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, formats
-from optax_mpo._core import modules, trees
+from optax_mpo._core import modules, overwritten, trees
 from optax_mpo._transforms import compensated
 
 PyTree = Any
@@ -57,7 +57,11 @@ def lost_updates(
   steps = trees.flatten_like(params, updates, "lost_updates: the tree of updates", "Pass updates for these params.")
   masters = jax.tree.leaves(params if opt_state is None else compensated.master_params(params, opt_state))
   shares = []
-  for (name, leaf), master, step in zip(trees.named_leaves(params), masters, steps, strict=True):
+  replaced = overwritten.flags(params)
+  for (name, leaf), master, step, is_replaced in zip(trees.named_leaves(params), masters, steps, replaced, strict=True):
+    if is_replaced:
+      shares.append(jnp.zeros([], jnp.float32))
+      continue
     is_complex = trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
     if not is_complex:
       checks.check_param("lost_updates", name, leaf, bits)

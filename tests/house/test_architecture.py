@@ -20,10 +20,11 @@ FLOORS = {
   "_stepping": ({"_updates", "_backends", "_program", "_codecs"} | GROUND, {"jax", "optax", "numpy"}),
   "_layers": ({"_stepping", "_updates", "_backends", "_program"} | GROUND, {"jax", "numpy", "optax"}),
   "_transforms": ({"_stepping", "_backends", "_program", "_codecs"} | GROUND, {"jax", "numpy", "optax"}),
+  "_flax": ({"_layers", "_stepping", "_transforms", "_codecs"} | GROUND, {"flax", "jax", "optax"}),
   "_memory": (GROUND, {"jax", "numpy", "matplotlib"}),
 }
 DOORS = {  # what users import
-  "flax": ({"_layers", "_stepping", "_transforms", "_codecs"} | GROUND, {"flax", "jax", "optax"}),
+  "flax": ({"_flax"}, set()),
   "checkpoint": (GROUND, {"jax", "numpy", "orbax"}),
   "export": ({"_transforms"} | GROUND, {"jax", "numpy", "optax", "safetensors"}),
 }

@@ -357,7 +357,7 @@ def test_trained_variables_that_the_forward_pass_makes_are_named(fused):
   "make", [lambda **o: linen_state(**o), lambda **o: Optimizer(NNXClassifier(nnx.Rngs(0)), make_tx(), **o)]
 )
 def test_modes_that_there_are_not(make):
-  with pytest.raises(ValueError, match="fused has to be 'auto', 'layer' or 'off', but it is 'on'"):
+  with pytest.raises(ValueError, match="fused has to be None, 'auto', 'layer' or 'off', but it is 'on'"):
     make(fused="on")
 
 

@@ -1,0 +1,297 @@
+"""A train state for Flax Linen. See `optax_mpo.flax`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.training import train_state
+
+from optax_mpo._core import buffers, overwritten
+from optax_mpo._flax.steps import Fused, Where, check_fused, make_step, metrics, updated
+from optax_mpo._transforms import average, compensated, convert
+
+PyTree = Any
+
+
+class TrainState(struct.PyTreeNode):
+  """A train state for Flax Linen: bf16 params with compensation bits, and steps with gradient release.
+
+  It is an immutable pytree: `step_with` returns a new one. Donate it to the jitted step.
+
+  Attributes:
+    step: i32[], the number of steps done.
+    params: the params, bf16 by default. With FP8 layers `{"params": ..., "_overwrite_with_gradient": ...}`, as in
+      Flax's own state; the scales and histories in the latter stay f32, and become their gradients in each step.
+    opt_state: the state of `tx`.
+    variables: the model's other collections, such as `{"batch_stats": ...}`.
+    ema: a moving average of the f32 master weights, f32, or None. Of scales and histories, their newest values.
+    apply_fn: the model's `apply`, or any function; stored for convenience.
+    tx: the transformation.
+    fused: the steps of `step_with`: gradient release, "auto" (`value_and_update`) or "layer"
+      (`fused_value_and_update`); "off": ordinary steps. None: as "auto" where the update allows it, else as "off", with
+      a warning that says why.
+    two_pass: as for `value_and_update`.
+    ema_decay: the fraction of `ema` that each step keeps.
+
+  Memory: that of `optax_mpo.init`, plus 4 bytes per parameter for `ema` if there is one.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> from optax_mpo.flax import TrainState
+    >>> model = nn.Dense(3, dtype=jnp.bfloat16)  # else Flax promotes params to the f32 of the input
+    >>> x = jnp.ones((2, 4))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> tx = mpo.compensated(optax.adamw(1e-2))
+    >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    >>> def loss_fn(variables, x):
+    ...   return jnp.mean(state.apply_fn(variables, x).astype(jnp.float32) ** 2)
+    >>> step = jax.jit(lambda state, x: state.step_with(loss_fn, x), donate_argnums=0)
+    >>> state, loss = step(state, x)
+    >>> int(state.step), state.params["kernel"].dtype.name
+    (1, 'bfloat16')
+
+  References:
+    `flax.training.train_state <https://flax-linen.readthedocs.io>`_
+  """
+
+  step: jax.Array
+  params: PyTree
+  opt_state: optax.OptState
+  variables: PyTree
+  ema: PyTree
+  apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
+  tx: optax.GradientTransformation = struct.field(pytree_node=False)
+  fused: Fused | None = struct.field(pytree_node=False, default=None)
+  two_pass: bool = struct.field(pytree_node=False, default=False)
+  ema_decay: float | None = struct.field(pytree_node=False, default=None)
+
+  @classmethod
+  def create(
+    cls,
+    *,
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    variables: Mapping[str, PyTree] | None = None,
+    fused: Fused | None = None,
+    two_pass: bool = False,
+    ema_decay: float | None = None,
+    dtype: Any = jnp.bfloat16,
+    where: Where | None = None,
+    **kwargs: Any,
+  ) -> "TrainState":
+    """Makes a state from f32 params, with `optax_mpo.init`.
+
+    Args:
+      apply_fn: usually `model.apply`.
+      params: the collection `params` of the model's variables, in f32; or, as for Flax's own state, a mapping of that
+        and of `_overwrite_with_gradient`.
+      tx: a transformation with `compensated` in it.
+      variables: the other collections: `{k: v for k, v in model.init(...).items() if k != "params"}`. If
+        `_overwrite_with_gradient` is one of them, it is trained with the params.
+      fused: see the class.
+      two_pass: see the class.
+      ema_decay: for a moving average of the master weights; None keeps none.
+      dtype: of the params, as in `optax_mpo.init`.
+      where: which params are cast, as in `optax_mpo.init`.
+      **kwargs: fields of a subclass.
+
+    Returns:
+      The state. It can be donated: it shares no buffer with the arguments.
+
+    Raises:
+      ValueError: for other values of `fused`; and what `optax_mpo.init` raises.
+    """
+    check_fused(fused, "TrainState.create")
+    given, rest = (params, variables, kwargs), dict(variables or {})
+    if overwritten.KEY in rest and not overwritten.is_in(params):
+      params = {"params": params, overwritten.KEY: rest.pop(overwritten.KEY)}
+    low, opt_state = compensated.init(tx, params, dtype=dtype, where=where)
+    options = {"fused": fused, "two_pass": two_pass, "ema_decay": ema_decay, **kwargs}
+    return cls._made(given, jnp.zeros([], jnp.int32), low, opt_state, rest, apply_fn=apply_fn, tx=tx, **options)
+
+  @classmethod
+  def _made(
+    cls,
+    given: Any,
+    step: Any,
+    params: PyTree,
+    opt_state: optax.OptState,
+    variables: Mapping[str, PyTree],
+    **fields: Any,
+  ) -> "TrainState":
+    """A state that shares no buffer with the trees in `given`."""
+    ema = None if fields["ema_decay"] is None else compensated.master_params(params, opt_state)
+    made = cls(step=step, params=params, opt_state=opt_state, variables=dict(variables), ema=ema, **fields)
+    return buffers.own(made, given)
+
+  @classmethod
+  def from_flax(
+    cls,
+    state: train_state.TrainState,
+    tx: optax.GradientTransformation | None = None,
+    *,
+    variables: Mapping[str, PyTree] | None = None,
+    fused: Fused | None = None,
+    two_pass: bool = False,
+    ema_decay: float | None = None,
+    dtype: Any = jnp.bfloat16,
+    where: Where | None = None,
+    **kwargs: Any,
+  ) -> "TrainState":
+    """Takes over a run of Flax's own train state, with f32 params, in the middle.
+
+    Steps, moments and schedules continue, as with `optax_mpo.convert`. With 16 bits and f32 moments, training
+    continues as the f32 run, bit for bit, if its loss casts the params as `optax_mpo.cast` does.
+
+    Args:
+      state: a `flax.training.train_state.TrainState`, or one of a subclass.
+      tx: the transformation to continue with: that of `state`, wrapped in `compensated`, with or without
+        `quantized_state` inside. None: `compensated(state.tx)`.
+      variables: as for `create`. Of a subclass: `variables={"batch_stats": state.batch_stats}`.
+      fused: see the class.
+      two_pass: see the class.
+      ema_decay: as for `create`; the average starts at the weights of `state`.
+      dtype: of the params, as in `optax_mpo.init`.
+      where: which params are cast, as in `optax_mpo.init`.
+      **kwargs: fields of a subclass.
+
+    Returns:
+      The state. It can be donated: it shares no buffer with the arguments.
+
+    Raises:
+      TypeError: if `state` is not a train state of Flax.
+      ValueError: if `tx` is not that of the run, with the leaf that differs; for other values of `fused`; and what
+        `optax_mpo.convert` raises.
+
+    Memory: as `optax_mpo.convert`: both states, and the f32 masters, while it runs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+      >>> from flax.training import train_state
+      >>> from optax_mpo.flax import TrainState
+      >>> params = {"w": jnp.full(3, 0.1)}
+      >>> old = train_state.TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-2))
+      >>> old = old.apply_gradients(grads={"w": jnp.ones(3)})
+      >>> state = TrainState.from_flax(old)
+      >>> int(state.step), state.params["w"].dtype.name, bool((state.masters()["w"] == old.params["w"]).all())
+      (1, 'bfloat16', True)
+    """
+    check_fused(fused, "TrainState.from_flax")
+    if not isinstance(state, train_state.TrainState):
+      raise TypeError(
+        "TrainState.from_flax: state has to be a flax.training.train_state.TrainState, but it is a "
+        f"{type(state).__name__}. For params and a state of Optax, use optax_mpo.convert."
+      )
+    tx = compensated.wrapped(state.tx, state.opt_state) if tx is None else tx
+    low, opt_state = convert.convert(tx, state.params, state.opt_state, dtype=dtype, where=where)
+    options = {"fused": fused, "two_pass": two_pass, "ema_decay": ema_decay, **kwargs}
+    step = jnp.asarray(state.step, jnp.int32)
+    given = state, variables, kwargs
+    return cls._made(given, step, low, opt_state, variables or {}, apply_fn=state.apply_fn, tx=tx, **options)
+
+  def masters(self) -> PyTree:
+    """Returns the f32 master weights, for evaluation or export."""
+    return compensated.master_params(self.params, self.opt_state)
+
+  def metrics(self, loss: Any = None) -> dict[str, jax.Array]:
+    """Returns what there is to log of the last step, by name, f32[] each.
+
+    It has the norms of all `record_norms` in `tx`; `learning_rate` where `tx` comes from `optax.inject_hyperparams`,
+    with `learning_rate_1` and so on where there are several; and `loss` if it is given.
+    """
+    return metrics(self.opt_state, loss)
+
+  def step_with(
+    self,
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    has_aux: bool = False,
+    mutable: bool = False,
+    tx_args: Mapping[str, Any] | None = None,
+  ) -> tuple["TrainState", Any]:
+    """Does one training step.
+
+    `loss_fn(variables, *args)` gets `{"params": params, **self.variables}`, for `model.apply`. With `fused="layer"`,
+    `params` are handles for `fused_layer`, `fused_scan` and `fused_value`. With FP8 layers, `variables` has the
+    collection `_overwrite_with_gradient` as well.
+
+    Args:
+      loss_fn: returns the loss, f32[]; or `(loss, aux)` with `has_aux`; or `(loss, updates)` with `mutable`, where
+        `updates` are the changed collections as `model.apply(..., mutable=[...])` returns them; or `(loss, (aux,
+        updates))` with both.
+      *args: what `loss_fn` takes: a batch, keys for dropout such as `jax.random.fold_in(key, state.step)`.
+      has_aux: see above.
+      mutable: see above.
+      tx_args: extra arguments of `tx.update`. `value` is the loss, unless it is given here.
+
+    Returns:
+      The new state and the loss. With `has_aux`, the new state and `(loss, aux)`.
+
+    Raises:
+      ValueError: if `updates` has a collection that `variables` does not have; with `fused="auto"`, if the update does
+        not allow gradient release; and what the step raises.
+
+    With `fused=None`, it warns when it is traced, once for each transformation, if it has to be an ordinary step.
+    """
+
+    def whole(params: PyTree, variables: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
+      trained = params if overwritten.is_in(params) else {"params": params}
+      out = loss_fn({**trained, **variables}, *args)
+      rest: Any
+      loss, rest = out if has_aux or mutable else (out, None)
+      aux: Any = None
+      updates: Any = {}
+      if has_aux and mutable:
+        aux, updates = rest
+      elif has_aux:
+        aux = rest
+      elif mutable:
+        updates = rest
+      unknown = set(updates) - set(variables)
+      if unknown:
+        raise ValueError(
+          f"TrainState.step_with: loss_fn returns the collections {sorted(unknown)}, and the state has "
+          f"{sorted(variables)}. Pass them to TrainState.create as variables=..."
+        )
+      return loss, (aux, {**variables, **updates})
+
+    step = make_step(whole, self.tx, self.fused, self.two_pass, "TrainState.step_with", tx_args)
+    (loss, (aux, variables)), params, opt_state = step(self.params, self.opt_state, self.variables, *args)
+    return self._next(params, opt_state, variables=variables), (loss, aux) if has_aux else loss
+
+  def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> "TrainState":
+    """Does one ordinary step with a tree of gradients, as Flax's `TrainState.apply_gradients`.
+
+    Args:
+      grads: a tree like `params`: gradients with respect to `params`, in any floating dtype.
+      **kwargs: fields to replace, such as `variables`.
+
+    Returns:
+      The new state.
+
+    Raises:
+      ValueError: if `grads` does not match `params`.
+
+    Memory: the tree of gradients, 2 to 4 bytes per parameter. `step_with` does not make it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+      >>> from optax_mpo.flax import TrainState
+      >>> tx = mpo.compensated(optax.sgd(0.5))
+      >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
+      >>> grads = jax.grad(lambda params: jnp.sum(params["w"]))(state.params)
+      >>> state.apply_gradients(grads=grads).params["w"]
+      Array([0.5, 0.5], dtype=bfloat16)
+    """
+    _, params, opt_state = updated(self.tx, grads, self.opt_state, self.params)
+    return self._next(params, opt_state, **kwargs)
+
+  def _next(self, params: PyTree, opt_state: optax.OptState, **fields: Any) -> "TrainState":
+    new = self.replace(step=self.step + 1, params=params, opt_state=opt_state)
+    if self.ema_decay is not None:
+      new = new.replace(ema=average.mixed(self.ema, new.masters(), self.ema_decay))
+    return new.replace(**fields)
