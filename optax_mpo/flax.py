@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from optax_mpo._codecs import apply
+from optax_mpo._codecs import apply, formats, masters
 from optax_mpo._core import buffers, trees
 from optax_mpo._layers import fused_step
 from optax_mpo._stepping import value_and_update
@@ -38,7 +38,7 @@ def _make_step(loss_fn: Callable[..., Any], tx: Any, fused: Fused, two_pass: boo
     return fused_step.fused_value_and_update(loss_fn, tx, has_aux=True)
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
-    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
+    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(masters.decode(params, opt_state, "step_with"), *args)
     updates, opt_state = tx.update(grads, opt_state, params)
     return value, apply.apply_updates(params, updates), opt_state
 
@@ -155,6 +155,10 @@ class TrainState(struct.PyTreeNode):
     """Returns the f32 master weights, for evaluation or export."""
     return compensated.master_params(self.params, self.opt_state)
 
+  def decoded(self) -> PyTree:
+    """Returns the weights to apply the model with: `params`, with float8 leaves times their scales, in bf16."""
+    return masters.decoded(self.params, self.opt_state)
+
   def step_with(
     self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False, mutable: bool = False
   ) -> tuple["TrainState", Any]:
@@ -254,6 +258,11 @@ class Optimizer(nnx.Pytree):
     where: Where | None = None,
   ):
     _check_fused(fused, "Optimizer")
+    if formats.is_scaled(jnp.zeros([], dtype)):
+      raise ValueError(
+        f"Optimizer: with dtype={jnp.dtype(dtype).name} the model would hold codes without their scales, and compute "
+        "with them. Use bfloat16 or float16 here, or train pure params with value_and_update."
+      )
     params, opt_state = compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
     nnx.update(model, params)
     self.step = nnx.OptState(jnp.zeros([], jnp.int32))

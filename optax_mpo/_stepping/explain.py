@@ -135,7 +135,7 @@ def explain(
   wrapping.check_loss(loss_fn, "explain", _USAGE)
   tx = wrapping.as_transformation(tx, "explain", "tx", _USAGE)
   update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), "explain")
-  traced = value_and_update.Traced(loss_fn, has_aux, update, params, args, kwargs)
+  traced = value_and_update.Traced(loss_fn, has_aux, update, params, opt_state, args, kwargs)
   passes = value_and_update.two_passes(traced, update, "explain") if two_pass else None
   groups = passes.groups if passes else value_and_update.groups_of(update)
   sites = traced.sites(groups, update.kernels)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mpo._codecs import formats, masters
 from optax_mpo._core import modules, order, primitives, trees, wrapping
 from optax_mpo._program import jax_forms, residuals
 from optax_mpo._program.program import Program
@@ -35,7 +36,8 @@ class Traced:
   """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes.
 
   The loss is differentiated with respect to the leaves whose gradients the update reads. The others, such as frozen
-  weights, get a gradient of zeros, which nothing reads.
+  weights, get a gradient of zeros, which nothing reads. It gets params whose dtype has scales decoded, and is
+  differentiated with respect to what it gets.
   """
 
   def __init__(
@@ -44,15 +46,21 @@ class Traced:
     has_aux: bool,
     update: by_leaf.Update,
     params: PyTree,
+    opt_state: PyTree,
     args: Any,
     kwargs: Any,
   ):
     jax_forms.check_forms(_CALLER)
+    kept = masters.scales_of(modules.pure(params), modules.pure(opt_state), _CALLER)
     self.leaves, treedef = jax.tree.flatten(params)
     self._trained = [update.needs_gradient(i) for i in range(len(self.leaves))]
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
-    self.lifted = [x for x in rest if trees.is_array(x)]
+    scales, scales_treedef = jax.tree.flatten(kept)
+    self.lifted = [*(x for x in rest if trees.is_array(x)), *scales]
     self._out: Any = None
+
+    def decoded(leaves: list[Any], lifted: list[Any]) -> list[Any]:
+      return list(map(formats.decode, leaves, scales_treedef.unflatten(lifted[len(lifted) - len(scales) :])))
 
     def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
       values = iter(lifted)
@@ -60,9 +68,10 @@ class Traced:
       return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
 
     def arrays_of_loss(leaves: list[Any], lifted: list[Any]) -> list[Any]:
-      return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if trees.is_array(x)]
+      return [x for x in jax.tree.leaves(loss_of({}, decoded(leaves, lifted), lifted)) if trees.is_array(x)]
 
     def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+      leaves = decoded(leaves, lifted)
       trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
       out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained, leaves, lifted)
       grads = [found[i] if i in found else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
@@ -198,7 +207,7 @@ def value_and_update(
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, optax.OptState]:
     update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), _CALLER)
-    traced = Traced(loss_fn, has_aux, update, params, args, kwargs)
+    traced = Traced(loss_fn, has_aux, update, params, opt_state, args, kwargs)
     states, state_treedef = jax.tree.flatten(opt_state)
     operands = ([*traced.leaves, *traced.lifted], states, traced.program.traced, update.program.traced)
     results, leaves, states = _differentiated_as(

@@ -20,25 +20,12 @@ import optax
 
 from optax_mpo._backends import cpu_rows, step_weight
 from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
-from optax_mpo._core import buffers, modules, trees, types, wrapping, xla_cpu
+from optax_mpo._codecs.masters import CompensatedState, master_params
+from optax_mpo._core import trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
 
 PyTree = Any
-
-
-class CompensatedState(NamedTuple):
-  """State of `compensated`.
-
-  Attributes:
-    compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. A leaf without
-      bits (f32 params, bits=0) has an `optax.MaskedNode()`.
-    inner_state: the state of the wrapped transformation, made from f32 params. With stochastic rounding, a
-      `RoundingState` around it.
-  """
-
-  compensation: PyTree
-  inner_state: optax.OptState
 
 
 class RoundingState(NamedTuple):
@@ -274,68 +261,3 @@ def init(
   new, opt_state = initialise.initialised(tx, params, dtype, where)
   probes.warn_of_changes(tx, new, master_params)
   return new, opt_state
-
-
-def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
-  """Returns the f32 master weights that `params` and the compensation bits in `opt_state` stand for.
-
-  Args:
-    params: the low-precision params.
-    opt_state: the state of a transformation with `compensated` anywhere inside it.
-
-  Returns:
-    A tree like `params` in which bf16 and fp16 leaves are f32[*s], joined with their bits if they have any. Other
-    leaves are unchanged; outside of jit they are copies, so that the result or `params` can be donated.
-
-  Raises:
-    ValueError: if `opt_state` has no `CompensatedState`, one for other params, two with bits for one leaf, or bits that
-      a wrapper around `compensated` has split.
-    TypeError: if the arguments are swapped.
-
-  Memory: 4 bytes per parameter if the result is kept; none if XLA fuses it into its use.
-
-  Example:
-    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> tx = optax.chain(optax.identity(), mpo.compensated(optax.sgd(0.1)))
-    >>> params, opt_state = mpo.init(tx, {"w": jnp.full(1, 1 / 3)})
-    >>> mpo.master_params(params, opt_state)
-    {'w': Array([0.33333334], dtype=float32)}
-  """
-  given, params, opt_state = params, modules.pure(params), modules.pure(opt_state)
-  found = _states_in(opt_state)
-  if not found and _states_in(params):
-    raise TypeError(
-      "master_params: params is an optimizer state, and opt_state none. Call master_params(params, opt_state)."
-    )
-  if not found:
-    raise ValueError(
-      "master_params: there is no CompensatedState in opt_state. Wrap the transformation in compensated."
-    )
-  hint = "Pass the params that this state belongs to."
-  per_state = [
-    trees.flatten_like(params, s.compensation, "master_params: the compensation in opt_state", hint) for s in found
-  ]
-  masters = []
-  for i, (leaf_name, leaf) in enumerate(trees.named_leaves(params)):
-    kept = [c[i] for c in per_state if checks.bits_or_none(c[i]) is not None]
-    if len(kept) > 1:
-      raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
-    if kept and not trees.is_array(kept[0]):
-      raise ValueError(
-        f"master_params: a transformation around compensated splits {leaf_name} into "
-        f"{len(jax.tree.leaves(kept[0]))} low-precision leaves, and only it can put their bits together. Split the "
-        "params themselves, or keep this leaf in float32 with the argument where of optax_mpo.init."
-      )
-    if kept and (not formats.is_low(leaf) or kept[0].shape != leaf.shape):
-      raise ValueError(
-        f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
-        f"low-precision leaf of shape {list(kept[0].shape)}. {hint}"
-      )
-    low = trees.is_array(leaf) and formats.is_low(leaf)
-    masters.append(formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
-  return buffers.own(modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)
-
-
-def _states_in(tree: PyTree) -> list[CompensatedState]:
-  found = jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, CompensatedState))
-  return [s for s in found if isinstance(s, CompensatedState)]

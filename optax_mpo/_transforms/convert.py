@@ -109,7 +109,7 @@ def _named(state: PyTree) -> list[tuple[str, Any]]:
 
 
 def _masters(params: PyTree, opt_state: PyTree) -> PyTree:
-  if _nodes(opt_state, compensated.CompensatedState):
+  if _nodes(opt_state, compensated.CompensatedState) or any(map(formats.is_scaled, jax.tree.leaves(params))):
     return compensated.master_params(params, opt_state)
   return jax.tree.map(lambda p: formats.widen(p) if formats.is_low(p) else p, params)
 

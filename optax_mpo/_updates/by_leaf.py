@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._backends import step_weight
-from optax_mpo._codecs import apply
+from optax_mpo._codecs import apply, formats
 from optax_mpo._core import trees, wrapping
 from optax_mpo._program import jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
@@ -115,7 +115,8 @@ class Update:
     self.state_names = [name for name, _ in trees.named_leaves(opt_state, "opt_state")]
     check_state(tx, params, opt_state, caller)
     with step_weight.left_out() as met:
-      self.program, out = jax_forms.trace(self._whole(tx), self._params, self._params, self._state)
+      grads = [formats.gradient_like(leaf) for leaf in self._params]
+      self.program, out = jax_forms.trace(self._whole(tx), grads, self._params, self._state)
     self.kernels = kernels or bool(met)
     self._check_result(out)
     self._own()
@@ -361,6 +362,11 @@ def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyT
     ValueError: where `opt_state` does not match the structure and shapes of `tx.init(params)`.
   """
   trees.check_arrays(params, caller)
+  if caller == _BY_LAYERS and (scaled := [n for n, leaf in trees.named_leaves(params) if formats.is_scaled(leaf)]):
+    raise ValueError(
+      f"{caller}: fused layers read weights without the scales that float8 needs, and {trees.listed(scaled)} have that "
+      "dtype. Train with value_and_update, which decodes them, or keep these leaves in bfloat16 or float16."
+    )
   try:
     expected = wrapping.state_shapes(tx, params)
   except jax.errors.ConcretizationTypeError:
