@@ -164,10 +164,13 @@ def round_stochastically(x: jax.Array, random: jax.Array, bits: int) -> jax.Arra
 
 
 @codec.operation(_refuse)
-def decode(low: jax.Array, kept: ScaledBits) -> jax.Array:
-  """Returns the weights that a loss gets, bf16[*s]: `low: f8[*s]` times its block's scale, exactly."""
+def decode(low: jax.Array, scales: jax.Array) -> jax.Array:
+  """Returns the weights that a loss gets, bf16[*s]: `low: f8[*s]` times its block's scale, exactly.
+
+  `scales` are those of a `ScaledBits`, `uint8[*s[:-1], blocks]`.
+  """
   shape, low = low.shape, _with_an_axis(low)
-  scales = jnp.clip(kept.scales, _SMALLEST, _LARGEST).astype(jnp.uint16) << 7
+  scales = jnp.clip(scales, _SMALLEST, _LARGEST).astype(jnp.uint16) << 7
   scales = blocks.spread(lax.bitcast_convert_type(scales, jnp.bfloat16), low.shape[-1])
   return (low.astype(jnp.bfloat16) * scales).reshape(shape)
 

@@ -62,7 +62,7 @@ class Scaled(Format, Protocol):
     """The dtype that the loss gets."""
     ...
 
-  def decode(self, low: jax.Array, kept: codec.ScaledBits) -> jax.Array:
+  def decode(self, low: jax.Array, scales: jax.Array) -> jax.Array:
     """The weights that the loss gets, in COMPUTE, exactly."""
     ...
 
@@ -134,9 +134,9 @@ def widen(low: jax.Array) -> jax.Array:
   return join(low, None)
 
 
-def decode(low: jax.Array, kept: Kept) -> jax.Array:
-  """The weights `[*s]` that the loss gets for a param `low[*s]`: the param itself, unless its format has scales."""
-  return _SCALED[low.dtype].decode(low, kept) if isinstance(kept, codec.ScaledBits) and is_scaled(low) else low
+def decode(low: Any, scales: jax.Array | None) -> Any:
+  """The weights `[*s]` that the loss gets for a param `low[*s]`: the param itself, unless it has scales."""
+  return low if scales is None else _SCALED[low.dtype].decode(low, scales)
 
 
 def zero_bits(low: jax.Array, bits: int) -> Kept:

@@ -107,8 +107,8 @@ def decode(params: PyTree, opt_state: optax.OptState, who: str) -> PyTree:
   return jax.tree.structure(params).unflatten(list(weights))
 
 
-def scales_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[formats.Kept]:
-  """Returns for each leaf of `params` the bits and scales that `formats.decode` needs; None where it needs none.
+def scales_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.Array | None]:
+  """Returns for each leaf of `params` the scales that `formats.decode` needs; None where it needs none.
 
   Raises:
     ValueError: where there are none for a leaf that needs them, and as `master_params`.
@@ -117,7 +117,7 @@ def scales_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[forma
   if not any(scaled):
     return [None] * len(scaled)
   kept = _kept_of(params, opt_state, who)
-  return [k if needed else None for needed, k in zip(scaled, kept, strict=True)]
+  return [k.scales if needed else None for needed, k in zip(scaled, kept, strict=True)]
 
 
 def _kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[Any]:

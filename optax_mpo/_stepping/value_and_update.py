@@ -51,16 +51,17 @@ class Traced:
     kwargs: Any,
   ):
     jax_forms.check_forms(_CALLER)
-    kept = masters.scales_of(modules.pure(params), modules.pure(opt_state), _CALLER)
+    scales_of = masters.scales_of(modules.pure(params), modules.pure(opt_state), _CALLER)
     self.leaves, treedef = jax.tree.flatten(params)
     self._trained = [update.needs_gradient(i) for i in range(len(self.leaves))]
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
-    scales, scales_treedef = jax.tree.flatten(kept)
+    scales = [x for x in scales_of if x is not None]
     self.lifted = [*(x for x in rest if trees.is_array(x)), *scales]
     self._out: Any = None
 
     def decoded(leaves: list[Any], lifted: list[Any]) -> list[Any]:
-      return list(map(formats.decode, leaves, scales_treedef.unflatten(lifted[len(lifted) - len(scales) :])))
+      values = iter(lifted[len(lifted) - len(scales) :])
+      return [formats.decode(p, None if s is None else next(values)) for p, s in zip(leaves, scales_of, strict=True)]
 
     def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
       values = iter(lifted)
@@ -90,7 +91,8 @@ class Traced:
     self.effects = closed.effects
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
     program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], FOLLOWED)
-    self.program = residuals.without_weights(program, program.inputs[:count])
+    weights = [*program.inputs[:count], *program.inputs[len(program.inputs) - len(scales) :]]
+    self.program = residuals.without_weights(program, weights)
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def forward(self) -> Program:
