@@ -98,6 +98,7 @@ def decoded(params: PyTree, opt_state: optax.OptState) -> PyTree:
     >>> params = mpo.apply_updates(params, updates)
   """
   given, params, opt_state = params, modules.pure(params), modules.pure(opt_state)
+  _check_order(params, opt_state, "decoded")
   return buffers.own(modules.in_form_of(given, decode(params, opt_state, "decoded")), given)
 
 
@@ -122,9 +123,8 @@ def scales_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.A
 
 def _kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[Any]:
   """Returns the bits of each leaf of `params`, or None, from all states of `compensated` in `opt_state`."""
+  _check_order(params, opt_state, who)
   found = _states_in(opt_state)
-  if not found and _states_in(params):
-    raise TypeError(f"{who}: params is an optimizer state, and opt_state none. Call {who}(params, opt_state).")
   if not found:
     raise ValueError(f"{who}: there is no CompensatedState in opt_state. Wrap the transformation in compensated.")
   hint = "Pass the params that this state belongs to."
@@ -153,6 +153,11 @@ def _kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[Any]:
       )
     chosen.append(kept[0] if kept else None)
   return chosen
+
+
+def _check_order(params: PyTree, opt_state: optax.OptState, who: str) -> None:
+  if _states_in(params) and not _states_in(opt_state):
+    raise TypeError(f"{who}: params is an optimizer state, and opt_state none. Call {who}(params, opt_state).")
 
 
 def _states_in(tree: PyTree) -> list[CompensatedState]:

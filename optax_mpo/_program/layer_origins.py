@@ -50,7 +50,7 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
       return None
     operation = program.operations[made]
     chain.append(operation)
-    if len(operation.inputs) > 1:
+    if len(operation.inputs) != 1:
       beside = _beside(program, operation, entries, sources)
       if not beside:
         return None
@@ -64,13 +64,13 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
 
 def _beside(program: Program, operation: Operation, entries: Entries, sources: Set[int]) -> tuple[int, ...]:
   """The other operands of a call of a source, if they are smaller inputs of the program with as many entries."""
-  source, *others = operation.inputs
+  source, others = operation.inputs[0], operation.inputs[1:]
   known = all(isinstance(a, int) and a in program.inputs for a in others)
   if operation.name not in jax_forms.CALLS or source not in sources or not known:
     return ()
   shape, shapes = program.aval(source).shape, [program.aval(v).shape for v in others]
   same = all(len(s) == len(shape) and s[entries.axis] == shape[entries.axis] for s in shapes)
-  return tuple(others) if same and sum(map(math.prod, shapes)) * 8 <= math.prod(shape) else ()
+  return others if same and sum(map(math.prod, shapes)) * 8 <= math.prod(shape) else ()
 
 
 def fill(program: Program, atom: Atom, entries: Entries, count: int) -> np.ndarray | None:

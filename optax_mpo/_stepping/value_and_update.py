@@ -20,7 +20,7 @@ import optax
 
 from optax_mpo._codecs import formats, masters
 from optax_mpo._core import modules, order, primitives, trees, wrapping
-from optax_mpo._program import jax_forms, residuals
+from optax_mpo._program import jax_forms, recompute, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import evaluate, first_pass, planning
 from optax_mpo._stepping.plan import FOLLOWED
@@ -91,8 +91,10 @@ class Traced:
     self.effects = closed.effects
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
     program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], FOLLOWED)
-    weights = [*program.inputs[:count], *program.inputs[len(program.inputs) - len(scales) :]]
-    self.program = residuals.without_weights(program, weights)
+    beside = program.inputs[len(program.inputs) - len(scales) :]
+    program = residuals.without_weights(program, [*program.inputs[:count], *beside])
+    decodes = [o for o in program.operations if any(isinstance(a, int) and a in beside for a in o.inputs)]
+    self.program = recompute.for_each_use(program, [v for o in decodes if o.name != "scan" for v in o.outputs])
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def forward(self) -> Program:

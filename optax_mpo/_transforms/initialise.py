@@ -114,6 +114,6 @@ def _check_state(params: PyTree, opt_state: PyTree) -> None:
     if trees.is_array(leaf) and formats.is_scaled(leaf):
       raise ValueError(
         f"init: {trees.name(path, 'opt_state')} is {leaf.dtype}, since something around compensated makes state in the "
-        "dtype of the params (optax.MultiSteps does, and optax.inject_hyperparams without hyperparam_dtype). Without "
-        "scales that dtype holds no numbers of use: put it inside, compensated(optax.MultiSteps(...))."
+        "dtype of the params (as optax.trace does, and optax.inject_hyperparams without hyperparam_dtype). Without "
+        "scales that dtype is of no use for it: put it inside, compensated(optax.chain(...)), or give it a dtype."
       )

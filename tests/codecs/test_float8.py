@@ -10,7 +10,7 @@ import pytest
 import optax_mpo as mpo
 from optax_mpo._codecs import codec, float8
 from tests import reference
-from tests.helpers import assert_same_bits, exact_jit, unfused_jit
+from tests.helpers import assert_same_bits, exact_jit, ordinary_step, unfused_jit
 
 F8 = jnp.float8_e4m3fn
 
@@ -274,15 +274,6 @@ def test_members_of_an_ensemble_train_as_alone(bits):
     assert_same_bits(jax.tree.map(lambda a, i=i: a[i], mapped), alone)
 
 
-def decoded_step(loss_fn, tx):
-  def step(params, state, *args):
-    value, grads = jax.value_and_grad(loss_fn)(mpo.decoded(params, state), *args)
-    updates, state = tx.update(grads, state, params)
-    return value, mpo.apply_updates(params, updates), state
-
-  return step
-
-
 def stack_loss(p, x):
   x, _ = jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, p["layers"])
   return jnp.mean(jnp.square((x @ p["head"]).astype(jnp.float32) + p["b"][None].astype(jnp.float32)))
@@ -303,6 +294,7 @@ TRANSFORMATIONS = {
   "stochastic": lambda: mpo.compensated(optax.sgd(1e-3, momentum=0.9), bits=8, rounding="stochastic"),
   "8-bit state": lambda: mpo.compensated(mpo.quantized_state(optax.adam(1e-3), min_size=1), bits=8),
   "kernels": lambda: mpo.with_kernels(mpo.compensated(mpo.quantized_state(optax.adam(1e-3), min_size=1))),
+  "multi_steps around": lambda: optax.MultiSteps(mpo.compensated(optax.adam(1e-3)), 2),
   "loss scale": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-3)), 1.0),
 }
 
@@ -314,9 +306,107 @@ def test_gradient_release_equals_the_ordinary_step(name):
   want = got = mpo.init(tx, stack_params(), dtype=F8, where=lambda path, leaf: leaf.ndim > 1)
   assert {p.dtype.name for p in jax.tree.leaves(got[0])} == {"float8_e4m3fn", "float32"}
   step = mpo.value_and_update(stack_loss, tx, two_pass=name == "loss scale")
-  ordinary, released = unfused_jit(decoded_step(stack_loss, tx)), unfused_jit(step)
+  ordinary, released = unfused_jit(ordinary_step(stack_loss, tx)), unfused_jit(step)
   for _ in range(4):
     value, *want = ordinary(*want, x)
     found, *got = released(*got, x)
     assert float(found) == float(value)
   assert_same_bits(got, want)
+
+
+def test_unrolled_layers_and_transposed_stacks_equal_the_ordinary_step():
+  """These decode weights for each use, and layers where they lie on the second axis."""
+  rng = np.random.default_rng(0)
+  tx = mpo.compensated(optax.adamw(1e-3), bits=8)
+  x = jnp.asarray(rng.normal(size=(16, 160)), jnp.bfloat16)
+  weights = {
+    "stack": jnp.asarray(rng.normal(size=(160, 4, 160)) * 0.1, jnp.float32),
+    "tied": jnp.asarray(rng.normal(size=(160, 160)) * 0.1, jnp.float32),
+    "frozen": jnp.asarray(rng.normal(size=(160, 160)) * 0.1, jnp.float32),
+  }
+
+  def loss(p, x):
+    x = jnp.tanh(x @ p["tied"])
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.moveaxis(p["stack"], 1, 0))
+    x = jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(p["tied"], x @ jax.lax.stop_gradient(p["frozen"]))
+    return jnp.mean(jnp.square((x @ p["tied"].T).astype(jnp.float32)))
+
+  want = got = mpo.init(tx, weights, dtype=F8)
+  ordinary, released = unfused_jit(ordinary_step(loss, tx)), unfused_jit(mpo.value_and_update(loss, tx))
+  for _ in range(3):
+    value, *want = ordinary(*want, x)
+    found, *got = released(*got, x)
+    assert float(found) == float(value)
+  assert_same_bits(got, want)
+  assert [leaf.stepped for leaf in mpo.explain(loss, tx, *got, x)] == ["with a zero gradient", "in scan", "at once"]
+
+
+def test_gradients_with_respect_to_codes_are_refused():
+  tx = mpo.compensated(optax.sgd(1.0))
+  params, state = mpo.init(tx, {"w": jnp.ones((2, 2))}, dtype=F8)
+  grads = jax.grad(lambda p: jnp.sum(p["w"].astype(jnp.float32)))(params)
+  with pytest.raises(TypeError, match=r"gradient of params\['w'\] is float8_e4m3fn.*decoded"):
+    tx.update(grads, state, params)
+  for read in (mpo.decoded, mpo.master_params):
+    with pytest.raises(TypeError, match=r"float8_e4m3fn params cannot be differentiated.*decoded"):
+      jax.grad(lambda p, read=read: jnp.sum(read(p, state)["w"].astype(jnp.float32)))(params)
+  step = mpo.value_and_update(lambda p, x: jnp.sum(p["w"] * x.astype(jnp.bfloat16)), tx)
+  with pytest.raises(TypeError, match="float8_e4m3fn params cannot be differentiated"):
+    jax.grad(lambda x: mpo.master_params(*step(params, state, x)[1:])["w"].sum())(jnp.ones((2, 2)))
+
+
+def test_what_has_no_scales_is_refused():
+  w = {"w": jnp.ones((2, 2))}
+  tx = mpo.compensated(optax.sgd(1.0))
+  params, state = mpo.init(tx, w, dtype=F8)
+  _, of_bf16 = mpo.init(tx, w)
+  low = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+  both = {"v": params["w"], "w": params["w"]}
+  of_one = optax.masked(tx, {"v": False, "w": True}).init(both)
+  with pytest.raises(ValueError, match=r"params\['w'\] is float8_e4m3fn .* holds 16 compensation bits for it"):
+    tx.update(low, of_bf16, params)
+  with pytest.raises(ValueError, match=r"params\['w'\] is bfloat16 .* holds 16 compensation bits with scales"):
+    tx.update(low, state, low)
+  for read in (mpo.decoded, mpo.master_params):
+    with pytest.raises(ValueError, match=r"params\['w'\] is float8_e4m3fn.*of another dtype|and another dtype"):
+      read(params, of_bf16)
+    with pytest.raises(ValueError, match="no CompensatedState"):
+      read(params, optax.sgd(1.0).init(params))
+    with pytest.raises(ValueError, match=r"params\['v'\] is float8_e4m3fn, and opt_state has no scales for it"):
+      read(both, of_one)
+  with pytest.raises(TypeError, match="decoded: params is an optimizer state"):
+    mpo.decoded(state, params)
+  with pytest.raises(ValueError, match="no CompensatedState"):
+    mpo.value_and_update(lambda p: jnp.sum(p["w"]), optax.sgd(1.0))(params, optax.sgd(1.0).init(params))
+  with pytest.raises(ValueError, match="no CompensatedState"):
+    mpo.convert(optax.sgd(1.0), params, optax.sgd(1.0).init(params))
+  with pytest.raises(ValueError, match=r"params\['w'\] is float8_e4m3fn, and its scales are in the state"):
+    mpo.lost_updates(params, w, bits=8)
+  assert float(mpo.lost_updates(params, w, bits=8, opt_state=state)["w"]) == 0
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_other_numbers_of_bits_are_refused(bits):
+  with pytest.raises(ValueError, match=rf"float8_e4m3fn, for which bits has to be one of \(8, 16\), but it is {bits}"):
+    mpo.init(mpo.compensated(optax.sgd(1.0), bits=bits), {"w": jnp.ones(2)}, dtype=F8)
+
+
+@pytest.mark.parametrize(
+  ("wrap", "name"),
+  [
+    (lambda tx: optax.chain(optax.trace(0.9), tx), r"trace\['w'\]"),
+    (lambda tx: optax.inject_hyperparams(lambda rate: mpo.compensated(optax.sgd(rate)))(rate=0.1), "rate"),
+  ],
+  ids=["trace", "inject_hyperparams"],
+)
+def test_state_in_the_dtype_of_the_params_is_refused(wrap, name):
+  with pytest.raises(ValueError, match=rf"init: opt_state.*{name}.* is float8_e4m3fn.*put it inside"):
+    mpo.init(wrap(mpo.compensated(optax.sgd(1.0))), {"w": jnp.ones(2)}, dtype=F8)
+
+
+def test_fused_layers_are_refused():
+  layer = mpo.fused_layer(lambda p, x: x @ p["w"])
+  tx = mpo.compensated(optax.sgd(1.0))
+  step = mpo.fused_value_and_update(lambda p, x: jnp.sum(layer(p, x)), tx)
+  with pytest.raises(ValueError, match=r"fused layers read weights without the scales.*\['w'\].*value_and_update"):
+    step(*mpo.init(tx, {"w": jnp.ones((2, 2))}, dtype=F8), jnp.ones((2, 2)))
