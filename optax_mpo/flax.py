@@ -165,7 +165,7 @@ class TrainState(struct.PyTreeNode):
     """Does one training step.
 
     `loss_fn(variables, *args)` gets `{"params": params, **self.variables}`, for `model.apply`. With `fused="layer"`,
-    `params` are handles for `fused_layer`, `fused_scan` and `fused_value`.
+    `params` are handles for `fused_layer`, `fused_scan` and `fused_value`. float8 params are decoded.
 
     Args:
       loss_fn: returns the loss, f32[]; or `(loss, aux)` with `has_aux`; or `(loss, updates)` with `mutable`, where
@@ -221,11 +221,11 @@ class Optimizer(nnx.Pytree):
     wrt: which variables are trained.
     fused: gradient release, "auto" (`value_and_update`) or "layer" (`fused_value_and_update`); "off": ordinary steps.
     two_pass: as for `value_and_update`.
-    dtype: of the params, as in `optax_mpo.init`.
+    dtype: of the params, as in `optax_mpo.init`; not float8, since the model computes with its params as they are.
     where: which params are cast, as in `optax_mpo.init`.
 
   Raises:
-    ValueError: for other values of `fused`; and what `optax_mpo.init` raises.
+    ValueError: for other values of `fused`, for float8; and what `optax_mpo.init` raises.
 
   Memory: that of `optax_mpo.init`.
 
@@ -258,12 +258,12 @@ class Optimizer(nnx.Pytree):
     where: Where | None = None,
   ):
     _check_fused(fused, "Optimizer")
-    if formats.is_scaled(jnp.zeros([], dtype)):
+    params, opt_state = compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
+    if any(formats.is_scaled(leaf) for leaf in jax.tree.leaves(params)):
       raise ValueError(
         f"Optimizer: with dtype={jnp.dtype(dtype).name} the model would hold codes without their scales, and compute "
         "with them. Use bfloat16 or float16 here, or train pure params with value_and_update."
       )
-    params, opt_state = compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
     nnx.update(model, params)
     self.step = nnx.OptState(jnp.zeros([], jnp.int32))
     self.opt_state = nnx.data(jax.tree.map(nnx.OptState, opt_state))

@@ -167,7 +167,7 @@ def _upcasts(traced: value_and_update.Traced) -> dict[int, str]:
   leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
   low = {v: i for v, i in leaves if program.aval(v).dtype in types.LOW_DTYPES}
   return {
-    i: f"in f32 at {where}, as the input is: cast that to {(name := traced.leaves[i].dtype.name)}, in Flax with "
-    f"dtype=jnp.{name}"
+    i: f"in f32 at {where}, as the input is: cast that to {(name := program.aval(program.inputs[i]).dtype.name)}, in "
+    f"Flax with dtype=jnp.{name}"
     for i, where in upcasts.products(program, low).items()
   }

@@ -69,7 +69,7 @@ class Traced:
       return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
 
     def arrays_of_loss(leaves: list[Any], lifted: list[Any]) -> list[Any]:
-      return [x for x in jax.tree.leaves(loss_of({}, decoded(leaves, lifted), lifted)) if trees.is_array(x)]
+      return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if trees.is_array(x)]
 
     def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
       leaves = decoded(leaves, lifted)
@@ -98,8 +98,8 @@ class Traced:
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def forward(self) -> Program:
-    """The program of `loss_fn` without its derivative; its first inputs are the leaves of the params."""
-    return jax_forms.trace(self._arrays_of_loss, self.leaves, self.lifted)[0]
+    """The program of `loss_fn` without its derivative; its first inputs are the leaves of the params, decoded."""
+    return jax_forms.trace(self._arrays_of_loss, list(map(formats.gradient_like, self.leaves)), self.lifted)[0]
 
   def sites(self, groups: Sequence[by_leaf.Group], kernels: bool) -> list[Site]:
     """The sites of the weights, with their gradients; `kernels` allows GPU kernels."""
@@ -168,7 +168,7 @@ def value_and_update(
 
   Args:
     loss_fn: `loss_fn(params, *args, **kwargs) -> f32[]`, or `(f32[], aux)` with `has_aux`, as `jax.value_and_grad`
-      takes it.
+      takes it. It gets float8 params decoded, as `decoded` returns them.
     tx: an Optax transformation that updates each leaf on its own: the update of a leaf may depend on step counts and
       schedules, but not on the gradients of other leaves. What it computes decides this, not its name.
     has_aux: whether `loss_fn` returns more than the loss.

@@ -47,7 +47,7 @@ def compensated(
   rounding: Literal["nearest", "stochastic"] = "nearest",
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Runs `inner` on f32 master weights that are stored as bf16 (or fp16) params and compensation bits.
+  """Runs `inner` on f32 master weights that are stored as bf16 (or fp16, float8) params and compensation bits.
 
   `inner` may be any Optax transformation, including chains, wrappers and `optax.MultiSteps`. Its `init` and `update`
   see f32 params and f32 gradients, whatever the dtype of the incoming gradients. Params that are f32 already stay
@@ -80,10 +80,10 @@ def compensated(
     `init` warns if all params are f32 (use `optax_mpo.init`, which casts them to bf16), and if rounding to `bits` would
     drop the weight decay of `inner`.
 
-    `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16 and float32, and ValueError
-    for trees that do not match. Both name the leaf.
+    `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16, float8_e4m3fn and float32
+    and for float8 gradients, and ValueError for trees that do not match. Both name the leaf.
 
-  Memory: 2 + bits / 8 bytes per bf16 or fp16 parameter, plus the state of `inner`.
+  Memory: 2 + bits / 8 bytes per bf16 or fp16 parameter, 1.03 + bits / 8 per float8 one, plus the state of `inner`.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -232,7 +232,8 @@ def init(
   Args:
     tx: a transformation with `compensated` in it.
     params: a tree of f32 params. Leaves of other dtypes stay as they are.
-    dtype: the low precision, bfloat16 or float16 (its bounds are in docs/compact.md).
+    dtype: the low precision, bfloat16, float16 or, experimental and with 16 or 8 bits only, float8_e4m3fn
+      (docs/compact.md has the bounds of these two). A loss gets float8 params from `decoded`.
     where: `where(path, leaf) -> bool` says which f32 leaves are cast, as in `cast`. None: all of them.
 
   Returns:
@@ -246,7 +247,7 @@ def init(
 
     It warns if something around `compensated` changes its updates.
 
-  Memory: 2 + bits / 8 bytes per parameter, plus the state of the wrapped transformation.
+  Memory: 2 + bits / 8 bytes per parameter, in float8 1.03 + bits / 8, plus the state of the wrapped transformation.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo

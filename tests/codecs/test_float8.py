@@ -294,12 +294,12 @@ TRANSFORMATIONS = {
   "stochastic": lambda: mpo.compensated(optax.sgd(1e-3, momentum=0.9), bits=8, rounding="stochastic"),
   "8-bit state": lambda: mpo.compensated(mpo.quantized_state(optax.adam(1e-3), min_size=1), bits=8),
   "kernels": lambda: mpo.with_kernels(mpo.compensated(mpo.quantized_state(optax.adam(1e-3), min_size=1))),
-  "multi_steps around": lambda: optax.MultiSteps(mpo.compensated(optax.adam(1e-3)), 2),
   "loss scale": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-3)), 1.0),
 }
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.few(3)
 def test_gradient_release_equals_the_ordinary_step(name):
   tx = TRANSFORMATIONS[name]()
   x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 64)), jnp.bfloat16)
@@ -410,3 +410,10 @@ def test_fused_layers_are_refused():
   step = mpo.fused_value_and_update(lambda p, x: jnp.sum(layer(p, x)), tx)
   with pytest.raises(ValueError, match=r"fused layers read weights without the scales.*\['w'\].*value_and_update"):
     step(*mpo.init(tx, {"w": jnp.ones((2, 2))}, dtype=F8), jnp.ones((2, 2)))
+
+
+def test_explain_names_products_that_run_in_f32():
+  tx = mpo.compensated(optax.sgd(1.0))
+  params, state = mpo.init(tx, {"w": jnp.ones((2, 2))}, dtype=F8)
+  (leaf,) = mpo.explain(lambda p, x: jnp.sum(x @ p["w"].astype(x.dtype)), tx, params, state, jnp.ones((2, 2)))
+  assert "cast that to bfloat16" in leaf.why
