@@ -78,7 +78,7 @@ def convert(
   params, opt_state = modules.pure(params), modules.pure(opt_state)
   trees.check_arrays(params, "convert")
   masters = _masters(params, opt_state)
-  state_form = wrapping.state_shapes(tx, params)
+  state_form = wrapping.state_shapes(tx, masters)
   if _nodes(state_form, compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)
