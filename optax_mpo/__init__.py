@@ -1,6 +1,6 @@
 """optax_mpo: memory-efficient mixed-precision training for Optax and JAX.
 
-Storage: bf16 or fp16 params with packed compensation bits instead of f32 master weights.
+Storage: bf16, fp16 or float8 params with packed compensation bits instead of f32 master weights.
 Gradient release: weights are updated inside the backward pass, and each gradient is freed at once.
 Compact state: moments and momentum of any Optax transformation in 8 bits.
 Memory: the peak memory of any step on a GPU, without that GPU.
@@ -13,6 +13,10 @@ from typing import Any as _Any
 from optax_mpo._codecs.apply import apply_updates as apply_updates
 from optax_mpo._codecs.blocks import Quantized as Quantized
 from optax_mpo._codecs.cast import cast as cast
+from optax_mpo._codecs.codec import ScaledBits as ScaledBits
+from optax_mpo._codecs.masters import CompensatedState as CompensatedState
+from optax_mpo._codecs.masters import decoded as decoded
+from optax_mpo._codecs.masters import master_params as master_params
 from optax_mpo._layers.fused_step import fused_value_and_update as fused_value_and_update
 from optax_mpo._layers.handles import FusedError as FusedError
 from optax_mpo._layers.layer import fused_layer as fused_layer
@@ -24,11 +28,9 @@ from optax_mpo._memory.report import MemoryReport as MemoryReport
 from optax_mpo._stepping.explain import Explanation as Explanation
 from optax_mpo._stepping.explain import explain as explain
 from optax_mpo._stepping.value_and_update import value_and_update as value_and_update
-from optax_mpo._transforms.compensated import CompensatedState as CompensatedState
 from optax_mpo._transforms.compensated import RoundingState as RoundingState
 from optax_mpo._transforms.compensated import compensated as compensated
 from optax_mpo._transforms.compensated import init as init
-from optax_mpo._transforms.compensated import master_params as master_params
 from optax_mpo._transforms.convert import convert as convert
 from optax_mpo._transforms.loss_scale import LossScaleState as LossScaleState
 from optax_mpo._transforms.loss_scale import loss_scale as loss_scale
@@ -52,7 +54,7 @@ __version__ = "0.1.0"
 # Public classes name this module as their own, so that pickles do not depend on the layout of the folders.
 _CLASSES = (
   *(Buffer, CompensatedState, DelayedNormState, Explanation, FusedError, LossScaleState, MemoryReport),
-  *(PerLayerState, Quantized, QuantizedState, RecordedNorms, RoundingState),
+  *(PerLayerState, Quantized, QuantizedState, RecordedNorms, RoundingState, ScaledBits),
 )
 _BEFORE_THE_FOLDERS = {  # pickles made before the move into folders name these modules
   "_blocks": "_codecs.blocks",

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import optax_mpo as mpo
+from optax_mpo._codecs import masters
 from optax_mpo._stepping.layered import layer_step
 from optax_mpo._stepping.site import of_groups
 
@@ -60,7 +61,8 @@ def ordinary_step(loss_fn: Callable[..., Any], tx: Any, **options: Any) -> Calla
   """The step of `jax.value_and_grad`, `tx.update` and `apply_updates`, which gradient release has to equal."""
 
   def step(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-    value, grads = jax.value_and_grad(loss_fn, **options)(params, *args, **kwargs)
+    weights = masters.decode(params, opt_state, "ordinary_step")
+    value, grads = jax.value_and_grad(loss_fn, **options)(weights, *args, **kwargs)
     updates, opt_state = tx.update(grads, opt_state, params)
     return value, mpo.apply_updates(params, updates), opt_state
 

@@ -31,3 +31,21 @@ def to_stored(x: np.ndarray, bits: int) -> np.ndarray:
   largest = (2 - 2.0 ** (1 - digits)) * 2.0**127
   rounded = round_significand(x, digits, smallest)
   return np.where(np.isfinite(x), np.clip(rounded, -largest, largest), rounded)
+
+
+def to_float8(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Rounds finite f32[*s] to float8_e4m3fn and `bits` bits in blocks of 32 along the last axis, all in float64.
+
+  Returns:
+    The codes as numbers, the scales [*s] and the master weights.
+  """
+  count = -(-x.shape[-1] // 32)
+  padded = np.pad(np.abs(x.astype(np.float64)), [(0, 0)] * (x.ndim - 1) + [(0, count * 32 - x.shape[-1])])
+  largest = padded.reshape(*x.shape[:-1], count, 32).max(-1)
+  largest = round_significand(largest, 4 + bits, 0.0)
+  scales = np.ldexp(1.0, np.frexp(largest)[1] - 9)
+  scales = np.where(largest >= 464 * scales, 2 * scales, scales)
+  scales = np.clip(np.where(largest == 0, 0, scales), 2.0**-100, 2.0**119)
+  scales = np.repeat(scales, 32, axis=-1)[..., : x.shape[-1]]
+  units = round_significand(x / scales, 4 + bits, 2.0 ** -(9 + bits))
+  return round_significand(units, 4, 2.0**-9), scales, units * scales

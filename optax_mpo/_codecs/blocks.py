@@ -74,7 +74,7 @@ def _unpack_scales(scales: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(scales.astype(jnp.uint32) << _SCALE_SHIFT, jnp.float32)
 
 
-def _spread(per_block: jax.Array, length: int) -> jax.Array:
+def spread(per_block: jax.Array, length: int) -> jax.Array:
   """Repeats `[*s, blocks]` to `[*s, length]`, each entry over its block."""
   *lead, count = per_block.shape
   if count == 1:
@@ -84,7 +84,7 @@ def _spread(per_block: jax.Array, length: int) -> jax.Array:
   return whole if count * size == length else lax.slice_in_dim(whole, 0, length, axis=whole.ndim - 1)
 
 
-def _block_max(x: jax.Array, count: int) -> jax.Array:
+def block_max(x: jax.Array, count: int) -> jax.Array:
   """The largest entry of each block of `x: i32[*s]`, without negative entries -> i32[*s[:-1], count]."""
   *lead, length = x.shape
   if count > 1:
@@ -102,7 +102,7 @@ def dequantize(stored: Quantized) -> jax.Array:
   """Returns the numbers in `stored`, f32[*s]."""
   codes = stored.values.astype(jnp.float32)
   level = levels.of(stored.values.dtype).decode(codes)
-  return level * _spread(_unpack_scales(stored.scales), codes.shape[-1])
+  return level * spread(_unpack_scales(stored.scales), codes.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
@@ -114,7 +114,7 @@ def quantize(x: jax.Array, dtype: jnp.dtype, block_size: int) -> Quantized:
   count = blocks(x.shape[-1], block_size)
   x = jnp.where(jnp.isfinite(x), x, 0)
   scales = _pack_scales(_largest_magnitude(x, dtype, count), jnp.uint32(1 << (_SCALE_SHIFT - 1)))
-  codes = levels.of(dtype).encode(x, _unpack_scales(scales), functools.partial(_spread, length=x.shape[-1]))
+  codes = levels.of(dtype).encode(x, _unpack_scales(scales), functools.partial(spread, length=x.shape[-1]))
   return Quantized(codes, scales)
 
 
@@ -148,8 +148,8 @@ def requantize(x: jax.Array, old: Quantized, step: jax.Array, salt: int, largest
   # Divided by the exact maximum, not the stored one, so that a block that only decays keeps its codes.
   dither = _dither(step, salt + 1, length)
   ways = _by_columns(levels.of(dtype).ways(dither), x.ndim)
-  codes = levels.of(dtype).encode(x, largest, functools.partial(_spread, length=length), ways, old.values)
-  return Quantized(jnp.where(_spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
+  codes = levels.of(dtype).encode(x, largest, functools.partial(spread, length=length), ways, old.values)
+  return Quantized(jnp.where(spread(finite, length), codes, old.values), jnp.where(finite, scales, old.scales))
 
 
 def _largest_magnitude(x: jax.Array, dtype: jnp.dtype, count: int) -> jax.Array:
@@ -161,7 +161,7 @@ def _largest_magnitude(x: jax.Array, dtype: jnp.dtype, count: int) -> jax.Array:
   pattern = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFF_FFFF
   if not levels.of(dtype).has_sign:
     pattern = jnp.where((x < 0) & jnp.isfinite(x), 0, pattern)
-  return lax.bitcast_convert_type(_block_max(pattern, count), jnp.float32)
+  return lax.bitcast_convert_type(block_max(pattern, count), jnp.float32)
 
 
 def _pack_scales(largest: jax.Array, dither: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import formats
-from optax_mpo._core import buffers, overwritten, trees, types
+from optax_mpo._core import buffers, overwritten, trees
 
 PyTree = Any
 
@@ -28,7 +28,7 @@ def cast(
   Args:
     params: a tree of arrays. Not cast are arrays of dtypes other than f32, leaves that are not arrays, and leaves
       under the key `_overwrite_with_gradient`, such as the scales of Flax's FP8 layers.
-    dtype: the low precision, bfloat16 or float16.
+    dtype: the low precision, bfloat16 or float16. (float8_e4m3fn needs scales; `init` makes them.)
     where: `where(path, leaf) -> bool` selects the f32 leaves to cast, by JAX's key paths (`jax.tree_util.keystr(path)`
       gives a string). None: all of them.
 
@@ -57,16 +57,23 @@ def cast(
 
 def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None, caller: str) -> list[tuple[Any, bool]]:
   """Returns each leaf and whether to cast it."""
-  names = " or ".join(formats.NAMES)
+  names = [name for name in formats.NAMES if caller != "cast" or formats.compute_dtype(jnp.dtype(name)) == name]
+  known = f"{', '.join(names[:-1])} or {names[-1]}"
   try:
     jnp.dtype(dtype)
   except (TypeError, ValueError):  # NumPy tries to read a structure out of a dict
     raise TypeError(
-      f"{caller}: dtype has to be {names}, but it is a {type(dtype).__name__}. Call "
+      f"{caller}: dtype has to be {known}, but it is a {type(dtype).__name__}. Call "
       f"{'cast(params, dtype)' if caller == 'cast' else 'init(tx, params, dtype=dtype)'}."
     ) from None
-  if jnp.dtype(dtype) not in types.LOW_DTYPES:
-    raise ValueError(f"dtype has to be {names}, but it is {jnp.dtype(dtype)}: there is no codec for other formats.")
+  name = jnp.dtype(dtype).name
+  if name in formats.NAMES and name not in names:
+    raise ValueError(
+      f"cast: {name} params need scales, for which a cast has no place. Make params and state together, with "
+      "optax_mpo.init(tx, params, dtype=...), and read the weights with optax_mpo.decoded(params, opt_state)."
+    )
+  if name not in names:
+    raise ValueError(f"dtype has to be {known}, but it is {name}: there is no codec for other formats.")
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     wide = trees.is_array(leaf) and leaf.dtype in (jnp.float32, jnp.float64) and not overwritten.is_overwritten(path)

@@ -21,18 +21,13 @@ def check_update(
   grads = trees.flatten_like(
     params, updates, "compensated: the tree of updates", "Differentiate with respect to the very params you pass."
   )
-  expected = codec.bits_dtype(bits) if bits else None
   replaced = overwritten.flags(params)
   for (leaf_name, leaf), c, g, is_replaced in zip(trees.named_leaves(params), kept, grads, replaced, strict=True):
     if is_replaced:
       check_new_value("compensated", leaf_name, leaf, g)
       continue
     check_param("compensated", leaf_name, leaf, bits)
-    found = getattr(bits_or_none(c), "dtype", None)
-    if found != (expected if formats.is_low(leaf) else None):
-      raise_foreign_bits(leaf_name, leaf, found, bits)
-    if found is not None and c.shape != leaf.shape:
-      raise ValueError(f"compensated: {leaf_name} has shape {leaf.shape}, its bits have {c.shape}. {remake}")
+    _check_bits(leaf_name, leaf, bits_or_none(c), bits, remake)
     if not trees.is_array(g) or g.shape != leaf.shape:
       raise ValueError(
         f"compensated: {leaf_name} has shape {leaf.shape}, but its update is {described(g)}. "
@@ -40,7 +35,28 @@ def check_update(
       )
     if not jnp.issubdtype(g.dtype, jnp.floating):
       raise TypeError(f"compensated: the update of {leaf_name} is {g.dtype}. Pass floating-point gradients.")
+    if formats.is_scaled(g):
+      raise TypeError(
+        f"compensated: the gradient of {leaf_name} is {g.dtype}, so that it was taken with respect to codes without "
+        "their scales, and most of it is rounded away. Differentiate with respect to decoded weights: "
+        "jax.grad(loss_fn)(optax_mpo.decoded(params, opt_state), ...). optax_mpo.value_and_update does so by itself."
+      )
   return kept, grads
+
+
+def fits(leaf: Any, kept: Any) -> bool:
+  """Whether bits have scales exactly where the format of their low-precision leaf needs them."""
+  return isinstance(kept, codec.ScaledBits) == formats.is_scaled(leaf)
+
+
+def _check_bits(leaf_name: str, leaf: Any, kept: Any, bits: int, remake: str) -> None:
+  expected = codec.bits_dtype(bits) if bits and formats.is_low(leaf) else None
+  array = kept.bits if isinstance(kept, codec.ScaledBits) else kept
+  found = getattr(array, "dtype", None)
+  if found != expected or (found is not None and not fits(leaf, kept)):
+    raise_foreign_bits(leaf_name, leaf, kept, bits)
+  if found is not None and array.shape != leaf.shape:
+    raise ValueError(f"compensated: {leaf_name} has shape {leaf.shape}, its bits have {array.shape}. {remake}")
 
 
 def check_param(who: str, leaf_name: str, leaf: Any, bits: int) -> None:
@@ -67,27 +83,27 @@ def described(x: Any) -> str:
   return f"an array of shape {x.shape}" if trees.is_array(x) else f"a {type(x).__name__}"
 
 
-def raise_foreign_bits(leaf_name: str, leaf: Any, found: Any, bits: int) -> None:
-  found_bits = 0 if found is None else codec.dtype_bits(found)
+def raise_foreign_bits(leaf_name: str, leaf: Any, kept: Any, bits: int) -> None:
+  held = codec.describe(kept)
   if not formats.is_low(leaf):
     raise ValueError(
-      f"compensated: {leaf_name} is {leaf.dtype}, but the state holds {found_bits} compensation bits for it, so that "
-      "it was low when the state was made. Keep the dtypes of the params from step to step (mpo.apply_updates and "
-      "optax.apply_updates do); to change them, start again from optax_mpo.init(tx, f32_params)."
+      f"compensated: {leaf_name} is {leaf.dtype}, but the state holds {held} for it, so that it was low when the state "
+      "was made. Keep the dtypes of the params from step to step (mpo.apply_updates and optax.apply_updates do); to "
+      "change them, start again from optax_mpo.init(tx, f32_params)."
     )
   raise ValueError(
-    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps bits={bits}, but the state holds "
-    f"{found_bits if found_bits else 'none'} for it: it was made with another `bits`, or for float32 params. "
-    "To carry the weights over: masters = optax_mpo.master_params(params, state) with the old state, then "
-    "params, new = optax_mpo.init(tx, masters) and new._replace(inner_state=state.inner_state)."
+    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps bits={bits}, but the state holds {held} "
+    "for it: it was made with another `bits`, or for params of another dtype. To carry the weights over: masters = "
+    "optax_mpo.master_params(params, state) with the old state, then params, new = optax_mpo.init(tx, masters) and "
+    "new._replace(inner_state=state.inner_state)."
   )
 
 
-def bits_or_none(kept: Any) -> jax.Array | None:
-  """Returns the bits kept for a leaf, or None for a tree without leaves, which a wrapper may leave there."""
+def bits_or_none(kept: Any) -> Any:
+  """Returns what is kept for a leaf, or None for a tree without leaves, which a wrapper may leave there."""
   return kept if jax.tree.leaves(kept) else None
 
 
-def bits_or_masked(kept: jax.Array | None) -> Any:
+def bits_or_masked(kept: Any) -> Any:
   """Returns the bits kept for a leaf as a state holds them."""
   return optax.MaskedNode() if kept is None else kept

@@ -1,4 +1,4 @@
-"""What the codecs of all formats share: the dtypes of compensation bits, and derivatives of operations on integers.
+"""What the codecs of all formats share: how compensation bits are stored, and derivatives of operations on integers.
 
 Why: integer operations have no derivative, and JAX silently takes it for zero. The derivatives here pass straight
 through roundings, as `astype` does, and treat the bits as constants.
@@ -6,11 +6,25 @@ through roundings, as `astype` does, and treat the bits as constants.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class ScaledBits(NamedTuple):
+  """The compensation bits of a param whose low precision needs scales, such as float8, in the place of its bits.
+
+  Attributes:
+    bits: `uint{8,16}[*s]`, in the param's shape.
+    scales: `uint8[*s[:-1], blocks]`, one for each block of 32 along the last axis: the scale is 2^(scales - 127), as in
+      the dtype `float8_e8m0fnu` of the MX formats. A scalar has one scale, `uint8[1]`.
+  """
+
+  bits: jax.Array
+  scales: jax.Array
+
 
 _DTYPES = {4: jnp.dtype(jnp.uint4), 8: jnp.dtype(jnp.uint8), 16: jnp.dtype(jnp.uint16)}
 
@@ -23,6 +37,13 @@ def bits_dtype(bits: int) -> jnp.dtype:
 def dtype_bits(dtype: jnp.dtype) -> int:
   """Returns how many compensation bits a `dtype` holds, or -1 if it is not a dtype of compensation bits."""
   return next((bits for bits, each in _DTYPES.items() if each == dtype), -1)
+
+
+def describe(kept: Any) -> str:
+  """Says which compensation bits a state holds for a leaf, for errors."""
+  if isinstance(kept, ScaledBits):
+    return f"{dtype_bits(kept.bits.dtype)} compensation bits with scales"
+  return "none" if kept is None else f"{dtype_bits(kept.dtype)} compensation bits"
 
 
 def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:

@@ -1,14 +1,22 @@
-"""The low-precision formats, bf16 and fp16, behind one set of names."""
+"""The low-precision formats behind one interface, `Format`, in a table by dtype.
+
+Each format is a module that has what `Format` lists. A format without scales keeps an array of bits for each param. A
+format whose numbers need scales keeps a `ScaledBits`, and has `COMPUTE`, `decode` and `zero_bits` of its own.
+"""
 
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from optax_mpo._codecs import bf16, fp16
+from optax_mpo._codecs import bf16, codec, float8, fp16
+from optax_mpo._core import types
+
+Kept = jax.Array | codec.ScaledBits | None
+"""What the state keeps for a param: its bits, its bits and scales, or nothing."""
 
 
-class Codec(Protocol):
+class Format(Protocol):
   """What a module of a format has; shapes are [*s] throughout, `low` is in the format, `kept` None without bits."""
 
   @property
@@ -21,12 +29,12 @@ class Codec(Protocol):
     """How many bits of an f32 pattern the format cuts off. As many compensation bits are exact in its normal range."""
     ...
 
-  def split(self, x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
-    """Splits `x: f32` into `(low, kept: uint{bits})`."""
+  def split(self, x: jax.Array, bits: int) -> tuple[jax.Array, Any]:
+    """Splits `x: f32` into `(low, kept)`, with `bits` in each element of `kept`."""
     ...
 
-  def join(self, low: jax.Array, kept: jax.Array | None) -> jax.Array:
-    """Joins `(low, kept) -> f32`."""
+  def join(self, low: jax.Array, kept: Any) -> jax.Array:
+    """Joins `(low, kept) -> f32`. Every possible pair gives a number that rounds to `low`."""
     ...
 
   def round_stochastically(self, x: jax.Array, random: jax.Array, bits: int) -> jax.Array:
@@ -41,33 +49,65 @@ class Codec(Protocol):
     """Adds `u: f32` to `old` -> the format."""
     ...
 
-  def reached(
-    self, old: jax.Array, u: jax.Array, low: jax.Array, kept: jax.Array | None
-  ) -> tuple[jax.Array, jax.Array | None]:
+  def reached(self, old: jax.Array, u: jax.Array, low: jax.Array, kept: Any) -> tuple[jax.Array, Any]:
     """The param that `u`, the difference of `old` and `low`, leads to when it is added, and its bits."""
     ...
 
 
-_CODECS: dict[Any, Codec] = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16}
+class Scaled(Format, Protocol):
+  """What a module of a format with scales has besides: `low` alone is no weight, and the loss gets another dtype."""
 
-NAMES = tuple(dtype.name for dtype in _CODECS)
-BITS = tuple(sorted({bits for codec in _CODECS.values() for bits in codec.BITS}))
+  @property
+  def COMPUTE(self) -> Any:  # noqa: N802
+    """The dtype that the loss gets."""
+    ...
+
+  def decode(self, low: jax.Array, scales: jax.Array) -> jax.Array:
+    """The weights that the loss gets, in COMPUTE, exactly."""
+    ...
+
+  def zero_bits(self, low: jax.Array, bits: int) -> codec.ScaledBits:
+    """Scales of one and bits of zero, for a param that is its own master."""
+    ...
+
+
+_SCALED: dict[Any, Scaled] = {jnp.dtype(jnp.float8_e4m3fn): float8}
+_FORMATS: dict[Any, Format] = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16, **_SCALED}
+
+NAMES = tuple(dtype.name for dtype in _FORMATS)
+BITS = tuple(sorted({bits for format in _FORMATS.values() for bits in format.BITS}))
 """The compensation widths that some format supports, in bits per parameter."""
 
 
 def is_low(leaf: Any) -> bool:
   """Whether the dtype of a leaf is one of the formats."""
-  return leaf.dtype in _CODECS
+  return leaf.dtype in _FORMATS
+
+
+def is_scaled(leaf: Any) -> bool:
+  """Whether the dtype of a leaf is a format with scales, whose numbers are no weights without them."""
+  return leaf.dtype in _SCALED
+
+
+def compute_dtype(dtype: Any) -> Any:
+  """The dtype in which the loss gets params of a dtype: the same, or another if the dtype has scales."""
+  return _SCALED[dtype].COMPUTE if dtype in _SCALED else dtype
+
+
+def gradient_like(leaf: Any) -> Any:
+  """An array or type like the gradient of a param: the param itself, unless the loss gets another dtype."""
+  dtype = compute_dtype(jnp.result_type(leaf))
+  return leaf if dtype == jnp.result_type(leaf) else types.struct(leaf).update(dtype=dtype)
 
 
 def widths(dtype: Any) -> tuple[int, ...]:
   """The compensation widths that a format supports."""
-  return _CODECS[jnp.dtype(dtype)].BITS
+  return _FORMATS[jnp.dtype(dtype)].BITS
 
 
 def is_exact(dtype: Any, bits: int) -> bool:
   """Whether `bits` compensation bits hold all that a format cuts off, in the range of its normal numbers."""
-  return bits >= _CODECS[jnp.dtype(dtype)].CUT
+  return bits >= _FORMATS[jnp.dtype(dtype)].CUT
 
 
 def add(x: jax.Array, step: jax.Array) -> jax.Array:
@@ -79,41 +119,51 @@ def add(x: jax.Array, step: jax.Array) -> jax.Array:
   return x.astype(wider) + step.astype(wider)
 
 
-def split(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, jax.Array | None]:
-  """Splits `x: f32[*s]` into `(low: dtype[*s], kept: uint{bits}[*s] or None)`."""
-  return _CODECS[jnp.dtype(dtype)].split(x, bits)
+def split(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, Kept]:
+  """Splits `x: f32[*s]` into `(low: dtype[*s], kept)`."""
+  return _FORMATS[jnp.dtype(dtype)].split(x, bits)
 
 
-def join(low: jax.Array, kept: jax.Array | None) -> jax.Array:
-  """Joins `(low[*s], kept: uint{4,8,16}[*s] or None) -> f32[*s]`."""
-  return _CODECS[low.dtype].join(low, kept)
+def join(low: jax.Array, kept: Kept) -> jax.Array:
+  """Joins `(low[*s], kept) -> f32[*s]`."""
+  return _FORMATS[low.dtype].join(low, kept)
 
 
 def widen(low: jax.Array) -> jax.Array:
-  """Converts `low[*s] -> f32[*s]`, exactly."""
+  """Converts `low[*s] -> f32[*s]`, exactly; in a format with scales, as if all were one."""
   return join(low, None)
 
 
-def step(
-  old: jax.Array, master: jax.Array, bits: int, random: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def decode(low: Any, scales: jax.Array | None) -> Any:
+  """The weights `[*s]` that the loss gets for a param `low[*s]`: the param itself, unless it has scales."""
+  return low if scales is None else _SCALED[low.dtype].decode(low, scales)
+
+
+def zero_bits(low: jax.Array, bits: int) -> Kept:
+  """The bits for a param that is its own master."""
+  if is_scaled(low):
+    return _SCALED[low.dtype].zero_bits(low, bits)
+  return jnp.zeros_like(low, dtype=codec.bits_dtype(bits)) if bits else None
+
+
+def step(old: jax.Array, master: jax.Array, bits: int, random: jax.Array | None) -> tuple[jax.Array, jax.Array, Kept]:
   """Returns the update `f32[*s]` from `old[*s]` to the new `master: f32[*s]`, the new param, and the bits to keep.
 
   With `random: u32[*s]`, the master is rounded stochastically to what the bits can hold; without, to nearest.
   """
-  codec = _CODECS[old.dtype]
+  format = _FORMATS[old.dtype]
   if random is not None:
-    master = codec.round_stochastically(master, random, bits)
-  low, kept = codec.split(master, bits)
-  update = codec.difference(old, low)
-  return update, *codec.reached(old, update, low, kept)
+    master = format.round_stochastically(master, random, bits)
+  low, kept = format.split(master, bits)
+  update = format.difference(old, low)
+  return update, *format.reached(old, update, low, kept)
 
 
 def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   """The update `f32[*s]` from `old[*s]` to `new[*s]`, as `step` returns it."""
-  return _CODECS[old.dtype].difference(old, new)
+  return _FORMATS[old.dtype].difference(old, new)
 
 
 def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   """Adds `u: f32[*s]` to `old[*s]`, and gives the param of `step` for the update of `step`, unless f32 overflows."""
-  return _CODECS[old.dtype].add_difference(old, u)
+  return _FORMATS[old.dtype].add_difference(old, u)

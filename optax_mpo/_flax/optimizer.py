@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from optax_mpo._codecs import formats
 from optax_mpo._core import buffers, trees
 from optax_mpo._flax.steps import Fused, Where, check_fused, make_step, metrics, updated
 from optax_mpo._transforms import average, compensated, convert
@@ -33,7 +34,7 @@ class Optimizer(nnx.Pytree):
     two_pass: as for `value_and_update`.
     ema_decay: the fraction that each step keeps of a moving average of the master weights; None keeps no average.
     ema_bits: of the average, besides bf16: 16 is the f32 average, bit for bit; with 8 it is rounded stochastically.
-    dtype: of the params, as in `optax_mpo.init`.
+    dtype: of the params, as in `optax_mpo.init`; not float8, since the model computes with its params as they are.
     where: which params are cast, as in `optax_mpo.init`.
 
   Attributes:
@@ -85,6 +86,11 @@ class Optimizer(nnx.Pytree):
       made = compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
       _run = *made, jnp.zeros([], jnp.int32)
     params, opt_state, step = _run
+    if any(formats.is_scaled(leaf) for leaf in jax.tree.leaves(params)):
+      raise ValueError(
+        f"Optimizer: with dtype={jnp.dtype(dtype).name} the model would hold codes without their scales, and compute "
+        "with them. Use bfloat16 or float16 here, or train pure params with value_and_update."
+      )
     nnx.update(model, params)
     self.step = nnx.OptState(step)
     self.opt_state = nnx.data(jax.tree.map(nnx.OptState, opt_state))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from optax_mpo._codecs import apply
+from optax_mpo._codecs import apply, masters
 from optax_mpo._core import wrapping
 from optax_mpo._layers import fused_step
 from optax_mpo._stepping import releasable, value_and_update
@@ -47,7 +47,8 @@ def make_step(
   released = functools.partial(released, tx_args=tx_args)
 
   def ordinary(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
-    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
+    weights = masters.decode(params, opt_state, caller)
+    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, *args)
     extra_args = wrapping.extra_args(tx_args, caller) | ({} if "value" in (tx_args or {}) else {"value": value[0]})
     return value, *updated(tx, grads, opt_state, params, **extra_args)[1:]
 

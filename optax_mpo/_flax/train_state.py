@@ -9,6 +9,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
+from optax_mpo._codecs import masters
 from optax_mpo._core import buffers, overwritten
 from optax_mpo._flax.steps import Fused, Where, check_fused, make_step, metrics, updated
 from optax_mpo._transforms import average, compensated, convert
@@ -197,6 +198,10 @@ class TrainState(struct.PyTreeNode):
     """Returns the f32 master weights, for evaluation or export."""
     return compensated.master_params(self.params, self.opt_state)
 
+  def decoded(self) -> PyTree:
+    """Returns the weights to apply the model with: `params`, with float8 leaves times their scales, in bf16."""
+    return masters.decoded(self.params, self.opt_state)
+
   def metrics(self, loss: Any = None) -> dict[str, jax.Array]:
     """Returns what there is to log of the last step, by name, f32[] each.
 
@@ -216,8 +221,8 @@ class TrainState(struct.PyTreeNode):
     """Does one training step.
 
     `loss_fn(variables, *args)` gets `{"params": params, **self.variables}`, for `model.apply`. With `fused="layer"`,
-    `params` are handles for `fused_layer`, `fused_scan` and `fused_value`. With FP8 layers, `variables` has the
-    collection `_overwrite_with_gradient` as well.
+    `params` are handles for `fused_layer`, `fused_scan` and `fused_value`. float8 params are decoded. With FP8 layers,
+    `variables` has the collection `_overwrite_with_gradient` as well.
 
     Args:
       loss_fn: returns the loss, f32[]; or `(loss, aux)` with `has_aux`; or `(loss, updates)` with `mutable`, where

@@ -7,13 +7,14 @@ so that it need not wait for the gradients of the other parts.
 How: the rules of `layer_rules` the other way round, for operations that only move, pick or convert entries.
 """
 
+import math
 from collections.abc import Set
 from typing import NamedTuple
 
 import numpy as np
 from jax.extend import core
 
-from optax_mpo._program import layer_rules
+from optax_mpo._program import jax_forms, layer_rules
 from optax_mpo._program.layer_rules import Entries
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -23,29 +24,53 @@ class Origin(NamedTuple):
 
   Attributes:
     source: the variable that it comes from.
-    operations: those that make it from the source alone, in order.
+    operations: those that make it from the source, in order.
     entries: where a layer lies in the source.
+    beside: inputs of the program that the operations read too, such as the scales of a weight. A layer is assumed to
+      lie in them as in the source; `by_layer` has to confirm that.
   """
 
   source: int
   operations: tuple[Operation, ...]
   entries: Entries
+  beside: tuple[int, ...] = ()
 
 
 def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origin | None:
-  """Finds the one of `sources` that an array with `count` layers along its first axis is made from alone, if any."""
+  """Finds the one of `sources` that an array with `count` layers along its first axis is made from, if any.
+
+  The array has to be made from the source alone, or by a call of the source and of smaller inputs of the program.
+  """
   chain: list[Operation] = []
   entries: Entries | None = Entries(0)
+  beside: tuple[int, ...] = ()
   while isinstance(atom, int) and atom not in sources:
     made = program.makers.get(atom)
-    if made is None or len(program.operations[made].inputs) != 1:
+    if made is None:
       return None
-    chain.append(program.operations[made])
-    entries = _before(program, chain[-1], entries, count)
+    operation = program.operations[made]
+    chain.append(operation)
+    if len(operation.inputs) != 1:
+      beside = _beside(program, operation, entries, sources)
+      if not beside:
+        return None
+    else:
+      entries = _before(program, operation, entries, count)
     if entries is None:
       return None
-    atom = chain[-1].inputs[0]
-  return Origin(atom, tuple(chain[::-1]), entries) if isinstance(atom, int) else None
+    atom = operation.inputs[0]
+  return Origin(atom, tuple(chain[::-1]), entries, beside) if isinstance(atom, int) else None
+
+
+def _beside(program: Program, operation: Operation, entries: Entries, sources: Set[int]) -> tuple[int, ...]:
+  """The other operands of a call of a source, if they are smaller inputs of the program with as many entries."""
+  source, others = operation.inputs[0], operation.inputs[1:]
+  known = all(isinstance(a, int) and a in program.inputs for a in others)
+  if operation.name not in jax_forms.CALLS or source not in sources or not known:
+    return ()
+  shape, shapes = program.aval(source).shape, [program.aval(v).shape for v in others]
+  same = all(len(s) == len(shape) and s[entries.axis] == shape[entries.axis] for s in shapes)
+  return others if same and sum(map(math.prod, shapes)) * 8 <= math.prod(shape) else ()
 
 
 def fill(program: Program, atom: Atom, entries: Entries, count: int) -> np.ndarray | None:

@@ -355,6 +355,15 @@ def _scan(operation: Operation, values: list[Any], where: list[Where], layer: La
   return results, [entries] * len(results)
 
 
+def _call(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  (program,) = jax_forms.bodies(operation)
+  env = dict(program.constants) | dict(zip(program.inputs, values, strict=True))
+  inside: dict[int, Where] = dict(zip(program.inputs, where, strict=True))
+  layer.run(program.operations, program, env, inside, layer.index, layer.count, layer.is_rows)
+  found = [inside.get(a) if isinstance(a, int) else None for a in program.outputs]
+  return [jax_forms.value(a, env) for a in program.outputs], found
+
+
 _RULES: dict[str, Rule] = {
   "optimization_barrier": _barrier,
   "sharding_constraint": _constraint,
@@ -373,4 +382,5 @@ _RULES: dict[str, Rule] = {
   "dot_general": _dot_general,
   "cond": _cond,
   "scan": _scan,
+  **dict.fromkeys(jax_forms.CALLS, _call),
 }

@@ -292,7 +292,7 @@ def _run_scan(
     layer = Layer(scan.released, arrays, outer, index)
     xs = list(xs)
     for k, own in scan.own.items():
-      xs[k] = run_own(own, program, _weight(own, env, layer, index), index, scan.length)
+      xs[k] = run_own(own, program, _layers(own, env, layer, index), index, scan.length)
     inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
     evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
     out = [jax_forms.value(a, inner) for a in body.outputs[: counts[1]]]
@@ -308,12 +308,11 @@ def _run_scan(
   env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
 
 
-def _weight(own: Own, env: dict[int, Any], layer: Layer, index: Any) -> Any:
-  """A layer of a weight: of one that the scan updates, or of another, where that lies."""
-  if own.released is not None:
-    return layer.get(own.released)[0][own.leaf]
-  weight = env[own.source]
-  return Window.whole(weight).narrowed(own.entries, index).read(weight)
+def _layers(own: Own, env: dict[int, Any], layer: Layer, index: Any) -> list[Any]:
+  """A layer of a weight, one that the scan updates or another, where that lies; and of what is beside the weight."""
+  updated = [] if own.released is None else [layer.get(own.released)[0][own.leaf]]
+  arrays = [env[v] for v in ((own.source,) if own.released is None else ()) + own.beside]
+  return updated + [Window.whole(x).narrowed(own.entries, index).read(x) for x in arrays]
 
 
 def _carried(r: Released, store: Store, totals: Sequence[Any]) -> tuple[list[Any], list[Window]]:

@@ -142,7 +142,7 @@ def explain(
       tx, modules.pure(params), modules.pure(opt_state), "explain", extra=wrapping.extra_args(tx_args, "explain")
     )
   ).update
-  traced = value_and_update.Traced(loss_fn, has_aux, update, params, args, kwargs)
+  traced = value_and_update.Traced(loss_fn, has_aux, update, params, opt_state, args, kwargs)
   passes = value_and_update.two_passes(traced, update, "explain") if two_pass else None
   groups = passes.groups if passes else value_and_update.groups_of(update)
   sites = traced.sites(groups, update.kernels)
@@ -174,7 +174,7 @@ def _upcasts(traced: value_and_update.Traced) -> dict[int, str]:
   leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
   low = {v: i for v, i in leaves if program.aval(v).dtype in types.LOW_DTYPES}
   return {
-    i: f"in f32 at {where}, as the input is: cast that to {(name := traced.leaves[i].dtype.name)}, in Flax with "
-    f"dtype=jnp.{name}"
+    i: f"in f32 at {where}, as the input is: cast that to {(name := program.aval(program.inputs[i]).dtype.name)}, in "
+    f"Flax with dtype=jnp.{name}"
     for i, where in upcasts.products(program, low).items()
   }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Released:
 
 @dataclasses.dataclass
 class Own:
-  """A scanned operand that is made from one weight alone: the body makes it from its layer of the weight.
+  """A scanned operand that is made from one weight: the body makes it from its layer of the weight.
 
   Attributes:
     released: the released site whose stacks the scan carries, and that has the weight; None for a weight that the scan
@@ -51,6 +52,7 @@ class Own:
     source: the variable of the weight.
     result: the variable of the operand.
     entries: where a layer lies in the weight.
+    beside: other inputs of the program that the operations read, with their layers at the same entries.
   """
 
   released: int | None
@@ -59,6 +61,7 @@ class Own:
   source: int
   result: int
   entries: Entries
+  beside: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -114,10 +117,12 @@ def constant(program: Program, atom: Atom) -> Any:
   return atom.val
 
 
-def run_own(own: Own, program: Program, value: Any, index: Any, count: int) -> Any:
-  """Makes one entry of a scanned operand from one layer of a weight."""
-  env: dict[int, Any] = {own.source: jnp.expand_dims(value, own.entries.axis) if own.entries.size == 1 else value}
-  where: dict[int, Entries | None] = {own.source: own.entries}
+def run_own(own: Own, program: Program, values: Sequence[Any], index: Any, count: int) -> Any:
+  """Makes one entry of a scanned operand from one layer of a weight, and of what is beside it."""
+  names, axis = (own.source, *own.beside), own.entries.axis
+  layers = [jnp.expand_dims(x, axis) if own.entries.size == 1 else x for x in values]
+  env: dict[int, Any] = dict(zip(names, layers, strict=True))
+  where: dict[int, Entries | None] = dict.fromkeys(names, own.entries)
   by_layer.run(own.operations, program, env, where, index, count)
   if where[own.result] != Entries(0):
     raise NotSeparableError("the operand is not scanned along the layers")

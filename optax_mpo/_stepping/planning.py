@@ -70,6 +70,7 @@ class _Planner:
       read = [a for k in scan.early for a in self.program.operations[k].inputs if isinstance(a, int)]
       read += [v for r in scan.released for v in r.given]
       read += [own.source for own in scan.own.values() if own.released is None]
+      read += [v for own in scan.own.values() for v in own.beside]
       result.last_use.update((v, max(i, result.last_use.get(v, -1))) for v in read)
     result.last_use.update(dict.fromkeys(self.results, end))
     released = {r.index for scan in result.scans.values() for r in scan.released}

@@ -308,7 +308,7 @@ class ScanPlacer:
       piece.released.inner.grads = tuple(body.outputs[carry + j] for j in piece.used)
     for k, r in enumerate(released):  # the sites in the body have their weights there
       views = [
-        [body.inputs[consts + carry + i] for i, o in own.items() if (o.released, o.leaf) == (k, leaf)]
+        [body.inputs[consts + carry + i] for i, o in own.items() if (o.released, o.leaf, o.beside) == (k, leaf, ())]
         for leaf in range(len(r.site.leaves))
       ]
       r.inner.params = tuple(map(tuple, views))
@@ -330,12 +330,14 @@ class ScanPlacer:
       if not numbers and all(o.name in _FREE for o in found.operations):
         continue  # the scan reads it where it lies anyway
       leaf = self._weights[found.source]
-      entry = Own(numbers[0] if numbers else None, leaf, found.operations, found.source, atom, found.entries)
-      struct = type_of_layer(self.program.aval(found.source), found.entries)
+      entry = Own(
+        numbers[0] if numbers else None, leaf, found.operations, found.source, atom, found.entries, found.beside
+      )
+      structs = [type_of_layer(self.program.aval(v), found.entries) for v in (found.source, *found.beside)]
       try:
         jax.eval_shape(
-          lambda x, i, entry=entry: run_own(entry, self.program, x, i, count),
-          struct,
+          lambda xs, i, entry=entry: run_own(entry, self.program, xs, i, count),
+          structs,
           jax.ShapeDtypeStruct((), jnp.int32),
         )
       except NotSeparableError:

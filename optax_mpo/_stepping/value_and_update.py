@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mpo._codecs import formats, masters
 from optax_mpo._core import modules, order, primitives, trees, wrapping
-from optax_mpo._program import jax_forms, residuals
+from optax_mpo._program import jax_forms, recompute, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import evaluate, first_pass, planning
 from optax_mpo._stepping.plan import FOLLOWED
@@ -36,7 +37,8 @@ class Traced:
   """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes.
 
   The loss is differentiated with respect to the leaves whose gradients the update reads. The others, such as frozen
-  weights, get a gradient of zeros, which nothing reads.
+  weights, get a gradient of zeros, which nothing reads. It gets params whose dtype has scales decoded, and is
+  differentiated with respect to what it gets.
   """
 
   def __init__(
@@ -45,15 +47,22 @@ class Traced:
     has_aux: bool,
     update: by_leaf.Update,
     params: PyTree,
+    opt_state: PyTree,
     args: Any,
     kwargs: Any,
   ):
     jax_forms.check_forms(_CALLER)
+    scales_of = masters.scales_of(modules.pure(params), modules.pure(opt_state), _CALLER)
     self.leaves, treedef = jax.tree.flatten(params)
     self._trained = [update.needs_gradient(i) for i in range(len(self.leaves))]
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
-    self.lifted = [x for x in rest if trees.is_array(x)]
+    scales = [x for x in scales_of if x is not None]
+    self.lifted = [*(x for x in rest if trees.is_array(x)), *scales]
     self._out: Any = None
+
+    def decoded(leaves: list[Any], lifted: list[Any]) -> list[Any]:
+      values = iter(lifted[len(lifted) - len(scales) :])
+      return [formats.decode(p, None if s is None else next(values)) for p, s in zip(leaves, scales_of, strict=True)]
 
     def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
       values = iter(lifted)
@@ -64,6 +73,7 @@ class Traced:
       return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if trees.is_array(x)]
 
     def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+      leaves = decoded(leaves, lifted)
       trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
       out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained, leaves, lifted)
       grads = [found[i] if i in found else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
@@ -82,12 +92,15 @@ class Traced:
     self.effects = closed.effects
     count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
     program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], FOLLOWED)
-    self.program = residuals.without_weights(program, program.inputs[:count])
+    beside = program.inputs[len(program.inputs) - len(scales) :]
+    program = residuals.without_weights(program, [*program.inputs[:count], *beside])
+    decodes = [o for o in program.operations if any(isinstance(a, int) and a in beside for a in o.inputs)]
+    self.program = recompute.for_each_use(program, [v for o in decodes if o.name != "scan" for v in o.outputs])
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def forward(self) -> Program:
-    """The program of `loss_fn` without its derivative; its first inputs are the leaves of the params."""
-    return jax_forms.trace(self._arrays_of_loss, self.leaves, self.lifted)[0]
+    """The program of `loss_fn` without its derivative; its first inputs are the leaves of the params, decoded."""
+    return jax_forms.trace(self._arrays_of_loss, list(map(formats.gradient_like, self.leaves)), self.lifted)[0]
 
   def sites(self, groups: Sequence[by_leaf.Group], kernels: bool) -> list[Site]:
     """The sites of the weights, with their gradients; `kernels` allows GPU kernels."""
@@ -156,7 +169,7 @@ def value_and_update(
 
   Args:
     loss_fn: `loss_fn(params, *args, **kwargs) -> f32[]`, or `(f32[], aux)` with `has_aux`, as `jax.value_and_grad`
-      takes it.
+      takes it. It gets float8 params decoded, as `decoded` returns them.
     tx: an Optax transformation that updates each leaf on its own: the update of a leaf may depend on step counts and
       schedules, but not on the gradients of other leaves. What it computes decides this, not its name.
     has_aux: whether `loss_fn` returns more than the loss.
@@ -210,7 +223,7 @@ def value_and_update(
     extra = wrapping.extra_args(tx_args, _CALLER)
     update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), _CALLER, extra=extra)
     late = take(update)
-    traced = Traced(loss_fn, has_aux, late.update, params, args, kwargs)
+    traced = Traced(loss_fn, has_aux, late.update, params, opt_state, args, kwargs)
     states, state_treedef = jax.tree.flatten(opt_state)
     operands = (
       [*traced.leaves, *traced.lifted],

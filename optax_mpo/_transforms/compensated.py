@@ -20,25 +20,12 @@ import optax
 
 from optax_mpo._backends import cpu_rows, step_weight
 from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
-from optax_mpo._core import buffers, modules, overwritten, trees, types, wrapping, xla_cpu
+from optax_mpo._codecs.masters import CompensatedState, master_params, states_in
+from optax_mpo._core import overwritten, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
 
 PyTree = Any
-
-
-class CompensatedState(NamedTuple):
-  """State of `compensated`.
-
-  Attributes:
-    compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. A leaf without
-      bits (f32 params, bits=0, overwritten leaves) has an `optax.MaskedNode()`.
-    inner_state: the state of the wrapped transformation, made from f32 params. With stochastic rounding, a
-      `RoundingState` around it.
-  """
-
-  compensation: PyTree
-  inner_state: optax.OptState
 
 
 class RoundingState(NamedTuple):
@@ -60,7 +47,7 @@ def compensated(
   rounding: Literal["nearest", "stochastic"] = "nearest",
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Runs `inner` on f32 master weights that are stored as bf16 (or fp16) params and compensation bits.
+  """Runs `inner` on f32 master weights that are stored as bf16 (or fp16, float8) params and compensation bits.
 
   `inner` may be any Optax transformation, including chains, wrappers and `optax.MultiSteps`. Its `init` and `update`
   see f32 params and f32 gradients, whatever the dtype of the incoming gradients. Params that are f32 already stay
@@ -97,10 +84,10 @@ def compensated(
     `init` warns if all params are f32 (use `optax_mpo.init`, which casts them to bf16), and if rounding to `bits` would
     drop the weight decay of `inner`.
 
-    `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16 and float32, and ValueError
-    for trees that do not match. Both name the leaf.
+    `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16, float8_e4m3fn and float32
+    and for float8 gradients, and ValueError for trees that do not match. Both name the leaf.
 
-  Memory: 2 + bits / 8 bytes per bf16 or fp16 parameter, plus the state of `inner`.
+  Memory: 2 + bits / 8 bytes per bf16 or fp16 parameter, 1.03 + bits / 8 per float8 one, plus the state of `inner`.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -265,7 +252,8 @@ def init(
     tx: a transformation with `compensated` in it.
     params: a tree of f32 params. Leaves of other dtypes, and leaves under the key `_overwrite_with_gradient`, stay as
       they are.
-    dtype: the low precision, bfloat16 or float16 (its bounds are in docs/compact.md).
+    dtype: the low precision, bfloat16, float16 or, experimental and with 16 or 8 bits only, float8_e4m3fn
+      (docs/compact.md has the bounds of these two). A loss gets float8 params from `decoded`.
     where: `where(path, leaf) -> bool` says which f32 leaves are cast, as in `cast`. None: all of them.
 
   Returns:
@@ -279,7 +267,7 @@ def init(
 
     It warns if something around `compensated` changes its updates.
 
-  Memory: 2 + bits / 8 bytes per parameter, plus the state of the wrapped transformation.
+  Memory: 2 + bits / 8 bytes per parameter, in float8 1.03 + bits / 8, plus the state of the wrapped transformation.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
@@ -296,72 +284,6 @@ def init(
   return new, opt_state
 
 
-def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
-  """Returns the f32 master weights that `params` and the compensation bits in `opt_state` stand for.
-
-  Args:
-    params: the low-precision params.
-    opt_state: the state of a transformation with `compensated` anywhere inside it.
-
-  Returns:
-    A tree like `params` in which bf16 and fp16 leaves are f32[*s], joined with their bits if they have any. Other
-    leaves are unchanged; outside of jit they are copies, so that the result or `params` can be donated.
-
-  Raises:
-    ValueError: if `opt_state` has no `CompensatedState`, one for other params, two with bits for one leaf, or bits that
-      a wrapper around `compensated` has split.
-    TypeError: if the arguments are swapped.
-
-  Memory: 4 bytes per parameter if the result is kept; none if XLA fuses it into its use.
-
-  Example:
-    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> tx = optax.chain(optax.identity(), mpo.compensated(optax.sgd(0.1)))
-    >>> params, opt_state = mpo.init(tx, {"w": jnp.full(1, 1 / 3)})
-    >>> mpo.master_params(params, opt_state)
-    {'w': Array([0.33333334], dtype=float32)}
-  """
-  given, params, opt_state = params, modules.pure(params), modules.pure(opt_state)
-  found = _states_in(opt_state)
-  if not found and _states_in(params):
-    raise TypeError(
-      "master_params: params is an optimizer state, and opt_state none. Call master_params(params, opt_state)."
-    )
-  if not found:
-    raise ValueError(
-      "master_params: there is no CompensatedState in opt_state. Wrap the transformation in compensated."
-    )
-  hint = "Pass the params that this state belongs to."
-  per_state = [
-    trees.flatten_like(params, s.compensation, "master_params: the compensation in opt_state", hint) for s in found
-  ]
-  masters = []
-  replaced = overwritten.flags(params)
-  for i, (leaf_name, leaf) in enumerate(trees.named_leaves(params)):
-    kept = [c[i] for c in per_state if checks.bits_or_none(c[i]) is not None]
-    if len(kept) > 1:
-      raise ValueError(f"master_params: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
-    if kept and not trees.is_array(kept[0]):
-      raise ValueError(
-        f"master_params: a transformation around compensated splits {leaf_name} into "
-        f"{len(jax.tree.leaves(kept[0]))} low-precision leaves, and only it can put their bits together. Split the "
-        "params themselves, or keep this leaf in float32 with the argument where of optax_mpo.init."
-      )
-    if kept and (not formats.is_low(leaf) or kept[0].shape != leaf.shape):
-      raise ValueError(
-        f"master_params: {leaf_name} is {leaf.dtype}{list(leaf.shape)}, but its compensation bits belong to a "
-        f"low-precision leaf of shape {list(kept[0].shape)}. {hint}"
-      )
-    low = trees.is_array(leaf) and formats.is_low(leaf) and not replaced[i]
-    masters.append(formats.join(jnp.asarray(leaf), kept[0] if kept else None) if low else leaf)
-  return buffers.own(modules.in_form_of(given, jax.tree.structure(params).unflatten(masters)), given)
-
-
 def wrapped(tx: optax.GradientTransformation, opt_state: optax.OptState) -> optax.GradientTransformation:
   """Returns `tx` in `compensated`, unless its state shows that there is one in it already."""
-  return tx if _states_in(opt_state) else compensated(tx)
-
-
-def _states_in(tree: PyTree) -> list[CompensatedState]:
-  found = jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, CompensatedState))
-  return [s for s in found if isinstance(s, CompensatedState)]
+  return tx if states_in(opt_state) else compensated(tx)

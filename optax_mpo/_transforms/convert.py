@@ -78,7 +78,7 @@ def convert(
   params, opt_state = modules.pure(params), modules.pure(opt_state)
   trees.check_arrays(params, "convert")
   masters = _masters(params, opt_state)
-  state_form = wrapping.state_shapes(tx, params)
+  state_form = wrapping.state_shapes(tx, masters)
   if _nodes(state_form, compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)
@@ -119,7 +119,7 @@ def _of_all_collections(old: PyTree, new: PyTree) -> PyTree:
 
 
 def _masters(params: PyTree, opt_state: PyTree) -> PyTree:
-  if _nodes(opt_state, compensated.CompensatedState):
+  if _nodes(opt_state, compensated.CompensatedState) or any(map(formats.is_scaled, jax.tree.leaves(params))):
     return compensated.master_params(params, opt_state)
   return jax.tree.map(lambda p: formats.widen(p) if formats.is_low(p) else p, params)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._codecs import cast, checks, codec, formats
+from optax_mpo._codecs import blocks, cast, checks, formats
 from optax_mpo._core import buffers, trees, wrapping
 
 PyTree = Any
@@ -67,8 +67,7 @@ def claimed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
   if original is None:
     # There is no f32 original: the low-precision value itself is the master weight, and its bits are zero.
     leaf = jnp.asarray(leaf)
-    kept = jnp.zeros_like(leaf, dtype=codec.bits_dtype(bits)) if bits else None
-    return formats.widen(leaf), checks.bits_or_masked(kept)
+    return formats.widen(leaf), checks.bits_or_masked(formats.zero_bits(leaf, bits))
   if original.low is not None:
     raise ValueError(
       f"init: {leaf_name} is trained by two compensated(...) transformations, and each would keep bits for it. Wrap "
@@ -87,7 +86,7 @@ def initialised(tx: optax.GradientTransformation, params: PyTree, dtype: Any, wh
   for leaf_name, (leaf, low) in zip(names, cast.chosen(params, dtype, where, "init"), strict=True):
     if low:
       master = jnp.asarray(leaf)
-      leaf = formats.split(master, dtype, 0)[0]
+      leaf = formats.split(master, dtype, min(formats.widths(dtype)))[0]
       originals[id(leaf)] = _Original(leaf_name, leaf, master)
     mixed.append(leaf)
   treedef = jax.tree.structure(params)
@@ -101,5 +100,20 @@ def initialised(tx: optax.GradientTransformation, params: PyTree, dtype: Any, wh
       "hold frozen weights in bfloat16, cast them with optax_mpo.cast before. If they are wrapped, something around "
       "compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
     )
+  _check_state(treedef.unflatten(mixed), opt_state)
   low = [originals[id(leaf)].low if id(leaf) in originals else leaf for leaf in mixed]
   return buffers.own((treedef.unflatten(low), opt_state), params)
+
+
+def _check_state(params: PyTree, opt_state: PyTree) -> None:
+  """Raises ValueError where a wrapper around `compensated` makes state in the dtype of params that need scales."""
+  if not any(trees.is_array(leaf) and formats.is_scaled(leaf) for leaf in jax.tree.leaves(params)):
+    return
+  named, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=blocks.is_quantized)
+  for path, leaf in named:
+    if trees.is_array(leaf) and formats.is_scaled(leaf):
+      raise ValueError(
+        f"init: {trees.name(path, 'opt_state')} is {leaf.dtype}, since something around compensated makes state in the "
+        "dtype of the params (as optax.trace does, and optax.inject_hyperparams without hyperparam_dtype). Without "
+        "scales that dtype is of no use for it: put it inside, compensated(optax.chain(...)), or give it a dtype."
+      )

@@ -65,6 +65,8 @@ def lost_updates(
     is_complex = trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
     if not is_complex:
       checks.check_param("lost_updates", name, leaf, bits)
+      if opt_state is None and formats.is_scaled(leaf):
+        raise ValueError(f"lost_updates: {name} is {leaf.dtype}, and its scales are in the state. Pass opt_state.")
     if jnp.shape(step) != jnp.shape(leaf):
       raise ValueError(
         f"lost_updates: {name} has shape {jnp.shape(leaf)}, but its update has {jnp.shape(step)}. "

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_mpo._codecs import blocks
+from optax_mpo._codecs import blocks, codec
 from optax_mpo._core import modules, trees
 
 PyTree = Any
@@ -23,7 +23,7 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
   """Returns shardings for `opt_state`: leaves shaped like a param get its sharding.
 
   Compensation bits, moments, 8-bit codes and other leaves with the shape of their param get its sharding. So do the
-  scales of 8-bit blocks, except along the last axis if the mesh does not divide their number. All other state (counts,
+  scales of their blocks, except along the last axis if the mesh does not divide their number. All other state (counts,
   keys, factored moments) is replicated over the same mesh.
 
   Args:
@@ -85,14 +85,19 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
 
   def choose(path: tuple[Any, ...], leaf: Any) -> Any:
     shape, sharding = _owner(path, known)
-    if blocks.is_quantized(leaf):
-      codes = sharding if sharding is not None and leaf.values.shape == shape else replicated
-      shardings: tuple[Any, Any] = (codes, _per_block(codes, leaf.scales.shape))
-      return blocks.Quantized(*shardings)
+    if _is_scaled(leaf):
+      elements, scales = leaf
+      by_element = sharding if sharding is not None and elements.shape == shape else replicated
+      return type(leaf)(by_element, _per_block(by_element, scales.shape))
     return sharding if sharding is not None and getattr(leaf, "shape", None) == shape else replicated
 
-  shardings = jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=blocks.is_quantized)
+  shardings = jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=_is_scaled)
   return modules.in_form_of(given, shardings)
+
+
+def _is_scaled(x: Any) -> bool:
+  """Whether `x` is an array in blocks: its elements and the scales of its blocks."""
+  return isinstance(x, blocks.Quantized | codec.ScaledBits)
 
 
 def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._backends import step_weight
-from optax_mpo._codecs import apply
+from optax_mpo._codecs import apply, formats
 from optax_mpo._core import trees, types, wrapping
 from optax_mpo._program import jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
@@ -119,7 +119,8 @@ class Update:
     self.state_names = [name for name, _ in trees.named_leaves(opt_state, "opt_state")]
     wrapping.check_state(tx, params, opt_state, caller)
     with step_weight.left_out() as met:
-      self.program, out = jax_forms.trace(self._whole(tx), self._params, self._params, self._state, self._extra)
+      grads = [formats.gradient_like(leaf) for leaf in self._params]
+      self.program, out = jax_forms.trace(self._whole(tx), grads, self._params, self._state, self._extra)
     self.kernels = kernels or bool(met)
     self._check_result(out)
     self._state += self._extra

@@ -16,4 +16,4 @@ def test_dtypes_of_less_than_a_byte_are_packed():
 
 
 def test_each_low_dtype_has_a_codec_and_no_other_has():
-  assert tuple(formats._CODECS) == types.LOW_DTYPES
+  assert tuple(formats._FORMATS) == types.LOW_DTYPES

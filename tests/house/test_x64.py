@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from optax_mpo._codecs import bf16, blocks, fp16, levels, stochastic_rounding
+from optax_mpo._codecs import bf16, blocks, float8, fp16, levels, stochastic_rounding
 from optax_mpo.checkpoint import Checkpointer
 
 WIDTH = 48
@@ -210,9 +210,8 @@ def test_nothing_is_computed_in_64_bits():
         assert not wide, (stored, name, wide[:5])
 
 
-@pytest.mark.parametrize("bits", [0, 4, 8, 16])
-@pytest.mark.parametrize("codec", [bf16, fp16])
-def test_codecs(bits, codec):
+@pytest.mark.parametrize(("codec", "bits"), [(codec, bits) for codec in (bf16, fp16, float8) for bits in codec.BITS])
+def test_codecs(codec, bits):
   x = np.random.default_rng(2).normal(size=1000).astype(np.float32) * np.float32(10.0) ** np.arange(-8, 2).repeat(100)
   x = x.astype(np.float32)
 

@@ -38,6 +38,15 @@ def test_masters_come_back_bit_for_bit(tmp_path, bits):
     assert_same_bits(got, masters())
 
 
+def test_float8_is_written_as_masters(tmp_path):
+  tx = mpo.compensated(optax.adamw(1e-3))
+  params, state = mpo.init(tx, {"w": jax.random.normal(jax.random.key(0), (16, 40))}, dtype=jnp.float8_e4m3fn)
+  save_safetensors(tmp_path / "m.safetensors", params, state)
+  got = load_safetensors(tmp_path / "m.safetensors", params)
+  assert_same_bits(got, mpo.master_params(params, state))
+  assert_same_bits(mpo.init(tx, got, dtype=jnp.float8_e4m3fn), (params, state))
+
+
 def test_bf16_weights_of_other_tools_stay_what_they_are(tmp_path):
   weights = {"w": jnp.linspace(-1, 1, 64).astype(jnp.bfloat16)}
   safetensors.numpy.save_file({"w": np.asarray(weights["w"])}, tmp_path / "m.safetensors")

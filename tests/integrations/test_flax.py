@@ -86,6 +86,25 @@ def test_linen_with_batch_statistics_dropout_and_aux():
   assert logits.shape == (16, CLASSES)
 
 
+def test_float8_params_are_decoded_for_the_model():
+  got, values = linen_steps(linen_state(dtype=jnp.float8_e4m3fn), 2)
+  want, unfused = linen_steps(linen_state(dtype=jnp.float8_e4m3fn, fused="off"), 2)
+  assert_same_bits((got.params, got.opt_state, values), (want.params, want.opt_state, unfused))
+  assert got.params["Dense_0"]["kernel"].dtype == jnp.float8_e4m3fn
+  logits = got.apply_fn({"params": got.decoded(), **got.variables}, batch(0)[0], train=False)
+  exact = got.apply_fn({"params": got.masters(), **got.variables}, batch(0)[0], train=False)
+  np.testing.assert_allclose(logits, exact, atol=0.3)  # 4 significand bits
+  assert_same_bits(linen_state().decoded(), linen_state().params)
+
+
+def test_an_nnx_model_cannot_hold_float8():
+  model = NNXClassifier(nnx.Rngs(0))
+  before = nnx.as_pure(nnx.state(model))
+  with pytest.raises(ValueError, match="Optimizer: with dtype=float8_e4m3fn the model would hold codes"):
+    Optimizer(model, make_tx(), dtype=jnp.float8_e4m3fn)
+  assert jax.tree.map(lambda x: x.dtype, before) == jax.tree.map(lambda x: x.dtype, nnx.as_pure(nnx.state(model)))
+
+
 @pytest.mark.full
 def test_ema_is_of_the_masters_in_f32():
   state, _ = linen_steps(linen_state(ema_decay=0.9), 3)

@@ -45,9 +45,9 @@ CASES = {  # the axis of the layers, how they are scanned, the bounds with 16 bi
 }
 
 
-def temporaries(loss, tx, shape, **options):
+def temporaries(loss, tx, shape, dtype=jnp.bfloat16, **options):
   """The bytes per parameter."""
-  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros(shape)}))
+  params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros(shape)}, dtype=dtype))
   x = jax.ShapeDtypeStruct((8, D), jnp.bfloat16)
   step = mpo.value_and_update(loss, tx, **options)
   report = mpo.gpu_memory(step, params, state, x, donate_argnums=(0, 1), target="h200")
@@ -67,6 +67,43 @@ def test_temporaries(name, optimizer):
     return jnp.mean(run(x, w).astype(jnp.float32) ** 2)
 
   assert temporaries(loss, optimizer(), shape) <= bounds[optimizer is compact]
+
+
+FLOAT8 = {  # bounds; decoded whole, weights would take 2 more
+  "first axis": (lambda x, w: scan(x, w), 0.46),
+  "in two parts": (lambda x, w: scan(scan(x, w[:3]), w[3:]), 0.5),
+  "without remat": (lambda x, w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], 0.48),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.few(2)
+def test_float8_is_decoded_layer_by_layer(name, bits):
+  run, bound = FLOAT8[name]
+  tx = mpo.compensated(optax.adam(1e-3), bits=bits)
+
+  def loss(params, x):
+    return jnp.mean(run(x, params["w"]).astype(jnp.float32) ** 2)
+
+  assert temporaries(loss, tx, (L, D, D), jnp.float8_e4m3fn) <= bound
+
+
+@pytest.mark.parametrize("remat", [jax.checkpoint, lambda layer: layer], ids=["remat", "no remat"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.few(2)
+def test_float8_layers_of_their_own_are_decoded_for_each_use(remat, transposed):
+  tx = mpo.compensated(optax.adam(1e-3))
+  params, state = jax.eval_shape(lambda: mpo.init(tx, [jnp.zeros((D, D))] * L, dtype=jnp.float8_e4m3fn))
+
+  def loss(params, x):
+    for w in params:
+      x = remat(lambda x, w: jnp.tanh(x @ (w.T if transposed else w)))(x, w)
+    return jnp.mean(x.astype(jnp.float32) ** 2)
+
+  step, x = mpo.value_and_update(loss, tx), jax.ShapeDtypeStruct((8, D), jnp.bfloat16)
+  report = mpo.gpu_memory(step, params, state, x, donate_argnums=(0, 1), target="h200")
+  assert report.temporary_bytes / (L * D * D) <= 0.54  # all decoded weights take 2
 
 
 NEEDS_ALL = {  # what an update needs of the whole stack, such as its norm or a flag for all gradients; in two passes?

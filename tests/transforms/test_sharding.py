@@ -66,10 +66,11 @@ STEPS = {
 OPTIMIZERS = {
   "exact": lambda: mpo.compensated(optax.sgd(1e-1, momentum=0.9)),
   "compact": lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), min_size=1), bits=8),
+  "float8": lambda: mpo.compensated(optax.adam(1e-2)),
 }
 
 
-def put(layout, tx):
+def put(layout, tx, dtype=jnp.bfloat16):
   """Returns params, state and a batch on the mesh of a layout."""
   shape, names, spec_of = SPECS[layout]
   mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
@@ -77,7 +78,7 @@ def put(layout, tx):
   def sharding(path, leaf):
     return NamedSharding(mesh, spec_of(path[-1].key))
 
-  params, state = mpo.init(tx, make_params())
+  params, state = mpo.init(tx, make_params(), dtype=dtype)
   params = jax.device_put(params, jax.tree_util.tree_map_with_path(sharding, params))
   state = jax.device_put(state, mpo.state_sharding(params, state))
   x = jax.random.normal(jax.random.key(1), (16, WIDTH))
@@ -96,6 +97,15 @@ def test_what_is_shaped_like_a_param_takes_its_sharding():
   assert adam.mu["layers"]["down"].scales.spec == P(None, None, None)
   assert adam.count.spec == P()
   assert jax.tree.structure(shardings) == jax.tree.structure(state)
+
+
+def test_scales_of_float8_take_the_sharding_of_their_param():
+  params, state, _ = put("fsdp", OPTIMIZERS["float8"](), jnp.float8_e4m3fn)
+  shardings = mpo.state_sharding(params, state).compensation
+  assert shardings["embed"].bits == params["embed"].sharding
+  assert shardings["embed"].scales.spec == P("data", None)
+  assert shardings["layers"]["up"].scales.spec == P(None, "data", None)
+  assert shardings["layers"]["down"].scales.spec == P(None, None, None)  # two blocks on eight devices
 
 
 def test_factored_state_is_replicated_and_accumulated_gradients_are_not():
@@ -123,12 +133,18 @@ def test_shapes_will_do_and_init_can_be_compiled_with_them():
   assert_same_bits((params, state), mpo.init(tx, make_params()))
 
 
-@pytest.mark.parametrize(("layout", "optimizer"), [*((layout, "exact") for layout in SPECS), ("fsdp", "compact")])
-@pytest.mark.parametrize("fused", STEPS)
-@pytest.mark.few(1)
+CASES = [
+  *((fused, layout, "exact") for fused in STEPS for layout in SPECS),
+  *((fused, "fsdp", "compact") for fused in STEPS),
+  ("auto", "fsdp", "float8"),  # fused layers refuse it
+]
+
+
+@pytest.mark.parametrize(("fused", "layout", "optimizer"), CASES)
+@pytest.mark.few(2)
 def test_fused_steps_are_those_of_the_unfused_step(fused, layout, optimizer):
   tx = OPTIMIZERS[optimizer]()
-  params, state, x = put(layout, tx)
+  params, state, x = put(layout, tx, jnp.float8_e4m3fn if optimizer == "float8" else jnp.bfloat16)
   options = {
     "out_shardings": (None, *jax.tree.map(lambda a: a.sharding, (params, state))),  # else XLA may change them
     "compiler_options": {

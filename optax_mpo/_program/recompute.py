@@ -1,0 +1,70 @@
+"""Makes decoded weights again for each use, so that they are not kept from the forward to the backward pass.
+
+Why: a decoded weight takes as much memory as a bf16 weight. Made once, it would be kept until the backward pass has
+read it, and at the peak there would be those of all layers.
+
+How: each use reads an array of its own. A barrier ties it to another operand of that use, so that XLA neither makes it
+early nor takes two of them for one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+from jax import lax
+
+from optax_mpo._core import types
+from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Atom, Operation, Program
+
+_SMALL = 2**14  # elements up to which an array is kept
+_MOVES = frozenset("transpose reshape squeeze expand_dims convert_element_type".split())
+
+
+def for_each_use(program: Program, variables: Iterable[int]) -> Program:
+  """Returns the program with operations that make some variables again, from inputs of the program.
+
+  Scans read their layers where they lie, and are left as they are.
+
+  Args:
+    program: the program of a loss and its gradients.
+    variables: the variables; one operation makes each from inputs of the program.
+  """
+  chains: dict[int, tuple[Operation, ...]] = {}  # what makes a variable, or a transposed or cast one
+  for v in variables:
+    if v in program.makers and math.prod(program.aval(v).shape) > _SMALL:
+      chains[v] = (program.operations[program.makers[v]],)
+  if not chains:
+    return program
+  operations: list[Operation] = []
+  for operation in program.operations:
+    if operation.name in _MOVES and operation.inputs[0] in chains:
+      chains[operation.outputs[0]] = (*chains[operation.inputs[0]], operation)
+    elif operation.name != "scan":
+      again = {a for a in operation.inputs if isinstance(a, int) and a in chains}
+      others = [a for a in operation.inputs if isinstance(a, int) and a not in chains and _is_float(program, a)]
+      if others:
+        latest = max(others, key=lambda a: program.makers.get(a, -1))
+        new = {a: _again(program, chains[a], latest, operations) for a in again}
+        inputs = tuple(new.get(a, a) if isinstance(a, int) else a for a in operation.inputs)
+        operation = dataclasses.replace(operation, inputs=inputs)
+    operations.append(operation)
+  return dataclasses.replace(program, operations=operations)
+
+
+def _is_float(program: Program, atom: Atom) -> bool:
+  return jnp.issubdtype(program.aval(atom).dtype, jnp.inexact)
+
+
+def _again(program: Program, chain: tuple[Operation, ...], after: int, operations: list[Operation]) -> int:
+  """Adds what makes the last result of a chain again, once `after` is known, and returns its variable."""
+  held = (*(a for a in chain[0].inputs if isinstance(a, int)), after)
+  barrier, _ = jax_forms.trace(lambda *xs: lax.optimization_barrier(xs), *(types.struct(program.aval(a)) for a in held))
+  known = {a: program.new(program.aval(a)) for a in held}
+  operations.append(dataclasses.replace(barrier.operations[0], inputs=held, outputs=tuple(known.values())))
+  for operation in chain:
+    inputs = tuple(known.get(a, a) if isinstance(a, int) else a for a in operation.inputs)
+    known |= {v: program.new(program.aval(v)) for v in operation.outputs}
+    operations.append(dataclasses.replace(operation, inputs=inputs, outputs=tuple(known[v] for v in operation.outputs)))
+  return known[chain[-1].outputs[0]]
