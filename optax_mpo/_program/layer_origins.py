@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core
 
 from optax_mpo._program import jax_forms, layer_rules
-from optax_mpo._program.layer_rules import Entries
+from optax_mpo._program.entries import Entries
 from optax_mpo._program.program import Atom, Operation, Program
 
 SUMS = ("add", "add_any")

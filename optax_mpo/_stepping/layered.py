@@ -21,7 +21,8 @@ from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_layers
 from optax_mpo._core import order, types
 from optax_mpo._program import by_layer, jax_forms
-from optax_mpo._program.layer_rules import Entries, NotSeparableError, Where
+from optax_mpo._program.entries import Entries, Where
+from optax_mpo._program.layer_rules import NotSeparableError
 from optax_mpo._program.program import Program, Slice
 from optax_mpo._stepping.across import Across, Update, take_apart
 from optax_mpo._stepping.site import Step, Values

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._program.layer_rules import Entries
+from optax_mpo._program.entries import Entries
 
 
 @dataclasses.dataclass(frozen=True)
