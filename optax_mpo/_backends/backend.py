@@ -13,7 +13,7 @@ from typing import Any
 from optax_mpo._backends import cpu_rows, gpu_kernel
 from optax_mpo._core import order
 from optax_mpo._program import elementwise
-from optax_mpo._program.layer_rules import Entries
+from optax_mpo._program.entries import Entries
 from optax_mpo._program.program import Slice
 
 

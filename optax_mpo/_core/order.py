@@ -38,6 +38,14 @@ def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
   return _after.bind(index, *done, count=count)
 
 
+def hidden(index: jax.Array, values: Sequence[jax.Array]) -> jax.Array:
+  """Returns a constant `index`, i32[], as one that XLA does not know, given scalars that it does not know.
+
+  With a known index, XLA orders reads and writes itself, and `after` has no effect. On several devices it is known.
+  """
+  return _hidden.bind(index, *values[:1]) if values else index
+
+
 def first_elements(arrays: Sequence[Any]) -> list[jax.Array]:
   """One element of each array or ref, except empty ones and those split over devices, which JAX refuses to index."""
   return [x[(0,) * x.ndim] for x in arrays if x.size and not types.is_split(x)]
@@ -98,6 +106,11 @@ def after_values(index: Any, *done: Any, count: int) -> Any:
   return index + never * sum((lax.convert_element_type(x, jnp.int32) for x in done), jnp.int32(0))
 
 
+def _hide(index: Any, value: Any) -> Any:
+  never = lax.population_count(lax.convert_element_type(value, jnp.int32)) >> 6  # zero, but XLA cannot tell
+  return index + never
+
+
 def first(x: Any, *_: Any, **__: Any) -> Any:
   """The first operand."""
   return x
@@ -113,6 +126,7 @@ def row_major(x: Any) -> Any:
 
 
 _after = primitives.make_hint("after", {None: by_devices(after_values, _changed)})
+_hidden = primitives.make_hint("hidden", {None: by_devices(_hide, first)})
 _row_major = primitives.make_hint("row_major", {None: by_devices(row_major, first)})
 _as_weights_lie = primitives.make_hint(
   "as_weights_lie", {None: everywhere(first), "cuda": by_devices(row_major, first)}

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._codecs import formats
 from optax_mpo._core import modules, trees, wrapping
 from optax_mpo._layers import fused_call, handles
 from optax_mpo._updates import by_leaf
@@ -84,12 +83,6 @@ def fused_value_and_update(
     **kwargs: Any,
   ) -> tuple[Any, PyTree, optax.OptState]:
     trees.check_arrays(params, "fused_value_and_update", also_numbers=False)
-    if scaled := [name for name, leaf in trees.named_leaves(params) if formats.is_scaled(leaf)]:
-      raise ValueError(
-        "fused_value_and_update: fused layers read weights without the scales that float8 needs, and "
-        f"{trees.listed(scaled)} have that dtype. Train with value_and_update, which decodes them, or keep these "
-        "leaves in bfloat16 or float16."
-      )
     extra = wrapping.extra_args(tx_args, "fused_value_and_update", loss=False)
     params, opt_state, extra, args, kwargs = _guarded((params, opt_state, extra, args, kwargs))
     pure = modules.pure(params), modules.pure(opt_state)

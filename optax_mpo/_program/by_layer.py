@@ -6,7 +6,7 @@ whole stack. Traced again for one layer, it could mean something else: a weight 
 scalars, adafactor would factor other axes.
 
 How: run the operations of the update one by one on arrays that have the entries of one layer only, and track where
-these lie in the whole array (`layer_rules.Entries`): elementwise operations keep them there, a transpose moves them to
+these lie in the whole array (`entries.Entries`): elementwise operations keep them there, a transpose moves them to
 another axis, a slice shifts them. An operation that mixes layers (a sum over their axis, say) or is not known is
 refused by name. Arrays that do not depend on the layer are sliced at its entries where they meet ones that do.
 """
@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from optax_mpo._core import types
 from optax_mpo._program import jax_forms
-from optax_mpo._program.layer_rules import Layer, Where, rule_of
+from optax_mpo._program.entries import Where
+from optax_mpo._program.layer_rules import Layer, rule_of
 from optax_mpo._program.layer_scans import Crossing
 from optax_mpo._program.program import Atom, Operation, Program
 

@@ -1,4 +1,4 @@
-"""Where a layer lies in an array that has the entries of all layers along one axis."""
+"""Where the layers of a stack lie in an array: which entries of which axis belong to each layer."""
 
 from typing import Any, NamedTuple
 
@@ -7,27 +7,48 @@ class Entries(NamedTuple):
   """The entries of an axis that belong to a layer: `size` consecutive ones, from `start + stride * index` on.
 
   Stacks `[layers, ...]` have `Entries(0)`. In a stack that is reshaped to `[layers / 2, 2, ...]` before it is scanned,
-  an iteration takes two entries, and one that is reversed has a negative stride.
+  an iteration takes two entries, and one that is reversed has a negative stride. A stack that is scanned together with
+  other layers has no entries for these: `without` counts them, first and last ones.
   """
 
   axis: int
   start: int = 0
   stride: int = 1
   size: int = 1
+  without: tuple[int, int] = (0, 0)
 
   def first(self, index: Any) -> Any:
     """The first entry of the layer at `index`, i32[]."""
     scaled = index if self.stride == 1 else index * self.stride
     return scaled + self.start if self.start else scaled
 
+  def layers(self, count: int) -> range:
+    """Which of `count` layers have entries."""
+    return range(self.without[0], count - self.without[1])
+
+  def exist(self, index: Any, count: int) -> Any:
+    """Whether the layer at `index`, i32[], has entries: bool[], or True where all have."""
+    if self.without == (0, 0):
+      return True
+    layers = self.layers(count)
+    return (index >= layers.start) & (index < layers.stop)
+
   def within(self, length: int, count: int) -> bool:
-    """Whether all of `count` layers lie in an axis of `length`."""
-    ends = (self.start, self.start + self.stride * (count - 1))
-    return min(ends) >= 0 and max(ends) + self.size <= length
+    """Whether those of `count` layers that have entries lie in an axis of `length`, and there are some."""
+    ends = [self.first(i) for i in self.layers(count)[:: max(1, len(self.layers(count)) - 1)]]
+    return bool(ends) and min(ends) >= 0 and max(ends) + self.size <= length
 
   def covered(self, count: int) -> set[int]:
     """All entries of `count` layers."""
-    return {self.start + self.stride * i + k for i in range(count) for k in range(self.size)}
+    return {self.first(i) + k for i in self.layers(count) for k in range(self.size)}
+
+  def cut(self, start: int, limit: int, count: int) -> "Entries | None":
+    """Where those layers lie that are in this part of the axis; None if it has only some entries of a layer."""
+    layers = [i for i in self.layers(count) if start < self.first(i) + self.size and self.first(i) < limit]
+    if any(self.first(i) < start or self.first(i) + self.size > limit for i in layers):
+      return None
+    without = (layers[0], count - 1 - layers[-1]) if layers else (count, 0)
+    return self._replace(start=self.start - start, without=without)
 
   def on(self, axis: int) -> "Entries":
     """The same entries of another axis."""

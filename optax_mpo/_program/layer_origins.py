@@ -7,6 +7,7 @@ so that it need not wait for the gradients of the other parts.
 How: the rules of `layer_rules` the other way round, for operations that only move, pick or convert entries.
 """
 
+import itertools
 import math
 from collections.abc import Set
 from typing import NamedTuple
@@ -15,62 +16,112 @@ import numpy as np
 from jax.extend import core
 
 from optax_mpo._program import jax_forms, layer_rules
-from optax_mpo._program.layer_rules import Entries
+from optax_mpo._program.entries import Entries
 from optax_mpo._program.program import Atom, Operation, Program
+
+SUMS = ("add", "add_any")
 
 
 class Origin(NamedTuple):
   """What an array is made of.
 
   Attributes:
-    source: the variable that it comes from.
-    operations: those that make it from the source, in order.
-    entries: where a layer lies in the source.
-    beside: inputs of the program that the operations read too, such as the scales of a weight. A layer is assumed to
-      lie in them as in the source; `by_layer` has to confirm that.
+    sources: the variables that it comes from, and where a layer lies in each: weights, and their scales.
+    given: the variables of whole arrays that other layers come from.
+    operations: those that make it from these, in order.
   """
 
-  source: int
+  sources: dict[int, Entries]
+  given: tuple[int, ...]
   operations: tuple[Operation, ...]
-  entries: Entries
-  beside: tuple[int, ...] = ()
 
 
 def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origin | None:
-  """Finds the one of `sources` that an array with `count` layers along its first axis is made from, if any.
+  """Finds those of `sources` that an array with `count` layers along its first axis is made from, if any."""
+  found: dict[int, Entries] = {}
+  given: set[int] = set()
 
-  The array has to be made from the source alone, or by a call of the source and of smaller inputs of the program.
-  """
-  chain: list[Operation] = []
-  entries: Entries | None = Entries(0)
-  beside: tuple[int, ...] = ()
-  while isinstance(atom, int) and atom not in sources:
-    made = program.makers.get(atom)
+  def follow(atom: Atom, entries: Entries) -> bool:
+    if isinstance(atom, int) and atom in sources:
+      both = _joined(found.get(atom, entries), entries, count)
+      found.update({} if both is None else {atom: both})
+      return both is not None
+    made = program.makers.get(atom) if isinstance(atom, int) else None
     if made is None:
-      return None
+      return False
     operation = program.operations[made]
-    chain.append(operation)
-    if len(operation.inputs) != 1:
-      beside = _beside(program, operation, entries, sources)
-      if not beside:
-        return None
-    else:
-      entries = _before(program, operation, entries, count)
-    if entries is None:
-      return None
-    atom = operation.inputs[0]
-  return Origin(atom, tuple(chain[::-1]), entries, beside) if isinstance(atom, int) else None
+    if joins(operation, entries):
+      operands = parts(program, operation, entries, count)
+      for operand, part in operands:
+        if not (part is not None and part.layers(count) and follow(operand, part)):
+          given.add(operand)
+      return all(part is not None for _, part in operands)
+    if beside := _beside(program, operation, entries, sources):
+      found.update(dict.fromkeys(beside, entries))
+      return follow(operation.inputs[0], entries)
+    before = _before(program, atom, entries, count) if len(operation.inputs) == 1 else None
+    return before is not None and follow(operation.inputs[0], before)
+
+  if not follow(atom, Entries(0)) or not found:
+    return None
+  return Origin(found, tuple(sorted(given)), tuple(jax_forms.slice_of(program, [atom], given | set(found))))
 
 
 def _beside(program: Program, operation: Operation, entries: Entries, sources: Set[int]) -> tuple[int, ...]:
-  """The other operands of a call of a source, if they are smaller inputs of the program with as many entries."""
+  """The other operands of a call of a source, such as its scales, if they are inputs with as many layers, and smaller.
+
+  A layer is assumed to lie in them as in the source; `by_layer` has to confirm that.
+  """
+  if operation.name not in jax_forms.CALLS:
+    return ()
   source, others = operation.inputs[0], operation.inputs[1:]
-  known = all(isinstance(a, int) and a in program.inputs for a in others)
-  if operation.name not in jax_forms.CALLS or source not in sources or not known:
+  if source not in sources or not others or not all(isinstance(a, int) and a in program.inputs for a in others):
     return ()
   shape, shapes = program.aval(source).shape, [program.aval(v).shape for v in others]
   same = all(len(s) == len(shape) and s[entries.axis] == shape[entries.axis] for s in shapes)
   return others if same and sum(map(math.prod, shapes)) * 8 <= math.prod(shape) else ()
+
+
+def _joined(a: Entries, b: Entries, count: int) -> Entries | None:
+  """The layers of both, if they lie in the same way, one after the other."""
+  first, last = sorted((a.layers(count), b.layers(count)), key=lambda layers: layers.start)
+  if a._replace(without=b.without) != b or (a != b and first.stop != last.start):
+    return None
+  return a._replace(without=(first.start, count - last.stop))
+
+
+def joins(operation: Operation, entries: Entries) -> bool:
+  """Whether an operation joins arrays along the axis of the layers."""
+  return operation.name == "concatenate" and operation.eqn.params["dimension"] == entries.axis
+
+
+def parts(program: Program, operation: Operation, entries: Entries, count: int) -> list[tuple[Atom, Entries | None]]:
+  """Where the layers lie in each operand of a concatenation; None where it has only a part of a layer."""
+  ends = list(itertools.accumulate(program.aval(a).shape[entries.axis] for a in operation.inputs))
+  starts = [0, *ends[:-1]]
+  return [(a, entries.cut(o, end, count)) for a, o, end in zip(operation.inputs, starts, ends, strict=True)]
+
+
+def _through(program: Program, atom: int, entries: Entries, count: int) -> tuple[Atom, Entries] | None:
+  """The operand that has all of these entries of an array, and where."""
+  operation = program.operations[program.makers[atom]]
+  if not joins(operation, entries):
+    before = _before(program, atom, entries, count)
+    return None if before is None else (operation.inputs[0], before)
+  found = [(a, part) for a, part in parts(program, operation, entries, count) if part is not None]
+  return next(((a, part) for a, part in found if part.without == entries.without), None)
+
+
+def leaves(program: Program, atom: Atom, entries: Entries) -> dict[int, Entries]:
+  """Returns the arrays that one layer of a sum of padded and joined arrays is made from, and where it lies in each."""
+  made = program.makers.get(atom) if isinstance(atom, int) else None
+  if fill(program, atom, entries, 1) is not None:
+    return {}
+  operation = program.operations[made] if made is not None else None
+  if operation is not None and operation.name in SUMS:
+    return {v: e for a in operation.inputs for v, e in leaves(program, a, entries).items()}
+  found = _through(program, atom, entries, 1) if operation is not None else None
+  return leaves(program, *found) if found is not None and found[1].size == 1 else {atom: entries}
 
 
 def fill(program: Program, atom: Atom, entries: Entries, count: int) -> np.ndarray | None:
@@ -87,11 +138,11 @@ def fill(program: Program, atom: Atom, entries: Entries, count: int) -> np.ndarr
     return fill(program, inputs[0], entries, count)
   if name == "pad" and _is_padding(program, operation, entries, count):
     return fill(program, inputs[1], entries, count)
-  if name in ("add", "add_any"):
+  if name in SUMS:
     found = [fill(program, a, entries, count) for a in inputs]
     return found[0] if all(x is not None and not x for x in found) else None
-  before = _before(program, operation, entries, count)
-  found = None if before is None else fill(program, inputs[0], before, count)
+  before = _through(program, atom, entries, count)
+  found = None if before is None else fill(program, *before, count)
   return None if found is None else found.astype(program.aval(atom).dtype)
 
 
@@ -102,15 +153,14 @@ def _is_padding(program: Program, operation: Operation, entries: Entries, count:
   return not entries.covered(count) & set(range(low, low + length * step, step))
 
 
-_ALIKE = frozenset(["convert_element_type", "copy", "copy_p", "optimization_barrier"])
+_ALIKE = frozenset(["convert_element_type", "copy", "copy_p", "optimization_barrier", "stop_gradient"])
 
 
-def _before(program: Program, operation: Operation, entries: Entries | None, count: int) -> Entries | None:
-  """Where a layer lies in the first operand, if `entries` of the result are these entries of it alone."""
-  if entries is None:
-    return None
+def _before(program: Program, atom: int, entries: Entries, count: int) -> Entries | None:
+  """Where a layer lies in the first operand of what makes an array, if its `entries` are these entries of it alone."""
+  operation = program.operations[program.makers[atom]]
   params, axis, name = operation.eqn.params, entries.axis, operation.name
-  old, new = program.aval(operation.inputs[0]).shape, program.aval(operation.outputs[0]).shape
+  old, new = program.aval(operation.inputs[0]).shape, program.aval(atom).shape
   if name in _ALIKE:
     return entries
   if name == "transpose":
@@ -127,11 +177,14 @@ def _before(program: Program, operation: Operation, entries: Entries | None, cou
   if name == "slice":
     start, stride = params["start_indices"][axis], (params["strides"] or [1] * len(old))[axis]
     return None if stride > 1 and entries.size > 1 else entries.spread(start, stride)
+  if name == "split":
+    position = operation.outputs.index(atom)
+    return entries.spread(sum(params["sizes"][:position]), 1) if params["axis"] == axis else entries
   if name == "pad":
     low, _, interior = params["padding_config"][axis]
     others = [c for a, c in enumerate(params["padding_config"]) if a != axis]
     if interior or any(c != (0, 0, 0) for c in others):
       return None
-    moved = entries.spread(-low, 1)
-    return moved if moved.within(old[axis], count) else None
+    moved = entries.cut(low, low + old[axis], count)
+    return moved if moved is not None and moved.without == entries.without else None
   return None

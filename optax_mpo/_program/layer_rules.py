@@ -91,13 +91,17 @@ def _mixes(operation: Operation) -> NotSeparableError:
   return NotSeparableError(f"{jax_forms.where(operation)} mixes the layers: do it for one layer at a time")
 
 
+def _takes_some(operation: Operation) -> NotSeparableError:
+  return NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers: {_CUT}")
+
+
 def _alike(
   operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
 ) -> tuple[list[Any], Entries]:
   """The operands of one shape, each for this layer, and where the layer lies in all of them."""
   entries = next(e for e in where if e is not None)
   if any(e not in (None, entries) for e in where):
-    raise _mixes(operation)
+    raise (_takes_some if any(e is not None and e.without != (0, 0) for e in where) else _mixes)(operation)
   cut = [
     layer.cut(v, entries) if e is None and aval.ndim else v for v, e, aval in zip(values, where, avals, strict=True)
   ]
@@ -178,12 +182,12 @@ def _resized(entries: Entries, axis: int, old: int, new: int) -> Entries | None:
   """Where a layer lies once its axis of `old` entries, and those after it, are reshaped to one of `new` and others."""
   if new >= old:
     factor, rest = divmod(new, old)
-    found = Entries(axis, entries.start * factor, entries.stride * factor, entries.size * factor)
-    return None if rest else found
+    found = [part * factor for part in (entries.start, entries.stride, entries.size)]
+    return None if rest else Entries(axis, found[0], found[1], found[2], entries.without)
   factor, rest = divmod(old, new)
-  if rest or any(part % factor for part in entries[1:]):
+  if rest or any(part % factor for part in entries[1:4]):
     return None
-  return Entries(axis, *(part // factor for part in entries[1:]))
+  return Entries(axis, entries.start // factor, entries.stride // factor, entries.size // factor, entries.without)
 
 
 def _transpose(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
@@ -207,11 +211,22 @@ def _concatenate(
   dimension = operation.eqn.params["dimension"]
   if all(e is None or e.axis != dimension for e in where):
     return _elementwise(operation, values, where, layer, avals)
-  found = [(k, e) for k, e in enumerate(where) if e is not None]
-  if len(found) > 1:
+  lengths = [aval.shape[dimension] for aval in avals]
+  starts = [sum(lengths[:k]) for k in range(len(lengths))]
+  k, entries = next((k, e) for k, e in enumerate(where) if e is not None)
+  found = entries.spread(starts[k], 1)
+  parts = [found._replace(without=(0, 0)).cut(o, o + n, layer.count) for o, n in zip(starts, lengths, strict=True)]
+  others = [j for j, part in enumerate(parts) if j != k and (part is None or part.layers(layer.count))]
+  if not others and all(e is None for j, e in enumerate(where) if j != k):
+    return [values[k]], [found]  # the layers are all in this operand
+  if any(part is None or e not in (None, part) for e, part in zip(where, parts, strict=True)):
     raise _mixes(operation)
-  ((k, entries),) = found  # the layer is all in this operand
-  return [values[k]], [entries.spread(sum(aval.shape[dimension] for aval in avals[:k]), 1)]
+  value = values[k]
+  for j, part in enumerate(parts):
+    if j in others and part is not None:
+      other = layer.cut(values[j], part) if where[j] is None else values[j]
+      value = lax.select_n(part.exist(layer.index, layer.count), value, other)
+  return [value], [found._replace(without=(0, 0)).cut(0, sum(lengths), layer.count)]
 
 
 def _slice(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
@@ -219,9 +234,9 @@ def _slice(operation: Operation, values: list[Any], where: list[Where], layer: L
   assert entries is not None
   axis, start, limit, strides = entries.axis, params["start_indices"], params["limit_indices"], params["strides"]
   stride = strides[axis] if strides else 1
-  moved = entries.spread(-start[axis], 1)
-  if not moved.within(limit[axis] - start[axis], layer.count) or moved.start % stride or moved.stride % stride:
-    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers: {_CUT}")
+  moved = entries.cut(start[axis], limit[axis], layer.count)
+  if moved is None or moved.start % stride or moved.stride % stride:
+    raise _takes_some(operation)
   if stride > 1 and entries.size > 1:
     raise _mixes(operation)
   changes = {"start_indices": _with(start, axis, 0), "limit_indices": _with(limit, axis, entries.size)}
@@ -236,7 +251,11 @@ def _split(operation: Operation, values: list[Any], where: list[Where], layer: L
   if axis != entries.axis:
     results = jax_forms.run_operation(operation, values)
     return results, [entries] * len(results)
-  raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers: {_CUT}")
+  sizes = operation.eqn.params["sizes"]
+  found = [entries.cut(sum(sizes[:k]), sum(sizes[: k + 1]), layer.count) for k in range(len(sizes))]
+  if any(e is None for e in found):
+    raise _takes_some(operation)
+  return [values[0]] * len(sizes), found
 
 
 def _pad(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
@@ -245,10 +264,9 @@ def _pad(operation: Operation, values: list[Any], where: list[Where], layer: Lay
     raise _mixes(operation)
   low, high, interior = config[entries.axis]
   step = interior + 1
-  moved = entries.spread(low, step)
-  length = low + high + (avals[0].shape[entries.axis] - 1) * step + 1
-  if not moved.within(length, layer.count) or (interior and entries.size > 1):
-    raise NotSeparableError(f"{jax_forms.where(operation)} takes some of the layers: {_CUT}")
+  moved = entries.spread(low, step).cut(0, low + high + (avals[0].shape[entries.axis] - 1) * step + 1, layer.count)
+  if moved is None or (interior and entries.size > 1):
+    raise _takes_some(operation)
   config = _with(config, entries.axis, (0, 0, 0))
   return jax_forms.run_operation(operation, values, padding_config=config), [moved]
 

@@ -19,7 +19,7 @@ from optax_mpo._core import order, types, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
-from optax_mpo._stepping.plan import Own, Plan, Released, ScanPlan, constant, run_own
+from optax_mpo._stepping.plan import Own, Plan, Released, Rest, ScanPlan, constant, run_own
 from optax_mpo._stepping.site import Site, Step, apply_all
 from optax_mpo._stepping.windows import Window
 
@@ -205,13 +205,13 @@ def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Seq
   """
 
   def step_due(i: int) -> None:
-    due = plan.due.get(i, ())
-    if not due:
+    due, rests = plan.due.get(i, []), plan.rests.get(i, [])
+    if not due and not rests:
       return
     # The backward pass goes on with `ties`. One barrier makes the update wait for them, and so for the last use of the
     # old weights, which can then be overwritten. The other barrier makes what follows wait for the update.
     ties = plan.ties.get(i, ())
-    atoms = {a for index in due for a in plan.sites[index].grads if constant(plan.program, a) is None}
+    atoms = {a for a in plan.grads_due(i) if constant(plan.program, a) is None}
     made, held = {a: env[a] for a in atoms}, [env[v] for v in ties]
     if ties:
       # Parts get a barrier on CPUs too, so that sums of gradients come out the same in both passes.
@@ -219,8 +219,11 @@ def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Seq
     known = env | made
     grads = [[jax_forms.value(a, known) for a in plan.sites[index].grads] for index in due]
     store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due], held)
-    changed, held = _barrier(([store.held(index) for index in due], held))
-    for index, new in zip(due, changed, strict=True):
+    for rest in rests:
+      _update_rest(plan, rest, known, store, shared, begun)
+    touched = list(dict.fromkeys([*due, *(rest.released.index for rest in rests)]))
+    changed, held = _barrier(([store.held(index) for index in touched], held))
+    for index, new in zip(touched, changed, strict=True):
       store.hold(index, new)
     env.update(zip(ties, held, strict=True))
 
@@ -244,12 +247,12 @@ def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
 
 @dataclasses.dataclass
 class _Begun:
-  """A stack that scans update, one or several, each some of its layers.
+  """A stack that is updated in pieces, such as the layers of one scan.
 
   Attributes:
-    early: by the scan, the values that were made of the stack before any of its layers was updated.
+    early: by the piece, the values that were made of the stack before any of its layers was updated.
     totals: what the layers have given so far to the state that the whole stack has once.
-    left: the number of scans that are still to come.
+    left: the number of pieces that are still to come.
   """
 
   early: dict[int, list[Any]]
@@ -260,6 +263,7 @@ class _Begun:
 def _begin(plan: Plan, index: int, store: Store, shared: Sequence[Any]) -> _Begun:
   params, states = store.get(index)
   pieces = [r for scan in plan.scans.values() for r in scan.released if r.index == index]
+  pieces += [rest.released for rests in plan.rests.values() for rest in rests if rest.released.index == index]
   early = {id(r): r.layered.across.before(params, states, shared) for r in pieces}
   return _Begun(early, list(map(types.zeros, pieces[0].layered.across.totals)), len(pieces))
 
@@ -280,10 +284,7 @@ def _run_scan(
     None if i >= first and i - first in scan.own else jax_forms.value(a, env) for i, a in enumerate(operation.inputs)
   ]
   consts, carry, xs = values[: counts[0]], values[counts[0] : first], values[first:]
-  for r in scan.released:
-    if r.index not in begun:
-      begun[r.index] = _begin(plan, r.index, store, shared[r.index])
-  inner_shared = [[*shared[r.index], *begun[r.index].early[id(r)], *(env[v] for v in r.given)] for r in scan.released]
+  inner_shared = [_handed(plan, r, env, store, shared, begun) for r in scan.released]
   starts = {r.index: _carried(r, store, begun[r.index].totals) for r in scan.released}
   outer = {index: windows for index, (_, windows) in starts.items()}
 
@@ -292,7 +293,7 @@ def _run_scan(
     layer = Layer(scan.released, arrays, outer, index)
     xs = list(xs)
     for k, own in scan.own.items():
-      xs[k] = run_own(own, program, _layers(own, env, layer, index), index, scan.length)
+      xs[k] = run_own(own, program, _layers(own, env, layer, index, scan.length), index, scan.length)
     inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
     evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
     out = [jax_forms.value(a, inner) for a in body.outputs[: counts[1]]]
@@ -308,11 +309,47 @@ def _run_scan(
   env.update(zip([*outputs[: counts[1]], *(outputs[counts[1] + j] for j in scan.kept)], [*carry, *ys], strict=True))
 
 
-def _layers(own: Own, env: dict[int, Any], layer: Layer, index: Any) -> list[Any]:
-  """A layer of a weight, one that the scan updates or another, where that lies; and of what is beside the weight."""
-  updated = [] if own.released is None else [layer.get(own.released)[0][own.leaf]]
-  arrays = [env[v] for v in ((own.source,) if own.released is None else ()) + own.beside]
-  return updated + [Window.whole(x).narrowed(own.entries, index).read(x) for x in arrays]
+def _handed(
+  plan: Plan, r: Released, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]], begun: dict[int, _Begun]
+) -> list[Any]:
+  """The values that the update of a layer reads, without its index."""
+  if r.index not in begun:
+    begun[r.index] = _begin(plan, r.index, store, shared[r.index])
+  return [*shared[r.index], *begun[r.index].early[id(r)], *(env[v] for v in r.given)]
+
+
+def _update_rest(
+  plan: Plan, rest: Rest, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]], begun: dict[int, _Begun]
+) -> None:
+  """Updates layers whose gradients no scan makes."""
+  r, layered = rest.released, rest.released.layered
+  jax_forms.run(plan.program, [plan.program.operations[k] for k in r.early], env)
+  handed = _handed(plan, r, env, store, shared, begun)
+  arrays, outer = _carried(r, store, begun[r.index].totals)
+
+  def step(arrays: list[Any], index: Any) -> tuple[list[Any], None]:
+    grads = [jnp.full(g.shape, rest.fill, g.dtype) for g in layered.step.grads] if rest.fill is not None else []
+    for v, e in rest.sources.items():
+      grads.append(Window.whole(env[v]).narrowed(e, index, layered.count).read(env[v]))
+    return layered.write(grads, arrays, outer, handed, index, 1), None
+
+  if layered.count == 1:
+    known = order.first_elements([*(env[v] for v in rest.sources), *arrays])
+    new, _ = step(arrays, order.hidden(jnp.int32(0), known))
+  else:
+    new, _ = lax.scan(step, arrays, jnp.arange(layered.count, dtype=jnp.int32))
+  _put_carried(r, store, new, handed, begun[r.index])
+
+
+def _layers(own: Own, env: dict[int, Any], layer: Layer, index: Any, count: int) -> dict[int, Any]:
+  """A layer of each weight, of those that the scan updates or of others where they lie, and the whole arrays."""
+  values = {v: env[v] for v in own.given}
+  for v, (released, leaf, entries) in own.sources.items():
+    if released is None:
+      values[v] = Window.whole(env[v]).narrowed(entries, index, count).read(env[v])
+    else:
+      values[v] = layer.get(released)[0][leaf]
+  return values
 
 
 def _carried(r: Released, store: Store, totals: Sequence[Any]) -> tuple[list[Any], list[Window]]:

@@ -219,15 +219,16 @@ def gradient_bytes(plan: Plan, index: int) -> int:
 
 def reason(plan: Plan, index: int) -> str:
   """Why the gradient of a site is held whole, or more than that, and what to change."""
-  program, site, memory = plan.program, plan.sites[index], _memory(plan, index)
-  releases = list(_releases(plan, index))
+  program, site, releases = plan.program, plan.sites[index], list(_releases(plan, index))
   if not releases:
+    memory = _memory(plan, index)
     atoms = [] if site.place is Place.TOGETHER else [a for a in site.grads if constant(program, a) is None]
     first = "" if site.why else next(filter(None, (_summed(program, a) or _unfollowed(program, a) for a in atoms)), "")
     known = bool(site.why or first)
     more = memory.peak() > final_bytes(program, site)
     parts = next(filter(None, (_parts(memory, a, known) for a in atoms)), "") if more else ""
     return "; ".join(filter(None, (first, parts)))
+  memory = _memory(plan, index, with_rests=False)
   if not memory.arrays:
     return next(filter(None, (reason(inner, k) for _, inner, k, _ in releases)), "")
   first = jax_forms.where(memory.maker(min(memory.arrays)))
@@ -325,7 +326,7 @@ def _summed(program: Program, atom: Atom) -> str:
   return ""
 
 
-def _memory(plan: Plan, index: int) -> _Memory:
+def _memory(plan: Plan, index: int, with_rests: bool = True) -> _Memory:
   memory, site, releases = _Memory(plan.program), plan.sites[index], list(_releases(plan, index))
   for scan, inner, k, r in releases:
     layer = gradient_bytes(inner, k)
@@ -333,6 +334,10 @@ def _memory(plan: Plan, index: int) -> _Memory:
     for v in r.given:
       if memory.size(v) >= layer:
         memory.store(v, scan)
+  for due, rest in ((due, rest) for due, rests in plan.rests.items() for rest in rests):
+    for v in rest.sources if with_rests and rest.released.index == index else ():
+      for var in memory.sources(v).stored:
+        memory.keep(var, due)
   if not releases:
     until = next((due for due, indices in plan.due.items() if index in indices), len(plan.program.operations))
     for atom in site.grads:

@@ -21,7 +21,7 @@ from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_layers
 from optax_mpo._core import order, types
 from optax_mpo._program import by_layer, jax_forms, layer_scans
-from optax_mpo._program.layer_rules import Entries, NotSeparableError, Where
+from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Program, Slice
 from optax_mpo._stepping.across import Across, Update, take_apart
 from optax_mpo._stepping.site import Step, Values
@@ -39,6 +39,7 @@ class Layered:
       are those of the stack's step, the values made before the scan, the other given values, and the layer's index.
     entries: where a layer lies in each weight, then in each of these states.
     gradients: where it lies in each gradient.
+    count: the number of layers.
     across: what is done for the whole stack, before and after.
     parts: the same update in parts, each written before the next one reads. `part(grads, params, states, shared)` makes
       new values; their positions among weights, then states, stand beside it. Empty: in one part.
@@ -48,6 +49,7 @@ class Layered:
   step: Step
   entries: tuple[Entries, ...]
   gradients: tuple[Entries, ...]
+  count: int
   across: Across
   parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
   backend: Backend = dataclasses.field(default_factory=Backend)
@@ -59,7 +61,7 @@ class Layered:
 
   def windows(self, outer: Sequence[Window], index: Any) -> list[Window]:
     """The layer at `index` of each part `outer` of a stack."""
-    return [window.narrowed(e, index) for window, e in zip(outer, self.entries, strict=True)]
+    return [window.narrowed(e, index, self.count) for window, e in zip(outer, self.entries, strict=True)]
 
   def write(
     self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Any, count: int
@@ -181,6 +183,7 @@ def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequ
     layer,
     tuple(entries),
     tuple(gradients),
+    count,
     across,
     parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
     backend=of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from optax_mpo._program import by_layer
-from optax_mpo._program.layer_rules import ELEMENTWISE, Entries, NotSeparableError
+from optax_mpo._program.entries import Entries
+from optax_mpo._program.layer_rules import ELEMENTWISE, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._stepping.layered import Layered
 from optax_mpo._stepping.site import Site
@@ -41,27 +41,54 @@ class Released:
 
 
 @dataclasses.dataclass
-class Own:
-  """A scanned operand that is made from one weight: the body makes it from its layer of the weight.
+class Rest:
+  """Layers of a site whose gradients no scan makes. They are updated one by one, once these are complete.
+
+  Attributes:
+    released: how they are updated.
+    sources: the variables that their gradients are made from, and where a layer lies in each.
+    fill: the scalar that fills the gradients of all these layers; None where there are sources.
+  """
+
+  released: Released
+  sources: dict[int, Entries]
+  fill: Any
+
+
+class Source(NamedTuple):
+  """A weight, or its scales, that a scan reads where it lies.
 
   Attributes:
     released: the released site whose stacks the scan carries, and that has the weight; None for a weight that the scan
       does not update.
-    leaf: which of the site's weights.
-    operations: those that make the operand from the weight.
-    source: the variable of the weight.
-    result: the variable of the operand.
+    leaf: which of the site's weights; -1 for scales.
     entries: where a layer lies in the weight.
-    beside: other inputs of the program that the operations read, with their layers at the same entries.
   """
 
   released: int | None
   leaf: int
-  operations: tuple[Operation, ...]
-  source: int
-  result: int
   entries: Entries
-  beside: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass
+class Own:
+  """A scanned operand that is made from weights: the body makes it from its layer of each.
+
+  Attributes:
+    sources: the weights, by variable.
+    given: the variables of whole arrays that other layers come from.
+    operations: those that make the operand from these.
+    result: the variable of the operand.
+  """
+
+  sources: dict[int, Source]
+  given: tuple[int, ...]
+  operations: tuple[Operation, ...]
+  result: int
+
+  def is_layer_of(self, released: int, leaf: int) -> bool:
+    """Whether the operand is a layer of this weight in each iteration."""
+    return [(s.released, s.leaf, s.entries.without) for s in self.sources.values()] == [(released, leaf, (0, 0))]
 
 
 @dataclasses.dataclass
@@ -86,6 +113,7 @@ class Plan:
     program: the program.
     sites: all sites.
     due: the sites to update after an operation.
+    rests: the layers of released sites to update after an operation, because no scan makes their gradients.
     scans: the scans that run with stacks in their carry.
     skipped: the operations that are done inside such a scan, or before it.
     ties: the variables that make the rest of the program wait for the updates after an operation.
@@ -95,10 +123,18 @@ class Plan:
   program: Program
   sites: list[Site]
   due: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+  rests: dict[int, list[Rest]] = dataclasses.field(default_factory=dict)
   scans: dict[int, ScanPlan] = dataclasses.field(default_factory=dict)
   skipped: set[int] = dataclasses.field(default_factory=set)
   ties: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   last_use: dict[int, int] = dataclasses.field(default_factory=dict)
+
+  def grads_due(self, i: int) -> list[Atom]:
+    """What the updates after an operation read."""
+    rests = self.rests.get(i, ())
+    return [a for index in self.due.get(i, ()) for a in self.sites[index].grads] + [
+      v for rest in rests for v in (*rest.sources, *rest.released.given)
+    ]
 
 
 def final_bytes(program: Program, site: Site) -> int:
@@ -117,12 +153,11 @@ def constant(program: Program, atom: Atom) -> Any:
   return atom.val
 
 
-def run_own(own: Own, program: Program, values: Sequence[Any], index: Any, count: int) -> Any:
-  """Makes one entry of a scanned operand from one layer of a weight, and of what is beside it."""
-  names, axis = (own.source, *own.beside), own.entries.axis
-  layers = [jnp.expand_dims(x, axis) if own.entries.size == 1 else x for x in values]
-  env: dict[int, Any] = dict(zip(names, layers, strict=True))
-  where: dict[int, Entries | None] = dict.fromkeys(names, own.entries)
+def run_own(own: Own, program: Program, values: dict[int, Any], index: Any, count: int) -> Any:
+  """Makes one entry of a scanned operand from one layer of each weight, and from the values that are given."""
+  env, where = dict(values), dict.fromkeys(values, None) | {v: s.entries for v, s in own.sources.items()}
+  for v, (_, _, entries) in own.sources.items():
+    env[v] = jnp.expand_dims(values[v], entries.axis) if entries.size == 1 else values[v]
   by_layer.run(own.operations, program, env, where, index, count)
   if where[own.result] != Entries(0):
     raise NotSeparableError("the operand is not scanned along the layers")

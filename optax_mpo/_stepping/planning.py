@@ -8,13 +8,14 @@ update would keep the old value in memory beside the new one. `scans` places sta
 the program, before it runs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import jax.numpy as jnp
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
-from optax_mpo._stepping.plan import FOLLOWED, Plan, constant, final_bytes
+from optax_mpo._stepping.pieces import Piece
+from optax_mpo._stepping.plan import FOLLOWED, Plan, Rest, constant, final_bytes
 from optax_mpo._stepping.scans import ScanPlacer, gradient_size
 from optax_mpo._stepping.site import HELD, Place, Site
 
@@ -58,9 +59,9 @@ class _Planner:
     placer = ScanPlacer(self.program, self.sites, self.results, self.users, make_plan, weights)
     placer.place()
     self.result.scans, self.result.skipped = placer.scans, placer.skipped
-    end = len(self.program.operations)
-    result = self.result
-    for i, operation in enumerate(self.program.operations):
+    program, result = self.program, self.result
+    end = len(program.operations)
+    for i, operation in enumerate(program.operations):
       if i not in result.skipped:
         for atom in operation.inputs:
           if isinstance(atom, int):
@@ -69,11 +70,11 @@ class _Planner:
       scan.early = sorted({k for r in scan.released for k in r.early})
       read = [a for k in scan.early for a in self.program.operations[k].inputs if isinstance(a, int)]
       read += [v for r in scan.released for v in r.given]
-      read += [own.source for own in scan.own.values() if own.released is None]
-      read += [v for own in scan.own.values() for v in own.beside]
+      read += [v for own in scan.own.values() for v in own.given]
+      read += [v for own in scan.own.values() for v, source in own.sources.items() if source.released is None]
       result.last_use.update((v, max(i, result.last_use.get(v, -1))) for v in read)
     result.last_use.update(dict.fromkeys(self.results, end))
-    released = {r.index for scan in result.scans.values() for r in scan.released}
+    released = {piece.released.index for piece in placer.pieces}
     complete: list[tuple[int, int]] = []
     small = {k for k, site in enumerate(self.sites) if k not in released and self._can_wait(site)}
     for index, site in enumerate(self.sites):
@@ -87,11 +88,33 @@ class _Planner:
         site.put(*self._place(site))
     for due, indices in self._gathered(sorted(complete), at_least):
       result.due.setdefault(due, []).extend(indices)
-      for atom in (a for index in indices for a in self.sites[index].grads):
+    for piece in (piece for piece in placer.pieces if piece.scan is None):
+      rest = Rest(piece.released, {} if piece.fill is not None else piece.sources, piece.fill)
+      result.rests.setdefault(self._due_rest(piece), []).append(rest)
+    for due in {*result.due, *result.rests}:
+      early = [
+        a for rest in result.rests.get(due, ()) for k in rest.released.early for a in program.operations[k].inputs
+      ]
+      for atom in (*result.grads_due(due), *early):
         if isinstance(atom, int):
           result.last_use[atom] = max(due, result.last_use.get(atom, -1))
     self._place_ties()
     return result
+
+  def _due_rest(self, piece: Piece) -> int:
+    """After which operation layers outside of scans have their gradients, and nothing reads the old weights."""
+    free = {
+      (i, own.result)
+      for i, scan in self.result.scans.items()
+      for own in scan.own.values()
+      for source in own.sources.values()
+      if source.released is not None
+      and scan.released[source.released].index == piece.released.index
+      and source.entries.covered(scan.length).isdisjoint(piece.covered)
+    }
+    complete = [self._made(v) for v in piece.sources] if piece.fill is None else []
+    read = [self._last_read(v, free) for views in piece.released.site.params for v in views]
+    return max([*complete, *read], default=-1)
 
   def _gathered(self, complete: Iterable[tuple[int, int]], at_least: int) -> Iterable[tuple[int, list[int]]]:
     """Groups sites, in the order in which they are complete, until their gradients have `at_least` bytes together."""
@@ -127,13 +150,13 @@ class _Planner:
       return Place.WITH_ZERO_GRADIENT, "the loss does not depend on it"
     return (Place.AT_ONCE_BY_KERNEL if site.step.backend.kernel else Place.AT_ONCE), ""
 
-  def _last_read(self, var: int) -> int:
-    """The last operation that reads a variable, or a view of it."""
+  def _last_read(self, var: int, free: Set[tuple[int, int]] = frozenset()) -> int:
+    """The last operation that reads a variable, or a view of it, other than those operands of scans in `free`."""
     last, queue, seen = -1, [var], {var}
     while queue:
       var = queue.pop()
       for i in self.users.get(var, ()):
-        if i in self.result.skipped:
+        if i in self.result.skipped or (i, var) in free:
           continue
         last = max(last, i)
         operation = self.program.operations[i]
@@ -151,11 +174,9 @@ class _Planner:
     """
     program, result = self.program, self.result
     until = dict.fromkeys(self.results, len(program.operations))
-    for due, indices in result.due.items():
-      for index in indices:
-        for atom in self.sites[index].grads:
-          if isinstance(atom, int):
-            until[atom] = max(due, until.get(atom, -1))
+    updates = {due: result.grads_due(due) for due in sorted({*result.due, *result.rests})}
+    for due, atoms in updates.items():
+      until.update((a, max(due, until.get(a, -1))) for a in atoms if isinstance(a, int))
     for i in range(len(program.operations) - 1, -1, -1):
       operation = program.operations[i]
       needed = max((until.get(v, -1) for v in operation.outputs), default=-1)
@@ -166,23 +187,23 @@ class _Planner:
       for atom in operation.inputs:
         if isinstance(atom, int):
           until[atom] = max(needed, until.get(atom, -1))
-    after = {due: [v for k in indices for v in self._makes_of(k)] for due, indices in result.due.items()}
+    after = {due: self._makes_of(atoms) for due, atoms in updates.items()}
     live: list[int] = []
     before: list[int] = []
     for i, operation in enumerate(program.operations):
       live += [v for v in operation.outputs if v >= 0 and jnp.issubdtype(program.aval(v).dtype, jnp.inexact)]
       live = [v for v in live if result.last_use.get(v, -1) > i and until.get(v, -1) > i]
-      if i in result.due and live:
+      if i in updates and live:
         before = [v for v in before if v in live and v != live[-1]] + [live[-1]]
-        coming = next((after[d] for d in sorted(after) if d > i), [])
+        coming = next((after[d] for d in after if d > i), [])
         if not self._is_near(coming, i):
           coming = []  # other work comes first, and already waits
         result.ties[i] = tuple(dict.fromkeys([*before, *(v for v in coming if v in live)]))
 
-  def _makes_of(self, index: int) -> list[int]:
-    """What the gradients of a site are made from, such as the operands of a product."""
+  def _makes_of(self, grads: Iterable[Atom]) -> list[int]:
+    """What gradients are made from, such as the operands of a product."""
     makers, found = self.program.makers, []
-    queue = [a for a in self.sites[index].grads if isinstance(a, int)]
+    queue = [a for a in grads if isinstance(a, int)]
     while queue:
       made = makers.get(queue.pop())
       if made is not None:

@@ -5,13 +5,14 @@ slice of the weight and of each state, forth and back. It carries the whole stac
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._program.layer_rules import Entries
+from optax_mpo._program.entries import Entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Window:
     starts: the first entry of each axis of the array, ints or i32[].
     sizes: the number of entries of each axis.
     axes: the axes of the array that the part has; the others have one entry, and are left out.
+    exists: whether there is this part, bool[]; if not, nothing is written.
   """
 
   starts: tuple[Any, ...]
   sizes: tuple[int, ...]
   axes: tuple[int, ...]
+  exists: Any = True
 
   @classmethod
   def whole(cls, array: Any) -> "Window":
@@ -38,14 +41,15 @@ class Window:
     """Whether no layer was chosen yet."""
     return all(isinstance(start, int) for start in self.starts)
 
-  def narrowed(self, entries: Entries, index: Any) -> "Window":
-    """The layer at `index` of this part; one entry alone loses its axis."""
+  def narrowed(self, entries: Entries, index: Any, count: int) -> "Window":
+    """The layer at `index` of this part, of `count`; one entry alone loses its axis."""
     axis = self.axes[entries.axis]
     starts, sizes = list(self.starts), list(self.sizes)
     first, sizes[axis] = entries.first(index), entries.size
     starts[axis] = first if isinstance(starts[axis], int) and starts[axis] == 0 else starts[axis] + first
     axes = tuple(a for a in self.axes if a != axis) if entries.size == 1 else self.axes
-    return Window(tuple(starts), tuple(sizes), axes)
+    exists = [e for e in (self.exists, entries.exist(index, count)) if e is not True]
+    return Window(tuple(starts), tuple(sizes), axes, functools.reduce(jnp.logical_and, exists) if exists else True)
 
   def read(self, array: jax.Array) -> jax.Array:
     """Returns this part of an array."""
@@ -56,6 +60,8 @@ class Window:
     """Returns the array with another value for this part."""
     if self.is_whole:
       return part
+    if self.exists is not True:
+      part = lax.select_n(self.exists, self.read(array), part)
     return lax.dynamic_update_slice(array, lax.expand_dims(part, self._left_out()), self._indices())
 
   def _left_out(self) -> tuple[int, ...]:

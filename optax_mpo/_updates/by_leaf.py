@@ -118,6 +118,12 @@ class Update:
     self.names = [name for name, _ in trees.named_leaves(params)]
     self.state_names = [name for name, _ in trees.named_leaves(opt_state, "opt_state")]
     wrapping.check_state(tx, params, opt_state, caller)
+    scaled = [name for name, leaf in zip(self.names, self._params, strict=True) if formats.is_scaled(leaf)]
+    if caller == _BY_LAYERS and scaled:
+      raise ValueError(
+        f"{caller}: fused layers read weights without the scales that float8 needs, and {trees.listed(scaled)} have "
+        "that dtype. Train with value_and_update, which decodes them, or keep these leaves in bfloat16 or float16."
+      )
     with step_weight.left_out() as met:
       grads = [formats.gradient_like(leaf) for leaf in self._params]
       self.program, out = jax_forms.trace(self._whole(tx), grads, self._params, self._state, self._extra)

@@ -39,6 +39,7 @@ TOGETHER = {"pures": (pure, pure), "kernels": (None, None), "counts": ((2, 1), (
 # The operands and params of each primitive.
 EXAMPLES = {
   "after": ([jnp.int32(2), number(0), number(1)], {"count": 3}),
+  "hidden": ([jnp.int32(2), number(0)], {}),
   "after_use": ([jnp.int32(2), number(0), number(1)], {}),
   "held": ([array(0), array(1, jnp.bfloat16)], {}),
   "row_major": ([array(0)], {}),

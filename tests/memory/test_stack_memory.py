@@ -23,6 +23,10 @@ def scan(x, w):
   return lax.scan(layer, x, w)[0]
 
 
+def frozen(x):
+  return jnp.full((2, D, D), 0.1, x.dtype)
+
+
 def exact():
   return mpo.compensated(optax.adamw(1e-3))
 
@@ -41,6 +45,14 @@ CASES = {  # the axis of the layers, how they are scanned, the bounds with 16 bi
   "alternating": (0, lambda x, w: lax.scan(two_layers, x, (w[::2], w[1::2]))[0], 0.42, 0.7),
   "pairs": (0, lambda x, w: lax.scan(two_layers, x, w.reshape(L // 2, 2, D, D))[0], 0.52, 1.1),
   "two levels": (0, lambda x, w: lax.scan(group, x, w.reshape(4, 4, D, D))[0], 0.9, 1.2),
+  "split": (0, lambda x, w: scan(scan(x, jnp.split(w, [3])[0]), jnp.split(w, [3])[1]), 0.28, 0.56),
+  "after frozen layers": (0, lambda x, w: scan(x, jnp.concatenate([frozen(x), w])), 0.4, 0.68),
+  "before frozen layers": (1, lambda x, w: scan(x, jnp.concatenate([w, frozen(x)])), 0.4, 0.68),
+  "some frozen": (0, lambda x, w: scan(x, jnp.concatenate([lax.stop_gradient(w[:2]), w[2:]])), 0.28, 0.56),
+  "some unused": (0, lambda x, w: scan(x, w[:12]), 0.28, 0.56),
+  "first alone": (0, lambda x, w: scan(layer(x, w[0])[0], w[1:]), 0.4, 0.68),
+  "last alone": (1, lambda x, w: layer(scan(x, w[:-1]), w[-1])[0], 0.4, 0.68),
+  "first and last alone": (0, lambda x, w: layer(scan(layer(x, w[0])[0], w[1:-1]), w[-1])[0], 0.52, 0.8),
   "stacks of stacks": ((0, 1), lambda x, w: lax.scan(group, x, w)[0], 1.52, 1.2),
 }
 

@@ -57,6 +57,10 @@ def alternating(x, w):
   return lax.scan(body, x, (w[::2], w[1::2]))[0]
 
 
+def frozen(n, like):
+  return jnp.full((n, *like.shape[1:]), 0.1, like.dtype)
+
+
 def padded(x, w):
   """Scans two layers more than there are, which are switched off."""
   more = jnp.concatenate([w, jnp.ones((2, *w.shape[1:]), w.dtype)])
@@ -79,11 +83,30 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
   "cast": lambda x, w: scan(x.astype(jnp.float32), w.astype(jnp.float32)).astype(x.dtype),
   "unrolled scan": lambda x, w: scan(x, w, unroll=2),
   "transposed layers": lambda x, w: scan(x, jnp.swapaxes(w, 1, 2)),
+  "split": lambda x, w: scan(scan(x, jnp.split(w, [3])[0]), jnp.split(w, [3])[1]),
+  "padded": padded,
+  "after frozen layers": lambda x, w: scan(x, jnp.concatenate([frozen(2, w), w])),
+  "between frozen layers": lambda x, w: scan(x, jnp.concatenate([frozen(1, w), w, frozen(2, w)])),
+  "pairs after frozen layers": lambda x, w: pairs(x, jnp.concatenate([frozen(2, w), w])),
+  "two levels after frozen layers": lambda x, w: two_levels(x, jnp.concatenate([frozen(2, w), w])),
+  "some frozen": lambda x, w: scan(x, jnp.concatenate([lax.stop_gradient(w[:2]), w[2:]])),
+  "some frozen, in two scans": lambda x, w: scan(scan(x, lax.stop_gradient(w[:2])), w[2:]),
+  "first alone": lambda x, w: scan(layer(x, w[0])[0], w[1:]),
+  "last alone": lambda x, w: layer(scan(x, w[:-1]), w[-1])[0],
+  "first alone, at the end": lambda x, w: layer(scan(x, w[1:]), w[0])[0],
+  "one in the middle alone": lambda x, w: scan(layer(scan(x, w[:3]), w[3])[0], w[4:]),
+  "first and last alone": lambda x, w: layer(scan(layer(x, w[0])[0], w[1:-1]), w[-1])[0],
+  "one alone, twice": lambda x, w: layer(scan(layer(x, w[0])[0], w[1:]), w[0])[0],
+  "three together": lambda x, w: scan(x, w[3:]) + jnp.einsum("bi,kij->bj", x, w[:3]),
+  "one alone in each group": lambda x, w: lax.scan(
+    lambda x, w: (scan(layer(x, w[0])[0], w[1:]), None), x, w.reshape(2, -1, *w.shape[1:])
+  )[0],
+  "some unused": lambda x, w: scan(scan(x, w[:3]), w[5:]),
+  "every other unused": lambda x, w: scan(x, w[::2]),
 }
 AT_END = {  # what the reason says
-  "padded": (padded, "takes some of the layers"),
-  "some alone": (lambda x, w: layer(scan(x, w[1:]), w[0])[0], "1 of its layers"),
-  "overlapping": (lambda x, w: scan(scan(x, w[:5]), w[3:]), "its gradient gets another part after the scan"),
+  "rolled": (lambda x, w: scan(x, jnp.roll(w, 1, 0)), "takes some of the layers"),
+  "one also alone": (lambda x, w: scan(layer(x, w[0])[0], w), "its gradient gets another part after the scan"),
 }
 
 
