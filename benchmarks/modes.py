@@ -154,15 +154,19 @@ def fused_layers(bits: int, compact: bool = False, kernels: bool = False) -> Cal
   return build
 
 
-def automatic(bits: int, compact: bool = False, kernels: bool = False) -> Callable[[Model, str], Training]:
+def automatic(
+  bits: int, compact: bool = False, kernels: bool = False, microbatches: bool = False
+) -> Callable[[Model, str], Training]:
   """Our storage with automatic gradient release: `value_and_update` on the same loss function.
 
-  Takes two passes if the updates of parameters depend on each other, and one otherwise.
+  Takes two passes if the updates of parameters depend on each other, and one otherwise. With `microbatches`, each
+  example of the batch is one.
   """
 
   def build(model: Model, optimizer: str) -> Training:
     tx = transformation(optimizer, bits, compact, kernels)
-    step = mpo.value_and_update(model.loss, tx, two_pass=True)
+    count = jax.tree.leaves(model.batch)[0].shape[0] if microbatches else 1
+    step = mpo.value_and_update(model.loss, tx, two_pass=True, microbatches=count)
     return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
 
   return build
@@ -180,6 +184,9 @@ MODES = {
   "mpo-8-layer": Mode("optax_mpo, 8 bits, fused layers", fused_layers(8)),
   "mpo-compact": Mode("optax_mpo, 8 bits, 8-bit state", compensated(8, compact=True)),
   "mpo-16-auto": Mode("optax_mpo, 16 bits, value_and_update", automatic(16), exact=True),
+  "mpo-16-auto-microbatches": Mode(
+    "optax_mpo, 16 bits, value_and_update, microbatches of 1", automatic(16, microbatches=True)
+  ),
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
   "mpo-compact-auto": Mode("optax_mpo, 8 bits, 8-bit state, value_and_update", automatic(8, compact=True)),
   "mpo-compact-layer": Mode("optax_mpo, 8 bits, 8-bit state, fused layers", fused_layers(8, compact=True)),

@@ -54,6 +54,7 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-moe-500m": lambda: language_model("moe-500m"),
   "lm-350m-unrolled": lambda: language_model("350m", scan=False),
   "lm-1.3b": lambda: language_model("1.3b"),
+  "lm-1.3b-batch8": lambda: language_model("1.3b", batch=8),
   "lm-8.8b": lambda: language_model("8.8b"),
   "lm-70b": lambda: language_model("70b"),
   "lm-1.3b-fsdp8": lambda: language_model("1.3b", batch=8),

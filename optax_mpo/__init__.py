@@ -27,6 +27,7 @@ from optax_mpo._memory.report import Buffer as Buffer
 from optax_mpo._memory.report import MemoryReport as MemoryReport
 from optax_mpo._stepping.explain import Explanation as Explanation
 from optax_mpo._stepping.explain import explain as explain
+from optax_mpo._stepping.microbatches import Microbatches as Microbatches
 from optax_mpo._stepping.value_and_update import value_and_update as value_and_update
 from optax_mpo._transforms.compensated import RoundingState as RoundingState
 from optax_mpo._transforms.compensated import compensated as compensated
@@ -53,7 +54,7 @@ __version__ = "0.1.0"
 
 # Public classes name this module as their own, so that pickles do not depend on the layout of the folders.
 _CLASSES = (
-  *(Buffer, CompensatedState, DelayedNormState, Explanation, FusedError, LossScaleState, MemoryReport),
+  *(Buffer, CompensatedState, DelayedNormState, Explanation, FusedError, LossScaleState, MemoryReport, Microbatches),
   *(PerLayerState, Quantized, QuantizedState, RecordedNorms, RoundingState, ScaledBits),
 )
 _BEFORE_THE_FOLDERS = {  # pickles made before the move into folders name these modules

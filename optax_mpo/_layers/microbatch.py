@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import overwritten, trees, types
+from optax_mpo._core import batches, overwritten, trees, types
 
 PyTree = Any
 
@@ -47,22 +47,10 @@ def split(
         "no sum. Leave microbatches out where there are FP8 layers."
       )
     leaves, treedef = jax.tree.flatten(inputs)
-    axes = _spread(in_axes, inputs, f"{who}: in_axes")
-    sizes = {
-      leaf.shape[axis]: None
-      for leaf, axis in zip(leaves, axes, strict=True)
-      if trees.is_array(leaf) and axis is not None
-    }
-    if len(sizes) != 1:
-      raise ValueError(
-        f"{who}: with microbatches, the inputs have to share one batch axis, but in_axes={in_axes!r} finds the sizes "
-        f"{list(sizes)}. Give None to what has none."
-      )
-    (size,) = sizes
-    if size % count:
-      raise ValueError(f"{who}: a batch of {size} does not split into {count} microbatches of the same size.")
+    axes = batches.spread(in_axes, inputs, f"{who}: in_axes")
+    batches.check_size(leaves, axes, count, who, in_axes)
     moved = [
-      _split(leaf, axis, count) if trees.is_array(leaf) and axis is not None else None
+      batches.split(leaf, axis, count) if trees.is_array(leaf) and axis is not None else None
       for leaf, axis in zip(leaves, axes, strict=True)
     ]
 
@@ -75,7 +63,7 @@ def split(
     wide = jax.tree.map(_widen, params)
     _, out = lax.scan(lambda _, part: (None, one(wide, part)), None, moved)
     results, out_treedef = jax.tree.flatten(out)
-    out_of = _spread(out_axes, out, f"{who}: out_axes")
+    out_of = batches.spread(out_axes, out, f"{who}: out_axes")
     return out_treedef.unflatten([_merge(y, axis) for y, axis in zip(results, out_of, strict=True)])
 
   return parts
@@ -87,23 +75,6 @@ def _paths(tree: PyTree) -> list[tuple[str, tuple[Any, ...]]]:
 
 def _widen(weight: jax.Array) -> jax.Array:
   return weight.astype(jnp.float32) if weight.dtype in types.LOW_DTYPES else weight
-
-
-def _spread(axes: PyTree, tree: PyTree, what: str) -> list[int | None]:
-  """Returns one axis for each leaf of `tree`, from axes that may stand for whole subtrees."""
-  marked = jax.tree.map(lambda a: "none" if a is None else a, axes, is_leaf=lambda a: a is None)
-  try:
-    found = jax.tree.leaves(jax.tree.broadcast(marked, tree))
-  except ValueError as error:
-    raise ValueError(f"{what}={axes!r} does not fit {jax.tree.structure(tree)}, as in jax.vmap.") from error
-  return [None if a == "none" else a for a in found]
-
-
-def _split(x: Any, axis: int, count: int) -> jax.Array:
-  """`[..., batch, ...]` to `[count, ..., batch / count, ...]`, contiguous parts."""
-  axis %= x.ndim
-  x = jnp.asarray(x).reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
-  return jnp.moveaxis(x, axis, 0)
 
 
 def _merge(y: jax.Array, axis: int | None) -> jax.Array:

@@ -125,10 +125,11 @@ class Layer(_Stepped):
 
 
 class Parts(_Stepped):
-  """What the first of two passes makes of the gradients."""
+  """What a backward pass that updates no weight makes of the gradients, from zeros or from values by site."""
 
-  def __init__(self, sites: Sequence[Site]):
-    self.values: list[list[Any]] = [list(map(types.zeros, site.step.states)) for site in sites]
+  def __init__(self, sites: Sequence[Site], values: Sequence[list[Any]] | None = None):
+    zeros = [list(map(types.zeros, site.step.states)) for site in sites] if values is None else values
+    self.values: list[list[Any]] = list(zeros)
 
   def get(self, index: int) -> tuple[list[Any], list[Any]]:
     return [], self.values[index]

@@ -16,6 +16,7 @@ from optax_mpo._core import modules, types, wrapping
 from optax_mpo._program import upcasts
 from optax_mpo._stepping import held, planning, value_and_update
 from optax_mpo._stepping.site import Place
+from optax_mpo._stepping.traced import Traced
 from optax_mpo._updates import by_leaf
 from optax_mpo._updates.late import take
 
@@ -142,7 +143,7 @@ def explain(
       tx, modules.pure(params), modules.pure(opt_state), "explain", extra=wrapping.extra_args(tx_args, "explain")
     )
   ).update
-  traced = value_and_update.Traced(loss_fn, has_aux, update, params, opt_state, args, kwargs)
+  traced = Traced(loss_fn, has_aux, update, params, opt_state, args, kwargs)
   passes = value_and_update.two_passes(traced, update, "explain") if two_pass else None
   groups = passes.groups if passes else value_and_update.groups_of(update)
   sites = traced.sites(groups, update.kernels)
@@ -168,7 +169,7 @@ def explain(
   return explanation
 
 
-def _upcasts(traced: value_and_update.Traced) -> dict[int, str]:
+def _upcasts(traced: Traced) -> dict[int, str]:
   """Returns advice for the low-precision weights whose products run in f32, by leaf."""
   program = traced.forward()
   leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)

@@ -9,7 +9,6 @@ leaves, `planning` finds the place of each in the program, and `evaluate` runs t
 References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) update in the backward pass of PyTorch.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,127 +17,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._codecs import formats, masters
-from optax_mpo._core import modules, order, primitives, trees, wrapping
-from optax_mpo._program import jax_forms, recompute, residuals
-from optax_mpo._program.program import Program
-from optax_mpo._stepping import evaluate, first_pass, planning
-from optax_mpo._stepping.plan import FOLLOWED
-from optax_mpo._stepping.site import Place, Site, of_groups
+from optax_mpo._core import modules, order, trees, wrapping
+from optax_mpo._program import jax_forms
+from optax_mpo._stepping import evaluate
+from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
+from optax_mpo._stepping.traced import CALLER, Operands, Results, Traced, differentiated_as
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import Late, take
 
 PyTree = Any
-
-_CALLER = "value_and_update"
-
-
-class Traced:
-  """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes.
-
-  The loss is differentiated with respect to the leaves whose gradients the update reads. The others, such as frozen
-  weights, get a gradient of zeros, which nothing reads. It gets params whose dtype has scales decoded, and is
-  differentiated with respect to what it gets.
-  """
-
-  def __init__(
-    self,
-    loss_fn: Callable[..., Any],
-    has_aux: bool,
-    update: by_leaf.Update,
-    params: PyTree,
-    opt_state: PyTree,
-    args: Any,
-    kwargs: Any,
-  ):
-    jax_forms.check_forms(_CALLER)
-    scales_of = masters.scales_of(modules.pure(params), modules.pure(opt_state), _CALLER)
-    self.leaves, treedef = jax.tree.flatten(params)
-    self._trained = [update.needs_gradient(i) for i in range(len(self.leaves))]
-    rest, rest_treedef = jax.tree.flatten((args, kwargs))
-    scales = [x for x in scales_of if x is not None]
-    self.lifted = [*(x for x in rest if trees.is_array(x)), *scales]
-    self._out: Any = None
-
-    def decoded(leaves: list[Any], lifted: list[Any]) -> list[Any]:
-      values = iter(lifted[len(lifted) - len(scales) :])
-      return [formats.decode(p, None if s is None else next(values)) for p, s in zip(leaves, scales_of, strict=True)]
-
-    def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
-      values = iter(lifted)
-      args, kwargs = rest_treedef.unflatten([next(values) if trees.is_array(x) else x for x in rest])
-      return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
-
-    def arrays_of_loss(leaves: list[Any], lifted: list[Any]) -> list[Any]:
-      return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if trees.is_array(x)]
-
-    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
-      leaves = decoded(leaves, lifted)
-      trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
-      out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained, leaves, lifted)
-      grads = [found[i] if i in found else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
-      results, out_treedef = jax.tree.flatten(out)
-      self._out = [None if trees.is_array(x) else x for x in results], out_treedef
-      return [x for x in results if trees.is_array(x)], grads
-
-    self._arrays_of_loss = arrays_of_loss
-    closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
-    for (name, _), leaf in zip(trees.named_leaves(params), self.leaves, strict=True):
-      if any(const is leaf for const in closed.consts):
-        raise ValueError(
-          f"{_CALLER}: loss_fn closes over {name}: it uses the array beside its argument, as a constant that is not "
-          "differentiated and that the step is about to overwrite. Use the params that loss_fn is called with."
-        )
-    self.effects = closed.effects
-    count, outputs = len(self.leaves), len(closed.jaxpr.outvars)
-    program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], FOLLOWED)
-    beside = program.inputs[len(program.inputs) - len(scales) :]
-    program = residuals.without_weights(program, [*program.inputs[:count], *beside])
-    decodes = [o for o in program.operations if any(isinstance(a, int) and a in beside for a in o.inputs)]
-    self.program = recompute.for_each_use(program, [v for o in decodes if o.name != "scan" for v in o.outputs])
-    self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
-
-  def forward(self) -> Program:
-    """The program of `loss_fn` without its derivative; its first inputs are the leaves of the params, decoded."""
-    return jax_forms.trace(self._arrays_of_loss, list(map(formats.gradient_like, self.leaves)), self.lifted)[0]
-
-  def sites(self, groups: Sequence[by_leaf.Group], kernels: bool) -> list[Site]:
-    """The sites of the weights, with their gradients; `kernels` allows GPU kernels."""
-    sites = of_groups(groups, self.grads, self.program.inputs, kernels)
-    for site in sites:
-      if not any(self._trained[i] for i in site.leaves):
-        site.put(Place.WITHOUT_GRADIENT, "its update does not read one")
-    return sites
-
-  def sites_of_parts(self, passes: coupled.TwoPass) -> list[Site]:
-    """The sites of the first of two passes."""
-    return [
-      Site((part.leaf,), (self.grads[part.leaf],), (), first_pass.part_step(part, passes.program, gradient))
-      for part in passes.parts
-      for gradient in (passes.program.inputs[part.leaf],)
-    ]
-
-  def held_stacks(self, sites: list[Site]) -> set[int]:
-    """The leaves that are stacks of layers and can only be updated whole."""
-    planning.make_plan(self.program, sites, self.results)
-    return {i for site in sites if site.place is Place.AT_END for i in site.leaves}
-
-  def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":
-    """The same program with other values for its inputs and for constants."""
-    other = copy.copy(self)
-    count = len(self.leaves)
-    other.leaves, other.lifted, other.program = (
-      list(inputs[:count]),
-      list(inputs[count:]),
-      self.program.replaced(constants),
-    )
-    return other
-
-  def output(self, results: Sequence[Any]) -> Any:
-    """Puts the arrays of the loss function's result back into its tree."""
-    static, treedef = self._out
-    values = iter(results)
-    return treedef.unflatten([next(values) if x is None else x for x in static])
 
 
 def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
@@ -146,10 +33,10 @@ def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
   groups = []
   for leaves in update.components(range(len(update.names))):
     try:
-      groups.append(update.group(leaves[:1], _CALLER))
+      groups.append(update.group(leaves[:1], CALLER))
     except ValueError as error:
       try:
-        coupled.TwoPass(update, _CALLER)
+        coupled.TwoPass(update, CALLER)
       except ValueError:
         raise error from None
       raise ValueError(f"{error} Or pass two_pass=True, which runs the backward pass twice.") from None
@@ -157,7 +44,11 @@ def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
 
 
 def value_and_update(
-  loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False, two_pass: bool = False
+  loss_fn: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  has_aux: bool = False,
+  two_pass: bool = False,
+  microbatches: int | Microbatches = 1,
 ) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
   """Makes a training step that updates each weight inside the backward pass and keeps no gradients.
 
@@ -176,6 +67,8 @@ def value_and_update(
     two_pass: allows updates that depend on all gradients through small arrays, such as clipping by their global norm,
       at the cost of a second forward and backward pass. The first pass only computes these arrays. Stacks whose layers
       depend on each other in this way (`optax.clip_by_block_rms`) are then updated in their scans, too.
+    microbatches: for gradient accumulation, the number of parts that the batch is split into along axis 0 of all
+      arrays; or `Microbatches`, for other axes, weights and sums. Their gradients are added up in one f32 accumulator.
 
   Returns:
     `step(params, opt_state, *args, tx_args=None, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is
@@ -210,8 +103,12 @@ def value_and_update(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
     <https://arxiv.org/abs/2306.09782>`_, 2023 (LOMO)
   """
-  wrapping.check_loss(loss_fn, _CALLER, "loss_fn, tx")
-  tx = wrapping.as_transformation(tx, _CALLER, "tx", "loss_fn, tx")
+  wrapping.check_loss(loss_fn, CALLER, "loss_fn, tx")
+  tx = wrapping.as_transformation(tx, CALLER, "tx", "loss_fn, tx")
+  how = Microbatches.of(microbatches)
+  if how.count > 1:
+    last = functools.partial(value_and_update, loss_fn, has_aux=has_aux, two_pass=two_pass)
+    return step_by_microbatches(loss_fn, tx, has_aux, how, last)
 
   def step(
     params: PyTree,
@@ -220,8 +117,8 @@ def value_and_update(
     tx_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
   ) -> tuple[Any, PyTree, optax.OptState]:
-    extra = wrapping.extra_args(tx_args, _CALLER)
-    update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), _CALLER, extra=extra)
+    extra = wrapping.extra_args(tx_args, CALLER)
+    update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), CALLER, extra=extra)
     late = take(update)
     traced = Traced(loss_fn, has_aux, late.update, params, opt_state, args, kwargs)
     states, state_treedef = jax.tree.flatten(opt_state)
@@ -232,7 +129,7 @@ def value_and_update(
       update.program.traced,
     )
     value = None if "value" in (tx_args or {}) else update.value
-    results, leaves, new_states = _differentiated_as(
+    results, leaves, new_states = differentiated_as(
       functools.partial(_ordinary, traced, update, value),
       functools.partial(_released, traced, late, two_pass, value),
       operands,
@@ -241,16 +138,6 @@ def value_and_update(
     return traced.output(results), jax.tree.structure(params).unflatten(leaves), new_state
 
   return step
-
-
-Operands = tuple[list[Any], list[Any], dict[int, Any], dict[int, Any]]
-"""Params and arguments; the leaves of the state; the traced constants of the loss function, and those of the update.
-
-A step may be differentiated with respect to all of these, or mapped over them.
-"""
-
-Results = tuple[list[Any], list[Any], list[Any]]
-"""What the loss function returned, the new weights and the new leaves of the state."""
 
 
 class _Shared:
@@ -284,7 +171,7 @@ def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, ope
   traced, update = traced.at(inputs, loss_constants), late.update.at(shared.old, constants)
   loss = None if value is None else traced.results[0]
   new_weights: dict[int, Any] = {}
-  passes = two_passes(traced, update, _CALLER) if two_pass else None
+  passes = two_passes(traced, update, CALLER) if two_pass else None
   if passes is not None:
     new_weights = _first_pass(traced, passes, shared, loss)
     # Without a barrier, XLA would see that both passes compute the same, and keep all of the first for the second.
@@ -318,27 +205,6 @@ def _ordinary(traced: Traced, update: by_leaf.Update, value: int | None, operand
   return results, new[:count], new[count:]
 
 
-def _differentiated_as(
-  ordinary: Callable[[Operands], Results], released: Callable[[Operands], Results], operands: Operands
-) -> Results:
-  """Returns `released(operands)`, differentiated as `ordinary(operands)`, which computes the same.
-
-  A derivative needs all gradients of the step at once. Also, a released step runs the operations of the update one by
-  one, without the calls that they come from, and so without the custom derivatives of these, such as a rounding's.
-  """
-  leaves, treedef = jax.tree.flatten(operands)
-
-  @jax.custom_jvp
-  def step(*leaves: Any) -> Results:
-    return released(treedef.unflatten(leaves))
-
-  def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Results, Results]:
-    return primitives.jvp_of(lambda *leaves: ordinary(treedef.unflatten(leaves)), primals, tangents)
-
-  step.defjvp(jvp, symbolic_zeros=True)
-  return step(*leaves)
-
-
 def two_passes(traced: Traced, update: by_leaf.Update, caller: str) -> coupled.TwoPass | None:
   """Takes an update apart for two passes, where its leaves, or the layers of a stack, depend on each other.
 
@@ -368,7 +234,7 @@ def _first_pass(traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: 
   """
   if traced.effects:
     raise NotImplementedError(
-      f"{_CALLER}: two_pass runs loss_fn twice, and it has effects: {trees.listed(map(str, traced.effects))}. Take "
+      f"{CALLER}: two_pass runs loss_fn twice, and it has effects: {trees.listed(map(str, traced.effects))}. Take "
       "callbacks and prints out, or use an update that does not couple the leaves."
     )
   sites = traced.sites_of_parts(passes)

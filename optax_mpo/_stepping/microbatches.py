@@ -1,0 +1,269 @@
+"""Gradient accumulation: the batch is split, and one accumulator takes the place of a tree of gradients.
+
+Why: several backward passes add up their gradients. With a tree of gradients beside the sum, that takes twice the
+memory of one of them.
+
+How: each backward pass adds a gradient to its sum as soon as it is complete, layer by layer in scans, as if the sum
+were the state of an optimizer. The last one takes the sum, adds its own gradient and updates the weight.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_mpo._core import batches, modules, overwritten, trees, types, wrapping
+from optax_mpo._program import jax_forms
+from optax_mpo._stepping import evaluate
+from optax_mpo._stepping.site import Site, Step, Values
+from optax_mpo._stepping.traced import CALLER, Traced, differentiated_as
+from optax_mpo._updates import by_leaf
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+  """How `value_and_update` splits a batch, for gradient accumulation.
+
+  Microbatch k has the entries k, k + count, k + 2 count, ... of the batch, so that a batch that is split over devices
+  stays so. Each typed random key (`jax.random.key`) among the arguments of the loss is split into one for each
+  microbatch. The loss of the step is the sum or mean of the losses, in f32.
+
+  Attributes:
+    count: the number of microbatches. It has to divide the batch.
+    in_axes: the batch axis of each positional argument of the loss after the params, as in `jax.vmap`; None for what
+      all microbatches get. 0 stands for axis 0 of all arrays that have axes. Keyword arguments go to all.
+    weight: `weight(*args, **kwargs)` gives the weight of a microbatch in the mean, a scalar, such as its number of
+      tokens. None: all weigh the same.
+    reduce: "mean", of losses and gradients, or "sum".
+    aux: "stack" for what the loss returns besides its value, with a new first axis; or "mean", where arrays that are
+      not floats are summed.
+
+  Memory: the accumulator, 4 bytes per trained parameter, and what one microbatch takes.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+    >>> def loss_fn(params, x):
+    ...   return jnp.mean(params["w"] * x)
+    >>> tx = mpo.compensated(optax.sgd(1.0))
+    >>> params, opt_state = mpo.init(tx, {"w": jnp.ones(())})
+    >>> step = mpo.value_and_update(loss_fn, tx, microbatches=mpo.Microbatches(2, reduce="sum"))
+    >>> value, params, opt_state = step(params, opt_state, jnp.array([1.0, 2.0, 3.0, 4.0]))
+    >>> float(value), float(params["w"])
+    (5.0, -4.0)
+  """
+
+  count: int
+  in_axes: Any = 0
+  weight: Callable[..., Any] | None = None
+  reduce: Literal["mean", "sum"] = "mean"
+  aux: Literal["stack", "mean"] = "stack"
+
+  def __post_init__(self):
+    if not (isinstance(self.count, int) and self.count > 0):
+      raise ValueError(f"Microbatches: count has to be a positive int, but it is {self.count!r}.")
+    if self.reduce not in ("mean", "sum"):
+      raise ValueError(f"Microbatches: reduce has to be 'mean' or 'sum', but it is {self.reduce!r}.")
+    if self.aux not in ("stack", "mean"):
+      raise ValueError(f"Microbatches: aux has to be 'stack' or 'mean', but it is {self.aux!r}.")
+
+  @classmethod
+  def of(cls, given: "int | Microbatches") -> "Microbatches":
+    """Returns `given`, or this number of microbatches."""
+    return given if isinstance(given, Microbatches) else cls(given)
+
+
+class _Sums(NamedTuple):
+  """State of the last microbatch's update: that of the transformation, and the sums of earlier gradients, by leaf."""
+
+  inner_state: optax.OptState
+  sums: dict[int, jax.Array]
+
+
+class _Batch:
+  """The arguments of the loss, split."""
+
+  def __init__(self, how: Microbatches, args: Any, kwargs: Any):
+    leaves, self._treedef = jax.tree.flatten((args, kwargs))
+    axes = batches.spread(how.in_axes, args, f"{CALLER}: in_axes")
+    axes = [
+      None if how.in_axes == 0 and not jnp.ndim(x) else a for x, a in zip(jax.tree.leaves(args), axes, strict=True)
+    ]
+    axes += [None] * (len(leaves) - len(axes))
+    batches.check_size(leaves, axes, how.count, CALLER, how.in_axes)
+    self._whole = leaves
+    self.parts: list[Any] = []
+    for x, axis in zip(leaves, axes, strict=True):
+      if axis is not None and trees.is_array(x):
+        self.parts.append(batches.split(x, axis, how.count, interleaved=True))
+      elif trees.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and not x.ndim:
+        self.parts.append(jax.random.split(x, how.count))
+      else:
+        self.parts.append(None)
+
+  def slices(self, index: Any) -> list[Any]:
+    """The parts of one microbatch, or with a slice those of several."""
+    return [None if p is None else p[index] for p in self.parts]
+
+  def arguments(self, part: Sequence[Any]) -> tuple[Any, Any]:
+    """The arguments of the loss for the parts of one microbatch."""
+    return self._treedef.unflatten([x if p is None else p for x, p in zip(self._whole, part, strict=True)])
+
+
+def step_by_microbatches(
+  loss_fn: Callable[..., Any],
+  tx: optax.GradientTransformationExtraArgs,
+  has_aux: bool,
+  how: Microbatches,
+  make: Callable[[optax.GradientTransformation], Callable[..., Any]],
+) -> Callable[..., Any]:
+  """Makes the step; `make(tx)` makes the step of the last microbatch."""
+
+  def step(
+    params: PyTree, opt_state: PyTree, *args: Any, tx_args: Mapping[str, Any] | None = None, **kwargs: Any
+  ) -> tuple[Any, PyTree, PyTree]:
+    pure = modules.pure(params)
+    _refuse_overwritten(pure)
+    batch = _Batch(how, args, kwargs)
+    factors = _factors(how, batch)
+    extra = wrapping.extra_args(tx_args, CALLER)
+    update = by_leaf.Update(tx, pure, modules.pure(opt_state), CALLER, extra=extra)
+    trained = [i for i in range(len(update.names)) if update.needs_gradient(i)]
+    first_args, first_kwargs = batch.arguments(batch.slices(0))
+    traced = Traced(loss_fn, has_aux, update, params, opt_state, first_args, first_kwargs)
+    scales = traced.lifted[sum(map(trees.is_array, jax.tree.leaves((first_args, first_kwargs)))) :]
+    sites = [_site(traced, i) for i in trained]
+
+    def add(sums: list[Any], part: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+      slices, factor = part
+      lifted = [x for x in jax.tree.leaves(batch.arguments(slices)) if trees.is_array(x)]
+      operands = [*traced.leaves, *lifted, *scales], sums, traced.program.traced, factor
+      results, sums, _ = differentiated_as(
+        lambda given: _ordinary(traced, trained, given), lambda given: _released(traced, sites, given), operands
+      )
+      return sums, results
+
+    sums = [jnp.zeros_like(traced.leaves[i], dtype=_wide(traced.leaves[i])) for i in trained]
+    before = batch.slices(slice(how.count - 1)), factors[:-1]
+    sums, results = lax.scan(add, sums, before)
+    loss = jnp.sum(results[0].astype(jnp.float32) * factors[:-1])
+
+    last_args, last_kwargs = batch.arguments(batch.slices(how.count - 1))
+    last = make(_summed(tx, trained, own_value="value" not in (tx_args or {})))
+    state = _Sums(opt_state, dict(zip(trained, sums, strict=True)))
+    given = {**(tx_args or {}), "factor": factors[-1], "loss_before": loss}
+    out, params, new = last(params, state, *last_args, tx_args=given, **last_kwargs)
+    value, aux = out if has_aux else (out, None)
+    total = (loss + factors[-1] * value.astype(jnp.float32)).astype(value.dtype)
+    if has_aux:
+      _, earlier = traced.output(results)
+      aux = jax.tree.map(lambda xs, x: _joined(how, xs, x, factors), earlier, aux)
+    return (total, aux) if has_aux else total, params, new.inner_state
+
+  return step
+
+
+def _refuse_overwritten(params: PyTree) -> None:
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  replaced = [trees.name(path) for path in paths if overwritten.is_overwritten(path)]
+  if replaced:
+    raise ValueError(
+      f"{CALLER}: microbatches add up gradients, and {trees.listed(replaced)} are overwritten with theirs, which have "
+      "no sum. Leave microbatches out where there are FP8 layers."
+    )
+
+
+def _factors(how: Microbatches, batch: _Batch) -> jax.Array:
+  """What each loss and gradient is multiplied by, f32[count]."""
+  weights = jnp.ones(how.count, jnp.float32)
+  if how.weight is not None:
+    weigh = how.weight
+
+    def one(part: list[Any]) -> jax.Array:
+      args, kwargs = batch.arguments(part)
+      return jnp.asarray(weigh(*args, **kwargs), jnp.float32)
+
+    weights = lax.map(one, batch.slices(slice(None)))
+    if weights.ndim != 1:
+      raise ValueError(
+        f"{CALLER}: weight of Microbatches has to return a scalar, but it has shape {weights.shape[1:]}."
+      )
+  return weights / jnp.sum(weights) if how.reduce == "mean" else weights
+
+
+def _wide(x: Any) -> Any:
+  return jnp.promote_types(x.dtype, jnp.float32) if x.dtype not in types.LOW_DTYPES else jnp.float32
+
+
+def _plus(total: Any, gradient: Any, factor: Any) -> Any:
+  return total + gradient.astype(total.dtype) * factor.astype(total.dtype)
+
+
+def _site(traced: Traced, leaf: int) -> Site:
+  """Adds the gradient of a leaf to its sum, which is the only state. The weight stays as it is."""
+
+  def run(grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+    return [], [_plus(states[0], grads[0], shared[0])]
+
+  grad = types.struct(traced.program.aval(traced.grads[leaf]))
+  total = types.struct(jax.eval_shape(lambda g: g.astype(_wide(traced.leaves[leaf])), grad))
+  step = Step(run, (grad,), (), (total,), (jax.ShapeDtypeStruct((), jnp.float32),))
+  return Site((leaf,), (traced.grads[leaf],), (), step)
+
+
+def _released(traced: Traced, sites: list[Site], given: Any) -> tuple[list[Any], list[Any], list[Any]]:
+  inputs, sums, constants, factor = given
+  traced = traced.at(inputs, constants)
+  store = evaluate.Parts(sites, [[x] for x in sums])
+  weights = traced.program.inputs[: len(traced.leaves)]
+  shared = [[factor]] * len(sites)
+  results = evaluate.run(traced.program, sites, inputs, traced.results, store, shared, weights=weights)
+  return results, [values[0] for values in store.values], []
+
+
+def _ordinary(traced: Traced, trained: list[int], given: Any) -> tuple[list[Any], list[Any], list[Any]]:
+  inputs, sums, constants, factor = given
+  out = jax_forms.call_source(traced.program.replaced(constants), *inputs)
+  first = len(out) - len(traced.leaves)
+  return out[:first], [_plus(x, out[first + i], factor) for i, x in zip(trained, sums, strict=True)], []
+
+
+def _summed(
+  tx: optax.GradientTransformationExtraArgs, trained: list[int], own_value: bool
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `tx` for the last microbatch: its gradients are added to the sums in the state.
+
+  With `own_value`, the loss that it hands on is that of all microbatches.
+  """
+
+  def init(params: PyTree) -> _Sums:
+    leaves = jax.tree.leaves(params)
+    return _Sums(tx.init(params), {i: jnp.zeros_like(leaves[i], dtype=_wide(leaves[i])) for i in trained})
+
+  def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> tuple[PyTree, Any]:
+    factor, loss_before, value = (extra.pop(name) for name in ("factor", "loss_before", "value"))
+    leaves, treedef = jax.tree.flatten(updates)
+    for i, total in state.sums.items():
+      leaves[i] = _plus(total, leaves[i], factor)
+    value = loss_before + factor * value if own_value else value
+    updates, inner = tx.update(treedef.unflatten(leaves), state.inner_state, params, value=value, **extra)
+    return updates, _Sums(inner, state.sums)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _joined(how: Microbatches, earlier: Any, last: Any, factors: jax.Array) -> Any:
+  if not trees.is_array(last):
+    return last
+  every = jnp.concatenate([earlier, last[None]])
+  if how.aux == "stack":
+    return every
+  if not jnp.issubdtype(every.dtype, jnp.inexact):
+    return jnp.sum(every, axis=0)
+  shares = factors / jnp.sum(factors)
+  return jnp.tensordot(shares.astype(every.dtype), every, axes=1)

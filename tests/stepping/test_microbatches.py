@@ -1,0 +1,203 @@
+"""Gradient accumulation with one accumulator: the bits of a loop that adds up gradients, and its losses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import optax_mpo as mpo
+from tests.helpers import assert_same_bits, quick_jit
+from tests.stepping.test_stack_scalars import with_others
+from tests.stepping.test_stacks import D
+
+K = 4
+
+
+def accumulated(loss, tx, count=K, reduce="mean", weight=None, extra_args=None):
+  """The ordinary step: one backward pass for each microbatch, a sum in f32, one update."""
+
+  def step(params, opt_state, x):
+    parts = [x[k::count] for k in range(count)]
+    weights = jnp.stack([jnp.float32(1 if weight is None else weight(p)) for p in parts])
+    factors = weights / jnp.sum(weights) if reduce == "mean" else weights
+    total, value = None, []
+    for part, factor in zip(parts, factors, strict=True):
+      one, grads = jax.value_and_grad(loss)(params, part)
+      grads = jax.tree.map(lambda g, f=factor: g.astype(jnp.float32) * f, grads)
+      total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+      value.append(one * factor)
+    value = sum(value[1:-1], value[0]) + value[-1]
+    updates, opt_state = tx.update(total, opt_state, params, **({} if extra_args is None else extra_args(value)))
+    return value, mpo.apply_updates(params, updates), opt_state
+
+  return step
+
+
+def same(loss, params, tx, microbatches=K, steps=3, **options):
+  one = quick_jit(accumulated(loss, tx, **options))
+  other = quick_jit(mpo.value_and_update(loss, tx, microbatches=microbatches))
+  params, state = mpo.init(tx, params)
+  want, got = (None, params, state), (None, params, state)
+  for i in range(steps):
+    x = jax.random.normal(jax.random.key(100 + i), (2 * K, D))
+    want, got = one(*want[1:], x), other(*got[1:], x)
+    assert_same_bits(got[1:], want[1:])
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)  # the order of the sum of losses
+  return got
+
+
+@pytest.mark.parametrize("way", ["first axis", "cut", "two levels"])
+def test_the_bits_of_a_loop_over_microbatches(way):
+  loss, params = with_others(way)
+  same(loss, params, mpo.compensated(optax.adamw(1e-2)))
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [
+    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8),
+    lambda: mpo.compensated(optax.chain(mpo.record_norms(), mpo.clip_by_delayed_norm(0.01), optax.adamw(1e-2))),
+    lambda: mpo.with_kernels(mpo.compensated(optax.sgd(0.1))),
+  ],
+  ids=["8-bit state", "norms", "kernels"],
+)
+def test_with_other_transformations(tx):
+  loss, params = with_others("first axis")
+  same(loss, params, tx())
+
+
+def test_sums_and_weights():
+  loss, params = with_others("first axis")
+  tx = mpo.compensated(optax.adamw(1e-2))
+  same(loss, params, tx, mpo.Microbatches(K, reduce="sum"), reduce="sum")
+
+  def tokens(x):
+    return jnp.sum(x > 0)
+
+  same(loss, params, tx, mpo.Microbatches(K, weight=tokens), weight=tokens)
+
+
+def test_the_loss_of_all_microbatches_is_handed_on():
+  loss, params = with_others("first axis")
+  plateau = optax.contrib.reduce_on_plateau(patience=1, factor=0.5, rtol=1.0)
+  tx = mpo.compensated(optax.chain(optax.adamw(1e-2), plateau))
+  _, _, state = same(loss, params, tx, extra_args=lambda value: {"value": value}, steps=4)
+  assert state.inner_state[1].scale < 1
+
+
+def test_clipping_by_the_norm_of_the_sum_takes_two_passes():
+  loss, params = with_others("first axis")
+  tx = mpo.compensated(optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)))
+  params, state = mpo.init(tx, params)
+  x = jax.random.normal(jax.random.key(0), (2 * K, D))
+  with pytest.raises(ValueError, match="two_pass=True"):
+    mpo.value_and_update(loss, tx, microbatches=K)(params, state, x)
+  got = quick_jit(mpo.value_and_update(loss, tx, microbatches=K, two_pass=True))(params, state, x)
+  want = quick_jit(accumulated(loss, tx))(params, state, x)
+  masters = [mpo.master_params(*result[1:]) for result in (got, want)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *masters)  # norms of stacks, by layers
+
+
+def test_aux_keys_and_axes():
+  def loss(params, x, key, scale):
+    noise = jax.random.normal(key)
+    return jnp.sum(params["w"].astype(x.dtype) * x) * scale, {
+      "noise": noise,
+      "count": x.shape[1],
+      "kind": "aux",
+      "n": jnp.int32(1),
+    }
+
+  tx = mpo.compensated(optax.sgd(0.1))
+  params, state = mpo.init(tx, {"w": jnp.ones(())})
+  x, key = jnp.arange(8.0).reshape(1, 8), jax.random.key(0)
+  how = mpo.Microbatches(K, in_axes=(1, None, None))
+  step = mpo.value_and_update(loss, tx, has_aux=True, microbatches=how)
+  (value, aux), _, _ = step(params, state, x, key, 2.0)
+  assert float(value) == 14.0  # the mean of four sums of two, doubled
+  assert_same_bits(aux["noise"], jax.vmap(jax.random.normal)(jax.random.split(key, K)))
+  assert aux["kind"] == "aux"
+  averaged = mpo.value_and_update(
+    loss, tx, has_aux=True, microbatches=mpo.Microbatches(K, in_axes=(1, None, None), aux="mean")
+  )
+  (_, mean), _, _ = averaged(params, state, x, key, 2.0)
+  np.testing.assert_allclose(mean["noise"], jnp.mean(aux["noise"]), rtol=1e-6)
+  assert int(mean["n"]) == K
+
+
+def test_frozen_leaves_have_no_sum():
+  loss, params = with_others("first axis")
+  labels = {k: "frozen" if k in ("w", "last") else "trained" for k in params}
+  tx = optax.multi_transform({"trained": optax.sgd(0.1), "frozen": optax.set_to_zero()}, labels)
+  same(loss, params, mpo.compensated(tx))
+
+
+def test_over_eight_devices():
+  """Each microbatch spans all devices."""
+  loss, params = with_others("first axis")
+  tx = mpo.compensated(optax.sgd(0.1))
+  params, state = mpo.init(tx, params)
+  x = jax.random.normal(jax.random.key(0), (8 * K, D))
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  step = quick_jit(mpo.value_and_update(loss, tx, microbatches=K))
+  want = step(params, state, x)
+  with jax.set_mesh(mesh):
+    split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    compiled = step.lower(params, state, split).compile()
+    got = compiled(params, state, split)
+  assert "all-gather" not in compiled.as_text()
+  masters = [mpo.master_params(*result[1:]) for result in (got, want)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *masters)  # sums over devices, in bf16
+
+
+def test_models_at_once():
+  loss, params = with_others("first axis")
+  tx = mpo.compensated(optax.adamw(1e-2))
+  models = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p]), params)
+  params, state = jax.vmap(lambda p: mpo.init(tx, p))(models)
+  x = jax.random.normal(jax.random.key(0), (2 * K, D))
+  one, other = (
+    quick_jit(jax.vmap(s, (0, 0, None)))
+    for s in (accumulated(loss, tx), mpo.value_and_update(loss, tx, microbatches=K))
+  )
+  assert_same_bits(other(params, state, x)[1:], one(params, state, x)[1:])
+
+
+def test_a_step_has_its_derivative():
+  def loss(params, x):
+    return jnp.mean((x @ params["w"]) ** 2)
+
+  tx = optax.adam(0.1)
+  params = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+  x = jax.random.normal(jax.random.key(1), (2 * K, 4))
+
+  def after(step, params):
+    return jnp.sum(step(params, tx.init(params), x)[1]["w"] ** 2)
+
+  want = jax.grad(functools.partial(after, accumulated(loss, tx)))(params)
+  got = jax.grad(functools.partial(after, mpo.value_and_update(loss, tx, microbatches=K)))(params)
+  np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)  # cotangents are summed in another order
+
+
+def test_misuse_is_named():
+  tx = mpo.compensated(optax.sgd(0.1))
+  params, state = mpo.init(tx, {"w": jnp.ones(3)})
+
+  def loss(p, x):
+    return jnp.sum(p["w"].astype(x.dtype) * jnp.sum(x))
+
+  with pytest.raises(ValueError, match="a batch of 6 does not split into 4 microbatches"):
+    mpo.value_and_update(loss, tx, microbatches=4)(params, state, jnp.ones(6))
+  with pytest.raises(ValueError, match="share one batch axis"):
+    mpo.value_and_update(lambda p, x, y: loss(p, x), tx, microbatches=2)(params, state, jnp.ones(6), jnp.ones(4))
+  with pytest.raises(ValueError, match="count has to be a positive int, but it is 0"):
+    mpo.value_and_update(loss, tx, microbatches=0)
+  with pytest.raises(ValueError, match="weight of Microbatches has to return a scalar"):
+    mpo.value_and_update(loss, tx, microbatches=mpo.Microbatches(2, weight=lambda x: x))(params, state, jnp.ones(6))
+  for wrong in ({"reduce": "max"}, {"aux": "sum"}):
+    with pytest.raises(ValueError, match="has to be"):
+      mpo.Microbatches(2, **wrong)
