@@ -22,6 +22,7 @@ def test_norms_and_delayed_clipping_take_nothing():
 
 
 @pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
 def test_microbatches_take_one_accumulator(bits):
   tx = mpo.compensated(optax.adamw(1e-3), bits=bits)
