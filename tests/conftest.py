@@ -71,16 +71,24 @@ _set_modes()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """Of a test with `few(n)`, the fast tier runs n cases, spread over its table; the others are marked `full`."""
+  """Of a test with `few(n)`, the fast tier runs n cases, spread over its table; the others are marked `full`.
+
+  With `few(n, full=m)`, the fuller tier runs m of these, spread likewise, and the rest are marked `slow`.
+  """
   tables: dict = {}
   for item in items:
     if marker := item.get_closest_marker("few"):
-      tables.setdefault((item.path, item.originalname), (marker.args[0], []))[1].append(item)
-  for count, cases in tables.values():
-    chosen = {round(k * (len(cases) - 1) / max(count - 1, 1)) for k in range(count)}
-    for k, item in enumerate(cases):
-      if k not in chosen:
-        item.add_marker(pytest.mark.full)
+      tables.setdefault((item.path, item.originalname), (marker, []))[1].append(item)
+  for marker, cases in tables.values():
+    fast = _spread(cases, marker.args[0])
+    others = [item for item in cases if item not in fast]
+    full = _spread(others, marker.kwargs.get("full", len(others)))
+    for item in others:
+      item.add_marker(pytest.mark.full if item in full else pytest.mark.slow)
+
+
+def _spread(cases, count):
+  return [cases[k] for k in sorted({round(k * (len(cases) - 1) / max(count - 1, 1)) for k in range(count)})]
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def in_scan(loss, params, tx, **options):
 @pytest.mark.parametrize("then", list(THEN))
 @pytest.mark.parametrize("first", list(FIRST))
 @pytest.mark.parametrize(("way", "axis"), [*((way, 0) for way in ROUTES), ("first axis", 1), ("cut", 2)])
-@pytest.mark.few(10)
+@pytest.mark.few(10, full=37)
 def test_stacks_are_updated_in_their_scans(first, then, way, axis):
   loss, params = with_others(way, axis)
   tx = compensated(first, then)
