@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo._core import batches, modules, overwritten, trees, types, wrapping
+from optax_mpo._core import batches, modules, order, overwritten, trees, types, wrapping
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate
 from optax_mpo._stepping.site import Site, Step, Values
@@ -153,7 +153,9 @@ def step_by_microbatches(
     sums, results = lax.scan(add, sums, before)
     loss = jnp.sum(results[0].astype(jnp.float32) * factors[:-1])
 
-    last_args, last_kwargs = batch.arguments(batch.slices(how.count - 1))
+    # Without a barrier, XLA runs the last forward pass first, and keeps what its backward pass needs.
+    sums, slices = order.barrier((sums, batch.slices(how.count - 1)))
+    last_args, last_kwargs = batch.arguments(slices)
     last = make(_summed(tx, trained, own_value="value" not in (tx_args or {})))
     state = _Sums(opt_state, dict(zip(trained, sums, strict=True)))
     given = {**(tx_args or {}), "factor": factors[-1], "loss_before": loss}
