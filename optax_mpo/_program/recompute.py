@@ -1,10 +1,10 @@
-"""Makes decoded weights again for each use, so that they are not kept from the forward to the backward pass.
+"""Makes arrays again where keeping them would take more memory: decoded weights, and parts of a forward pass.
 
 Why: a decoded weight takes as much memory as a bf16 weight. Made once, it would be kept until the backward pass has
-read it, and at the peak there would be those of all layers.
+read it, and at the peak there would be those of all layers. Likewise the logits, until a second backward pass.
 
-How: each use reads an array of its own. A barrier ties it to another operand of that use, so that XLA neither makes it
-early nor takes two of them for one.
+How: each use of a decoded weight reads an array of its own. A barrier ties it to another operand of that use, so that
+XLA neither makes it early nor takes two of them for one.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 _SMALL = 2**14  # elements up to which an array is kept
+_LARGER = 8  # an array is made again if it is this many times as large as all that it is made from
+_LOOPS = frozenset("scan while cond".split())
 _MOVES = frozenset("transpose reshape squeeze expand_dims convert_element_type".split())
 
 
@@ -68,3 +70,43 @@ def _again(program: Program, chain: tuple[Operation, ...], after: int, operation
     known |= {v: program.new(program.aval(v)) for v in operation.outputs}
     operations.append(dataclasses.replace(operation, inputs=inputs, outputs=tuple(known[v] for v in operation.outputs)))
   return known[chain[-1].outputs[0]]
+
+
+def worth_keeping(program: Program, wanted: Iterable[int], data: dict[int, int]) -> list[int]:
+  """Returns variables to keep in place of those `wanted`, which can be made of them again.
+
+  Args:
+    program: the program of a loss and its gradients.
+    wanted: variables of the forward pass.
+    data: by variable, not 0 if it depends on more than weights; what does not is made again.
+  """
+  kept = set(wanted)
+  for v in sorted(kept, key=lambda v: -_bytes(program, v)):
+    smaller = _made_from(program, v, data)
+    if smaller is not None:
+      kept = kept - {v} | smaller
+  return sorted(kept)
+
+
+def _made_from(program: Program, variable: int, data: dict[int, int]) -> set[int] | None:
+  """Much smaller variables that a variable can be made from without loops; None if there are none."""
+  limit = _bytes(program, variable) // _LARGER
+  found: set[int] = set()
+  queue, seen = [variable], set(program.inputs)
+  while queue:
+    operation = program.operations[program.makers[queue.pop()]]
+    if operation.name in _LOOPS:
+      return None
+    for atom in operation.inputs:
+      if isinstance(atom, int) and data.get(atom) and atom not in seen:
+        seen.add(atom)
+        if _bytes(program, atom) <= limit:
+          found.add(atom)
+        else:
+          queue.append(atom)
+  return found if sum(_bytes(program, v) for v in found) <= limit else None
+
+
+def _bytes(program: Program, variable: int) -> int:
+  aval = program.aval(variable)
+  return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 1)

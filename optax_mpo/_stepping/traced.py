@@ -5,6 +5,7 @@ gradients can be followed. Weights are taken out of the residuals of its scans.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ class Traced:
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
     scales = [x for x in scales_of if x is not None]
     self.lifted = [*(x for x in rest if trees.is_array(x)), *scales]
+    self._scales = len(scales)
     self._out: Any = None
 
     def decoded(leaves: list[Any], lifted: list[Any]) -> list[Any]:
@@ -124,6 +126,24 @@ class Traced:
     """The leaves that are stacks of layers and can only be updated whole."""
     planning.make_plan(self.program, sites, self.results)
     return {i for site in sites if site.place is Place.AT_END for i in site.leaves}
+
+  def after_forward(self) -> tuple["Traced", list[int]]:
+    """The program without its forward pass, and the variables that it reads of what the forward pass makes.
+
+    What is made of weights alone, such as casts and views, and what is much larger than what it is made from, such as
+    logits, is made again: to keep it would take more memory.
+    """
+    program = self.program
+    is_data = [len(self.leaves) <= i < len(program.inputs) - self._scales for i in range(len(program.inputs))]
+    of_data = jax_forms.dependencies(program, list(map(int, is_data)))
+    loss = program.makers.get(self.results[0], -1) if isinstance(self.results[0], int) else -1
+    made = {v for o in program.operations[: loss + 1] for v in o.outputs if of_data.get(v)}
+    read = jax_forms.read_by(program.operations[loss + 1 :], program.outputs)
+    kept = recompute.worth_keeping(program, made & read, of_data)
+    operations = jax_forms.slice_of(program, program.outputs, set(kept))
+    other = copy.copy(self)
+    other.program = dataclasses.replace(program, inputs=[*program.inputs, *kept], operations=operations)
+    return other, kept
 
   def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":
     """The same program with other values for its inputs and for constants."""

@@ -65,7 +65,7 @@ def value_and_update(
       schedules, but not on the gradients of other leaves. What it computes decides this, not its name.
     has_aux: whether `loss_fn` returns more than the loss.
     two_pass: allows updates that depend on all gradients through small arrays, such as clipping by their global norm,
-      at the cost of a second forward and backward pass. The first pass only computes these arrays. Stacks whose layers
+      at the cost of a second backward pass. The first pass only computes these arrays. Stacks whose layers
       depend on each other in this way (`optax.clip_by_block_rms`) are then updated in their scans, too.
     microbatches: for gradient accumulation, the number of parts that the batch is split into along axis 0 of all
       arrays; or `Microbatches`, for other axes, weights and sums. Their gradients are added up in one f32 accumulator.
@@ -173,9 +173,9 @@ def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, ope
   new_weights: dict[int, Any] = {}
   passes = two_passes(traced, update, CALLER) if two_pass else None
   if passes is not None:
-    new_weights = _first_pass(traced, passes, shared, loss)
+    traced, kept, new_weights = _first_pass(traced, passes, shared, loss)
     # Without a barrier, XLA would see that both passes compute the same, and keep all of the first for the second.
-    inputs, shared.values = order.barrier((inputs, shared.values))
+    inputs, shared.values = order.barrier(([*inputs, *kept], shared.values))
     loss = None
   groups = groups_of(update) if passes is None else passes.groups
 
@@ -226,11 +226,14 @@ def two_passes(traced: Traced, update: by_leaf.Update, caller: str) -> coupled.T
   return passes
 
 
-def _first_pass(traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: Any) -> dict[int, Any]:
-  """Runs the backward pass for the small arrays that couple the leaves, and adds them to what the leaves share.
+def _first_pass(
+  traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: Any
+) -> tuple[Traced, list[Any], dict[int, Any]]:
+  """Runs a forward and a backward pass for the small arrays that couple the leaves, and adds them to what these share.
 
   Returns:
-    The new weights that are already made, by leaf.
+    The program of the second pass, which has no forward pass; the values that it reads of that of the first; and the
+    new weights that are already made, by leaf.
   """
   if traced.effects:
     raise NotImplementedError(
@@ -249,12 +252,13 @@ def _first_pass(traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: 
 
   inputs = [*traced.leaves, *traced.lifted]
   weights = traced.program.inputs[: len(traced.leaves)]
-  results = [] if loss is None else [loss]
+  second, kept = traced.after_forward()
+  results = [*([] if loss is None else [loss]), *kept]
   results = evaluate.run(traced.program, sites, inputs, results, store, of_sites, weights=weights, loss=loss)
   parts = {
     v: x for part, xs in zip(passes.parts, store.values, strict=True) for v, x in zip(part.outputs, xs, strict=True)
   }
-  links, new_weights, new_states = passes.links(parts, known(results[0] if results else None))
+  links, new_weights, new_states = passes.links(parts, known(None if loss is None else results[0]))
   shared.values = {v: links[v] for group in passes.groups for v in group.shared}
   shared.states |= new_states
-  return new_weights
+  return second, results[len(results) - len(kept) :], new_weights

@@ -578,3 +578,18 @@ def test_no_retracing_under_jit():
   for i in range(3):
     state = step(*state[1:], batch(i))
   assert len(traced) == 1
+
+
+def test_the_second_pass_has_no_forward_pass():
+  """One scan forward and two backward; the logits, much larger than what they are made from, are made again."""
+
+  def loss(params, x):
+    x, _ = jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, params["layers"])
+    return jnp.mean(jax.nn.logsumexp((x @ params["head"]).astype(jnp.float32), axis=-1))
+
+  tx = mpo.compensated(optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)))
+  params, state = mpo.init(tx, {"layers": jnp.ones((4, 8, 8)) / 8, "head": jnp.ones((8, 4096)) / 8})
+  step = mpo.value_and_update(loss, tx, two_pass=True)
+  text = str(jax.make_jaxpr(step)(params, state, jnp.ones((16, 8), jnp.bfloat16)))
+  assert text.count("= scan[") == 3
+  assert text.count(":f32[16,4096] = exp ") == 2
