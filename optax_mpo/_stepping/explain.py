@@ -107,7 +107,8 @@ def explain(
     *args: further arguments of `loss_fn`, likewise.
     has_aux: whether `loss_fn` returns more than the loss.
     tx_args: extra arguments of `tx.update`, as for the step.
-    two_pass: as for `value_and_update`. The table shows the second pass; the first holds no more.
+    two_pass: as for `value_and_update`. The table shows the second pass; the first holds no more. A line below it says
+      if there are two.
     **kwargs: further arguments of `loss_fn`, likewise.
 
   Returns:
@@ -166,6 +167,8 @@ def explain(
     add(i, Place.BETWEEN_PASSES, "small, so that its gradient is kept from the first", kept)
   explanation = Explanation(row for row in rows if row is not None)
   print(explanation)
+  if passes:
+    print("in two backward passes: the first makes what new weights need of all gradients")
   return explanation
 
 

@@ -192,3 +192,11 @@ def test_misuse_is_named():
   with pytest.raises(ValueError, match="groups give grad_norm/bfloat16, grad_norm/float32"):
     tx.update({"w": jnp.ones(2, jnp.bfloat16)}, tx.init({"w": jnp.ones(2)}))
   assert mpo.recorded(optax.adam(0.1).init(jnp.ones(2))) == {}
+
+
+def test_explain_says_how_many_passes_there_are(capsys):
+  loss, params = with_others("first axis")
+  for tx, count in ((recipe(), 0), (optax.chain(mpo.record_norms(), optax.clip_by_global_norm(1.0)), 1)):
+    wrapped = mpo.compensated(tx)
+    mpo.explain(loss, wrapped, *mpo.init(wrapped, params), jnp.ones((4, D)), two_pass=True)
+    assert capsys.readouterr().out.count("in two backward passes") == count
