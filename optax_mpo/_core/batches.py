@@ -31,11 +31,17 @@ def check_size(leaves: list[Any], axes: list[int | None], count: int, who: str, 
     ValueError: otherwise.
   """
   batched = [(x, axis) for x, axis in zip(leaves, axes, strict=True) if trees.is_array(x) and axis is not None]
+  for x, axis in batched:
+    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+      raise ValueError(
+        f"{who}: in_axes={in_axes!r} gives {axis!r} for an array of shape {list(x.shape)}, which is none of its axes. "
+        "Give the axis of the batch, or None to what has none."
+      )
   sizes = {x.shape[axis]: None for x, axis in batched}
   if len(sizes) != 1:
     raise ValueError(
       f"{who}: with microbatches, the inputs have to share one batch axis, but in_axes={in_axes!r} finds the sizes "
-      f"{list(sizes)}. Give None to what has none."
+      f"{list(sizes)}. Give None to what has none. (Typed keys, jax.random.key, need none.)"
     )
   (size,) = sizes
   if size % count:

@@ -1,6 +1,7 @@
 """The first checks that every wrapper of an Optax transformation makes on it and on its state."""
 
 import contextvars
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -46,13 +47,19 @@ def extra_args(tx_args: Mapping[str, Any] | None, caller: str, loss: bool = True
   """Checks the extra arguments of `tx.update`, and adds a place for the loss as `value`, which may also be among them.
 
   Raises:
-    TypeError: if they are not a mapping with names as its keys.
+    TypeError: if they are not a mapping from names to trees of arrays.
   """
   if tx_args is not None and not (isinstance(tx_args, Mapping) and all(isinstance(key, str) for key in tx_args)):
     raise TypeError(
       f"{caller}: tx_args has to be a dict of the extra arguments of tx.update, by name, such as {{'value': x}}, but "
       f"it is a {type(tx_args).__name__}."
     )
+  for name, x in trees.named_leaves(dict(tx_args or {}), "tx_args"):
+    if not (trees.is_array(x) or isinstance(x, numbers.Number)):
+      raise TypeError(
+        f"{caller}: {name} is a {type(x).__name__}, and a step hands on arrays and numbers alone. Functions, as line "
+        "searches need them, cannot be given: train with jax.value_and_grad and tx.update."
+      )
   return ({"value": jnp.zeros([], jnp.float32)} if loss else {}) | dict(tx_args or {})
 
 

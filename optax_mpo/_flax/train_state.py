@@ -11,7 +11,7 @@ from flax.training import train_state
 
 from optax_mpo._codecs import masters
 from optax_mpo._core import buffers, overwritten
-from optax_mpo._flax.steps import Fused, Where, check_fused, make_step, metrics, updated
+from optax_mpo._flax.steps import Fused, Where, check_decay, check_fused, make_step, metrics, updated
 from optax_mpo._transforms import average, compensated, convert
 
 PyTree = Any
@@ -107,6 +107,7 @@ class TrainState(struct.PyTreeNode):
       ValueError: for other values of `fused`; and what `optax_mpo.init` raises.
     """
     check_fused(fused, "TrainState.create")
+    check_decay(ema_decay, "TrainState.create")
     given, rest = (params, variables, kwargs), dict(variables or {})
     if overwritten.KEY in rest and not overwritten.is_in(params):
       params = {"params": params, overwritten.KEY: rest.pop(overwritten.KEY)}
@@ -182,6 +183,7 @@ class TrainState(struct.PyTreeNode):
       (1, 'bfloat16', True)
     """
     check_fused(fused, "TrainState.from_flax")
+    check_decay(ema_decay, "TrainState.from_flax")
     if not isinstance(state, train_state.TrainState):
       raise TypeError(
         "TrainState.from_flax: state has to be a flax.training.train_state.TrainState, but it is a "
@@ -268,11 +270,12 @@ class TrainState(struct.PyTreeNode):
     (loss, (aux, variables)), params, opt_state = step(self.params, self.opt_state, self.variables, *args)
     return self._next(params, opt_state, variables=variables), (loss, aux) if has_aux else loss
 
-  def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> "TrainState":
+  def apply_gradients(self, *, grads: PyTree, tx_args: Mapping[str, Any] | None = None, **kwargs: Any) -> "TrainState":
     """Does one ordinary step with a tree of gradients, as Flax's `TrainState.apply_gradients`.
 
     Args:
       grads: a tree like `params`: gradients with respect to `params`, in any floating dtype.
+      tx_args: extra arguments of `tx.update`, such as the loss as `value`.
       **kwargs: fields to replace, such as `variables`.
 
     Returns:
@@ -292,7 +295,7 @@ class TrainState(struct.PyTreeNode):
       >>> state.apply_gradients(grads=grads).params["w"]
       Array([0.5, 0.5], dtype=bfloat16)
     """
-    _, params, opt_state = updated(self.tx, grads, self.opt_state, self.params)
+    _, params, opt_state = updated(self.tx, grads, self.opt_state, self.params, **(tx_args or {}))
     return self._next(params, opt_state, **kwargs)
 
   def _next(self, params: PyTree, opt_state: optax.OptState, **fields: Any) -> "TrainState":

@@ -25,6 +25,8 @@ from optax_mpo._updates import by_leaf
 
 PyTree = Any
 
+_FACTOR, _LOSS = "_optax_mpo_factor", "_optax_mpo_loss"  # extra arguments of the last microbatch's update
+
 
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
@@ -37,12 +39,13 @@ class Microbatches:
   Attributes:
     count: the number of microbatches. It has to divide the batch.
     in_axes: the batch axis of each positional argument of the loss after the params, as in `jax.vmap`; None for what
-      all microbatches get. 0 stands for axis 0 of all arrays that have axes. Keyword arguments go to all.
+      all microbatches get. 0 stands for axis 0 of all arrays that have axes. Keyword arguments are split along axis 0,
+      also as in `jax.vmap`; scalars go to all.
     weight: `weight(*args, **kwargs)` gives the weight of a microbatch in the mean, a scalar, such as its number of
-      tokens. None: all weigh the same.
+      tokens. None: all weigh the same. Where all weights are 0, loss and gradients are 0.
     reduce: "mean", of losses and gradients, or "sum".
-    aux: "stack" for what the loss returns besides its value, with a new first axis; or "mean", where arrays that are
-      not floats are summed.
+    aux: "stack" for what the loss returns besides its value, with a new first axis; or "mean", where integers are
+      summed and keys are stacked.
 
   Memory: the accumulator, 4 bytes per trained parameter, and what one microbatch takes.
 
@@ -65,8 +68,10 @@ class Microbatches:
   aux: Literal["stack", "mean"] = "stack"
 
   def __post_init__(self):
-    if not (isinstance(self.count, int) and self.count > 0):
+    if isinstance(self.count, bool) or not (hasattr(self.count, "__index__") and self.count > 0):
       raise ValueError(f"Microbatches: count has to be a positive int, but it is {self.count!r}.")
+    if self.weight is not None and not callable(self.weight):
+      raise TypeError(f"Microbatches: weight has to be a function of the arguments of the loss, not {self.weight!r}.")
     if self.reduce not in ("mean", "sum"):
       raise ValueError(f"Microbatches: reduce has to be 'mean' or 'sum', but it is {self.reduce!r}.")
     if self.aux not in ("stack", "mean"):
@@ -91,10 +96,10 @@ class _Batch:
   def __init__(self, how: Microbatches, args: Any, kwargs: Any):
     leaves, self._treedef = jax.tree.flatten((args, kwargs))
     axes = batches.spread(how.in_axes, args, f"{CALLER}: in_axes")
-    axes = [
-      None if how.in_axes == 0 and not jnp.ndim(x) else a for x, a in zip(jax.tree.leaves(args), axes, strict=True)
-    ]
-    axes += [None] * (len(leaves) - len(axes))
+    of_args = jax.tree.leaves(args)
+    if how.in_axes == 0:
+      axes = [a if trees.is_array(x) and x.ndim else None for x, a in zip(of_args, axes, strict=True)]
+    axes += [0 if trees.is_array(x) and x.ndim else None for x in leaves[len(of_args) :]]
     batches.check_size(leaves, axes, how.count, CALLER, how.in_axes)
     self._whole = leaves
     self.parts: list[Any] = []
@@ -158,7 +163,7 @@ def step_by_microbatches(
     last_args, last_kwargs = batch.arguments(slices)
     last = make(_summed(tx, trained, own_value="value" not in (tx_args or {})))
     state = _Sums(opt_state, dict(zip(trained, sums, strict=True)))
-    given = {**(tx_args or {}), "factor": factors[-1], "loss_before": loss}
+    given = {**(tx_args or {}), _FACTOR: factors[-1], _LOSS: loss}
     out, params, new = last(params, state, *last_args, tx_args=given, **last_kwargs)
     value, aux = out if has_aux else (out, None)
     total = (loss + factors[-1] * value.astype(jnp.float32)).astype(value.dtype)
@@ -195,7 +200,8 @@ def _factors(how: Microbatches, batch: _Batch) -> jax.Array:
       raise ValueError(
         f"{CALLER}: weight of Microbatches has to return a scalar, but it has shape {weights.shape[1:]}."
       )
-  return weights / jnp.sum(weights) if how.reduce == "mean" else weights
+  total = jnp.sum(weights)
+  return weights / jnp.where(total == 0, 1, total) if how.reduce == "mean" else weights
 
 
 def _wide(x: Any) -> Any:
@@ -248,7 +254,7 @@ def _summed(
     return _Sums(tx.init(params), {i: jnp.zeros_like(leaves[i], dtype=_wide(leaves[i])) for i in trained})
 
   def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> tuple[PyTree, Any]:
-    factor, loss_before, value = (extra.pop(name) for name in ("factor", "loss_before", "value"))
+    factor, loss_before, value = (extra.pop(name) for name in (_FACTOR, _LOSS, "value"))
     leaves, treedef = jax.tree.flatten(updates)
     for i, total in state.sums.items():
       leaves[i] = _plus(total, leaves[i], factor)
@@ -265,7 +271,10 @@ def _joined(how: Microbatches, earlier: Any, last: Any, factors: jax.Array) -> A
   every = jnp.concatenate([earlier, last[None]])
   if how.aux == "stack":
     return every
+  if jnp.issubdtype(every.dtype, jax.dtypes.prng_key):
+    return every
   if not jnp.issubdtype(every.dtype, jnp.inexact):
     return jnp.sum(every, axis=0)
-  shares = factors / jnp.sum(factors)
+  total = jnp.sum(factors)
+  shares = factors / jnp.where(total == 0, 1, total)
   return jnp.tensordot(shares.astype(every.dtype), every, axes=1)

@@ -106,7 +106,7 @@ def value_and_update(
   wrapping.check_loss(loss_fn, CALLER, "loss_fn, tx")
   tx = wrapping.as_transformation(tx, CALLER, "tx", "loss_fn, tx")
   how = Microbatches.of(microbatches)
-  if how.count > 1:
+  if how.count > 1 or how is microbatches:
     last = functools.partial(value_and_update, loss_fn, has_aux=has_aux, two_pass=two_pass)
     return step_by_microbatches(loss_fn, tx, has_aux, how, last)
 
@@ -237,8 +237,8 @@ def _first_pass(
   """
   if traced.effects:
     raise NotImplementedError(
-      f"{CALLER}: two_pass runs loss_fn twice, and it has effects: {trees.listed(map(str, traced.effects))}. Take "
-      "callbacks and prints out, or use an update that does not couple the leaves."
+      f"{CALLER}: two_pass runs parts of loss_fn twice, and it has effects: {trees.listed(map(str, traced.effects))}. "
+      "Take callbacks and prints out, or use an update that does not couple the leaves."
     )
   sites = traced.sites_of_parts(passes)
   store = evaluate.Parts(sites)

@@ -126,7 +126,7 @@ def recorded(opt_state: optax.OptState) -> dict[str, jax.Array]:
     if twice := norms.keys() & state.norms.keys():
       raise ValueError(
         f"recorded: two recorders are called {trees.listed(sorted(map(repr, twice)))}. Give each a name of its own: "
-        "record_norms('update_norm')."
+        "record_norms('update_norm'). Inside per_layer, a recorder counts once for each leaf: put it around per_layer."
       )
     norms |= state.norms
   return norms
@@ -151,7 +151,7 @@ def clip_by_delayed_norm(max_norm: float, decay: float = 0.0) -> optax.GradientT
     The transformation. Its state is `DelayedNormState`.
 
   Raises:
-    ValueError: if `max_norm` or `decay` is out of range.
+    ValueError: if `max_norm` or `decay` is out of range, unless it is traced, as by `optax.inject_hyperparams`.
 
   Memory: 4 bytes.
 
@@ -164,9 +164,9 @@ def clip_by_delayed_norm(max_norm: float, decay: float = 0.0) -> optax.GradientT
     >>> print(first, second)
     [3. 4.] [0.6 0.8]
   """
-  if not max_norm > 0:
+  if not isinstance(max_norm, jax.Array) and not max_norm > 0:
     raise ValueError(f"clip_by_delayed_norm: max_norm has to be above 0, but it is {max_norm}.")
-  if not 0 <= decay < 1:
+  if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
     raise ValueError(f"clip_by_delayed_norm: decay has to be at least 0 and below 1, but it is {decay}.")
 
   def init(params: optax.Params) -> DelayedNormState:

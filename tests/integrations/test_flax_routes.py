@@ -373,3 +373,12 @@ def test_metrics_and_extra_arguments():
   optimizer = Optimizer(model, make())
   value = optimizer.step_with(model, lambda model: jnp.sum(model.w[...].astype(jnp.float32) * jnp.array([3.0, 4.0])))
   assert {k: float(x) for k, x in optimizer.metrics(value).items()} == want
+
+
+def test_decays_and_extra_arguments_are_checked():
+  tx = mpo.compensated(optax.chain(optax.sgd(0.5), optax.contrib.reduce_on_plateau()))
+  with pytest.raises(ValueError, match="ema_decay has to be None, or at least 0 and below 1, but it is"):
+    TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx, ema_decay=1.5)
+  state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
+  state = state.apply_gradients(grads={"w": jnp.ones(2)}, tx_args={"value": jnp.float32(2)})
+  assert float(optax.tree.get(state.opt_state, "best_value")) == 2.0

@@ -117,3 +117,9 @@ def test_tx_args_has_to_be_a_dict():
   for tx_args in (3.0, {1: 2.0}):
     with pytest.raises(TypeError, match="value_and_update: tx_args has to be a dict of the extra arguments"):
       mpo.value_and_update(jnp.sum, tx)(jnp.ones(2), tx.init(jnp.ones(2)), tx_args=tx_args)
+
+
+def test_functions_cannot_be_handed_on():
+  tx = optax.sgd(0.1)
+  with pytest.raises(TypeError, match=r"tx_args\['value_fn'\] is a function, and a step hands on arrays and numbers"):
+    mpo.value_and_update(jnp.sum, tx)(jnp.ones(2), tx.init(jnp.ones(2)), tx_args={"value_fn": ordinary})

@@ -118,6 +118,12 @@ def test_the_delayed_norm_clips_the_next_step():
   np.testing.assert_allclose(updates, g / 3.75, rtol=1e-6)  # multiplied by 1/3.75
 
 
+def test_the_largest_norm_may_be_a_schedule():
+  tx = mpo.compensated(optax.inject_hyperparams(mpo.clip_by_delayed_norm)(optax.linear_schedule(0.1, 0.05, 3)))
+  loss, params = with_others("first axis")
+  same(loss, params, tx)
+
+
 def test_by_fused_layers(one_pass):
   layer = mpo.fused_scan(lambda w, x, _: (jnp.tanh(x @ w), None))
   head = mpo.fused_layer(lambda w, x: x @ w)

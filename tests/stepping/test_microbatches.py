@@ -129,6 +129,49 @@ def test_aux_keys_and_axes():
   assert int(mean["n"]) == K
 
 
+def mean_of_squares(p, x, y):
+  return jnp.mean((x @ p["w"] - y) ** 2)
+
+
+def test_keyword_arguments_are_split_as_well():
+  tx, params = optax.sgd(0.1), {"w": jnp.ones((2, 1))}
+  x, y = jax.random.normal(jax.random.key(0), (4, 2)), jnp.ones((4, 1))
+  step = mpo.value_and_update(mean_of_squares, tx, microbatches=4)
+  assert_same_bits(step(params, tx.init(params), x, y=y), step(params, tx.init(params), x, y))
+
+
+def test_one_microbatch_is_weighed_and_stacked_too():
+  def loss(p, x):
+    return jnp.mean(p["w"] * x), jnp.sum(x)
+
+  tx, params = optax.sgd(1.0), {"w": jnp.ones(())}
+  for count in (1, 2):
+    how = mpo.Microbatches(count, weight=lambda x: 1.0 * x.size, reduce="sum")
+    step = mpo.value_and_update(loss, tx, has_aux=True, microbatches=how)
+    (value, aux), params_after, _ = step(params, tx.init(params), jnp.arange(4.0))
+    assert (float(value), float(params_after["w"]), aux.shape) == (6.0, -5.0, (count,))
+
+
+def test_extra_arguments_of_any_name_reach_the_transformation():
+  def update(updates, state, params=None, *, factor=1.0, loss_before=0.0, **extra_args):
+    return jax.tree.map(lambda u: -(factor + loss_before) * u, updates), state
+
+  tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  params = {"w": jnp.ones(2)}
+  step = mpo.value_and_update(lambda p, x: jnp.mean(x @ p["w"]), tx, microbatches=2)
+  _, params, _ = step(params, tx.init(params), jnp.ones((4, 2)), tx_args={"factor": 3.0, "loss_before": 1.0})
+  assert_same_bits(params, {"w": jnp.full(2, -3.0)})
+
+
+def test_a_batch_without_any_weight_changes_nothing():
+  tx, params = optax.sgd(0.1), {"w": jnp.ones((2, 1))}
+  how = mpo.Microbatches(2, weight=lambda x, y: jnp.sum(y > 1))
+  step = mpo.value_and_update(mean_of_squares, tx, microbatches=how)
+  value, new, _ = step(params, tx.init(params), jnp.ones((4, 2)), jnp.ones((4, 1)))
+  assert float(value) == 0.0
+  assert_same_bits(new, params)
+
+
 def test_frozen_leaves_have_no_sum():
   loss, params = with_others("first axis")
   labels = {k: "frozen" if k in ("w", "last") else "trained" for k in params}
@@ -198,6 +241,11 @@ def test_misuse_is_named():
     mpo.value_and_update(loss, tx, microbatches=0)
   with pytest.raises(ValueError, match="weight of Microbatches has to return a scalar"):
     mpo.value_and_update(loss, tx, microbatches=mpo.Microbatches(2, weight=lambda x: x))(params, state, jnp.ones(6))
+  for axis in (5, "x", 1.0):
+    with pytest.raises(ValueError, match="which is none of its axes"):
+      mpo.value_and_update(loss, tx, microbatches=mpo.Microbatches(2, in_axes=axis))(params, state, jnp.ones(6))
+  with pytest.raises(TypeError, match="weight has to be a function"):
+    mpo.Microbatches(2, weight=3.0)
   for wrong in ({"reduce": "max"}, {"aux": "sum"}):
     with pytest.raises(ValueError, match="has to be"):
       mpo.Microbatches(2, **wrong)
