@@ -63,6 +63,21 @@ def extra_args(tx_args: Mapping[str, Any] | None, caller: str, loss: bool = True
   return ({"value": jnp.zeros([], jnp.float32)} if loss else {}) | dict(tx_args or {})
 
 
+def update(tx: optax.GradientTransformation, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+  """Returns `tx.update(...)`, without the extra argument `value` where it does not take that.
+
+  Optax asks transformations with extra arguments to ignore those that they do not know, but `optax.contrib.sam` and
+  others of its kind raise an error.
+  """
+  tx_update = optax.with_extra_args_support(tx).update
+  try:
+    return tx_update(updates, state, params, **extra_args)
+  except TypeError as error:
+    if "value" not in extra_args or "unexpected keyword argument 'value'" not in str(error):
+      raise
+  return tx_update(updates, state, params, **{name: x for name, x in extra_args.items() if name != "value"})
+
+
 _for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_for_shapes", default=False)
 
 

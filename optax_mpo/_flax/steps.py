@@ -75,7 +75,7 @@ def updated(
   tx: optax.GradientTransformation, grads: PyTree, opt_state: optax.OptState, params: PyTree, **extra_args: Any
 ) -> tuple[optax.Updates, PyTree, optax.OptState]:
   """Returns the updates, the new params and the new state of an ordinary step."""
-  updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
+  updates, opt_state = wrapping.update(tx, grads, opt_state, params, extra_args)
   return updates, apply.apply_updates(params, updates), opt_state
 
 

@@ -259,7 +259,8 @@ def _summed(
     for i, total in state.sums.items():
       leaves[i] = _plus(total, leaves[i], factor)
     value = loss_before + factor * value if own_value else value
-    updates, inner = tx.update(treedef.unflatten(leaves), state.inner_state, params, value=value, **extra)
+    total = treedef.unflatten(leaves)
+    updates, inner = wrapping.update(tx, total, state.inner_state, params, {**extra, "value": value})
     return updates, _Sums(inner, state.sums)
 
   return optax.GradientTransformationExtraArgs(init, update)

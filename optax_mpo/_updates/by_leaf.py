@@ -134,13 +134,11 @@ class Update:
     self._own()
 
   def _whole(self, tx: optax.GradientTransformation) -> Any:
-    tx_update = optax.with_extra_args_support(tx).update
-
     def whole(grads: list[Any], params: list[Any], state: list[Any], extra: list[Any]) -> tuple[PyTree, PyTree, Any]:
       tree, extra_args = self._treedef.unflatten(params), self._extra_treedef.unflatten(extra)
       given = self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree
       try:
-        updates, new_state = tx_update(*given, **extra_args)
+        updates, new_state = wrapping.update(tx, *given, extra_args)
       except TypeError as error:
         missing = _MISSING.search(str(error))
         if missing is None:

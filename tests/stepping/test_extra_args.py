@@ -123,3 +123,17 @@ def test_functions_cannot_be_handed_on():
   tx = optax.sgd(0.1)
   with pytest.raises(TypeError, match=r"tx_args\['value_fn'\] is a function, and a step hands on arrays and numbers"):
     mpo.value_and_update(jnp.sum, tx)(jnp.ones(2), tx.init(jnp.ones(2)), tx_args={"value_fn": ordinary})
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_transformation_that_takes_no_extra_arguments_gets_none(microbatches):
+  """Although Optax asks for `**extra_args`, `optax.contrib.sam` has none."""
+
+  def update(updates, state, params=None):
+    return jax.tree.map(lambda u: -u, updates), state
+
+  tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  params = {"w": jnp.ones(2)}
+  step = mpo.value_and_update(lambda p, x: jnp.mean(x @ p["w"]), tx, microbatches=microbatches)
+  _, params, _ = step(params, tx.init(params), jnp.ones((4, 2)))
+  assert_same_bits(params, {"w": jnp.zeros(2)})
