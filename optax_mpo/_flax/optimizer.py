@@ -191,7 +191,7 @@ class Optimizer(nnx.Pytree):
       **kwargs: further arguments of `tx.update`, such as `value`.
 
     Returns:
-      The updates, a tree like the params, f32.
+      The updates, a tree like the params, f32. `optax_mpo.apply_updates` knows what they lead to, to the last bit.
 
     Raises:
       ValueError: if `grads` does not match the params.
@@ -205,8 +205,9 @@ class Optimizer(nnx.Pytree):
       >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
       >>> optimizer = Optimizer(model, mpo.compensated(optax.sgd(0.5)))
       >>> grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2)))))(model)
-      >>> optimizer.update(model, grads)["bias"]
-      Array([-0.5, -0.5], dtype=float32)
+      >>> updates = optimizer.update(model, grads)
+      >>> model.bias.get_value()
+      Array([-0.5, -0.5], dtype=bfloat16)
     """
     params, opt_state = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
     grads = nnx.as_pure(nnx.state(grads, self.wrt))
