@@ -222,6 +222,23 @@ def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes:
   return Model(name, params, functools.partial(lm_loss, config), tokens, fused)
 
 
+def layers(count: int, width: int, *, scan: bool = True, batch: int = 8) -> Model:
+  """Returns `count` layers, each one product, with next to no activations: what is not state is of the update."""
+
+  @jax.checkpoint
+  def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.tanh(x @ w), None
+
+  def loss(params: PyTree, x: jax.Array) -> jax.Array:
+    blocks = params["blocks"]
+    x = lax.scan(layer, x, blocks)[0] if scan else functools.reduce(lambda x, w: layer(x, w)[0], blocks, x)
+    return jnp.mean(x.astype(jnp.float32) ** 2)
+
+  blocks = f32(count, width, width) if scan else [f32(width, width)] * count
+  x = jax.ShapeDtypeStruct((batch, width), jnp.bfloat16)
+  return Model(f"layers-{count}x{width}{'' if scan else '-unrolled'}", {"blocks": blocks}, loss, x)
+
+
 # --- Vision models, as in the paper -----------------------------------------------------------------------------------
 
 

@@ -17,12 +17,27 @@ from benchmarks.models import Model
 
 PyTree = Any
 
+
+def _is_stack(path: Any, leaf: Any) -> bool:
+  return path[0].key == "blocks"
+
+
+def muon_by_layers() -> optax.GradientTransformation:
+  """Muon on each layer of the stacks, and SGD with momentum on the rest."""
+  muon, sgd = mpo.per_layer(optax.contrib.muon(1e-3)), optax.sgd(1e-2, momentum=0.9)
+  parts: dict[Any, optax.GradientTransformation] = {"stacks": muon, "others": sgd}
+  return optax.multi_transform(parts, lambda params: {k: "stacks" if k == "blocks" else "others" for k in params})
+
+
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
   "adamw": lambda: optax.adamw(3e-4, weight_decay=0.1),
   "adamw-clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.1)),
   "adamw-recorded": lambda: optax.chain(
     mpo.record_norms(), mpo.clip_by_delayed_norm(1.0), optax.adamw(3e-4, weight_decay=0.1)
   ),
+  "muon-layers": muon_by_layers,
+  "adafactor-layers": lambda: mpo.per_layer(optax.adafactor(1e-3), _is_stack),
+  "lamb-layers": lambda: mpo.per_layer(optax.lamb(1e-3), _is_stack),
   "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
   "lion": lambda: optax.lion(1e-4, weight_decay=0.1),
 }
@@ -155,7 +170,7 @@ def fused_layers(bits: int, compact: bool = False, kernels: bool = False) -> Cal
 
 
 def automatic(
-  bits: int, compact: bool = False, kernels: bool = False, microbatches: bool = False
+  bits: int, compact: bool = False, kernels: bool = False, microbatches: bool = False, dtype: Any = jnp.bfloat16
 ) -> Callable[[Model, str], Training]:
   """Our storage with automatic gradient release: `value_and_update` on the same loss function.
 
@@ -167,7 +182,7 @@ def automatic(
     tx = transformation(optimizer, bits, compact, kernels)
     count = jax.tree.leaves(model.batch)[0].shape[0] if microbatches else 1
     step = mpo.value_and_update(model.loss, tx, two_pass=True, microbatches=count)
-    return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p), model.params))
+    return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p, dtype=dtype), model.params))
 
   return build
 
@@ -187,6 +202,7 @@ MODES = {
   "mpo-16-auto-microbatches": Mode(
     "optax_mpo, 16 bits, value_and_update, microbatches of 1", automatic(16, microbatches=True)
   ),
+  "mpo-float8-auto": Mode("optax_mpo, float8 and 16 bits, value_and_update", automatic(16, dtype=jnp.float8_e4m3fn)),
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
   "mpo-compact-auto": Mode("optax_mpo, 8 bits, 8-bit state, value_and_update", automatic(8, compact=True)),
   "mpo-compact-layer": Mode("optax_mpo, 8 bits, 8-bit state, fused layers", fused_layers(8, compact=True)),

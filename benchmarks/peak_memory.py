@@ -38,7 +38,7 @@ if __name__ == "__main__":  # a script does not have the root of the repository 
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fsdp
-from benchmarks.models import Model, language_model, resnet50, vit
+from benchmarks.models import Model, language_model, layers, resnet50, vit
 from benchmarks.modes import MODES, OPTIMIZERS
 
 GIB = 2**30
@@ -61,6 +61,8 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-1.3b-fsdp8-columns": lambda: language_model("1.3b", batch=8),
   "lm-1.3b-fsdp8-largest": lambda: language_model("1.3b", batch=8),
   "lm-70b-fsdp8": lambda: language_model("70b", batch=8),
+  "layers-67m": lambda: layers(16, 2048),
+  "layers-67m-unrolled": lambda: layers(16, 2048, scan=False),
   "resnet50": resnet50,
   "vit-l16": lambda: vit("vit-l16"),
 }
@@ -77,6 +79,9 @@ MODELS_OF = {
   "adamw": tuple(MODELS),
   "adamw-clip": ("lm-350m-unrolled", "lm-350m", "lm-1.3b"),
   "adamw-recorded": ("lm-350m", "lm-1.3b"),
+  "muon-layers": ("layers-67m", "lm-1.3b"),
+  "adafactor-layers": ("layers-67m",),
+  "lamb-layers": ("layers-67m",),
   "sgd": ("lm-350m", "lm-1.3b", "vit-l16", "resnet50"),
   "lion": ("lm-350m", "lm-1.3b", "vit-l16"),
 }

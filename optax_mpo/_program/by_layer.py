@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.entries import Where
 from optax_mpo._program.layer_rules import Layer, rule_of
 from optax_mpo._program.layer_scans import Crossing
@@ -74,7 +74,7 @@ def entries_of(
     NotSeparableError: as `run` does.
   """
   found = dict(where)
-  read = jax_forms.read_by(operations) - {v for o in operations for v in o.outputs} - set(program.constants)
+  read = dataflow.read_by(operations) - {v for o in operations for v in o.outputs} - set(program.constants)
 
   def trace(index: Any) -> None:
     env = dict(program.constants) | {v: types.zeros(program.aval(v)) for v in read}
@@ -126,7 +126,7 @@ def parts(
   """
 
   def part(inputs: Sequence[int], chosen: Sequence[int]) -> Part:
-    operations = jax_forms.slice_of(program, [outputs[k] for k in chosen], {*given, *inputs})
+    operations = dataflow.slice_of(program, [outputs[k] for k in chosen], {*given, *inputs})
     return Part(tuple(inputs), tuple(chosen), tuple(operations))
 
   now, left, found = list(inputs), list(range(len(outputs))), []
@@ -136,7 +136,7 @@ def parts(
       continue
     after = [*now[:place], new, *now[place + 1 :]]
     rest = [o for o in left if o != k]
-    if now[place] in jax_forms.read_by(part(after, rest).operations, [outputs[o] for o in rest]):
+    if now[place] in dataflow.read_by(part(after, rest).operations, [outputs[o] for o in rest]):
       continue
     found.append(part(now, [k]))
     now, left = after, rest

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from optax_mpo._core import types
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 Kind = Literal["element", "block", "scalar"]
@@ -204,12 +204,12 @@ class _Builder:
   ) -> Elements:
     if (scan := next((o for o in operations if o.name == "scan"), None)) is not None:
       raise NotElementwiseError(f"{jax_forms.where(scan)} is not known to the kernel")
-    read = jax_forms.read_by(operations, outputs)
+    read = dataflow.read_by(operations, outputs)
     hoisted: list[Operation] = []
     sources: list[Source] = []
     for var in inputs:
       if self.program.aval(var).shape != self.shape and not self._is_by_block(self.program.aval(var).shape):
-        raise NotElementwiseError(f"an array of shape {list(self.program.aval(var).shape)} goes into it")
+        raise NotElementwiseError(_other_shape(self.program.aval(var)))
       self._add_source(sources, var)
     known = {v for v in given if v in read}  # before the kernel runs
     for operation in operations:
@@ -281,7 +281,7 @@ class _Builder:
     aval = self.program.aval(var)
     kind = self.kind(aval.shape)
     if kind is None:
-      raise NotElementwiseError(f"an array of shape {list(aval.shape)} goes into it")
+      raise NotElementwiseError(_other_shape(aval))
     sources.append(Source(var, *kind))
     self.env[var] = self.make("input", (), aval.dtype, len(sources) - 1, kind[0])
 
@@ -437,3 +437,7 @@ class _Builder:
   def _simplified_neg(self, args: tuple[int, ...], dtype: Any) -> int | None:
     inner = self.nodes[args[0]]
     return inner.args[0] if inner.name == "neg" else None
+
+
+def _other_shape(aval: Any) -> str:
+  return f"an array of shape {list(aval.shape)} goes into it, such as a part of a recorded norm"

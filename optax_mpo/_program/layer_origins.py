@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.extend import core
 
-from optax_mpo._program import jax_forms, layer_rules
+from optax_mpo._program import dataflow, jax_forms, layer_rules
 from optax_mpo._program.entries import Entries
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -64,7 +64,7 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
 
   if not follow(atom, Entries(0)) or not found:
     return None
-  return Origin(found, tuple(sorted(given)), tuple(jax_forms.slice_of(program, [atom], given | set(found))))
+  return Origin(found, tuple(sorted(given)), tuple(dataflow.slice_of(program, [atom], given | set(found))))
 
 
 def _beside(program: Program, operation: Operation, entries: Entries, sources: Set[int]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Operation, Program
 
 PyTree = Any
@@ -105,7 +105,7 @@ def trace(
   out_treedef, vjp_treedef = structures
   program = jax_forms.flatten(closed)
   again = [0] * (len(weights) + len(constants)) + [1] * len(inputs)
-  depends = jax_forms.dependencies(program, again)
+  depends = dataflow.dependencies(program, again)
   residuals = program.outputs[len(leaves) :]
   kept: dict[int, int] = {}
   for atom in residuals:
@@ -122,5 +122,5 @@ def trace(
     _vjp_treedef=vjp_treedef,
     _residuals=tuple(residuals),
     _kept=kept,
-    _slice=tuple(jax_forms.slice_of(program, made, given)),
+    _slice=tuple(dataflow.slice_of(program, made, given)),
   )

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from optax_mpo._core import types
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 
@@ -60,7 +60,7 @@ def without_weights(program: Program, weights: Iterable[int]) -> Program:
     weights: the variables of the weights.
   """
   bits = dict.fromkeys(program.inputs, 2) | dict.fromkeys(weights, 1)
-  depends = jax_forms.dependencies(program, [bits[v] for v in program.inputs])
+  depends = dataflow.dependencies(program, [bits[v] for v in program.inputs])
   sources: dict[int, _Source] = {}
   operations = list(program.operations)
   same: dict[int, Atom] = {}  # variables that are no longer made, and what they are equal to
@@ -78,8 +78,8 @@ def without_weights(program: Program, weights: Iterable[int]) -> Program:
   if operations == program.operations:
     return program
   outputs = list(known(program.outputs))
-  read = jax_forms.read_by(operations, outputs)
-  cut = [jax_forms.without_unused(o, read) if o.name == "scan" else o for o in operations]
+  read = dataflow.read_by(operations, outputs)
+  cut = [dataflow.without_unused(o, read) if o.name == "scan" else o for o in operations]
   return dataclasses.replace(program, operations=cut, outputs=outputs)
 
 
@@ -93,13 +93,13 @@ def _sources(program: Program, operation: Operation, depends: dict[int, int]) ->
   body = jax_forms.flatten(jax_forms.scan_body(operation))
   kinds = [0 if of else 1 for of in of_weights]
   kinds[consts : consts + carry] = [1] * carry
-  inside = jax_forms.dependencies(body, kinds)
+  inside = dataflow.dependencies(body, kinds)
   found = {}
   for v, atom in zip(operation.outputs[carry:], body.outputs[carry:], strict=True):
     if v not in stacked or not isinstance(atom, int) or inside[atom]:
       continue
-    slice_ = jax_forms.slice_of(body, [atom], frozenset())
-    read = jax_forms.read_by(slice_, [atom])
+    slice_ = dataflow.slice_of(body, [atom], frozenset())
+    read = dataflow.read_by(slice_, [atom])
     reads = {
       _Read(operand if isinstance(operand, int) else _Number(operand), k >= consts + carry): var
       for k, (operand, var) in enumerate(zip(operation.inputs, body.inputs, strict=True))

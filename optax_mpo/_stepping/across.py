@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
-from optax_mpo._program import by_layer, jax_forms
+from optax_mpo._program import by_layer, dataflow, jax_forms
 from optax_mpo._program.entries import Entries, Where
 from optax_mpo._program.layer_rules import NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Program
@@ -142,18 +142,18 @@ def take_apart(update: Update) -> tuple[Update, Across]:
       raise NotSeparableError("is made layer by layer")
 
   known = {*shared, *given, *program.constants, *found.early}
-  late = jax_forms.slice_of(program, new_wholes, known | set(found.totals))
-  read_late = jax_forms.read_by(late, new_wholes)
+  late = dataflow.slice_of(program, new_wholes, known | set(found.totals))
+  read_late = dataflow.read_by(late, new_wholes)
   totals = [total for v, total in found.totals.items() if v in read_late]
   reduced = [total.operation.inputs[0] for total in totals]
   left = [v for v, e in zip(states, where[len(params) :], strict=True) if e is not None]
   own = {*stacks, *params, *left}
-  operations = jax_forms.slice_of(program, [*outputs, *reduced], known | own)
-  early = sorted(found.early & (read_late | jax_forms.read_by(operations, [*outputs, *reduced])))
+  operations = dataflow.slice_of(program, [*outputs, *reduced], known | own)
+  early = sorted(found.early & (read_late | dataflow.read_by(operations, [*outputs, *reduced])))
 
   def before(weights: Values, old: Values, values: Values) -> list[Any]:
     env = dict(program.constants) | dict(zip([*params, *states, *shared], [*weights, *old, *values], strict=True))
-    jax_forms.run(program, jax_forms.slice_of(program, early, set(env)), env)
+    jax_forms.run(program, dataflow.slice_of(program, early, set(env)), env)
     return [env[v] for v in early]
 
   def after(parts: Values, values: Values) -> list[Any]:
@@ -191,7 +191,7 @@ def _find(update: Update) -> _Found:
   """Goes through an update operation by operation, and finds what needs all layers."""
   program = update.program
   stacks, params, states, _, given = update.inputs
-  of_gradients = jax_forms.dependencies(program, [int(v in {*stacks, *given}) for v in program.inputs])
+  of_gradients = dataflow.dependencies(program, [int(v in {*stacks, *given}) for v in program.inputs])
   layered = dict(zip([*stacks, *params, *states], update.entries, strict=True))
   found = _Found(dict(layered), {v for v in states if layered[v] is None})
 
@@ -210,7 +210,7 @@ def _find(update: Update) -> _Found:
   def go_through(index: Any) -> None:
     env = dict(program.constants) | {v: types.zeros(program.aval(v)) for v in program.inputs}
     env |= {v: types.zeros(types.resized(program.aval(v), e.axis, e.size)) for v, e in layered.items() if e is not None}
-    for operation in jax_forms.slice_of(program, program.outputs, {*program.inputs, *program.constants}):
+    for operation in dataflow.slice_of(program, program.outputs, {*program.inputs, *program.constants}):
       read = {a for a in operation.inputs if isinstance(a, int)}
       error = next((found.refused[a] for a in operation.inputs if isinstance(a, int) and a in found.refused), None)
       if error is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from optax_mpo._core import types
-from optax_mpo._program import by_layer, jax_forms, layer_origins
+from optax_mpo._program import by_layer, dataflow, jax_forms, layer_origins
 from optax_mpo._program.entries import Entries, Where
 from optax_mpo._program.layer_rules import NotSeparableError
 from optax_mpo._program.program import Atom, Program
@@ -51,7 +51,7 @@ class Piece:
     """The variables that the update of a layer needs besides those sources, or their early operations."""
     early = [program.operations[i] for i in self.released.early]
     made = {v for operation in early for v in operation.outputs}
-    return ({*self.released.given} | jax_forms.read_by(early)) - made
+    return ({*self.released.given} | dataflow.read_by(early)) - made
 
 
 class Finder:
@@ -152,7 +152,7 @@ class Finder:
     # Everything after the scan has to be done inside it. What does not depend on the scan can be done before it.
     inner, later = set(sources) | set(fills), others  # what the scan's body makes, and what it cannot have
     path, early, operations = [], [], []
-    for operation in jax_forms.slice_of(program, site.grads, (before - sums) | inner):
+    for operation in dataflow.slice_of(program, site.grads, (before - sums) | inner):
       position = program.makers[next(v for v in operation.outputs if v >= 0)]
       operation = program.operations[position]
       read = {a for a in operation.inputs if isinstance(a, int)}
@@ -168,7 +168,7 @@ class Finder:
       else:
         early.append(position)
     made = {v for operation in operations for v in operation.outputs}
-    read = jax_forms.read_by(operations, site.grads)
+    read = dataflow.read_by(operations, site.grads)
     sources = {v: e for v, e in sources.items() if v in read}
     given = tuple(sorted(read - made - set(sources) - set(fills) - set(program.constants)))
 
@@ -205,12 +205,12 @@ class Finder:
       if any(isinstance(a, int) and a in layered for a in operation.inputs) and before.isdisjoint(operation.outputs):
         layered.update(v for v in operation.outputs if v >= 0)
         operations.append(operation)
-    needed = jax_forms.slice_of(dataclasses.replace(program, operations=operations), self.site.grads, before)
+    needed = dataflow.slice_of(dataclasses.replace(program, operations=operations), self.site.grads, before)
     fills: dict[int, Any] = {}
     sums: set[int] = set()
     if not any(operation.name in (*layer_origins.SUMS, "concatenate") for operation in needed):
       return fills, sums
-    read = jax_forms.read_by(needed)
+    read = dataflow.read_by(needed)
     scanned: dict[int, Where] = {v: e for v, e in sources.items() if v in read}
     where = by_layer.entries_of(needed, program, scanned, count)
 

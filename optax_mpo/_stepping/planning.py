@@ -114,7 +114,7 @@ class _Planner:
     }
     complete = [self._made(v) for v in piece.sources] if piece.fill is None else []
     read = [self._last_read(v, free) for views in piece.released.site.params for v in views]
-    return max([*complete, *read], default=-1)
+    return max([self.first, *complete, *read])
 
   def _gathered(self, complete: Iterable[tuple[int, int]], at_least: int) -> Iterable[tuple[int, list[int]]]:
     """Groups sites, in the order in which they are complete, until their gradients have `at_least` bytes together."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
-from optax_mpo._program import jax_forms, layer_origins
+from optax_mpo._program import dataflow, jax_forms, layer_origins
 from optax_mpo._program.entries import Entries
 from optax_mpo._program.layer_rules import NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Program
@@ -73,9 +73,9 @@ class ScanPlacer:
     kept = [operation for i, operation in enumerate(program.operations) if i not in skipped]
     released = {piece.released.index for piece in self.pieces}
     grads = [a for k, site in enumerate(self.sites) if k not in released for a in site.grads]
-    needed = jax_forms.read_by(kept, [*grads, *self.results]).union(*(p.reads(program) for p in self.pieces))
+    needed = dataflow.read_by(kept, [*grads, *self.results]).union(*(p.reads(program) for p in self.pieces))
     made = {v for v, i in program.makers.items() if i not in skipped}
-    again = jax_forms.slice_of(program, needed, made)
+    again = dataflow.slice_of(program, needed, made)
     return skipped - {program.makers[v] for operation in again for v in operation.outputs if v >= 0}
 
   def _pieces(self) -> dict[int, list[Piece]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from optax_mpo._codecs import formats, masters
 from optax_mpo._core import modules, primitives, trees
-from optax_mpo._program import jax_forms, recompute, residuals
+from optax_mpo._program import dataflow, jax_forms, recompute, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import first_pass, planning
 from optax_mpo._stepping.plan import FOLLOWED
@@ -135,12 +135,12 @@ class Traced:
     """
     program = self.program
     is_data = [len(self.leaves) <= i < len(program.inputs) - self._scales for i in range(len(program.inputs))]
-    of_data = jax_forms.dependencies(program, list(map(int, is_data)))
+    of_data = dataflow.dependencies(program, list(map(int, is_data)))
     loss = program.makers.get(self.results[0], -1) if isinstance(self.results[0], int) else -1
     made = {v for o in program.operations[: loss + 1] for v in o.outputs if of_data.get(v)}
-    read = jax_forms.read_by(program.operations[loss + 1 :], program.outputs)
+    read = dataflow.read_by(program.operations[loss + 1 :], program.outputs)
     kept = recompute.worth_keeping(program, made & read, of_data)
-    operations = jax_forms.slice_of(program, program.outputs, set(kept))
+    operations = dataflow.slice_of(program, program.outputs, set(kept))
     other = copy.copy(self)
     other.program = dataclasses.replace(program, inputs=[*program.inputs, *kept], operations=operations)
     return other, kept

@@ -187,9 +187,9 @@ def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, ope
   store = evaluate.Whole(inputs[: len(traced.leaves)], list(shared.old), groups)
   results = evaluate.run(traced.program, sites, inputs, traced.results, store, of_sites, loss=loss)
   shared.compute(results[0])  # if there was nothing to update
-  for kept, new in ((store.leaves, new_weights), (store.states, shared.states)):
+  for stored, new in ((store.leaves, new_weights), (store.states, shared.states)):
     for i, x in new.items():
-      kept[i] = x
+      stored[i] = x
   return results, store.leaves, late.finish(shared.old, store.states, update.program.constants)
 
 

@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from optax_mpo._codecs import formats
 from optax_mpo._core import trees
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 
 PyTree = Any
 
@@ -151,7 +151,7 @@ def _tried(updates: Any, weights: Sequence[Any]) -> list[Any]:
     with jax.ensure_compile_time_eval():
       program, _ = jax_forms.trace(updates, list(weights))
       env = dict(program.constants) | dict(zip(program.inputs, weights, strict=True))
-      jax_forms.run(program, jax_forms.slice_of(program, program.outputs, {*env}), env)
+      jax_forms.run(program, dataflow.slice_of(program, program.outputs, {*env}), env)
       values = [jax_forms.value(a, env) for a in program.outputs]
       return [] if any(isinstance(x, Tracer) for x in values) else values  # such as a traced learning rate
   except Exception:  # a transformation that cannot be tried may raise anything

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Program
 from optax_mpo._transforms.state_kinds import Kind
 from optax_mpo._transforms.value_flow import LOW, OTHER, STATE, Flow, Value
@@ -98,7 +98,7 @@ def _hold_weights(program: Program, given: Sequence[Value], new: Sequence[Value]
   """
   grads, params, first = 1, 2, len(given) - len(new)
   bits = [grads] * leaves + [params] * leaves + [0] * (len(given) - 2 * leaves)
-  made = jax_forms.output_bits(program, jax_forms.dependencies(program, bits))[-len(new) :] if new else []
+  made = dataflow.output_bits(program, dataflow.dependencies(program, bits))[-len(new) :] if new else []
   weights = given[leaves : 2 * leaves]
 
   def is_average(value: Value, old: Value) -> bool:
@@ -148,7 +148,7 @@ def owners(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: 
   if program is None:
     return [None] * count
   bits = [1 << i for i in range(leaves)] + [0] * (len(program.inputs) - leaves)
-  new = jax_forms.output_bits(program, jax_forms.dependencies(program, bits))[len(program.outputs) - count :]
+  new = dataflow.output_bits(program, dataflow.dependencies(program, bits))[len(program.outputs) - count :]
   return [b.bit_length() - 1 if b and not b & (b - 1) else None for b in new]
 
 

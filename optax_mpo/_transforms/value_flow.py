@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 # Operations whose results are non-negative if all operands are.
@@ -160,11 +160,11 @@ class Flow:
       result = dataclasses.replace(result, differs=result.stored)
     result = dataclasses.replace(result, floored=_is_floored(name, values))
     if poles:
-      above = jax_forms.union(v.above for v in values if v not in poles)
+      above = dataflow.union(v.above for v in values if v not in poles)
       result = dataclasses.replace(
         result,
-        above=above | jax_forms.union(v.below & ~LOW for v in poles),
-        below=jax_forms.union(v.below for v in values if v not in poles) | _below(poles),
+        above=above | dataflow.union(v.below & ~LOW for v in poles),
+        below=dataflow.union(v.below for v in values if v not in poles) | _below(poles),
       )
     return [dataclasses.replace(result) for _ in operation.outputs]  # compared by identity
 
@@ -187,7 +187,7 @@ class Flow:
     """
     name = operation.name
     if name in _LINEAR_ALGEBRA:
-      self.exact |= jax_forms.union(v.stored for v in values)
+      self.exact |= dataflow.union(v.stored for v in values)
     poles: list[Value] = []
     if name in ("div", "rem", "atan2"):
       poles = values[1:]
@@ -202,7 +202,7 @@ class Flow:
       self.exact |= values[0].differs
     below = _below(poles)
     self.divisors |= below
-    self.exact |= jax_forms.union(v.differs for v in poles)
+    self.exact |= dataflow.union(v.differs for v in poles)
     if name == "div" and below:
       self.quotients.add((values[0].above, below))
     if name == "mul":
@@ -212,7 +212,7 @@ class Flow:
 
 def _below(divisors: Sequence[Value]) -> int:
   """The leaves in the numerators of divisors, with `LOW` if one of them can be smaller than any code."""
-  return jax_forms.union(v.above | (0 if v.floored else LOW) for v in divisors if v.above)
+  return dataflow.union(v.above | (0 if v.floored else LOW) for v in divisors if v.above)
 
 
 def _read(atom: Atom, env: dict[int, Value]) -> Value:
@@ -221,7 +221,7 @@ def _read(atom: Atom, env: dict[int, Value]) -> Value:
 
 def _combined(values: Sequence[Value], nonnegative: bool, terms: Any = None, number: float = 0.0) -> Value:
   keys = ("stored", "differs", "above", "below")
-  stored, differs, above, below = (jax_forms.union(getattr(v, key) for v in values) for key in keys)
+  stored, differs, above, below = (dataflow.union(getattr(v, key) for v in values) for key in keys)
   return Value(nonnegative, stored, differs, above, below, all(v.floored for v in values), terms, number)
 
 

@@ -25,7 +25,7 @@ import optax
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import apply, formats
 from optax_mpo._core import trees, types, wrapping
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program, Slice
 
@@ -191,11 +191,11 @@ class Update:
     states = self.inputs[2]
     leaf_bits = [1 << i for i in range(count)]
     state_bits = [1 << (count + j) for j in range(len(states))]
-    self._deps = jax_forms.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
-    new = jax_forms.output_bits(program, self._deps)
+    self._deps = dataflow.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
+    new = dataflow.output_bits(program, self._deps)
     own = (1 << count) - 1  # the leaves; the loop adds the states that are not shared
     while True:
-      found = jax_forms.union([bit for bit, bits in zip(state_bits, new[count:], strict=True) if bits & own])
+      found = dataflow.union([bit for bit, bits in zip(state_bits, new[count:], strict=True) if bits & own])
       if found | own == own:
         break
       own |= found
@@ -272,7 +272,7 @@ class Update:
     env.update((states[j], self._state[j]) for j in self.shared_states)
     outputs = {j: program.outputs[count + j] for j in self.shared_states}
     known = frozenset(env)
-    jax_forms.run(program, jax_forms.slice_of(program, [*self.given, *outputs.values()], known), env)
+    jax_forms.run(program, dataflow.slice_of(program, [*self.given, *outputs.values()], known), env)
     new = {j: jax_forms.value(a, env) for j, a in outputs.items()}
     return {v: env[v] for v in self.shared}, new
 
@@ -307,7 +307,7 @@ class Update:
   def _used_gradients(self) -> int:
     program, count = self.program, len(self._params)
     bits = [1 << i if i < count else 0 for i in range(len(program.inputs))]
-    return jax_forms.union(jax_forms.output_bits(program, jax_forms.dependencies(program, bits)))
+    return dataflow.union(dataflow.output_bits(program, dataflow.dependencies(program, bits)))
 
   def group(self, leaves: Sequence[int], who: str) -> Group:
     """Returns the slice of the update that updates `leaves` together.
@@ -324,8 +324,8 @@ class Update:
     outputs = [program.outputs[i] for i in leaves] + [program.outputs[count + j] for j in owned]
     grads, params, states = self.inputs
     inputs = [grads[i] for i in leaves] + [params[i] for i in leaves] + [states[j] for j in owned]
-    operations = jax_forms.slice_of(program, outputs, self.given | set(inputs))
-    read = jax_forms.read_by(operations, outputs)
+    operations = dataflow.slice_of(program, outputs, self.given | set(inputs))
+    read = dataflow.read_by(operations, outputs)
     if foreign := read & set(program.inputs) - set(inputs) - self.given:
       self._raise_foreign(leaves, min(foreign), operations, who)
     return self.make_group(leaves, owned, inputs, outputs, operations, sorted(read & self.given))
@@ -371,8 +371,8 @@ class Update:
 
   def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> NoReturn:
     """Raises ValueError, which names two sets of leaves and the operation that couples them."""
-    ours = jax_forms.union([1 << i for i in inside])
-    theirs = jax_forms.union([1 << i for i in outside])
+    ours = dataflow.union([1 << i for i in inside])
+    theirs = dataflow.union([1 << i for i in outside])
     by = next(
       (
         jax_forms.where(operation)

@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optax_mpo._core import trees
-from optax_mpo._program import branches, jax_forms
+from optax_mpo._program import branches, dataflow, jax_forms
 from optax_mpo._program.program import Operation, Program
 from optax_mpo._updates import by_leaf
 
@@ -77,11 +77,11 @@ class TwoPass:
     self._given = self._update.given | set(program.constants)
     count = len(self._grads)
     bits = [1 << i for i in range(count)]
-    deps = jax_forms.dependencies(program, [*bits, *bits, *([0] * len(self._states))])
+    deps = dataflow.dependencies(program, [*bits, *bits, *([0] * len(self._states))])
     self._own_states(deps)
     owned = [1 << o if o is not None else 0 for o in self._owners]
-    self._deps = jax_forms.dependencies(program, [*bits, *bits, *owned])
-    self._gradients = jax_forms.dependencies(program, [*bits, *([0] * len([*bits, *owned]))])
+    self._deps = dataflow.dependencies(program, [*bits, *bits, *owned])
+    self._gradients = dataflow.dependencies(program, [*bits, *([0] * len([*bits, *owned]))])
     self._free = self._made_of_free_states()
     self._given |= self._free
     self._small = {v for v in self._deps if self._size(v) <= SMALL}
@@ -110,8 +110,8 @@ class TwoPass:
     leaf_of = {v: i for part in (self._grads, self._params) for i, v in enumerate(part)}
     made_of: list[set[int]] = []  # the inputs that each output is made from, links aside
     for output in program.outputs:
-      found = jax_forms.slice_of(program, [output], self._given | links)
-      made_of.append(jax_forms.read_by(found, [output]))
+      found = dataflow.slice_of(program, [output], self._given | links)
+      made_of.append(dataflow.read_by(found, [output]))
     self._owners: list[int | None] = []
     for j in range(len(self._states)):
       leaves = {leaf_of[a] for a in made_of[count + j] if a in leaf_of}
@@ -132,15 +132,15 @@ class TwoPass:
     in another way by a scalar that all leaves read.
     """
     count, program = len(self._grads), self.program
-    free = jax_forms.dependencies(program, [0] * (2 * count) + [int(owner is None) for owner in self._owners])
+    free = dataflow.dependencies(program, [0] * (2 * count) + [int(owner is None) for owner in self._owners])
     floats = {v for v in free if jnp.issubdtype(program.aval(v).dtype, jnp.floating) and self._size(v) == 1}
     return {v for v in floats if free[v] and not self._deps[v]} - {*self._states, *self._given}
 
   def _slice(self, outputs: Sequence[Any], given: set[int] | frozenset[int]) -> tuple[list[Any], set[int]]:
     """Returns the operations that make `outputs` from `given`, and the variables that are read but not made."""
-    operations = jax_forms.slice_of(self.program, outputs, given)
+    operations = dataflow.slice_of(self.program, outputs, given)
     made = {v for operation in operations for v in operation.outputs}
-    return operations, jax_forms.read_by(operations, outputs) - made
+    return operations, dataflow.read_by(operations, outputs) - made
 
   def _group(self, leaf: int) -> by_leaf.Group:
     program, count, update = self.program, len(self._grads), self._update

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optax_mpo._core import types
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Operation
 from optax_mpo._updates import by_leaf
 from optax_mpo._updates.coupled import SMALL
@@ -69,7 +69,7 @@ def take(update: by_leaf.Update) -> Late:
   program, count = update.program, len(update.names)
   bits = [1 << i for i in range(count)]
   states = update.inputs[2]
-  of_leaves = jax_forms.output_bits(program, jax_forms.dependencies(program, [*bits, *bits, *([0] * len(states))]))
+  of_leaves = dataflow.output_bits(program, dataflow.dependencies(program, [*bits, *bits, *([0] * len(states))]))
   late = [j for j, leaves in enumerate(of_leaves[count:]) if leaves & (leaves - 1)]
   kept = {count + j: states[j] for j in late}
   outputs = [kept.get(k, atom) for k, atom in enumerate(program.outputs)]
@@ -79,12 +79,12 @@ def take(update: by_leaf.Update) -> Late:
 
   owners = {j: i for i in range(count) for j in rest.states_of(i)}
   of_states = [1 << owners[j] if j in owners else 0 for j in range(len(states))]
-  deps = jax_forms.dependencies(program, [*bits, *bits, *of_states])
+  deps = dataflow.dependencies(program, [*bits, *bits, *of_states])
   single = {v for v, leaves in deps.items() if leaves and not leaves & (leaves - 1) and _is_small(program.aval(v))}
   made = [program.outputs[count + j] for j in late]
   known = {*program.constants, *(v for j, v in enumerate(states) if j not in owners)}
-  operations = jax_forms.slice_of(program, made, known | single)
-  read = jax_forms.read_by(operations, made) - {v for operation in operations for v in operation.outputs}
+  operations = dataflow.slice_of(program, made, known | single)
+  read = dataflow.read_by(operations, made) - {v for operation in operations for v in operation.outputs}
   if read - known - single:
     return Late(update, update)  # it needs more of a leaf than small arrays
 

@@ -1,7 +1,7 @@
 """Examples in the docstrings of methods run. pytest finds those of functions and classes alone.
 
-Public classes name `optax_mpo` or `optax_mpo.flax` as their module, so that pickles do not depend on the folders. So the
-finder of examples leaves out their methods, which are defined elsewhere.
+Public classes name `optax_mpo` or `optax_mpo.flax` as their module, so that pickles do not depend on the folders. That
+is why the finder of examples leaves out their methods, which are defined elsewhere.
 """
 
 import doctest

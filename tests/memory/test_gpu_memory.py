@@ -2,10 +2,7 @@
 
 import functools
 import json
-import os
-import subprocess
 import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +11,10 @@ import optax
 import pytest
 from jax import lax
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import optax_mpo as mpo
-from optax_mpo._memory import compiling, gpu_targets, worker, xla_dump
+from optax_mpo._memory import gpu_targets, worker, xla_dump
 from optax_mpo._memory.gpu_memory import gpu_memory
 from optax_mpo._memory.report import Buffer, MemoryReport
 
@@ -264,104 +261,6 @@ def test_where_tritons_default_tiles_do_not_fit_cublas_is_taken(tmp_path):
     worker.compiled(Lowered(), {**options, "xla_gpu_enable_triton_gemm": True})
 
 
-# --- Several devices --------------------------------------------------------------------------------------------------
-
-
-def sharded(mesh, spec, tree):
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, spec)), tree)
-
-
-def fsdp_shapes():
-  return [jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)] * 3, [f32(1024, 1024)] * 3, f32(64, 1024)
-
-
-def fsdp_step(params, momentum, x):
-  def loss(params):
-    h = x.astype(jnp.bfloat16)
-    for w in params:
-      h = jnp.tanh(h @ w)
-    return jnp.mean(h.astype(jnp.float32) ** 2)
-
-  momentum = jax.tree.map(lambda m, g: 0.9 * m + g.astype(m.dtype), momentum, jax.grad(loss)(params))
-  return jax.tree.map(lambda p, m: p - (0.01 * m).astype(p.dtype), params, momentum), momentum
-
-
-ABSTRACT = AbstractMesh((8,), ("d",), axis_types=(AxisType.Auto,))
-PERSISTENT = 3 * 1024 * 1024 * 6
-
-
-@functools.cache
-def fsdp_direct():
-  return direct(fsdp_step, *sharded(ABSTRACT, P("d"), fsdp_shapes()), donate=(0, 1), devices=8)
-
-
-@pytest.mark.parametrize("over", ["abstract mesh", "cpu mesh", "jit"])
-@pytest.mark.few(1)
-def test_fsdp_by_every_way_to_say_it(over):
-  mesh = ABSTRACT if over == "abstract mesh" else Mesh(np.array(jax.devices()[:8]), ("d",))
-  args = fsdp_shapes()
-  if over == "jit":
-    layout = NamedSharding(mesh, P("d"))
-    step = jax.jit(fsdp_step, in_shardings=layout, donate_argnums=(0, 1))
-    report = gpu_memory(step, *args, devices=8, params_argnum=0)
-  else:
-    args = sharded(mesh, P("d"), args)
-    report = gpu_memory(fsdp_step, *args, donate_argnums=(0, 1), devices=8, params_argnum=0)
-  assert figures(report) == fsdp_direct()
-  assert report.argument_bytes == (PERSISTENT + nbytes(fsdp_shapes()[2])) // 8
-  assert report.aliased_bytes == PERSISTENT // 8
-  assert report.per_parameter(report.aliased_bytes) == 6
-  assert report.bytes_per_parameter == 8 * report.total_bytes / (3 * 1024 * 1024)
-  assert "each of 8 x NVIDIA H100" in str(report)
-
-
-def test_arrays_on_cpu_devices_are_laid_out_alike_on_the_target():
-  mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
-  w = jax.device_put(jnp.ones((512, 512)), NamedSharding(mesh, P(None, "model")))
-  x = jax.device_put(jnp.ones((64, 512)), NamedSharding(mesh, P("data")))
-  report = gpu_memory(lambda w, x: x @ w, w, x, devices=8)
-  assert report.argument_bytes == 512 * 512 * 4 // 2 + 64 * 512 * 4 // 4
-  assert report.output_bytes == 64 * 512 * 4 // 8
-
-
-def test_a_function_may_hold_its_own_mesh():
-  mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
-
-  def fn(w, x):
-    w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P("d")))
-    return jax.shard_map(
-      lambda w, x: jax.lax.psum(x @ w.T, "d"), mesh=mesh, in_specs=(P(None, "d"), P(None, "d")), out_specs=P()
-    )(w, x)
-
-  report = gpu_memory(fn, f32(64, 512), f32(16, 512), devices=4)
-  assert report.argument_bytes == 4 * (64 * 512 + 16 * 512)  # without shardings: replicated
-
-
-def test_explicit_axes():
-  mesh = AbstractMesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit, AxisType.Auto))
-  args = sharded(mesh, P("a"), (f32(64, 64), f32(64, 64)))
-  report = gpu_memory(lambda x, y: x + y, *args, devices=8)
-  assert report.argument_bytes == 2 * 64 * 64 * 4 // 4
-
-
-def test_without_shardings_all_is_replicated():
-  report = gpu_memory(lambda w: 2 * w, f32(1024), devices=16, params_argnum=0)
-  assert figures(report) == (4096, 4096, 0, 0)
-  assert report.bytes_per_parameter == 16 * 8
-
-
-def test_layouts_that_are_not_over_the_devices():
-  args = sharded(ABSTRACT, P("d"), (f32(64),))
-  with pytest.raises(ValueError, match=r"w\['a'\] is laid out over 8 devices, but devices=1\. Pass devices=8"):
-    gpu_memory(lambda w: w, {"a": args[0]})
-  step = jax.jit(lambda w: w, in_shardings=NamedSharding(ABSTRACT, P("d")))
-  with pytest.raises(ValueError, match="laid out over 8 devices, but devices=4"):
-    gpu_memory(step, f32(64), devices=4)
-  other = AbstractMesh((8,), ("e",), axis_types=(AxisType.Auto,))
-  with pytest.raises(ValueError, match="over more than one mesh"):
-    gpu_memory(lambda v, w: v + w, *args, *sharded(other, P("e"), (f32(64),)), devices=8)
-
-
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
@@ -404,155 +303,6 @@ def test_a_report_without_what_is_optional():
   assert report.total_bytes == 111
   assert "no list of buffers" in str(report)
   assert "bytes/parameter" not in str(report)
-
-
-# --- Errors -----------------------------------------------------------------------------------------------------------
-
-
-def test_unknown_target():
-  with pytest.raises(ValueError, match=r"no target 'h101'\. Known are h100, h200, a100-80gb, .*'local'"):
-    gpu_memory(lambda x: x, f32(8), target="h101")
-
-
-def test_no_local_gpu():
-  with pytest.raises(RuntimeError, match=r"target='local' .*JAX finds none .*Name the card.*h100"):
-    gpu_memory(lambda x: x, f32(8), target="local")
-
-
-def test_a_function_that_does_not_trace():
-  def broken(x):
-    return x if x[0] > 0 else -x
-
-  with pytest.raises(
-    ValueError, match="broken does not trace with these arguments: TracerBoolConversionError"
-  ) as error:
-    gpu_memory(broken, f32(8))
-  assert isinstance(error.value.__cause__, jax.errors.TracerBoolConversionError)
-
-
-def test_a_function_without_arguments():
-  assert gpu_memory(lambda: jnp.zeros((1024,)), devices=4).total_bytes == 4096
-
-
-def test_callbacks_cannot_be_lowered():
-  def chatty(x):
-    jax.debug.print("{}", x)
-    return x
-
-  with pytest.raises(
-    ValueError, match=r"chatty traces, but cannot be lowered .*Take out calls back to Python"
-  ) as error:
-    gpu_memory(chatty, f32(8))
-  assert error.value.__cause__ is not None
-
-
-def test_arguments_that_are_not_arrays():
-  with pytest.raises(TypeError, match=r"params\['w'\] is a str, not an array"):
-    gpu_memory(lambda params: params, {"w": "weights"})
-  with pytest.raises(TypeError, match=r"args\[1\]\[0\] is a object, not an array"):
-    gpu_memory(lambda *args: args, f32(8), [object()])
-  with pytest.raises(ValueError, match="does not trace"):
-    gpu_memory(jax.jit(lambda x: x), "weights")
-  with pytest.raises(TypeError, match="fn has to be a function, but it is a dict"):
-    gpu_memory({}, f32(8))
-
-
-def test_numbers_that_make_no_sense():
-  with pytest.raises(ValueError, match="devices has to be a number of devices"):
-    gpu_memory(lambda x: x, f32(8), devices=0)
-  with pytest.raises(ValueError, match="params_argnum is 1, but fn gets 1 arguments"):
-    gpu_memory(lambda x: x, f32(8), params_argnum=1)
-  with pytest.raises(ValueError, match="has no arrays in it"):
-    gpu_memory(lambda x, y: x, f32(8), {}, params_argnum=1)
-
-
-VERSION = compiling._installed("jaxlib")
-
-
-@pytest.mark.parametrize(
-  ("jaxlib", "packages"),
-  [
-    ("0.10.2", "jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12 flatbuffers"),
-    ("0.12.0.1", "jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 nvidia-cuda-nvcc nvidia-nvvm flatbuffers"),
-  ],
-)
-def test_without_the_plugin_the_error_has_the_command(monkeypatch, jaxlib, packages):
-  monkeypatch.setattr(compiling, "_installed", {"jaxlib": jaxlib, "flatbuffers": "25"}.get)
-  with pytest.raises(ImportError) as error:
-    gpu_memory(lambda x: x, f32(8))
-  python = f"{sys.version_info.major}.{sys.version_info.minor}"
-  assert str(error.value).endswith(
-    f"For Python {python} with jaxlib {jaxlib}: {sys.executable} -m pip install {packages}"
-  )
-
-
-def test_a_plugin_of_another_version(monkeypatch):
-  versions = {"jaxlib": "0.12.0.1", "jax-cuda12-plugin": "0.11.2", "jax-cuda12-pjrt": "0.11.2"}
-  monkeypatch.setattr(compiling, "_installed", versions.get)
-  with pytest.raises(
-    ImportError, match=r"jax-cuda12-plugin is 0\.11\.2, but jaxlib is 0\.12\.0\.1.*jax-cuda12-plugin=="
-  ):
-    gpu_memory(lambda x: x, f32(8))
-  versions |= {"jax-cuda12-plugin": "0.12.0.1"}
-  del versions["jax-cuda12-pjrt"]
-  with pytest.raises(ImportError, match="jax-cuda12-pjrt is not installed, but jaxlib is"):
-    gpu_memory(lambda x: x, f32(8))
-  versions |= {"jax-cuda12-pjrt": "0.12.0.1"}
-  with pytest.raises(ImportError, match="needs flatbuffers"):
-    gpu_memory(lambda x: x, f32(8))
-
-
-def test_a_compiler_that_dies(monkeypatch, tmp_path):
-  script = tmp_path / "dies.py"
-  script.write_text("import sys; sys.exit('out of something')")
-  monkeypatch.setattr(compiling, "_WORKER", script)
-  with pytest.raises(RuntimeError, match=r"ended with code 1 before it was done.*\nout of something"):
-    gpu_memory(lambda x: x, f32(8))
-
-
-# --- Other processes --------------------------------------------------------------------------------------------------
-
-
-def run_python(program, **environment):
-  kept = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-  root = os.path.dirname(os.path.dirname(mpo.__file__))
-  return subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(program)],
-    env={**kept, "PYTHONPATH": root, **environment},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-
-
-@pytest.mark.parametrize("environment", [{}, {"JAX_PLATFORMS": "cpu"}, {"JAX_PLATFORMS": "cuda,cpu"}], ids=str)
-@pytest.mark.few(1)
-def test_jax_may_be_in_use_before_and_is_left_as_it_was(environment):
-  done = run_python(
-    """
-    import os, jax, jax.numpy as jnp
-    before = jnp.ones(3).devices(), jax.default_backend(), dict(os.environ)
-    from optax_mpo._memory.gpu_memory import gpu_memory
-    report = gpu_memory(lambda x: x + 1, jnp.ones(1000), donate_argnums=0)
-    assert before == (jnp.ones(3).devices(), jax.default_backend(), dict(os.environ))
-    print(jax.default_backend(), report.total_bytes)
-    """,
-    **environment,
-  )
-  assert done.stdout.split() == ["cpu", "4000"], done.stderr
-
-
-def test_where_jax_cannot_start_the_error_says_what_to_set():
-  done = run_python(
-    """
-    import jax, jax.numpy as jnp
-    from optax_mpo._memory.gpu_memory import gpu_memory
-    gpu_memory(lambda x: x + 1, jax.ShapeDtypeStruct((8,), jnp.float32))
-    """,
-    JAX_PLATFORMS="cuda",
-  )
-  assert done.stderr.strip().splitlines()[-1].startswith("RuntimeError: gpu_memory: JAX cannot start in this process")
-  assert "Set JAX_PLATFORMS=cpu before JAX is imported" in done.stderr
 
 
 # --- Reading XLA's texts ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from optax_mpo._program import jax_forms
+from optax_mpo._program import dataflow, jax_forms
 
 
 def plain(x, y):
@@ -96,10 +96,10 @@ def test_programs_compute_what_the_function_does(fun):
 @pytest.mark.parametrize("fun", FUNCTIONS, ids=with_name)
 def test_each_slice_gives_its_output_from_the_inputs_it_is_said_to_depend_on(fun):
   program, _ = jax_forms.trace(fun, *ARGS[0])
-  bits = jax_forms.output_bits(program, jax_forms.dependencies(program, [1, 2]))
+  bits = dataflow.output_bits(program, dataflow.dependencies(program, [1, 2]))
   for args in ARGS:
     for i, (atom, want) in enumerate(zip(program.outputs, fun(*args), strict=True)):
-      operations = jax_forms.slice_of(program, [atom], frozenset())
+      operations = dataflow.slice_of(program, [atom], frozenset())
       env = dict(program.constants)
       env.update((v, x) for v, x, bit in zip(program.inputs, args, (1, 2), strict=True) if bits[i] & bit)
       jax_forms.run(program, operations, env)  # a KeyError here means an input that the dependencies miss
@@ -109,7 +109,7 @@ def test_each_slice_gives_its_output_from_the_inputs_it_is_said_to_depend_on(fun
 @pytest.mark.parametrize("fun", FUNCTIONS, ids=with_name)
 def test_slices_run_under_jit(fun):
   program, _ = jax_forms.trace(fun, *ARGS[0])
-  cut = jax_forms.slice_of(program, program.outputs[:1], frozenset())
+  cut = dataflow.slice_of(program, program.outputs[:1], frozenset())
 
   @jax.jit
   def run(*args):
@@ -136,7 +136,7 @@ def test_slices_run_under_jit(fun):
 )
 def test_dependencies(fun, want):
   program, _ = jax_forms.trace(fun, *ARGS[0])
-  assert jax_forms.output_bits(program, jax_forms.dependencies(program, [1, 2])) == want
+  assert dataflow.output_bits(program, dataflow.dependencies(program, [1, 2])) == want
 
 
 def test_dependencies_run_through_the_carry_of_a_scan():
@@ -145,7 +145,7 @@ def test_dependencies_run_through_the_carry_of_a_scan():
     return lax.scan(lambda s, _: ((s[1], s[2], s[2]), s[0]), (a, b, c), None, length=4)
 
   program, _ = jax_forms.trace(fun, 1.0, 2.0, 3.0)
-  assert jax_forms.output_bits(program, jax_forms.dependencies(program, [1, 2, 4])) == [
+  assert dataflow.output_bits(program, dataflow.dependencies(program, [1, 2, 4])) == [
     7,
     6,
     4,
@@ -158,7 +158,7 @@ def test_a_cond_is_cut_down_to_what_is_used():
     return lax.cond(flag, lambda xs: [x * 2 for x in xs], lambda xs: [jnp.sin(x) for x in xs], xs)
 
   program, _ = jax_forms.trace(fun, True, [1.0, 2.0, 3.0])
-  cut = jax_forms.slice_of(program, [program.outputs[1]], frozenset())[-1]
+  cut = dataflow.slice_of(program, [program.outputs[1]], frozenset())[-1]
   assert cut.inputs[1:] == (program.inputs[2],)
   assert len(cut.outputs) == 1
   assert [len(b.operations) for b in cut.bodies] == [1, 1]
@@ -169,7 +169,7 @@ def test_a_scan_is_cut_down_to_what_is_used():
     return lax.scan(lambda c, z: ((c[0] + z[0], c[1] * y), (c[0], z[1])), (x, y), xs)
 
   program, _ = jax_forms.trace(fun, 1.0, 2.0, (jnp.ones(3), jnp.ones(3)))
-  (cut,) = jax_forms.slice_of(program, [program.outputs[2]], frozenset())
+  (cut,) = dataflow.slice_of(program, [program.outputs[2]], frozenset())
   assert jax_forms.scan_counts(cut) == (0, 1, 1)
   assert set(cut.inputs) == {program.inputs[0], program.inputs[2]}
   (whole,) = program.operations
@@ -179,7 +179,7 @@ def test_a_scan_is_cut_down_to_what_is_used():
 def test_a_scan_loses_operands_that_no_result_needs():
   """As the dependencies say. A slice that reads them could not run where they are not known yet."""
   program, _ = jax_forms.trace(lambda x, xs: lax.map(lambda z: z[0] + x, xs), 1.0, (jnp.ones(3), jnp.ones(3)))
-  (cut,) = jax_forms.slice_of(program, program.outputs, frozenset())
+  (cut,) = dataflow.slice_of(program, program.outputs, frozenset())
   assert set(cut.inputs) == {program.inputs[0], program.inputs[1]}
   assert len(program.operations[0].inputs) == 3
 
@@ -187,8 +187,8 @@ def test_a_scan_loses_operands_that_no_result_needs():
 def test_slices_stop_at_what_is_given():
   program, _ = jax_forms.trace(lambda x: jnp.cos(jnp.sin(x)), 1.0)
   sine = program.operations[0].outputs[0]
-  assert [o.name for o in jax_forms.slice_of(program, program.outputs, {sine})] == ["cos"]
-  assert jax_forms.slice_of(program, [sine], {sine}) == []
+  assert [o.name for o in dataflow.slice_of(program, program.outputs, {sine})] == ["cos"]
+  assert dataflow.slice_of(program, [sine], {sine}) == []
 
 
 def test_operations_are_named_with_the_line_that_asked_for_them():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from optax_mpo._program import jax_forms, selects
+from optax_mpo._program import dataflow, jax_forms, selects
 from tests.helpers import assert_same_bits
 
 X = jax.random.normal(jax.random.key(0), (3, 4))
@@ -37,8 +37,8 @@ def test_the_reductions_do_not_read_the_scalar(name):
     return jax_forms.value(program.outputs[0], env)
 
   new, _ = jax_forms.trace(run, jnp.float32(0), X)
-  needed = jax_forms.slice_of(new, new.outputs, set(new.inputs))
-  depends = jax_forms.dependencies(new, [1, 0])
+  needed = dataflow.slice_of(new, new.outputs, set(new.inputs))
+  depends = dataflow.dependencies(new, [1, 0])
   reductions = [o for o in needed if o.name in selects.REDUCTIONS]
   assert len(reductions) == 2
   assert not any(depends[a] for o in reductions for a in o.inputs)

@@ -82,6 +82,21 @@ def test_stacks_are_still_updated_in_their_scan():
   assert table["params['last']"] == "at once"
 
 
+def test_layers_that_the_loss_does_not_use_wait_for_it_too():
+  """Nothing reads these weights after the forward pass."""
+
+  def loss(params, x):
+    total, _ = jax.lax.scan(lambda total, w: (total + jnp.sum(x @ w).astype(jnp.float32), None), 0.0, params["w"][:2])
+    return jnp.tanh(total / 100)
+
+  plateau = optax.contrib.reduce_on_plateau(patience=1, factor=0.5, rtol=1.0)
+  tx = mpo.compensated(optax.chain(optax.adamw(1e-2), plateau))
+  params, state = mpo.init(tx, {"w": jax.random.normal(jax.random.key(0), (3, D, D))})
+  x = jnp.ones((4, D), jnp.bfloat16)
+  want = quick_jit(ordinary(loss, tx, lambda value: {"value": value}))(params, state, x)
+  assert_same_bits(quick_jit(mpo.value_and_update(loss, tx))(params, state, x), want)
+
+
 def test_a_step_that_depends_on_the_loss_has_its_derivative():
   def loss(params, x):
     return jnp.mean((x @ params["w"]) ** 2)
