@@ -19,8 +19,7 @@ from jax.core import Tracer
 
 from optax_mpo._core import types, xla_cpu
 from optax_mpo._program import by_layer, jax_forms
-from optax_mpo._program.entries import Entries
-from optax_mpo._program.layer_rules import NotSeparableError
+from optax_mpo._program.entries import Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Slice
 
 ELEMENTS = 2**19

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_mpo._core import trees
+from optax_mpo._core import overwritten, trees
 
 PyTree = Any
 
@@ -55,3 +55,14 @@ def split(x: Any, axis: int, count: int, interleaved: bool = False) -> jax.Array
   shape = (rest, count) if interleaved else (count, rest)
   x = jnp.asarray(x).reshape(*x.shape[:axis], *shape, *x.shape[axis + 1 :])
   return jnp.moveaxis(x, axis + interleaved, 0)
+
+
+def refuse_overwritten(params: PyTree, who: str) -> None:
+  """Raises ValueError for leaves whose gradient is their new value: those of several microbatches have no sum."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  replaced = [trees.name(path) for path in paths if overwritten.is_overwritten(path)]
+  if replaced:
+    raise ValueError(
+      f"{who}: microbatches add up gradients, and {trees.listed(replaced)} are overwritten with theirs, which have no "
+      "sum. Leave microbatches out where there are FP8 layers."
+    )

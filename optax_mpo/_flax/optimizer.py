@@ -10,7 +10,7 @@ from flax import nnx
 
 from optax_mpo._codecs import formats
 from optax_mpo._core import buffers, trees
-from optax_mpo._flax.steps import Fused, Where, check_decay, check_fused, make_step, metrics, updated
+from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
 from optax_mpo._transforms import average, compensated, convert
 
 PyTree = Any
@@ -79,8 +79,7 @@ class Optimizer(nnx.Pytree):
     where: Where | None = None,
     _run: tuple[PyTree, optax.OptState, jax.Array] | None = None,  # params, state and steps of a run under way
   ):
-    check_fused(fused, "Optimizer")
-    check_decay(ema_decay, "Optimizer")
+    check_options(fused, ema_decay, "Optimizer")
     if ema_bits not in average.BITS:
       raise ValueError(f"Optimizer: ema_bits has to be 8 or 16, but it is {ema_bits!r}.")
     if _run is None:

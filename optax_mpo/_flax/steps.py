@@ -22,16 +22,12 @@ Where = Callable[[tuple[Any, ...], jax.Array], bool]
 _told: "weakref.WeakSet[Any]" = weakref.WeakSet()  # the updates of transformations that a warning has named
 
 
-def check_decay(ema_decay: float | None, caller: str) -> None:
-  """Raises ValueError if an average cannot have this decay."""
-  if ema_decay is not None and not 0 <= ema_decay < 1:
-    raise ValueError(f"{caller}: ema_decay has to be None, or at least 0 and below 1, but it is {ema_decay}.")
-
-
-def check_fused(fused: str | None, caller: str) -> None:
-  """Raises ValueError if there is no such kind of step."""
+def check_options(fused: str | None, ema_decay: float | None, caller: str) -> None:
+  """Raises ValueError if there is no such kind of step, or if an average cannot have this decay."""
   if fused not in (None, "auto", "layer", "off"):
     raise ValueError(f"{caller}: fused has to be None, 'auto', 'layer' or 'off', but it is {fused!r}.")
+  if ema_decay is not None and not 0 <= ema_decay < 1:
+    raise ValueError(f"{caller}: ema_decay has to be None, or at least 0 and below 1, but it is {ema_decay}.")
 
 
 def make_step(

@@ -11,7 +11,7 @@ from flax.training import train_state
 
 from optax_mpo._codecs import masters
 from optax_mpo._core import buffers, overwritten
-from optax_mpo._flax.steps import Fused, Where, check_decay, check_fused, make_step, metrics, updated
+from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
 from optax_mpo._transforms import average, compensated, convert
 
 PyTree = Any
@@ -106,8 +106,7 @@ class TrainState(struct.PyTreeNode):
     Raises:
       ValueError: for other values of `fused`; and what `optax_mpo.init` raises.
     """
-    check_fused(fused, "TrainState.create")
-    check_decay(ema_decay, "TrainState.create")
+    check_options(fused, ema_decay, "TrainState.create")
     given, rest = (params, variables, kwargs), dict(variables or {})
     if overwritten.KEY in rest and not overwritten.is_in(params):
       params = {"params": params, overwritten.KEY: rest.pop(overwritten.KEY)}
@@ -182,8 +181,7 @@ class TrainState(struct.PyTreeNode):
       >>> int(state.step), state.params["w"].dtype.name, bool((state.masters()["w"] == old.params["w"]).all())
       (1, 'bfloat16', True)
     """
-    check_fused(fused, "TrainState.from_flax")
-    check_decay(ema_decay, "TrainState.from_flax")
+    check_options(fused, ema_decay, "TrainState.from_flax")
     if not isinstance(state, train_state.TrainState):
       raise TypeError(
         "TrainState.from_flax: state has to be a flax.training.train_state.TrainState, but it is a "

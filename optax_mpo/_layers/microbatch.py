@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import batches, overwritten, trees, types
+from optax_mpo._core import batches, trees, types
 
 PyTree = Any
 
@@ -40,12 +40,7 @@ def split(
 
   @functools.wraps(fn)
   def parts(params: PyTree, *inputs: Any, **kwargs: Any) -> PyTree:
-    replaced = [name for name, path in _paths(params) if overwritten.is_overwritten(path)]
-    if replaced:
-      raise ValueError(
-        f"{who}: microbatches add up gradients, and {trees.listed(replaced)} are overwritten with theirs, which have "
-        "no sum. Leave microbatches out where there are FP8 layers."
-      )
+    batches.refuse_overwritten(params, who)
     leaves, treedef = jax.tree.flatten(inputs)
     axes = batches.spread(in_axes, inputs, f"{who}: in_axes")
     batches.check_size(leaves, axes, count, who, in_axes)
@@ -69,16 +64,12 @@ def split(
   return parts
 
 
-def _paths(tree: PyTree) -> list[tuple[str, tuple[Any, ...]]]:
-  return [(trees.name(path), path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def _widen(weight: jax.Array) -> jax.Array:
   return weight.astype(jnp.float32) if weight.dtype in types.LOW_DTYPES else weight
 
 
 def _merge(y: jax.Array, axis: int | None) -> jax.Array:
-  """Undoes `_split`; without an axis, averages floats and sums integers."""
+  """Undoes `batches.split`; without an axis, averages floats and sums integers."""
   if axis is None:
     if jnp.issubdtype(y.dtype, jnp.inexact):
       return jnp.mean(y, 0)

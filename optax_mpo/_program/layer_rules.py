@@ -17,9 +17,7 @@ from jax import lax
 
 from optax_mpo._core import xla_cpu
 from optax_mpo._program import jax_forms
-from optax_mpo._program.entries import Entries as Entries
-from optax_mpo._program.entries import NotSeparableError as NotSeparableError
-from optax_mpo._program.entries import Where as Where
+from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Operation, Program
 
 ELEMENTWISE = frozenset(

@@ -14,7 +14,8 @@ from typing import Any
 from jax import lax
 
 from optax_mpo._program import jax_forms
-from optax_mpo._program.layer_rules import Entries, Layer, NotSeparableError, Where
+from optax_mpo._program.entries import Entries, NotSeparableError, Where
+from optax_mpo._program.layer_rules import Layer
 from optax_mpo._program.program import Atom, Operation, Program
 
 

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 
 from optax_mpo._core import types
 from optax_mpo._program import by_layer, dataflow, jax_forms
-from optax_mpo._program.entries import Entries, Where
-from optax_mpo._program.layer_rules import NotSeparableError
+from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._program.selects import REDUCTIONS
 from optax_mpo._stepping.site import Values

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo._core import batches, modules, order, overwritten, trees, types, wrapping
+from optax_mpo._core import batches, modules, order, trees, types, wrapping
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate
 from optax_mpo._stepping.site import Site, Step, Values
@@ -133,7 +133,7 @@ def step_by_microbatches(
     params: PyTree, opt_state: PyTree, *args: Any, tx_args: Mapping[str, Any] | None = None, **kwargs: Any
   ) -> tuple[Any, PyTree, PyTree]:
     pure = modules.pure(params)
-    _refuse_overwritten(pure)
+    batches.refuse_overwritten(pure, CALLER)
     batch = _Batch(how, args, kwargs)
     factors = _factors(how, batch)
     extra = wrapping.extra_args(tx_args, CALLER)
@@ -173,16 +173,6 @@ def step_by_microbatches(
     return (total, aux) if has_aux else total, params, new.inner_state
 
   return step
-
-
-def _refuse_overwritten(params: PyTree) -> None:
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  replaced = [trees.name(path) for path in paths if overwritten.is_overwritten(path)]
-  if replaced:
-    raise ValueError(
-      f"{CALLER}: microbatches add up gradients, and {trees.listed(replaced)} are overwritten with theirs, which have "
-      "no sum. Leave microbatches out where there are FP8 layers."
-    )
 
 
 def _factors(how: Microbatches, batch: _Batch) -> jax.Array:

@@ -19,8 +19,7 @@ from jax import lax
 
 from optax_mpo._core import types
 from optax_mpo._program import by_layer, dataflow, jax_forms, layer_origins
-from optax_mpo._program.entries import Entries, Where
-from optax_mpo._program.layer_rules import NotSeparableError
+from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping.layered import layer_step
 from optax_mpo._stepping.plan import Released

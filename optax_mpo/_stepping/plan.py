@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from optax_mpo._program import by_layer
-from optax_mpo._program.entries import Entries
-from optax_mpo._program.layer_rules import ELEMENTWISE, NotSeparableError
+from optax_mpo._program.entries import Entries, NotSeparableError
+from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._stepping.layered import Layered
 from optax_mpo._stepping.site import Site

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from optax_mpo._core import types
 from optax_mpo._program import dataflow, jax_forms, layer_origins
-from optax_mpo._program.entries import Entries
-from optax_mpo._program.layer_rules import NotSeparableError
+from optax_mpo._program.entries import Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._stepping.layered import type_of_layer
 from optax_mpo._stepping.pieces import Finder, Piece

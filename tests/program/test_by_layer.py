@@ -20,7 +20,7 @@ from optax import contrib
 
 import optax_mpo as mpo
 from optax_mpo._core import wrapping
-from optax_mpo._program.layer_rules import NotSeparableError
+from optax_mpo._program.entries import NotSeparableError
 from optax_mpo._updates import by_leaf
 from tests.helpers import one_layer
 

@@ -205,7 +205,7 @@ def test_two_passes_refuse_effects():
     jax.debug.callback(lambda: None)
     return CASES["dense"][1](p, x)
 
-  with pytest.raises(NotImplementedError, match="runs loss_fn twice"):
+  with pytest.raises(NotImplementedError, match="runs parts of loss_fn twice"):
     jax.jit(two_pass(loss, tx))(params, tx.init(params), batch(0))
 
 
