@@ -227,7 +227,7 @@ def layers(count: int, width: int, *, scan: bool = True, batch: int = 8) -> Mode
 
   @jax.checkpoint
   def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.tanh(x @ w), None
+    return jnp.tanh(x @ w.astype(x.dtype)), None
 
   def loss(params: PyTree, x: jax.Array) -> jax.Array:
     blocks = params["blocks"]
