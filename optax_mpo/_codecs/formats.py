@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import bf16, codec, float8, fp16
-from optax_mpo._core import types
+from optax_mpo._core import host, types
 
 Kept = jax.Array | codec.ScaledBits | None
 """What the state keeps for a param: its bits, its bits and scales, or nothing."""
@@ -95,8 +95,10 @@ def compute_dtype(dtype: Any) -> Any:
 
 
 def gradient_like(leaf: Any) -> Any:
-  """An array or type like the gradient of a param: the param itself, unless the loss gets another dtype."""
+  """An array or type like the gradient of a param: the param itself, unless the loss gets another dtype or memory."""
   dtype = compute_dtype(jnp.result_type(leaf))
+  if host.is_on_host(leaf):
+    return jax.eval_shape(host.fetched, leaf).update(dtype=dtype)
   return leaf if dtype == jnp.result_type(leaf) else types.struct(leaf).update(dtype=dtype)
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optax_mpo._core import host
+
 LOW_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float8_e4m3fn))
 """The floating-point dtypes in which weights are stored instead of float32; `_codecs/formats.py` has their codecs."""
 
@@ -40,6 +42,8 @@ def _cut(aval: Any, axes: Sequence[tuple[int | None, int]]) -> jax.ShapeDtypeStr
     spec = [*sharding.spec, *[None] * len(aval.shape)]
     sharding = NamedSharding(sharding.mesh, PartitionSpec(*(None if i is None else spec[i] for i, _ in axes)))
   shape = tuple(n for _, n in axes)
+  if host.is_on_host(aval) and not isinstance(aval, jax.ShapeDtypeStruct):  # which only has a memory with a mesh
+    return aval.update(shape=shape, **({} if sharding is None else {"sharding": sharding}))
   return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding, manual_axis_type=manual)
 
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import jax
 from jax import export
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from optax_mpo._core import modules, trees
+from optax_mpo._core import host, modules, trees
 from optax_mpo._memory import compiling, gpu_targets, parameters, xla_dump
 from optax_mpo._memory.report import MemoryReport
 
@@ -141,6 +141,10 @@ def gpu_memory(
     output_bytes=sizes["output"],
     aliased_bytes=sizes["alias"],
     temporary_bytes=sizes["temp"],
+    host_argument_bytes=sizes["host_argument"],
+    host_output_bytes=sizes["host_output"],
+    host_aliased_bytes=sizes["host_alias"],
+    host_temporary_bytes=sizes["host_temp"],
     parameter_count=count,
     jax_version=jax.__version__,
     buffers=buffers,
@@ -212,8 +216,10 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
         "is no array can be bound with functools.partial(fn, ...), or be static: jax.jit(fn, static_argnums=...)."
       )
     sharding = getattr(leaf, "sharding", None)
+    memory = {"memory_kind": sharding.memory_kind} if host.is_on_host(leaf) else {}
+    anywhere = NamedSharding(_any_mesh(devices), PartitionSpec(), **memory) if memory else None
     if isinstance(sharding, SingleDeviceSharding):
-      sharding = None
+      sharding = anywhere
     if sharding is not None and not isinstance(sharding, NamedSharding):
       raise TypeError(
         f"gpu_memory: {name} has a {type(sharding).__name__}. Use a NamedSharding, whose axes have names that can be "
@@ -222,7 +228,7 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
     if sharding is not None and sharding.mesh.size != devices:
       if sharding.mesh.size > 1:
         _raise_other_devices(f"{name} is laid out over {sharding.mesh.size}", sharding.mesh.size, devices)
-      sharding = None
+      sharding = anywhere
     weak = bool(getattr(leaf, "weak_type", False))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak)
 
@@ -242,6 +248,11 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
     )
     for root, arg in zip(_roots(fn, len(args)), args, strict=True)
   )
+
+
+def _any_mesh(devices: int) -> AbstractMesh:
+  """A mesh for arguments of which only the memory is known."""
+  return AbstractMesh((devices,), ("devices",))
 
 
 def _raise_other_devices(what: str, found: int, devices: int) -> None:

@@ -55,6 +55,10 @@ class MemoryReport:
     parameter_count: how many parameters there are, over all devices. None if the caller named no parameters.
     jax_version: the JAX version that compiled the function.
     buffers: what the memory consists of, the largest first. Empty if XLA's dump could not be read.
+    host_argument_bytes: the arguments in host memory; `argument_bytes` and the other sizes are without them.
+    host_output_bytes: likewise, the results.
+    host_aliased_bytes: likewise, results that reuse the memory of donated arguments.
+    host_temporary_bytes: likewise, everything else.
     without_triton: whether all matrix products were left to cuBLAS. Without a GPU to measure on, XLA uses default tiles
       for Triton, and these may not fit a shape. Temporaries then differ by some percent. For a fair comparison compile
       all functions with `compiler_options={"xla_gpu_enable_triton_gemm": False}`.
@@ -72,11 +76,22 @@ class MemoryReport:
   jax_version: str
   buffers: tuple[Buffer, ...] = dataclasses.field(default=(), repr=False)
   without_triton: bool = False
+  host_argument_bytes: int = 0
+  host_output_bytes: int = 0
+  host_aliased_bytes: int = 0
+  host_temporary_bytes: int = 0
 
   @property
   def total_bytes(self) -> int:
     """The peak on one device: arguments + outputs - aliased + temporaries."""
     return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
+
+  @property
+  def host_bytes(self) -> int:
+    """The same in the memory of the host, for one device."""
+    return (
+      self.host_argument_bytes + self.host_output_bytes - self.host_aliased_bytes + self.host_temporary_bytes
+    )
 
   @property
   def parameters(self) -> int | None:

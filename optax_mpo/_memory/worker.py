@@ -22,8 +22,9 @@ import numpy as np
 from jax import export
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxlib.mlir import ir
 
-SIZES = ("argument", "output", "alias", "temp")
+SIZES = tuple(f"{memory}{size}" for memory in ("", "host_") for size in ("argument", "output", "alias", "temp"))
 
 
 def mesh_axes(module: str) -> list[tuple[str, int]]:
@@ -84,9 +85,27 @@ def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
   }
   if request["kernels"]:  # since JAX 0.12, XLA dumps PTX only on request
     options["xla_dump_emitter_re"] = "ptx"
-  program, without_triton = compiled(step.lower(*args), options)
+  lowered = step.lower(*args)
+  place_arguments(lowered.compiler_ir(), [aval.memory_space == jax.memory.Space.Host for aval in exported.in_avals])
+  program, without_triton = compiled(lowered, options)
   stats: Any = program.memory_analysis()
   return {"without_triton": without_triton, **{size: getattr(stats, f"{size}_size_in_bytes") for size in SIZES}}
+
+
+def place_arguments(module: Any, on_host: list[bool]) -> None:
+  """Writes into a lowered module which arguments are in host memory.
+
+  JAX leaves that out when it lowers for the devices of a topology, since these have no memories. The results have it.
+  """
+  if not any(on_host):
+    return
+  main = next(op for op in module.body.operations if getattr(op.attributes["sym_name"], "value", "") == "main")
+  with module.context:
+    host, placed = ir.StringAttr.get("pinned_host"), []
+    for attributes, is_host in zip(main.attributes["arg_attrs"], on_host, strict=True):
+      named = {attribute.name: attribute.attr for attribute in attributes}
+      placed.append(ir.DictAttr.get(named | ({"mhlo.memory_kind": host} if is_host else {})))
+    main.attributes["arg_attrs"] = ir.ArrayAttr.get(placed)
 
 
 def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, bool]:

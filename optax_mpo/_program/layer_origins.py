@@ -153,7 +153,7 @@ def _is_padding(program: Program, operation: Operation, entries: Entries, count:
   return not entries.covered(count) & set(range(low, low + length * step, step))
 
 
-_ALIKE = frozenset(["convert_element_type", "copy", "copy_p", "optimization_barrier", "stop_gradient"])
+_ALIKE = frozenset(["convert_element_type", "copy", "copy_p", "device_put", "optimization_barrier", "stop_gradient"])
 
 
 def _before(program: Program, atom: int, entries: Entries, count: int) -> Entries | None:

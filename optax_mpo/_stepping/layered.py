@@ -19,7 +19,7 @@ from jax import lax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_layers
-from optax_mpo._core import order, types
+from optax_mpo._core import host, order, types
 from optax_mpo._program import by_layer, jax_forms, layer_scans
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Program, Slice
@@ -179,14 +179,15 @@ def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequ
   avals = [*layer.grads, *layer.params, *layer.states]
   stacked = update.program
   whole_update = Slice(stacked, stacked.operations, inputs, known, stacked.constants, stacked.outputs)
+  streamed = any(map(host.is_on_host, avals))
   return Layered(
     layer,
     tuple(entries),
     tuple(gradients),
     count,
     across,
-    parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
-    backend=of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),
+    parts=() if streamed else tuple((functools.partial(run_part, part), part.outputs) for part in parts),
+    backend=Backend() if streamed else of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),
   )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_weights
-from optax_mpo._core import types, xla_cpu
+from optax_mpo._core import host, types, xla_cpu
 from optax_mpo._program.program import Atom
 
 Values = Sequence[Any]
@@ -146,7 +146,7 @@ def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = F
       tuple(structs[count : 2 * count]),
       tuple(structs[2 * count : len(group.inputs)]),
       tuple(structs[len(group.inputs) :]),
-      backend=of_weights(group.update, count, kernels),
+      backend=Backend() if any(map(host.is_on_host, avals)) else of_weights(group.update, count, kernels),
     )
     sites.append(
       Site(group.leaves, tuple(grads[i] for i in group.leaves), tuple((weights[i],) for i in group.leaves), step)

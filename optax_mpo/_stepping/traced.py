@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import formats, masters
-from optax_mpo._core import modules, primitives, trees
+from optax_mpo._core import host, modules, primitives, trees
 from optax_mpo._program import dataflow, jax_forms, recompute, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import first_pass, planning
@@ -66,7 +66,8 @@ class Traced:
 
     def decoded(leaves: list[Any], lifted: list[Any]) -> list[Any]:
       values = iter(lifted[len(lifted) - len(scales) :])
-      return [formats.decode(p, None if s is None else next(values)) for p, s in zip(leaves, scales_of, strict=True)]
+      pairs = zip(host.fetched(leaves), scales_of, strict=True)
+      return [formats.decode(p, None if s is None else host.fetched(next(values))) for p, s in pairs]
 
     def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
       values = iter(lifted)
@@ -98,7 +99,8 @@ class Traced:
     program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], FOLLOWED)
     beside = program.inputs[len(program.inputs) - len(scales) :]
     program = residuals.without_weights(program, [*program.inputs[:count], *beside])
-    decodes = [o for o in program.operations if any(isinstance(a, int) and a in beside for a in o.inputs)]
+    on_host = [v for v in program.inputs[:count] if host.is_on_host(program.aval(v))]
+    decodes = [o for o in program.operations if any(isinstance(a, int) and a in (*beside, *on_host) for a in o.inputs)]
     self.program = recompute.for_each_use(program, [v for o in decodes if o.name != "scan" for v in o.outputs])
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 

@@ -24,7 +24,7 @@ import optax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import apply, formats
-from optax_mpo._core import trees, types, wrapping
+from optax_mpo._core import host, trees, types, wrapping
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program, Slice
@@ -135,8 +135,9 @@ class Update:
 
   def _whole(self, tx: optax.GradientTransformation) -> Any:
     def whole(grads: list[Any], params: list[Any], state: list[Any], extra: list[Any]) -> tuple[PyTree, PyTree, Any]:
-      tree, extra_args = self._treedef.unflatten(params), self._extra_treedef.unflatten(extra)
-      given = self._treedef.unflatten(grads), self._state_treedef.unflatten(state), tree
+      tree, old_state = self._treedef.unflatten(params), self._state_treedef.unflatten(state)
+      weights, extra_args = host.fetched(tree), self._extra_treedef.unflatten(extra)
+      given = self._treedef.unflatten(grads), host.fetched(old_state), weights
       try:
         updates, new_state = wrapping.update(tx, *given, extra_args)
       except TypeError as error:
@@ -145,7 +146,9 @@ class Update:
           raise
         names = re.findall(r"'(\w+)'", missing[1])
         self._raise_missing(names, error)
-      return apply.apply_updates(tree, updates), new_state, extra
+      if jax.tree.structure(new_state) == self._state_treedef:
+        new_state = host.stored_like(new_state, old_state)
+      return host.stored_like(apply.apply_updates(weights, updates), tree), new_state, extra
 
     return whole
 

@@ -1,0 +1,35 @@
+"""Arrays in the memory of the host, which a step streams: fetched when they are needed, and written back.
+
+Why: a step with gradient release needs the optimizer state of one layer at a time. So the rest of it can stay in host
+memory, as can the weights.
+
+How: JAX has the memory space of an array in its type. What lies on the host is moved to the device by an operation of
+the program that uses it, and so is what replaces it, back. To `_program` these moves are elementwise operations like
+others: done for one layer of a stack, they move one layer. XLA makes asynchronous copies of them.
+"""
+
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+KINDS = ("pinned_host", "unpinned_host")
+
+
+def is_on_host(x: Any) -> bool:
+  """Whether an array, a traced one or a type is in host memory."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return getattr(x.sharding, "memory_kind", None) in KINDS
+  aval = jax.typeof(x) if isinstance(x, jax.Array) else x
+  return getattr(aval, "memory_space", None) == jax.memory.Space.Host
+
+
+def fetched(tree: PyTree) -> PyTree:
+  """The tree with its arrays on the device."""
+  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x, tree)
+
+
+def stored_like(new: PyTree, old: PyTree) -> PyTree:
+  """The new tree with its arrays in host memory where those of the old one are."""
+  return jax.tree.map(lambda x, y: jax.device_put(x, jax.memory.Space.Host) if is_on_host(y) else x, new, old)
