@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
+from optax_mpo._stepping import rows
 from optax_mpo._stepping.pieces import Piece
 from optax_mpo._stepping.plan import FOLLOWED, Plan, Rest, constant, final_bytes
 from optax_mpo._stepping.scans import ScanPlacer, gradient_size
@@ -79,6 +80,11 @@ class _Planner:
     small = {k for k, site in enumerate(self.sites) if k not in released and self._can_wait(site)}
     for index, site in enumerate(self.sites):
       if index in released:
+        continue
+      rest = rows.rest_of(program, site, index)
+      if rest is not None:
+        result.rests.setdefault(self._due(site), []).append(rest)
+        site.put(*self._place(site))
         continue
       together = index in small and len(small) > 1
       complete.append((end - 1 if together else self._due(site), index))

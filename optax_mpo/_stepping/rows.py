@@ -1,0 +1,62 @@
+"""Updates a large weight a few rows at a time, where its state is in host memory.
+
+Why: a leaf outside of scans, such as an embedding, or a leaf of one layer, is fetched whole with all of its state: for
+AdamW 10 bytes per parameter, and as much again for the new values.
+
+How: rows are to the leaf what layers are to a stack. So `layered` makes the update of some rows from that of the leaf,
+if the update keeps rows apart, and the rows become a `Rest` of the plan: layers whose gradients no scan makes.
+"""
+
+import math
+
+import jax
+
+from optax_mpo._core import host, types
+from optax_mpo._program.entries import Entries, NotSeparableError
+from optax_mpo._program.program import Program
+from optax_mpo._stepping.layered import layer_step
+from optax_mpo._stepping.plan import Released, Rest, constant
+from optax_mpo._stepping.site import Place, Site, Values
+
+_ELEMENTS = 2**22  # the most elements of a weight that are fetched at a time: 40 MB of AdamW's state
+
+
+def rest_of(program: Program, site: Site, index: int) -> Rest | None:
+  """Returns how a site is updated by rows; None where it need not be or cannot be, for which it gets a reason."""
+  step = site.step
+  if not any(map(host.is_on_host, step.states)) or not step.params or step.grads[0].size <= _ELEMENTS:
+    return None
+  (grad, *others), why = step.grads, ""
+  size = _most_rows(grad)
+  if others:
+    why = "several leaves depend on each other"
+  elif not size:
+    why = f"{grad.shape[0]} rows do not divide into equal parts"
+  else:
+    try:
+      return _rest(program, site, index, size)
+    except NotSeparableError as error:
+      why = str(error)
+  site.put(site.place, f"{site.why}; " * bool(site.why) + f"its state is fetched whole: {why}")
+  return None
+
+
+def _most_rows(grad: jax.ShapeDtypeStruct) -> int:
+  """The most rows that divide an array and have at most as many elements as are fetched at a time; 0 if none do."""
+  count, elements = grad.shape[0], math.prod(grad.shape[1:])
+  return next((n for n in range(max(1, _ELEMENTS // elements), 0, -1) if count % n == 0 and n < count), 0)
+
+
+def _rest(program: Program, site: Site, index: int, size: int) -> Rest:
+  (grad,), count = site.step.grads, site.step.grads[0].shape[0] // size
+  rows = types.resized(grad, 0, size)
+  stack = jax.ShapeDtypeStruct((count, *rows.shape), rows.dtype)
+
+  def joined(stacks: Values, _: Values) -> list[jax.Array]:
+    return [stacks[0].reshape(grad.shape)]
+
+  layered = layer_step(site.step, joined, [stack], [], count)
+  inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
+  fill = constant(program, site.grads[0])
+  sources = {} if fill is not None else {site.grads[0]: Entries(0, 0, size, size)}
+  return Rest(Released(site, inner, (), [], layered, index), sources, fill)
