@@ -34,19 +34,20 @@ def make_plan(
   at_least: int = 0,
   weights: Sequence[int] = (),
   first: Atom = None,
+  in_scan: bool = False,
 ) -> Plan:
   """Plans where the `sites` are updated in `program`, which has to compute `results` too.
 
   Updates outside scans wait until their gradients have `at_least` bytes together, or for the end of the program: XLA
   fuses nothing across the barrier of an update. `weights` are other variables that scans read where they lie.
-  Nothing is updated before the atom `first` is made.
+  Nothing is updated before the atom `first` is made. `in_scan`: whether this is the body of a scan.
   """
-  return _Planner(program, sites, results, first).plan(at_least, weights)
+  return _Planner(program, sites, results, first, in_scan).plan(at_least, weights)
 
 
 class _Planner:
-  def __init__(self, program: Program, sites: list[Site], results: Iterable[Atom], first: Atom):
-    self.program, self.sites = program, sites
+  def __init__(self, program: Program, sites: list[Site], results: Iterable[Atom], first: Atom, in_scan: bool):
+    self.program, self.sites, self.in_scan = program, sites, in_scan
     self.first = self._made(first)
     self.results = {a for a in results if isinstance(a, int)}
     self.users: dict[int, list[int]] = {}
@@ -81,7 +82,7 @@ class _Planner:
     for index, site in enumerate(self.sites):
       if index in released:
         continue
-      rest = rows.rest_of(program, site, index)
+      rest = rows.rest_of(program, site, index, self.in_scan)
       if rest is not None:
         result.rests.setdefault(self._due(site), []).append(rest)
         site.put(*self._place(site))

@@ -19,15 +19,18 @@ from optax_mpo._stepping.plan import Released, Rest, constant
 from optax_mpo._stepping.site import Place, Site, Values
 
 _ELEMENTS = 2**22  # the most elements of a weight that are fetched at a time: 40 MB of AdamW's state
+_ELEMENTS_OF_LAYER = 2**26
+"""Likewise in a scan. XLA fetches the state of a whole leaf while the gradient of the leaf before is computed, but not
+that of rows: their loop begins when the gradient is complete."""
 
 
-def rest_of(program: Program, site: Site, index: int) -> Rest | None:
+def rest_of(program: Program, site: Site, index: int, in_scan: bool) -> Rest | None:
   """Returns how a site is updated by rows; None where it need not be or cannot be, for which it gets a reason."""
-  step = site.step
-  if not any(map(host.is_on_host, step.states)) or not step.params or step.grads[0].size <= _ELEMENTS:
+  step, limit = site.step, _ELEMENTS_OF_LAYER if in_scan else _ELEMENTS
+  if not any(map(host.is_on_host, step.states)) or not step.params or step.grads[0].size <= limit:
     return None
   (grad, *others), why = step.grads, ""
-  size = _most_rows(grad)
+  size = _most_rows(grad, limit)
   if others:
     why = "several leaves depend on each other"
   elif not size:
@@ -41,10 +44,10 @@ def rest_of(program: Program, site: Site, index: int) -> Rest | None:
   return None
 
 
-def _most_rows(grad: jax.ShapeDtypeStruct) -> int:
-  """The most rows that divide an array and have at most as many elements as are fetched at a time; 0 if none do."""
+def _most_rows(grad: jax.ShapeDtypeStruct, limit: int) -> int:
+  """The most rows that divide an array and have at most `limit` elements; 0 if none do."""
   count, elements = grad.shape[0], math.prod(grad.shape[1:])
-  return next((n for n in range(max(1, _ELEMENTS // elements), 0, -1) if count % n == 0 and n < count), 0)
+  return next((n for n in range(max(1, limit // elements), 0, -1) if count % n == 0 and n < count), 0)
 
 
 def _rest(program: Program, site: Site, index: int, size: int) -> Rest:

@@ -180,7 +180,7 @@ class ScanPlacer:
       r.inner.params = tuple(map(tuple, views))
     kept = [j for j, v in enumerate(stacked) if v not in taken]
     results = [*body.outputs[:carry], *(body.outputs[carry + j] for j in kept)]
-    plan = self.make_plan(body, [r.inner for r in released], results)
+    plan = self.make_plan(body, [r.inner for r in released], results, in_scan=True)
     self.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, count)
     for r in released:
       r.site.put(Place.IN_SCAN_BY_KERNEL if r.layered.backend.kernel else Place.IN_SCAN, r.layered.backend.no_kernel)
