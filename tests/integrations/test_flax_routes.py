@@ -234,7 +234,7 @@ def test_an_average_follows_steps_far_below_its_resolution():
 def test_averages_that_there_are_not():
   with pytest.raises(ValueError, match=r"no average.*ema_decay"):
     Optimizer(Model(), adam()).averages()
-  with pytest.raises(ValueError, match="ema_bits has to be 8 or 16, but it is 4"):
+  with pytest.raises(ValueError, match="ema_bits has to be None, 8 or 16, but it is 4"):
     Optimizer(Model(), adam(), ema_decay=0.9, ema_bits=4)
 
 
