@@ -82,8 +82,8 @@ def update(tx: optax.GradientTransformation, updates: Any, state: Any, params: A
     twice = _TWICE.search(str(error))
     if twice is not None and twice[1] in extra_args:
       raise TypeError(
-        f"tx_args: {twice[1]!r} cannot be an extra argument of tx.update, since the step itself passes one of that name "
-        "(it passes the updates, the state and the params). Leave it out. If a transformation of your own needs "
+        f"tx_args: {twice[1]!r} cannot be an extra argument of tx.update, since the step itself passes one of that "
+        "name (it passes the updates, the state and the params). Leave it out. If a transformation of your own needs "
         "something else by this name, rename its argument."
       ) from error
     if "value" not in extra_args or "unexpected keyword argument 'value'" not in str(error):

@@ -175,10 +175,11 @@ def step_by_microbatches(
     values = iter(carried)
     carry = jax.tree.map(lambda x: next(values) if trees.is_array(x) else x, carry)
     out, params, new = last(params, state, *carry, *last_args, tx_args=given, **last_kwargs)
-    value, aux = out if has_aux else (out, None)
+    value = out[0] if has_aux else out
     total = (loss + factors[-1] * value.astype(jnp.float32)).astype(value.dtype)
     if not has_aux:
       return total, params, new.inner_state
+    _, aux = out
     _, earlier = traced.output([*results, *carried])
     if has_carry:
       (earlier, _), (aux, carry) = earlier, aux
