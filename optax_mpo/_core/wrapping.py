@@ -2,6 +2,7 @@
 
 import contextvars
 import numbers
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ import optax
 from optax_mpo._core import buffers, trees
 
 State = TypeVar("State")
+
+_TWICE = re.compile(r"got multiple values for (?:keyword )?argument '(\w+)'")  # Python's message
 
 
 def as_transformation(
@@ -68,14 +71,24 @@ def update(tx: optax.GradientTransformation, updates: Any, state: Any, params: A
 
   Optax asks transformations with extra arguments to ignore those that they do not know, but `optax.contrib.sam` and
   others of its kind raise an error.
+
+  Raises:
+    TypeError: if an extra argument has the name of one that is passed by position; and what `tx.update` raises.
   """
   tx_update = optax.with_extra_args_support(tx).update
   try:
     return tx_update(updates, state, params, **extra_args)
   except TypeError as error:
+    twice = _TWICE.search(str(error))
+    if twice is not None and twice[1] in extra_args:
+      raise TypeError(
+        f"tx_args: {twice[1]!r} cannot be an extra argument of tx.update, since the step itself passes one of that "
+        "name (it passes the updates, the state and the params). Leave it out. If a transformation of your own needs "
+        "something else by this name, rename its argument."
+      ) from error
     if "value" not in extra_args or "unexpected keyword argument 'value'" not in str(error):
       raise
-  return tx_update(updates, state, params, **{name: x for name, x in extra_args.items() if name != "value"})
+  return update(tx, updates, state, params, {name: x for name, x in extra_args.items() if name != "value"})
 
 
 _for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_for_shapes", default=False)

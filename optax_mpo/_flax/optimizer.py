@@ -11,6 +11,7 @@ from flax import nnx
 from optax_mpo._codecs import formats
 from optax_mpo._core import buffers, trees
 from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
+from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
 
 PyTree = Any
@@ -34,6 +35,7 @@ class Optimizer(nnx.Pytree):
     two_pass: as for `value_and_update`.
     ema_decay: the fraction that each step keeps of a moving average of the master weights; None keeps no average.
     ema_bits: of the average, besides bf16: 16 is the f32 average, bit for bit; with 8 it is rounded stochastically.
+      None: the average is f32 as it is.
     dtype: of the params, as in `optax_mpo.init`; not float8, since the model computes with its params as they are.
     where: which params are cast, as in `optax_mpo.init`.
 
@@ -41,12 +43,13 @@ class Optimizer(nnx.Pytree):
     step: i32[], in a variable: the number of steps done.
     opt_state: the state of `tx`, in variables.
     ema: the moving average, or None. It has the `values`, which are bf16 like the params, and their `compensation`, in
-      variables. `averages()` returns it as f32.
+      variables; with `ema_bits=None` it is a tree like the params. `averages()` returns it as f32.
 
   Raises:
     ValueError: for other values of `fused` or `ema_bits`; and what `optax_mpo.init` raises.
 
-  Memory: that of `optax_mpo.init`, plus 3 bytes per bf16 parameter for `ema` if there is one, or 4 with `ema_bits=16`.
+  Memory: that of `optax_mpo.init`, plus 3 bytes per bf16 parameter for `ema` if there is one, or 4 with other
+    `ema_bits`.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
@@ -74,14 +77,12 @@ class Optimizer(nnx.Pytree):
     fused: Fused | None = None,
     two_pass: bool = False,
     ema_decay: float | None = None,
-    ema_bits: int = 8,
+    ema_bits: int | None = 8,
     dtype: Any = jnp.bfloat16,
     where: Where | None = None,
     _run: tuple[PyTree, optax.OptState, jax.Array] | None = None,  # params, state and steps of a run under way
   ):
-    check_options(fused, ema_decay, "Optimizer")
-    if ema_bits not in average.BITS:
-      raise ValueError(f"Optimizer: ema_bits has to be 8 or 16, but it is {ema_bits!r}.")
+    check_options(fused, ema_decay, ema_bits, "Optimizer")
     if _run is None:
       made = compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
       _run = *made, jnp.zeros([], jnp.int32)
@@ -113,7 +114,7 @@ class Optimizer(nnx.Pytree):
     fused: Fused | None = None,
     two_pass: bool = False,
     ema_decay: float | None = None,
-    ema_bits: int = 8,
+    ema_bits: int | None = 8,
     dtype: Any = jnp.bfloat16,
     where: Where | None = None,
   ) -> "Optimizer":
@@ -210,7 +211,7 @@ class Optimizer(nnx.Pytree):
     """
     params, opt_state = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
     grads = nnx.as_pure(nnx.state(grads, self.wrt))
-    updates, params, opt_state = updated(self.tx, grads, opt_state, params, **nnx.as_pure(kwargs))
+    updates, params, opt_state = updated(self.tx, grads, opt_state, params, nnx.as_pure(kwargs))
     nnx.update(model, params)
     self._keep(params, opt_state)
     return updates
@@ -230,6 +231,7 @@ class Optimizer(nnx.Pytree):
     *args: Any,
     has_aux: bool = False,
     tx_args: Mapping[str, Any] | None = None,
+    microbatches: int | Microbatches = 1,
   ) -> Any:
     """Does one training step: updates `model` (params, batch statistics, random streams) and this object in place.
 
@@ -244,13 +246,16 @@ class Optimizer(nnx.Pytree):
       *args: what `loss_fn` takes: a batch, random keys, `nnx.Rngs`, an `nnx.Metric`, another module.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       tx_args: extra arguments of `tx.update`. `value` is the loss, unless it is given here.
+      microbatches: for gradient accumulation, as for `value_and_update`, with `*args` as the batch. NNX objects are not
+        split: microbatches change them in turn, and `Microbatches.weight` gets None for them. With `fused="layer"`, the
+        layers split the batch instead.
 
     Returns:
-      What `loss_fn` returns.
+      What `loss_fn` returns; `aux` of microbatches is stacked or averaged.
 
     Raises:
       ValueError: if `loss_fn` adds or removes trained variables; with `fused="auto"`, if the update does not allow
-        gradient release; and what the step raises.
+        gradient release; if a microbatch changes more than values of variables; and what the step raises.
 
     With `fused=None`, it warns when it is traced, once for each transformation, if it has to be an ordinary step.
     """
@@ -266,27 +271,29 @@ class Optimizer(nnx.Pytree):
         graph, weights, rest = context.split(seen, self.wrt, ...)
         nodes_graph, states = context.split(nodes)
 
-      def whole(params: PyTree, rest: PyTree, states: PyTree, others: list[Any]) -> tuple[jax.Array, Any]:
+      def whole(params: PyTree, state: PyTree, *others: Any) -> tuple[jax.Array, Any]:
         with nnx.merge_context(_STEP, inner=True) as context:
-          copy = context.merge(graph, weights if self.fused == "layer" else params, rest)
-          copies = context.merge(nodes_graph, states)
-        given, values = iter(copies), zip(leaves, others, strict=True)
+          copy = context.merge(graph, weights if self.fused == "layer" else params, state["model"])
+          copies = context.merge(nodes_graph, state["args"])
+        given, values = iter(copies), zip(leaves, treedef.flatten_up_to(others), strict=True)
         args = treedef.unflatten([next(given) if _is_node(x) else other for x, other in values])
         out = loss_fn(params if self.fused == "layer" else copy, *args)
         with nnx.split_context(_STEP) as context:
-          new_graph, kept, *new = context.split(copy, self.wrt, ...)
-          changed = (new_graph, *new), context.split(copies)
+          new_graph, kept, new = context.split(copy, self.wrt, ...)
+          new_nodes_graph, new_states = context.split(copies)
         _check_trained(nnx.as_pure(weights), nnx.as_pure(kept))
         loss, aux = out if has_aux else (out, None)
-        return loss, (aux, changed)
+        return loss, ((aux, (new_graph, new_nodes_graph)), {"model": new, "args": new_states})
 
-      step = make_step(whole, self.tx, self.fused, self.two_pass, "Optimizer.step_with", tx_args)
+      step = make_step(whole, self.tx, self.fused, self.two_pass, "Optimizer.step_with", tx_args, microbatches)
       pure = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
-      (loss, (aux, changed)), new_params, new_state = step(*pure, rest, states, others)
-      (graph, rest), (nodes_graph, states) = changed
+      given = *pure, {"model": rest, "args": states}, *treedef.unflatten(others)
+      (loss, ((aux, graphs), state)), new_params, new_state = step(*given)
+      if microbatches != 1:
+        _check_graphs((graph, nodes_graph), graphs)
       with nnx.merge_context(_STEP, inner=False) as context:
-        context.merge(graph, weights if self.fused == "layer" else new_params, rest)
-        context.merge(nodes_graph, states)
+        context.merge(graphs[0], weights if self.fused == "layer" else new_params, state["model"])
+        context.merge(graphs[1], state["args"])
     if self.fused == "layer":
       nnx.update(model, new_params)
     self._keep(new_params, new_state)
@@ -308,6 +315,15 @@ def _set(variables: PyTree, values: PyTree) -> None:
 def _check_trained(before: PyTree, after: PyTree) -> None:
   hint = "Make all trained variables before the Optimizer, which has state for each of them, and keep them."
   trees.flatten_like(before, after, "Optimizer.step_with: the tree of trained variables after loss_fn", hint)
+
+
+def _check_graphs(before: Any, after: Any) -> None:
+  if any(old != new.with_no_outer_index() for old, new in zip(before, after, strict=True)):
+    raise ValueError(
+      "Optimizer.step_with: with microbatches, loss_fn may change the values of variables, and it changes other "
+      "attributes of the model or of an object among its arguments, such as a Python number. Put the value into an "
+      "nnx.Variable, which each microbatch changes in turn."
+    )
 
 
 def _is_node(x: Any) -> bool:

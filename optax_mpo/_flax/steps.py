@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import apply, masters
-from optax_mpo._core import wrapping
+from optax_mpo._core import trees, types, wrapping
 from optax_mpo._layers import fused_step
 from optax_mpo._stepping import releasable, value_and_update
-from optax_mpo._transforms import norms
+from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
+from optax_mpo._transforms import average, norms
 
 PyTree = Any
 Fused = Literal["auto", "layer", "off"]
@@ -22,12 +24,14 @@ Where = Callable[[tuple[Any, ...], jax.Array], bool]
 _told: "weakref.WeakSet[Any]" = weakref.WeakSet()  # the updates of transformations that a warning has named
 
 
-def check_options(fused: str | None, ema_decay: float | None, caller: str) -> None:
-  """Raises ValueError if there is no such kind of step, or if an average cannot have this decay."""
+def check_options(fused: str | None, ema_decay: float | None, ema_bits: int | None, caller: str) -> None:
+  """Raises ValueError if there is no such kind of step, or if an average cannot have this decay or these bits."""
   if fused not in (None, "auto", "layer", "off"):
     raise ValueError(f"{caller}: fused has to be None, 'auto', 'layer' or 'off', but it is {fused!r}.")
   if ema_decay is not None and not 0 <= ema_decay < 1:
     raise ValueError(f"{caller}: ema_decay has to be None, or at least 0 and below 1, but it is {ema_decay}.")
+  if ema_bits not in average.BITS:
+    raise ValueError(f"{caller}: ema_bits has to be None, 8 or 16, but it is {ema_bits!r}.")
 
 
 def make_step(
@@ -37,41 +41,95 @@ def make_step(
   two_pass: bool,
   caller: str,
   tx_args: Mapping[str, Any] | None = None,
+  microbatches: int | Microbatches = 1,
 ) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
-  """Makes a step for a loss function that returns `(loss, aux)`.
+  """Makes a step for a loss function: `loss_fn(params, carry, *args) -> (loss, (aux, carry))`.
+
+  The carry is what the forward pass changes besides the params. Microbatches change it in turn.
 
   With `fused=None`, the step releases gradients if the update can be taken apart. Only the update decides, before the
   loss function is traced, so that errors of the loss function are raised.
   """
+  how = Microbatches.of(microbatches)
   if fused == "layer":
+    if how is not None:
+      raise ValueError(
+        f'{caller}: with fused="layer", the layers split the batch. Leave microbatches out here, and make the layers '
+        f"with fused_layer(fn, microbatches={how.count}) and fused_scan(fn, microbatches={how.count})."
+      )
     return functools.partial(fused_step.fused_value_and_update(loss_fn, tx, has_aux=True), tx_args=tx_args)
-  released = value_and_update.value_and_update(loss_fn, tx, has_aux=True, two_pass=two_pass)
-  released = functools.partial(released, tx_args=tx_args)
 
-  def ordinary(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
-    weights = masters.decode(params, opt_state, caller)
-    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, *args)
-    extra_args = wrapping.extra_args(tx_args, caller) | ({} if "value" in (tx_args or {}) else {"value": value[0]})
-    return value, *updated(tx, grads, opt_state, params, **extra_args)[1:]
+  if how is not None:
+    loss_fn = _keeping_the_carry(loss_fn, caller)
+
+  def released(tx: Any) -> Callable[..., Any]:
+    return value_and_update.value_and_update(loss_fn, tx, has_aux=True, two_pass=two_pass)
+
+  def ordinary(tx: Any) -> Callable[..., Any]:
+    return functools.partial(_ordinary, loss_fn, tx, caller)
+
+  def step_of(kind: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+    if how is None:
+      return functools.partial(kind(tx), tx_args=tx_args)
+    whole = wrapping.as_transformation(tx, caller, "tx", "tx")
+    return functools.partial(step_by_microbatches(loss_fn, whole, True, how, kind, has_carry=True), tx_args=tx_args)
 
   def step(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
     error = releasable.why_not(tx, params, opt_state, two_pass, caller, tx_args)
     if error is None:
-      return released(params, opt_state, *args)
+      return step_of(released)(params, opt_state, *args)
     if fused == "auto":
       kind = NotImplementedError if isinstance(error, NotImplementedError) else ValueError
       raise kind(f'{error} Or make this object with fused="off", for ordinary steps.') from error
     _warn(tx, error, caller)
-    return ordinary(params, opt_state, *args)
+    return step_of(ordinary)(params, opt_state, *args)
 
-  return ordinary if fused == "off" else step
+  return step_of(ordinary) if fused == "off" else step
+
+
+def _keeping_the_carry(loss_fn: Callable[..., Any], caller: str) -> Callable[..., Any]:
+  """Returns `loss_fn`, which raises ValueError where the carry of one microbatch does not fit the next one."""
+  hint = (
+    "Each microbatch goes on with what the one before has changed, which has to keep its structure, shapes and dtypes. "
+    "Make new variables before the first step, and return other things (as sow collects them) as aux."
+  )
+
+  def kept(params: PyTree, carry: PyTree, *args: Any) -> tuple[Any, tuple[Any, PyTree]]:
+    loss, (aux, new) = loss_fn(params, carry, *args)
+    what = f"{caller}, microbatches: what loss_fn has changed"
+    after = trees.flatten_like(carry, new, what, hint, root="before")
+    for (name, x), y in zip(trees.named_leaves(carry, "before"), after, strict=True):
+      if (jnp.shape(x), jnp.result_type(x)) != (jnp.shape(y), jnp.result_type(y)):
+        raise ValueError(f"{what} has {types.struct(y)} at {name}, and it was {types.struct(x)}. {hint}")
+    return loss, (aux, new)
+
+  return kept
+
+
+def _ordinary(
+  loss_fn: Callable[..., Any],
+  tx: Any,
+  caller: str,
+  params: PyTree,
+  opt_state: optax.OptState,
+  *args: Any,
+  tx_args: Mapping[str, Any] | None = None,
+) -> tuple[Any, PyTree, optax.OptState]:
+  weights = masters.decode(params, opt_state, caller)
+  value, grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, *args)
+  extra_args = wrapping.extra_args(tx_args, caller) | ({} if "value" in (tx_args or {}) else {"value": value[0]})
+  return value, *updated(tx, grads, opt_state, params, extra_args)[1:]
 
 
 def updated(
-  tx: optax.GradientTransformation, grads: PyTree, opt_state: optax.OptState, params: PyTree, **extra_args: Any
+  tx: optax.GradientTransformation,
+  grads: PyTree,
+  opt_state: optax.OptState,
+  params: PyTree,
+  extra_args: Mapping[str, Any],
 ) -> tuple[optax.Updates, PyTree, optax.OptState]:
   """Returns the updates, the new params and the new state of an ordinary step."""
-  updates, opt_state = wrapping.update(tx, grads, opt_state, params, extra_args)
+  updates, opt_state = wrapping.update(tx, grads, opt_state, params, dict(extra_args))
   return updates, apply.apply_updates(params, updates), opt_state
 
 

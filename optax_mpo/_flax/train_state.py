@@ -12,6 +12,7 @@ from flax.training import train_state
 from optax_mpo._codecs import masters
 from optax_mpo._core import buffers, overwritten
 from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
+from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
 
 PyTree = Any
@@ -28,7 +29,9 @@ class TrainState(struct.PyTreeNode):
       Flax's own state; the scales and histories in the latter stay f32, and become their gradients in each step.
     opt_state: the state of `tx`.
     variables: the model's other collections, such as `{"batch_stats": ...}`.
-    ema: a moving average of the f32 master weights, f32, or None. Of scales and histories, their newest values.
+    ema: a moving average of the f32 master weights, or None; `averages()` returns it as f32. It is a tree like the
+      params, f32; with `ema_bits` it has `values`, bf16, and their `compensation`. Of scales and histories it has their
+      newest values.
     apply_fn: the model's `apply`, or any function; stored for convenience.
     tx: the transformation.
     fused: the steps of `step_with`: gradient release, "auto" (`value_and_update`) or "layer"
@@ -36,8 +39,10 @@ class TrainState(struct.PyTreeNode):
       a warning that says why.
     two_pass: as for `value_and_update`.
     ema_decay: the fraction of `ema` that each step keeps.
+    ema_bits: of `ema`, besides bf16: with 8 it is rounded stochastically; 16 is the f32 average, bit for bit. None: it
+      is f32 as it is.
 
-  Memory: that of `optax_mpo.init`, plus 4 bytes per parameter for `ema` if there is one.
+  Memory: that of `optax_mpo.init`, plus 4 bytes per parameter for `ema` if there is one, or 3 with `ema_bits=8`.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_mpo as mpo
@@ -68,6 +73,7 @@ class TrainState(struct.PyTreeNode):
   fused: Fused | None = struct.field(pytree_node=False, default=None)
   two_pass: bool = struct.field(pytree_node=False, default=False)
   ema_decay: float | None = struct.field(pytree_node=False, default=None)
+  ema_bits: int | None = struct.field(pytree_node=False, default=None)
 
   @classmethod
   def create(
@@ -80,6 +86,7 @@ class TrainState(struct.PyTreeNode):
     fused: Fused | None = None,
     two_pass: bool = False,
     ema_decay: float | None = None,
+    ema_bits: int | None = None,
     dtype: Any = jnp.bfloat16,
     where: Where | None = None,
     **kwargs: Any,
@@ -96,6 +103,7 @@ class TrainState(struct.PyTreeNode):
       fused: see the class.
       two_pass: see the class.
       ema_decay: for a moving average of the master weights; None keeps none.
+      ema_bits: see the class.
       dtype: of the params, as in `optax_mpo.init`.
       where: which params are cast, as in `optax_mpo.init`.
       **kwargs: fields of a subclass.
@@ -104,15 +112,17 @@ class TrainState(struct.PyTreeNode):
       The state. It can be donated: it shares no buffer with the arguments.
 
     Raises:
-      ValueError: for other values of `fused`; and what `optax_mpo.init` raises.
+      ValueError: for other values of `fused` or `ema_bits`; and what `optax_mpo.init` raises.
     """
-    check_options(fused, ema_decay, "TrainState.create")
+    check_options(fused, ema_decay, ema_bits, "TrainState.create")
     given, rest = (params, variables, kwargs), dict(variables or {})
     if overwritten.KEY in rest and not overwritten.is_in(params):
       params = {"params": params, overwritten.KEY: rest.pop(overwritten.KEY)}
     low, opt_state = compensated.init(tx, params, dtype=dtype, where=where)
-    options = {"fused": fused, "two_pass": two_pass, "ema_decay": ema_decay, **kwargs}
-    return cls._made(given, jnp.zeros([], jnp.int32), low, opt_state, rest, apply_fn=apply_fn, tx=tx, **options)
+    options = {"fused": fused, "two_pass": two_pass, "ema_decay": ema_decay, "ema_bits": ema_bits}
+    return cls._made(
+      given, jnp.zeros([], jnp.int32), low, opt_state, rest, apply_fn=apply_fn, tx=tx, **options, **kwargs
+    )
 
   @classmethod
   def _made(
@@ -125,7 +135,9 @@ class TrainState(struct.PyTreeNode):
     **fields: Any,
   ) -> "TrainState":
     """A state that shares no buffer with the trees in `given`."""
-    ema = None if fields["ema_decay"] is None else compensated.master_params(params, opt_state)
+    ema = None
+    if fields["ema_decay"] is not None:
+      ema = average.start(params, compensated.master_params(params, opt_state), fields["ema_bits"])
     made = cls(step=step, params=params, opt_state=opt_state, variables=dict(variables), ema=ema, **fields)
     return buffers.own(made, given)
 
@@ -139,6 +151,7 @@ class TrainState(struct.PyTreeNode):
     fused: Fused | None = None,
     two_pass: bool = False,
     ema_decay: float | None = None,
+    ema_bits: int | None = None,
     dtype: Any = jnp.bfloat16,
     where: Where | None = None,
     **kwargs: Any,
@@ -156,6 +169,7 @@ class TrainState(struct.PyTreeNode):
       fused: see the class.
       two_pass: see the class.
       ema_decay: as for `create`; the average starts at the weights of `state`.
+      ema_bits: see the class.
       dtype: of the params, as in `optax_mpo.init`.
       where: which params are cast, as in `optax_mpo.init`.
       **kwargs: fields of a subclass.
@@ -181,7 +195,7 @@ class TrainState(struct.PyTreeNode):
       >>> int(state.step), state.params["w"].dtype.name, bool((state.masters()["w"] == old.params["w"]).all())
       (1, 'bfloat16', True)
     """
-    check_options(fused, ema_decay, "TrainState.from_flax")
+    check_options(fused, ema_decay, ema_bits, "TrainState.from_flax")
     if not isinstance(state, train_state.TrainState):
       raise TypeError(
         "TrainState.from_flax: state has to be a flax.training.train_state.TrainState, but it is a "
@@ -189,14 +203,26 @@ class TrainState(struct.PyTreeNode):
       )
     tx = compensated.wrapped(state.tx, state.opt_state) if tx is None else tx
     low, opt_state = convert.convert(tx, state.params, state.opt_state, dtype=dtype, where=where)
-    options = {"fused": fused, "two_pass": two_pass, "ema_decay": ema_decay, **kwargs}
+    options = {"fused": fused, "two_pass": two_pass, "ema_decay": ema_decay, "ema_bits": ema_bits}
     step = jnp.asarray(state.step, jnp.int32)
     given = state, variables, kwargs
-    return cls._made(given, step, low, opt_state, variables or {}, apply_fn=state.apply_fn, tx=tx, **options)
+    return cls._made(given, step, low, opt_state, variables or {}, apply_fn=state.apply_fn, tx=tx, **options, **kwargs)
 
   def masters(self) -> PyTree:
     """Returns the f32 master weights, for evaluation or export."""
     return compensated.master_params(self.params, self.opt_state)
+
+  def averages(self) -> PyTree:
+    """Returns the moving average as a tree like `masters()`, f32[*s], for evaluation or export.
+
+    Raises:
+      ValueError: if there is no average.
+
+    Memory: 4 bytes per parameter, or none with `ema_bits=None`.
+    """
+    if self.ema is None:
+      raise ValueError("TrainState.averages: there is no average. Make the state with ema_decay=0.999, say.")
+    return average.joined(self.ema)
 
   def decoded(self) -> PyTree:
     """Returns the weights to apply the model with: `params`, with float8 leaves times their scales, in bf16."""
@@ -217,6 +243,7 @@ class TrainState(struct.PyTreeNode):
     has_aux: bool = False,
     mutable: bool = False,
     tx_args: Mapping[str, Any] | None = None,
+    microbatches: int | Microbatches = 1,
   ) -> tuple["TrainState", Any]:
     """Does one training step.
 
@@ -232,13 +259,16 @@ class TrainState(struct.PyTreeNode):
       has_aux: see above.
       mutable: see above.
       tx_args: extra arguments of `tx.update`. `value` is the loss, unless it is given here.
+      microbatches: for gradient accumulation, as for `value_and_update`, with `*args` as the batch. Microbatches change
+        the collections in turn. With `fused="layer"`, the layers split the batch instead.
 
     Returns:
       The new state and the loss. With `has_aux`, the new state and `(loss, aux)`.
 
     Raises:
       ValueError: if `updates` has a collection that `variables` does not have; with `fused="auto"`, if the update does
-        not allow gradient release; and what the step raises.
+        not allow gradient release; if a microbatch changes the structure or shapes of collections; and what the step
+        raises.
 
     With `fused=None`, it warns when it is traced, once for each transformation, if it has to be an ordinary step.
     """
@@ -264,7 +294,7 @@ class TrainState(struct.PyTreeNode):
         )
       return loss, (aux, {**variables, **updates})
 
-    step = make_step(whole, self.tx, self.fused, self.two_pass, "TrainState.step_with", tx_args)
+    step = make_step(whole, self.tx, self.fused, self.two_pass, "TrainState.step_with", tx_args, microbatches)
     (loss, (aux, variables)), params, opt_state = step(self.params, self.opt_state, self.variables, *args)
     return self._next(params, opt_state, variables=variables), (loss, aux) if has_aux else loss
 
@@ -293,11 +323,11 @@ class TrainState(struct.PyTreeNode):
       >>> state.apply_gradients(grads=grads).params["w"]
       Array([0.5, 0.5], dtype=bfloat16)
     """
-    _, params, opt_state = updated(self.tx, grads, self.opt_state, self.params, **(tx_args or {}))
+    _, params, opt_state = updated(self.tx, grads, self.opt_state, self.params, tx_args or {})
     return self._next(params, opt_state, **kwargs)
 
   def _next(self, params: PyTree, opt_state: optax.OptState, **fields: Any) -> "TrainState":
     new = self.replace(step=self.step + 1, params=params, opt_state=opt_state)
     if self.ema_decay is not None:
-      new = new.replace(ema=average.mixed(self.ema, new.masters(), self.ema_decay))
+      new = new.replace(ema=average.moved(self.ema, new.masters(), self.ema_decay, self.ema_bits, new.step))
     return new.replace(**fields)

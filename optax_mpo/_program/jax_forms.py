@@ -11,6 +11,7 @@ Everything that depends on how a JAX version writes jaxprs is in this module.
 import contextlib
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ from jax.interpreters import partial_eval
 from optax_mpo._core import order
 from optax_mpo._program.program import Atom, Operation, Program
 
-_PACKAGE = pathlib.PurePath(__file__).parents[1]
+_PACKAGE, _JAX = pathlib.PurePath(__file__).parents[1], pathlib.PurePath(jax.__file__).parent
+# The update of a transformation, as Optax writes it. Those that only pass on what others compute are none.
+_UPDATE = re.compile(r"\b((?!(?:with_extra_args_support|wrapped_transform|chain)\b)\w+)\.<locals>\.update(?:_fn)?$")
 
 # Calls that mean no more than the operations in them, once nothing is to be differentiated.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "remat"})
@@ -202,14 +205,26 @@ def cut_scan(operation: Operation, used: list[bool]) -> Operation:
 
 
 def where(operation: Operation) -> str:
-  """Names an operation and the line of code that asked for it, such as `add (tree_norm, _tree_math.py:292)`."""
+  """Names an operation, the line of code that asked for it, and the transformation it is part of.
+
+  Such as `add (tree_sum, _tree_math.py:199, in clip_by_global_norm)`. The transformation is the innermost one: wrappers
+  around it, such as `optax.inject_hyperparams`, say nothing about an operation. Lines of this package are left out.
+  """
   for eqn in (operation.eqn, operation.caller):
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    line, maker = "", ""
     for frame in getattr(traceback, "frames", ()):
       path = pathlib.PurePath(frame.file_name)
-      if "jax" not in path.parts and not path.is_relative_to(_PACKAGE):
-        function = frame.function_name.replace(".<locals>", "")
-        return f"`{operation.name}` ({function}, {path.name}:{frame.line_num})"
+      ours = path.is_relative_to(_PACKAGE)
+      if line and ours:
+        break
+      if not line and not ours and not path.is_relative_to(_JAX):
+        line = f"{frame.function_name.replace('.<locals>', '')}, {path.name}:{frame.line_num}"
+      if made := _UPDATE.search(frame.function_name):
+        maker = "" if f"{made[1]}." in line else f"in {made[1]}"
+        break
+    if line or maker:
+      return f"`{operation.name}` ({', '.join(filter(None, (line, maker)))})"
   return f"`{operation.name}`"
 
 

@@ -78,9 +78,10 @@ class Microbatches:
       raise ValueError(f"Microbatches: aux has to be 'stack' or 'mean', but it is {self.aux!r}.")
 
   @classmethod
-  def of(cls, given: "int | Microbatches") -> "Microbatches":
-    """Returns `given`, or this number of microbatches."""
-    return given if isinstance(given, Microbatches) else cls(given)
+  def of(cls, given: "int | Microbatches") -> "Microbatches | None":
+    """Returns `given`, or this number of microbatches; None for the number 1, which splits nothing."""
+    made = given if isinstance(given, Microbatches) else cls(given)
+    return made if made is given or made.count > 1 else None
 
 
 class _Sums(NamedTuple):
@@ -126,36 +127,43 @@ def step_by_microbatches(
   has_aux: bool,
   how: Microbatches,
   make: Callable[[optax.GradientTransformation], Callable[..., Any]],
+  has_carry: bool = False,
 ) -> Callable[..., Any]:
-  """Makes the step; `make(tx)` makes the step of the last microbatch."""
+  """Makes the step; `make(tx)` makes the step of the last microbatch.
+
+  With `has_carry`, the first argument of the loss after the params is not split: each microbatch gets what the one
+  before has made of it, as in `lax.scan`. Then `loss_fn` returns `(loss, (aux, carry))`, and `has_aux` is true.
+  """
 
   def step(
     params: PyTree, opt_state: PyTree, *args: Any, tx_args: Mapping[str, Any] | None = None, **kwargs: Any
   ) -> tuple[Any, PyTree, PyTree]:
     pure = modules.pure(params)
     batches.refuse_overwritten(pure, CALLER)
+    carry, args = (args[:1], args[1:]) if has_carry else ((), args)
     batch = _Batch(how, args, kwargs)
     factors = _factors(how, batch)
     extra = wrapping.extra_args(tx_args, CALLER)
     update = by_leaf.Update(tx, pure, modules.pure(opt_state), CALLER, extra=extra)
     trained = [i for i in range(len(update.names)) if update.needs_gradient(i)]
     first_args, first_kwargs = batch.arguments(batch.slices(0))
-    traced = Traced(loss_fn, has_aux, update, params, opt_state, first_args, first_kwargs)
-    scales = traced.lifted[sum(map(trees.is_array, jax.tree.leaves((first_args, first_kwargs)))) :]
+    traced = Traced(loss_fn, has_aux, update, params, opt_state, (*carry, *first_args), first_kwargs)
+    scales = traced.lifted[len(_arrays((carry, first_args, first_kwargs))) :]
     sites = [_site(traced, i) for i in trained]
 
-    def add(sums: list[Any], part: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
-      slices, factor = part
-      lifted = [x for x in jax.tree.leaves(batch.arguments(slices)) if trees.is_array(x)]
-      operands = [*traced.leaves, *lifted, *scales], sums, traced.program.traced, factor
+    def add(so_far: tuple[list[Any], list[Any]], part: tuple[list[Any], Any]) -> tuple[Any, list[Any]]:
+      (sums, carried), (slices, factor) = so_far, part
+      inputs = [*traced.leaves, *carried, *_arrays(batch.arguments(slices)), *scales]
       results, sums, _ = differentiated_as(
-        lambda given: _ordinary(traced, trained, given), lambda given: _released(traced, sites, given), operands
+        lambda given: _ordinary(traced, trained, given),
+        lambda given: _released(traced, sites, given),
+        (inputs, sums, traced.program.traced, factor),
       )
-      return sums, results
+      return (sums, _carried_on(traced, carried, results)), results[: len(results) - len(carried)]
 
     sums = [jnp.zeros_like(traced.leaves[i], dtype=_wide(traced.leaves[i])) for i in trained]
     before = batch.slices(slice(how.count - 1)), factors[:-1]
-    sums, results = lax.scan(add, sums, before)
+    (sums, carried), results = lax.scan(add, (sums, _arrays(carry)), before)
     loss = jnp.sum(results[0].astype(jnp.float32) * factors[:-1])
 
     # Without a barrier, XLA runs the last forward pass first, and keeps what its backward pass needs.
@@ -164,15 +172,39 @@ def step_by_microbatches(
     last = make(_summed(tx, trained, own_value="value" not in (tx_args or {})))
     state = _Sums(opt_state, dict(zip(trained, sums, strict=True)))
     given = {**(tx_args or {}), _FACTOR: factors[-1], _LOSS: loss}
-    out, params, new = last(params, state, *last_args, tx_args=given, **last_kwargs)
-    value, aux = out if has_aux else (out, None)
+    values = iter(carried)
+    carry = jax.tree.map(lambda x: next(values) if trees.is_array(x) else x, carry)
+    out, params, new = last(params, state, *carry, *last_args, tx_args=given, **last_kwargs)
+    value = out[0] if has_aux else out
     total = (loss + factors[-1] * value.astype(jnp.float32)).astype(value.dtype)
-    if has_aux:
-      _, earlier = traced.output(results)
-      aux = jax.tree.map(lambda xs, x: _joined(how, xs, x, factors), earlier, aux)
-    return (total, aux) if has_aux else total, params, new.inner_state
+    if not has_aux:
+      return total, params, new.inner_state
+    _, aux = out
+    _, earlier = traced.output([*results, *carried])
+    if has_carry:
+      (earlier, _), (aux, carry) = earlier, aux
+    aux = jax.tree.map(lambda xs, x: _joined(how, xs, x, factors), earlier, aux)
+    return (total, (aux, carry) if has_carry else aux), params, new.inner_state
 
   return step
+
+
+def _arrays(tree: Any) -> list[Any]:
+  return [x for x in jax.tree.leaves(tree) if trees.is_array(x)]
+
+
+def _carried_on(traced: Traced, carried: list[Any], results: list[Any]) -> list[Any]:
+  """What the next microbatch gets. Frozen weights come back as they are: `lax.scan` would carry a copy of them.
+
+  Args:
+    traced: the loss of one microbatch.
+    carried: the arrays that this microbatch got.
+    results: what its loss returned, new values of these last.
+  """
+  given = traced.program.inputs[len(traced.leaves) :][: len(carried)]
+  first = len(results) - len(carried)
+  made = zip(traced.results[first:], results[first:], strict=True)
+  return [old if of == var else new for old, of, (var, new) in zip(carried, given, made, strict=True)]
 
 
 def _factors(how: Microbatches, batch: _Batch) -> jax.Array:
@@ -248,7 +280,7 @@ def _summed(
     leaves, treedef = jax.tree.flatten(updates)
     for i, total in state.sums.items():
       leaves[i] = _plus(total, leaves[i], factor)
-    value = loss_before + factor * value if own_value else value
+    value = loss_before + factor * jnp.asarray(value, jnp.float32) if own_value else value
     total = treedef.unflatten(leaves)
     updates, inner = wrapping.update(tx, total, state.inner_state, params, {**extra, "value": value})
     return updates, _Sums(inner, state.sums)

@@ -106,7 +106,7 @@ def value_and_update(
   wrapping.check_loss(loss_fn, CALLER, "loss_fn, tx")
   tx = wrapping.as_transformation(tx, CALLER, "tx", "loss_fn, tx")
   how = Microbatches.of(microbatches)
-  if how.count > 1 or how is microbatches:
+  if how is not None:
     last = functools.partial(value_and_update, loss_fn, has_aux=has_aux, two_pass=two_pass)
     return step_by_microbatches(loss_fn, tx, has_aux, how, last)
 

@@ -1,4 +1,4 @@
-"""A moving average of the master weights, in low precision with compensation bits.
+"""A moving average of the master weights, in f32 or in low precision with compensation bits.
 
 Why: an average with a decay of 0.9999 moves by 1e-4 of its distance to the weights, far less than bf16 resolves. With 8
 bits of compensation it resolves 2^-16 of itself, which is still more than most of its steps.
@@ -21,15 +21,15 @@ from optax_mpo._core import overwritten
 
 PyTree = Any
 
-BITS = (8, 16)
+BITS = (None, 8, 16)  # None: f32, in one array
 _SEED = 0x5EED_A4E5  # not that of `compensated`, so that the two roundings are independent
 
 
 class Average(NamedTuple):
-  """A moving average.
+  """A moving average in low precision.
 
   Attributes:
-    values: a tree like the params, in their dtypes: bf16 where the params are.
+    values: a tree like the params, in the dtypes that a loss gets: bf16 where the params are bf16 or float8.
     compensation: a tree like the params with the bits that the values lack, as in `CompensatedState`.
   """
 
@@ -37,28 +37,30 @@ class Average(NamedTuple):
   compensation: PyTree
 
 
-def start(params: PyTree, masters: PyTree, bits: int) -> Average:
-  """Returns the average of the first weights: `masters`, f32, in the dtypes of `params`."""
-  return _stored(masters, jax.tree.map(lambda p: p.dtype, params), bits, None)
+def start(params: PyTree, masters: PyTree, bits: int | None) -> Average | PyTree:
+  """Returns the average of the first weights: `masters`, f32, as they are or in the dtypes of `params`."""
+  if bits is None:
+    return masters
+  return _stored(masters, jax.tree.map(lambda p: formats.compute_dtype(p.dtype), params), bits, None)
 
 
-def moved(average: Average, masters: PyTree, decay: float, bits: int, step: jax.Array) -> Average:
-  """Returns `decay` of the average and `1 - decay` of the new weights; `step: i32[]` counts the steps."""
-  values = mixed(joined(average), masters, decay)
-  return _stored(values, jax.tree.map(lambda v: v.dtype, average.values), bits, step)
+def moved(average: Average | PyTree, masters: PyTree, decay: float, bits: int | None, step: jax.Array) -> Any:
+  """Returns `decay` of the average and `1 - decay` of the new weights; `step: i32[]` counts the steps.
 
-
-def mixed(old: PyTree, new: PyTree, decay: float) -> PyTree:
-  """Moves an f32 average `old` towards `new`. Leaves that are overwritten have no average, but their newest value."""
+  Leaves that are overwritten have no average, but their newest value.
+  """
 
   def mix(path: tuple[Any, ...], old: jax.Array, new: jax.Array) -> jax.Array:
     return new if overwritten.is_overwritten(path) else old + (1 - decay) * (new - old)
 
-  return jax.tree_util.tree_map_with_path(mix, old, new)
+  values = jax.tree_util.tree_map_with_path(mix, joined(average), masters)
+  return values if bits is None else _stored(values, jax.tree.map(lambda v: v.dtype, average.values), bits, step)
 
 
-def joined(average: Average) -> PyTree:
+def joined(average: Average | PyTree) -> PyTree:
   """Returns the average as a tree like the params, f32[*s]."""
+  if not isinstance(average, Average):
+    return average
   leaves, treedef = jax.tree.flatten(average.values)
   kept = treedef.flatten_up_to(average.compensation)
   return treedef.unflatten([formats.join(x, k) if jax.tree.leaves(k) else x for x, k in zip(leaves, kept, strict=True)])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accuracy
+from benchmarks import accuracy, clipping
 from benchmarks.modes import MODES
 from tests.helpers import ROOT, relaxed
 
@@ -150,3 +150,11 @@ def test_the_accuracy_table_is_that_of_the_committed_json():
   text = (ROOT / "docs/compact.md").read_text().split("<!-- benchmarks/results/accuracy.json -->\n")[1]
   want = ["| ".join([lm[:-2].rstrip() + " ", *digits.split("| ")[2:]]) for lm, digits in zip(*columns, strict=True)]
   assert text.split("\n\n")[0].splitlines()[2:] == want
+
+
+def test_the_table_of_clipping_is_that_of_the_committed_json():
+  report = json.loads((ROOT / "benchmarks/results/clipping.json").read_text())
+  assert len(report["rows"]) == len(clipping.CASES) * len(clipping.RULES)
+  assert all(len(row["losses"]) >= 3 for row in report["rows"])
+  text = (ROOT / "docs/automatic.md").read_text().split("<!-- benchmarks/results/clipping.json -->\n")[1]
+  assert text.split("\n\n")[0] == clipping.table(report["rows"])

@@ -1,4 +1,4 @@
-"""What users of Flax type: gradients given to the object, the default kind of step, averages, runs taken over."""
+"""What users of Flax type: gradients given to the object, the default kind of step, runs taken over."""
 
 import pickle
 
@@ -13,7 +13,6 @@ from flax.training import train_state
 
 import optax_mpo as mpo
 from optax_mpo._program import jax_forms
-from optax_mpo._transforms import average
 from optax_mpo.flax import Optimizer, TrainState
 from tests.helpers import assert_same_bits, exact_jit, relaxed
 
@@ -191,53 +190,6 @@ def test_pickles_name_the_public_module():
   assert_same_bits(pickle.loads(data).params, state.params)
 
 
-# --- Averages ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [16, 8])
-def test_the_average_of_nnx(bits):
-  model = Model()
-  optimizer = Optimizer(model, adam(), ema_decay=0.9, ema_bits=bits, where=lambda path, leaf: leaf.ndim == 2)
-  state = make(adam(), ema_decay=0.9, where=lambda path, leaf: leaf.ndim == 2)
-  step = jax.jit(lambda s, x: s.step_with(relaxed(linen_loss), x)[0])
-  nnx_step = nnx.jit(lambda m, o, x: o.step_with(m, relaxed(nnx_loss), x))
-  for i in range(4):
-    state = step(state, inputs(i))
-    nnx_step(model, optimizer, inputs(i))
-  averages, low = optimizer.averages(), nnx.as_pure(optimizer.ema)
-  assert {k: x.dtype.name for k, x in low.values.items()} == {"w": "bfloat16", "b": "float32"}
-  assert low.compensation["w"].dtype.itemsize == bits // 8
-  if bits == 16:
-    assert_same_bits(dict(averages), state.ema)
-  else:
-    assert {x.dtype.name for x in jax.tree.leaves(averages)} == {"float32"}
-    np.testing.assert_allclose(averages["w"], state.ema["w"], rtol=4 * 2.0**-15)
-    assert not np.array_equal(averages["w"], state.ema["w"])
-    assert_same_bits(averages["b"], state.ema["b"])
-  nnx.update(nnx.clone(model), averages)
-
-
-def test_an_average_follows_steps_far_below_its_resolution():
-  """Weights 1 % away, at a decay of 0.9999: each step is a fifteenth of what bf16 and 8 bits resolve."""
-  params, count = {"w": jnp.ones(4096, jnp.bfloat16)}, 2000
-  target = {"w": jnp.full(4096, 1.01)}
-  start = average.start(params, {"w": jnp.ones(4096)}, 8)
-  end = jax.jit(
-    lambda a: jax.lax.fori_loop(0, count, lambda i, a: average.moved(a, target, 0.9999, 8, i.astype(jnp.int32)), a)
-  )(start)
-  got, want = np.asarray(average.joined(end)["w"], np.float64), 1.01 - 0.01 * 0.9999**count
-  assert abs(got.mean() - want) < 5e-5  # rounded to nearest, it would still be 1, off by 2e-3
-  assert np.abs(got - want).max() < 2e-3
-  assert got.std() < 3e-4
-
-
-def test_averages_that_there_are_not():
-  with pytest.raises(ValueError, match=r"no average.*ema_decay"):
-    Optimizer(Model(), adam()).averages()
-  with pytest.raises(ValueError, match="ema_bits has to be 8 or 16, but it is 4"):
-    Optimizer(Model(), adam(), ema_decay=0.9, ema_bits=4)
-
-
 # --- Runs taken over --------------------------------------------------------------------------------------------------
 
 
@@ -380,5 +332,13 @@ def test_decays_and_extra_arguments_are_checked():
   with pytest.raises(ValueError, match="ema_decay has to be None, or at least 0 and below 1, but it is"):
     TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx, ema_decay=1.5)
   state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
+  for name in ("params", "updates", "state"):
+    with pytest.raises(TypeError, match=f"^tx_args: '{name}' cannot be an extra argument"):
+      state.apply_gradients(grads={"w": jnp.ones(2)}, tx_args={"value": jnp.float32(2), name: jnp.ones(2)})
+    with pytest.raises(TypeError, match=f"^tx_args: '{name}' cannot be an extra argument"):
+      state.replace(fused="off").step_with(lambda v: jnp.sum(v["params"]["w"]), tx_args={name: jnp.ones(2)})
+  model = Model()
+  with pytest.raises(TypeError, match=r"^tx_args: 'params' cannot be an extra argument"):
+    Optimizer(model, adam()).update(model, nnx.grad(nnx_loss)(model, inputs()), params=jnp.ones(2))
   state = state.apply_gradients(grads={"w": jnp.ones(2)}, tx_args={"value": jnp.float32(2)})
   assert float(optax.tree.get(state.opt_state, "best_value")) == 2.0

@@ -1,12 +1,17 @@
 """Programs made from jaxprs compute the same as the function, their dependencies are sound, and slices are small."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
+import optax_mpo as mpo
 from optax_mpo._program import dataflow, jax_forms
+from optax_mpo._updates import by_leaf
 
 
 def plain(x, y):
@@ -196,3 +201,36 @@ def test_operations_are_named_with_the_line_that_asked_for_them():
   names = [jax_forms.where(o) for o in program.operations]
   assert names[0].startswith("`sin` (plain, test_jax_forms.py:")
   assert all("test_jax_forms.py" in name for name in names)
+
+
+@pytest.mark.parametrize(
+  ("make", "name"),
+  [
+    (lambda wrap: wrap(optax.clip_by_global_norm)(max_norm=1.0), r"`sqrt` \(\w+, \S+:\d+, in clip_by_global_norm\)"),
+    (lambda wrap: wrap(mpo.clip_by_delayed_norm)(max_norm=1.0), r"`sqrt` \(in clip_by_delayed_norm\)"),
+  ],
+)
+def test_operations_are_named_with_their_transformation(make, name):
+  for wrap in (lambda f: f, optax.inject_hyperparams):
+    tx = mpo.compensated(optax.chain(optax.identity(), make(wrap), optax.sgd(0.1)))
+    params, state = mpo.init(tx, {"w": jnp.ones(3), "b": jnp.ones(2)})
+    program = by_leaf.Update(tx, params, state, "test").program
+    (found,) = {jax_forms.where(o) for o in program.operations if o.name == "sqrt"}
+    assert re.fullmatch(name, found)
+
+
+def test_a_coupled_update_names_the_clip_within_inject_hyperparams():
+  clip = optax.inject_hyperparams(optax.clip_by_global_norm)(max_norm=optax.linear_schedule(1.0, 0.5, 10))
+  tx = mpo.compensated(optax.chain(clip, optax.sgd(0.1)))
+  params, state = mpo.init(tx, {"w": jnp.ones(3), "b": jnp.ones(3)})
+  with pytest.raises(ValueError, match=r"couples .* in `add` \(.*, in clip_by_global_norm\)"):
+    mpo.value_and_update(lambda p: jnp.sum(p["w"] * p["b"]), tx)(params, state)
+
+
+def test_lines_in_a_folder_that_is_called_jax(tmp_path):
+  path = tmp_path / "jax" / "mine.py"
+  code = compile("def mine(x):\n  return jnp.sin(x)\n", str(path), "exec")
+  space = {"jnp": jnp}
+  exec(code, space)
+  program, _ = jax_forms.trace(space["mine"], jnp.ones(3))
+  assert jax_forms.where(program.operations[0]) == "`sin` (mine, mine.py:2)"

@@ -140,6 +140,44 @@ def test_functions_cannot_be_handed_on():
     mpo.value_and_update(jnp.sum, tx)(jnp.ones(2), tx.init(jnp.ones(2)), tx_args={"value_fn": ordinary})
 
 
+def grads_first():
+  """Its first argument has another name than in Optax."""
+
+  def update(grads, state, params=None, **extra_args):
+    return grads, state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+NAMES = [
+  ("params", lambda: mpo.compensated(optax.sgd(0.1))),
+  ("updates", lambda: mpo.compensated(optax.sgd(0.1))),
+  ("state", lambda: mpo.compensated(optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()))),
+  ("grads", lambda: mpo.compensated(grads_first())),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), NAMES, ids=[name for name, _ in NAMES])
+def test_names_of_what_the_step_passes_itself(name, make):
+  tx = make()
+  params, state = mpo.init(tx, {"w": jnp.ones((2, 2))})
+  layer = mpo.fused_layer(lambda w, x: jnp.mean(x @ w))
+  x, tx_args = jnp.ones((4, 2), params["w"].dtype), {name: jnp.ones(2)}
+
+  def loss(p, x):
+    return jnp.mean(x @ p["w"])
+
+  routes = [
+    functools.partial(mpo.value_and_update(loss, tx), params, state, x),
+    functools.partial(mpo.value_and_update(loss, tx, microbatches=2), params, state, x),
+    functools.partial(mpo.fused_value_and_update(lambda p, x: layer(p["w"], x), tx), params, state, x),
+    functools.partial(mpo.explain, loss, tx, params, state, x),
+  ]
+  for route in routes:
+    with pytest.raises(TypeError, match=f"^tx_args: '{name}' cannot be an extra argument of tx.update.*Leave it out"):
+      route(tx_args=tx_args)
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_transformation_that_takes_no_extra_arguments_gets_none(microbatches):
   """Although Optax asks for `**extra_args`, `optax.contrib.sam` has none."""
