@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, formats, known_weights
-from optax_mpo._core import overwritten, trees
+from optax_mpo._core import host, overwritten, trees
 
 PyTree = Any
 
@@ -48,6 +48,7 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
     {'w': Array([1.5, 1.5], dtype=bfloat16)}
   """
   trees.check_arrays(params, "apply_updates")
+  old, params = params, host.fetched(params)
   steps = trees.flatten_like(params, updates, "apply_updates: the tree of updates", "Pass what tx.update returned.")
   new = []
   for (leaf_name, leaf), step in zip(trees.named_leaves(params), steps, strict=True):
@@ -74,4 +75,4 @@ def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:
       new.append(formats.add_difference(leaf, jnp.asarray(step).astype(jnp.float32)))
     else:
       new.append(formats.add(leaf, jnp.asarray(step)).astype(leaf.dtype))
-  return jax.tree.structure(params).unflatten(new)
+  return host.stored_like(jax.tree.structure(params).unflatten(new), old)

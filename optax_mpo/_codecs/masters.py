@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, codec, formats
-from optax_mpo._core import buffers, modules, overwritten, trees
+from optax_mpo._core import buffers, host, modules, overwritten, trees
 
 PyTree = Any
 
@@ -56,7 +56,7 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     >>> mpo.master_params(params, opt_state)
     {'w': Array([0.33333334], dtype=float32)}
   """
-  given, params, opt_state = params, modules.pure(params), modules.pure(opt_state)
+  given, params, opt_state = params, host.fetched(modules.pure(params)), modules.pure(opt_state)
   kept = _kept_of(params, opt_state, "master_params")
   masters = [
     formats.join(jnp.asarray(leaf), k) if trees.is_array(leaf) and formats.is_low(leaf) and not replaced else leaf
@@ -104,7 +104,7 @@ def decoded(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
 def decode(params: PyTree, opt_state: optax.OptState, who: str) -> PyTree:
   """As `decoded`, without copies of the leaves that are not decoded."""
-  weights = map(formats.decode, jax.tree.leaves(params), scales_of(params, opt_state, who))
+  weights = map(formats.decode, jax.tree.leaves(host.fetched(params)), scales_of(params, opt_state, who))
   return jax.tree.structure(params).unflatten(list(weights))
 
 
@@ -153,7 +153,7 @@ def _kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[Any]:
         f"{who}: {leaf_name} is {leaf.dtype}, and opt_state has no scales for it, without which it is no weight. Make "
         "params and state with optax_mpo.init(tx, f32_params, dtype=...), where a compensated in tx trains the leaf."
       )
-    chosen.append(kept[0] if kept else None)
+    chosen.append(host.fetched(kept[0]) if kept else None)
   return chosen
 
 

@@ -27,9 +27,13 @@ def is_on_host(x: Any) -> bool:
 
 def fetched(tree: PyTree) -> PyTree:
   """The tree with its arrays on the device."""
+  if not any(map(is_on_host, jax.tree.leaves(tree))):
+    return tree
   return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x, tree)
 
 
 def stored_like(new: PyTree, old: PyTree) -> PyTree:
-  """The new tree with its arrays in host memory where those of the old one are."""
+  """The new tree with its arrays in host memory where those of the old one are; they have to have one structure."""
+  if not any(map(is_on_host, jax.tree.leaves(old))):
+    return new
   return jax.tree.map(lambda x, y: jax.device_put(x, jax.memory.Space.Host) if is_on_host(y) else x, new, old)

@@ -82,7 +82,7 @@ class _Planner:
     for index, site in enumerate(self.sites):
       if index in released:
         continue
-      rest = rows.rest_of(program, site, index, self.in_scan)
+      rest, whole = rows.rest_of(program, site, index, self.in_scan)
       if rest is not None:
         result.rests.setdefault(self._due(site), []).append(rest)
         site.put(*self._place(site))
@@ -92,7 +92,8 @@ class _Planner:
       if together and site.place in (Place.UNKNOWN, Place.AFTER_SCAN):
         site.put(Place.TOGETHER, "with other small leaves, by one kernel at the end")
       if site.place is Place.UNKNOWN:
-        site.put(*self._place(site))
+        place, why = self._place(site)
+        site.put(place, why or whole)
     for due, indices in self._gathered(sorted(complete), at_least):
       result.due.setdefault(due, []).extend(indices)
     for piece in (piece for piece in placer.pieces if piece.scan is None):

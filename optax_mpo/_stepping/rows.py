@@ -16,7 +16,7 @@ from optax_mpo._program.entries import Entries, NotSeparableError
 from optax_mpo._program.program import Program
 from optax_mpo._stepping.layered import layer_step
 from optax_mpo._stepping.plan import Released, Rest, constant
-from optax_mpo._stepping.site import Place, Site, Values
+from optax_mpo._stepping.site import Site, Values
 
 _ELEMENTS = 2**22  # the most elements of a weight that are fetched at a time: 40 MB of AdamW's state
 _ELEMENTS_OF_LAYER = 2**26
@@ -24,30 +24,29 @@ _ELEMENTS_OF_LAYER = 2**26
 that of rows: their loop begins when the gradient is complete."""
 
 
-def rest_of(program: Program, site: Site, index: int, in_scan: bool) -> Rest | None:
-  """Returns how a site is updated by rows; None where it need not be or cannot be, for which it gets a reason."""
+def rest_of(program: Program, site: Site, index: int, in_scan: bool) -> tuple[Rest | None, str]:
+  """Returns how a site is updated by rows; or None where it need not be, or cannot be, with the reason."""
   step, limit = site.step, _ELEMENTS_OF_LAYER if in_scan else _ELEMENTS
   if not any(map(host.is_on_host, step.states)) or not step.params or step.grads[0].size <= limit:
-    return None
-  (grad, *others), why = step.grads, ""
+    return None, ""
+  grad, *others = step.grads
   size = _most_rows(grad, limit)
   if others:
     why = "several leaves depend on each other"
   elif not size:
-    why = f"{grad.shape[0]} rows do not divide into equal parts"
+    why = f"{grad.shape[0]} rows do not divide into equal parts of a fitting size: pad them"
   else:
     try:
-      return _rest(program, site, index, size)
+      return _rest(program, site, index, size), ""
     except NotSeparableError as error:
       why = str(error)
-  site.put(site.place, f"{site.why}; " * bool(site.why) + f"its state is fetched whole: {why}")
-  return None
+  return None, f"its state is fetched whole: {why}"
 
 
 def _most_rows(grad: jax.ShapeDtypeStruct, limit: int) -> int:
-  """The most rows that divide an array and have at most `limit` elements; 0 if none do."""
-  count, elements = grad.shape[0], math.prod(grad.shape[1:])
-  return next((n for n in range(max(1, limit // elements), 0, -1) if count % n == 0 and n < count), 0)
+  """The most rows that divide an array and have at most `limit` elements, but not far fewer; 0 if none do."""
+  count, most = grad.shape[0], max(1, limit // math.prod(grad.shape[1:]))
+  return next((n for n in range(most, most // 16, -1) if count % n == 0 and n < count), 0)
 
 
 def _rest(program: Program, site: Site, index: int, size: int) -> Rest:

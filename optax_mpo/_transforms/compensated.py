@@ -21,9 +21,10 @@ import optax
 from optax_mpo._backends import cpu_rows, step_weight
 from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
 from optax_mpo._codecs.masters import CompensatedState, master_params, states_in
-from optax_mpo._core import overwritten, trees, types, wrapping, xla_cpu
+from optax_mpo._core import host, overwritten, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
+from optax_mpo._transforms.sharding import state_sharding
 
 PyTree = Any
 
@@ -143,11 +144,12 @@ def compensated(
     def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
       return update_all(updates, state, params, **extra_args)
 
+    old, state, params = state, host.fetched(state), host.fetched(params)
     new = plain(updates, state, params)
-    if not _is_slow_on_cpus(state, params):
-      return new
-    taken = optax.GradientTransformation(init, plain)
-    return leafwise.replaced(taken, (updates, state, params), new, "compensated", kernels=False)
+    if _is_slow_on_cpus(state, params):
+      taken = optax.GradientTransformation(init, plain)
+      new = leafwise.replaced(taken, (updates, state, params), new, "compensated", kernels=False)
+    return new[0], host.stored_like(new[1], old)
 
   def update_all(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
@@ -241,6 +243,7 @@ def init(
   *,
   dtype: Any = jnp.bfloat16,
   where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
+  state_memory: str | None = None,
 ) -> tuple[PyTree, optax.OptState]:
   """Casts f32 params to low precision and makes `tx`'s state, with the bits that the cast cuts off.
 
@@ -255,6 +258,8 @@ def init(
     dtype: the low precision, bfloat16, float16 or, experimental and with 16 or 8 bits only, float8_e4m3fn
       (docs/compact.md has the bounds of these two). A loss gets float8 params from `decoded`.
     where: `where(path, leaf) -> bool` says which f32 leaves are cast, as in `cast`. None: all of them.
+    state_memory: "pinned_host" makes the state in the memory of the host, where `state_sharding` with this
+      `memory_kind` would put it. The device never holds all of it. docs/offload.md says what it saves and costs.
 
   Returns:
     `(params, opt_state)`, where `opt_state` has the structure that `tx.init` makes. Both can be donated: they share no
@@ -279,9 +284,24 @@ def init(
     True
   """
   tx = wrapping.as_transformation(tx, "init", "tx", "tx, params")
-  new, opt_state = initialise.initialised(tx, params, dtype, where)
+  if state_memory is None:
+    new, opt_state = initialise.initialised(tx, params, dtype, where)
+  else:
+    new, opt_state = _on_host(tx, params, dtype, where, state_memory)
   probes.warn_of_changes(tx, new, master_params)
   return new, opt_state
+
+
+def _on_host(
+  tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any, memory_kind: str
+) -> tuple[PyTree, optax.OptState]:
+  """As `initialise.initialised`, in one compiled program that makes the state where it stays."""
+  params = jax.tree.map(jnp.asarray, params)
+  new, opt_state = jax.eval_shape(lambda params: initialise.initialised(tx, params, dtype, where), params)
+  kept = jax.tree.map(lambda x: x.sharding, params)
+  laid_out = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), new, kept)
+  shardings = kept, state_sharding(laid_out, opt_state, memory_kind=memory_kind)
+  return jax.jit(lambda params: initialise.initialised(tx, params, dtype, where), out_shardings=shardings)(params)
 
 
 def wrapped(tx: optax.GradientTransformation, opt_state: optax.OptState) -> optax.GradientTransformation:

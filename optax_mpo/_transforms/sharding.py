@@ -8,18 +8,28 @@ has the same shape. That holds for moments, compensation bits, 8-bit codes and a
 wrapper, without a list of wrappers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._codecs import blocks, codec
-from optax_mpo._core import modules, trees
+from optax_mpo._core import host, modules, trees
 
 PyTree = Any
 
 
-def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
+_SMALL = 2**16  # elements up to which a leaf stays on the device: to move it would take longer than to update it
+
+
+def state_sharding(
+  params: PyTree,
+  opt_state: PyTree,
+  *,
+  memory_kind: str | None = None,
+  where: Callable[[tuple[Any, ...], Any], bool] | None = None,
+) -> PyTree:
   """Returns shardings for `opt_state`: leaves shaped like a param get its sharding.
 
   Compensation bits, moments, 8-bit codes and other leaves with the shape of their param get its sharding. So do the
@@ -27,16 +37,21 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
   keys, factored moments) is replicated over the same mesh.
 
   Args:
-    params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`.
+    params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`, or all on one device.
     opt_state: the state of any Optax transformation for them: arrays or ShapeDtypeStructs, on any devices.
+    memory_kind: the memory for the state, such as "pinned_host": a step then streams it (docs/offload.md). None: that
+      of the params.
+    where: `where(path, leaf) -> bool` says which leaves of `opt_state` go to that memory; the others stay on the
+      device. None: those with more than 65536 elements.
 
   Returns:
-    A tree like `opt_state` of `NamedSharding`, for `jax.device_put`, for restoring a checkpoint, or for `out_shardings`
+    A tree like `opt_state` of shardings, for `jax.device_put`, for restoring a checkpoint, or for `out_shardings`
     of a jitted `init` or step. Pass `out_shardings` to the step: without it, XLA may return replicated state with
     another sharding, and the next call compiles again.
 
   Raises:
-    ValueError: if a param has no NamedSharding, if there are no params, or if they lie on different meshes.
+    ValueError: if a param has no such sharding, if there are no params, if they lie on different meshes, or if the
+      device has no memory of this kind.
     TypeError: if the arguments are swapped.
 
   Memory: none; nothing is moved.
@@ -61,13 +76,13 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
   known = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
+    if not isinstance(sharding, NamedSharding | SingleDeviceSharding):
       raise ValueError(
-        f"state_sharding: {trees.name(path)} has {'no sharding' if sharding is None else sharding}; a NamedSharding is "
-        "needed. Put the params on a mesh with jax.device_put, or pass ShapeDtypeStructs with sharding=..."
+        f"state_sharding: {trees.name(path)} has {'no sharding' if sharding is None else sharding}; a NamedSharding, or "
+        "one device, is needed. Put the params on a mesh with jax.device_put, or pass ShapeDtypeStructs with sharding=..."
       )
-    known[path] = (leaf.shape, sharding)
-  meshes = list(dict.fromkeys(sharding.mesh for _, sharding in known.values()))
+    known[path] = (leaf.shape, sharding.with_memory_kind("device") if host.is_on_host(leaf) else sharding)
+  meshes = list(dict.fromkeys(getattr(s, "mesh", None) or s.with_memory_kind("device") for _, s in known.values()))
   if len(meshes) > 1:
     raise ValueError(
       f"state_sharding: the params lie on {len(meshes)} meshes; put them on one: {meshes[0]}, {meshes[1]}"
@@ -81,7 +96,8 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
     raise TypeError(
       "state_sharding: params has the leaves of opt_state, and more. Call state_sharding(params, opt_state)."
     )
-  replicated = NamedSharding(meshes[0], PartitionSpec())
+  on_mesh = not isinstance(meshes[0], SingleDeviceSharding)
+  replicated = NamedSharding(meshes[0], PartitionSpec()) if on_mesh else meshes[0]
 
   def choose(path: tuple[Any, ...], leaf: Any) -> Any:
     shape, sharding = _owner(path, known)
@@ -92,7 +108,27 @@ def state_sharding(params: PyTree, opt_state: PyTree) -> PyTree:
     return sharding if sharding is not None and getattr(leaf, "shape", None) == shape else replicated
 
   shardings = jax.tree_util.tree_map_with_path(choose, opt_state, is_leaf=_is_scaled)
+  if memory_kind is not None:
+    _check_memory(replicated, memory_kind)
+    chosen = where or (lambda _, leaf: leaf.size > _SMALL)
+    shardings = jax.tree_util.tree_map_with_path(
+      lambda path, leaf, s: s.with_memory_kind(memory_kind) if chosen(path, leaf) else s, opt_state, shardings
+    )
   return modules.in_form_of(given, shardings)
+
+
+def _check_memory(sharding: jax.sharding.Sharding, memory_kind: str) -> None:
+  """Raises ValueError where devices have no memory of this kind; those of an abstract mesh may have any."""
+  try:
+    device = next(iter(sharding.device_set))
+  except ValueError:
+    return
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if memory_kind not in kinds:
+    raise ValueError(
+      f"state_sharding: {device.device_kind} has no memory {memory_kind!r}, but {', '.join(map(repr, kinds))}. Choose "
+      "one of these, or leave memory_kind out, which keeps the state on the device."
+    )
 
 
 def _is_scaled(x: Any) -> bool:
@@ -100,7 +136,7 @@ def _is_scaled(x: Any) -> bool:
   return isinstance(x, blocks.Quantized | codec.ScaledBits)
 
 
-def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
+def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, Any]:
   """The shape and sharding of the param whose path is the end of `path`, or inside it if a wrapper splits the param."""
   for end in range(len(path), -1, -1):
     for start in range(end + 1):  # the longest first
@@ -109,8 +145,10 @@ def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[An
   return None, None
 
 
-def _per_block(codes: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def _per_block(codes: Any, shape: tuple[int, ...]) -> Any:
   """The sharding of scales of `shape`: that of their codes, with the last axis replicated if it does not divide."""
+  if not isinstance(codes, NamedSharding):
+    return codes
   spec = list(codes.spec) + [None] * (len(shape) - len(codes.spec))
   axes = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
   parts = 1

@@ -146,7 +146,7 @@ class Update:
           raise
         names = re.findall(r"'(\w+)'", missing[1])
         self._raise_missing(names, error)
-      if jax.tree.structure(new_state) == self._state_treedef:
+      if jax.tree.structure(new_state) == self._state_treedef:  # checked later
         new_state = host.stored_like(new_state, old_state)
       return host.stored_like(apply.apply_updates(weights, updates), tree), new_state, extra
 

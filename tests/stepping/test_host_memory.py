@@ -1,0 +1,187 @@
+"""Steps whose state, or weights too, are in host memory: the same bits as with everything on the device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_mpo as mpo
+from optax_mpo._stepping import rows
+
+WIDTH, LAYERS = 320, 3
+X = jax.random.normal(jax.random.key(2), (8, WIDTH), jnp.bfloat16)
+
+
+def masters():
+  keys = jax.random.split(jax.random.key(0), 4)
+  return {
+    "embedding": jax.random.normal(keys[3], (WIDTH, WIDTH)) * 0.05,
+    "layers": {"w": jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)) * 0.05, "b": jnp.zeros((LAYERS, WIDTH))},
+    "head": jax.random.normal(keys[1], (WIDTH, WIDTH)) * 0.05,
+  }
+
+
+def loss_fn(params, x):
+  def layer(x, p):
+    return jnp.tanh(x @ p["w"] + p["b"][None]), None
+
+  x, _ = jax.lax.scan(jax.checkpoint(layer), x @ params["embedding"], params["layers"])
+  return jnp.mean((x @ params["head"]).astype(jnp.float32) ** 2)
+
+
+def kinds(tree):
+  return jax.tree.map(lambda x: x.sharding.memory_kind, tree)
+
+
+def on_host(tree):
+  """The tree with its large leaves in host memory."""
+
+  def move(x):
+    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if x.size > 2**16 else x
+
+  return jax.tree.map(move, tree)
+
+
+def trained(tx, state=lambda s: s, params=lambda p: p, steps=4, make=mpo.value_and_update, **options):
+  low, opt_state = mpo.init(tx, masters())
+  low, opt_state = params(low), state(opt_state)
+  before = kinds((low, opt_state))
+  step = jax.jit(make(loss_fn, tx, **options), donate_argnums=(0, 1))
+  for _ in range(steps):
+    value, low, opt_state = step(low, opt_state, X)
+  assert kinds((low, opt_state)) == before
+  return jax.device_get((value, low, opt_state))
+
+
+def assert_equal(a, b):
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def ordinary(loss_fn, tx):
+  def step(params, opt_state, x):
+    value, grads = jax.value_and_grad(lambda p: loss_fn(p, x))(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return value, mpo.apply_updates(params, updates), opt_state
+
+  return step
+
+
+OPTIMIZERS = {
+  "adamw": (lambda: optax.adamw(1e-3), {}),
+  "sgd": (lambda: optax.sgd(1e-2, momentum=0.9), {}),
+  "lion": (lambda: optax.lion(1e-4), {}),
+  "8-bit adamw": (lambda: mpo.quantized_state(optax.adamw(1e-3)), {}),
+  "schedule": (lambda: optax.adamw(optax.linear_schedule(1e-3, 0.0, 10)), {}),
+  "norms": (lambda: optax.chain(mpo.record_norms(), mpo.clip_by_delayed_norm(0.1), optax.adamw(1e-3)), {}),
+  "clip in two passes": (lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-3)), {"two_pass": True}),
+  "per layer": (lambda: mpo.per_layer(optax.lamb(1e-3), lambda path, leaf: leaf.ndim == 3), {"two_pass": True}),
+  "microbatches": (lambda: optax.adamw(1e-3), {"microbatches": 2}),
+}
+
+
+@pytest.fixture(params=["whole", "by rows"])
+def elements(request, monkeypatch):
+  """The most elements of a leaf that are fetched at a time."""
+  if request.param == "by rows":
+    monkeypatch.setattr(rows, "_ELEMENTS", 2**14)
+    monkeypatch.setattr(rows, "_ELEMENTS_OF_LAYER", 2**14)
+
+
+@pytest.mark.few(3, full=18)
+@pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):
+  make, options = OPTIMIZERS[name]
+  tx = mpo.compensated(make())
+  # On CPUs, 8-bit state on the device is updated by rows, and the ordinary step, too, has other last bits than that.
+  reference = {"make": ordinary} if name == "8-bit adamw" else options
+  device = trained(tx, **reference)
+  assert_equal(trained(tx, on_host, on_host if weights == "weights too" else lambda p: p, **options), device)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_ordinary_steps_too(weights):
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)))
+  device = trained(tx, make=ordinary)
+  if not weights:
+    assert_equal(trained(tx, on_host, make=ordinary), device)
+  params = masters()
+  low, state = mpo.init(tx, params)
+  if weights:  # the update, since a loss cannot read weights there by itself
+    grads = jax.tree.map(jnp.ones_like, low)
+    step = jax.jit(lambda grads, state, low: ordinary_update(tx, grads, state, low))
+    assert_equal(jax.device_get(step(grads, on_host(state), on_host(low))), jax.device_get(step(grads, state, low)))
+
+
+def ordinary_update(tx, grads, state, params):
+  updates, state = tx.update(grads, state, params)
+  return mpo.apply_updates(params, updates), state
+
+
+def test_init_makes_the_state_there_and_state_sharding_says_where():
+  tx = mpo.compensated(optax.adamw(1e-3))
+  params, state = mpo.init(tx, masters(), state_memory="pinned_host")
+  adam = state.inner_state[0]
+  assert kinds(adam.mu) == kinds(state.compensation)
+  assert kinds(adam.mu)["layers"] == {"w": "pinned_host", "b": "device"}
+  assert kinds(adam.count) == "device"
+  assert set(jax.tree.leaves(kinds(params))) == {"device"}
+  plain = mpo.init(tx, masters())
+  assert_equal(jax.device_get((params, state)), jax.device_get(plain))
+  moved = jax.device_put(plain[1], mpo.state_sharding(*plain, memory_kind="pinned_host"))
+  assert kinds(moved) == kinds(state)
+  chosen = mpo.state_sharding(*plain, memory_kind="pinned_host", where=lambda path, leaf: leaf.shape == (WIDTH, WIDTH))
+  memory = jax.tree.map(lambda s: s.memory_kind, chosen).inner_state[0].mu
+  assert (memory["head"], memory["layers"]["w"]) == ("pinned_host", "device")
+  assert_equal(jax.device_get(mpo.master_params(params, moved)), masters())
+
+
+def test_a_memory_that_the_device_does_not_have_is_refused_by_name():
+  tx = mpo.compensated(optax.adamw(1e-3))
+  with pytest.raises(ValueError, match="has no memory 'hbm2', but 'device', 'pinned_host'"):
+    mpo.init(tx, masters(), state_memory="hbm2")
+
+
+def test_sharded_state_is_streamed_on_each_device():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+  tx = mpo.compensated(optax.adamw(1e-3))
+
+  def run(memory_kind):
+    params = jax.tree.map(lambda x: jax.device_put(x, by_rows), masters())
+    low, state = mpo.init(tx, params)
+    shardings = mpo.state_sharding(low, state, memory_kind=memory_kind)
+    state = jax.device_put(state, shardings)
+    out = (None, jax.tree.map(lambda x: x.sharding, low), shardings)
+    step = jax.jit(mpo.value_and_update(loss_fn, tx), donate_argnums=(0, 1), out_shardings=out)
+    for _ in range(3):
+      value, low, state = step(low, state, X)
+    assert kinds(state.inner_state[0].mu)["head"] == (memory_kind or "device")
+    return jax.device_get((value, low, state))
+
+  assert_equal(run("pinned_host"), run(None))
+
+
+def test_programs_without_host_memory_are_what_they_were():
+  tx = mpo.compensated(optax.adamw(1e-3))
+  params, state = mpo.init(tx, masters())
+  step = functools.partial(mpo.value_and_update(loss_fn, tx), params, state)
+  assert "device_put" not in str(jax.make_jaxpr(step)(X))
+
+
+def test_explain_says_where_a_state_is_fetched_whole(monkeypatch):
+  monkeypatch.setattr(rows, "_ELEMENTS", 2**14)
+  tx = mpo.compensated(optax.adamw(1e-3))
+  params = {"w": jnp.ones((8, 331 * 64)), "prime": jnp.ones((331, 512))}
+  low, state = mpo.init(tx, params, state_memory="pinned_host")
+
+  def loss(p, x):
+    return jnp.sum((x @ p["prime"]).astype(jnp.float32)) + jnp.sum(p["w"].astype(jnp.float32) ** 2)
+
+  rows_of = {row.name: row for row in mpo.explain(loss, tx, low, state, jnp.ones((2, 331), jnp.bfloat16))}
+  assert "331 rows do not divide into equal parts" in rows_of["params['prime']"].why
+  assert "fetched whole" not in rows_of["params['w']"].why
