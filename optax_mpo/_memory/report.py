@@ -89,9 +89,7 @@ class MemoryReport:
   @property
   def host_bytes(self) -> int:
     """The same in the memory of the host, for one device."""
-    return (
-      self.host_argument_bytes + self.host_output_bytes - self.host_aliased_bytes + self.host_temporary_bytes
-    )
+    return self.host_argument_bytes + self.host_output_bytes - self.host_aliased_bytes + self.host_temporary_bytes
 
   @property
   def parameters(self) -> int | None:

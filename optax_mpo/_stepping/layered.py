@@ -187,7 +187,9 @@ def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequ
     count,
     across,
     parts=() if streamed else tuple((functools.partial(run_part, part), part.outputs) for part in parts),
-    backend=Backend() if streamed else of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),
+    backend=Backend()
+    if streamed
+    else of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),
   )
 
 

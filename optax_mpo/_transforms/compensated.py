@@ -296,6 +296,11 @@ def _on_host(
   tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any, memory_kind: str
 ) -> tuple[PyTree, optax.OptState]:
   """As `initialise.initialised`, in one compiled program that makes the state where it stays."""
+  if step_weight.is_traced(jax.tree.leaves(params)):
+    raise ValueError(
+      "init: state_memory needs params that are arrays, and these are traced. Call init outside of jit, or leave "
+      "state_memory out and jit with out_shardings=(..., state_sharding(params, opt_state, memory_kind=...))."
+    )
   params = jax.tree.map(jnp.asarray, params)
   new, opt_state = jax.eval_shape(lambda params: initialise.initialised(tx, params, dtype, where), params)
   kept = jax.tree.map(lambda x: x.sharding, params)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._codecs import blocks, codec
 from optax_mpo._core import host, modules, trees
@@ -37,7 +38,8 @@ def state_sharding(
   keys, factored moments) is replicated over the same mesh.
 
   Args:
-    params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`, or all on one device.
+    params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`; with `memory_kind`, they
+      may also lie on one device without.
     opt_state: the state of any Optax transformation for them: arrays or ShapeDtypeStructs, on any devices.
     memory_kind: the memory for the state, such as "pinned_host": a step then streams it (docs/offload.md). None: that
       of the params.
@@ -45,7 +47,7 @@ def state_sharding(
       device. None: those with more than 65536 elements.
 
   Returns:
-    A tree like `opt_state` of shardings, for `jax.device_put`, for restoring a checkpoint, or for `out_shardings`
+    A tree like `opt_state` of `NamedSharding`, for `jax.device_put`, for restoring a checkpoint, or for `out_shardings`
     of a jitted `init` or step. Pass `out_shardings` to the step: without it, XLA may return replicated state with
     another sharding, and the next call compiles again.
 
@@ -58,7 +60,7 @@ def state_sharding(
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> from jax.sharding import NamedSharding, PartitionSpec as P
+    >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> tx = mpo.compensated(optax.adamw(3e-4))
     >>> masters = {"w": jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))}
@@ -73,16 +75,19 @@ def state_sharding(
     <https://arxiv.org/abs/1910.02054>`_, 2020
   """
   given, params, opt_state = opt_state, modules.pure(params), modules.pure(opt_state)
-  known = {}
+  known, on_one = {}, memory_kind is not None
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, NamedSharding | SingleDeviceSharding):
+    if on_one and isinstance(sharding, SingleDeviceSharding):
+      # JAX shows the memory of an array in its type only if its sharding has a mesh.
+      sharding = NamedSharding(Mesh(np.array(list(sharding.device_set)), ("device",)), PartitionSpec())
+    if not isinstance(sharding, NamedSharding):
       raise ValueError(
-        f"state_sharding: {trees.name(path)} has {'no sharding' if sharding is None else sharding}; a NamedSharding, or "
-        "one device, is needed. Put the params on a mesh with jax.device_put, or pass ShapeDtypeStructs with sharding=..."
+        f"state_sharding: {trees.name(path)} has {'no sharding' if sharding is None else sharding}; a NamedSharding is "
+        "needed. Put the params on a mesh with jax.device_put, or pass ShapeDtypeStructs with sharding=..."
       )
     known[path] = (leaf.shape, sharding.with_memory_kind("device") if host.is_on_host(leaf) else sharding)
-  meshes = list(dict.fromkeys(getattr(s, "mesh", None) or s.with_memory_kind("device") for _, s in known.values()))
+  meshes = list(dict.fromkeys(sharding.mesh for _, sharding in known.values()))
   if len(meshes) > 1:
     raise ValueError(
       f"state_sharding: the params lie on {len(meshes)} meshes; put them on one: {meshes[0]}, {meshes[1]}"
@@ -96,8 +101,7 @@ def state_sharding(
     raise TypeError(
       "state_sharding: params has the leaves of opt_state, and more. Call state_sharding(params, opt_state)."
     )
-  on_mesh = not isinstance(meshes[0], SingleDeviceSharding)
-  replicated = NamedSharding(meshes[0], PartitionSpec()) if on_mesh else meshes[0]
+  replicated = NamedSharding(meshes[0], PartitionSpec())
 
   def choose(path: tuple[Any, ...], leaf: Any) -> Any:
     shape, sharding = _owner(path, known)
@@ -136,7 +140,7 @@ def _is_scaled(x: Any) -> bool:
   return isinstance(x, blocks.Quantized | codec.ScaledBits)
 
 
-def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, Any]:
+def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
   """The shape and sharding of the param whose path is the end of `path`, or inside it if a wrapper splits the param."""
   for end in range(len(path), -1, -1):
     for start in range(end + 1):  # the longest first
@@ -145,10 +149,8 @@ def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[An
   return None, None
 
 
-def _per_block(codes: Any, shape: tuple[int, ...]) -> Any:
+def _per_block(codes: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
   """The sharding of scales of `shape`: that of their codes, with the last axis replicated if it does not divide."""
-  if not isinstance(codes, NamedSharding):
-    return codes
   spec = list(codes.spec) + [None] * (len(shape) - len(codes.spec))
   axes = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
   parts = 1

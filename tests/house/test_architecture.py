@@ -21,7 +21,7 @@ FLOORS = {
   "_layers": ({"_stepping", "_updates", "_backends", "_program"} | GROUND, {"jax", "numpy", "optax"}),
   "_transforms": ({"_stepping", "_backends", "_program", "_codecs"} | GROUND, {"jax", "numpy", "optax"}),
   "_flax": ({"_layers", "_stepping", "_transforms", "_codecs"} | GROUND, {"flax", "jax", "optax"}),
-  "_memory": (GROUND, {"jax", "numpy", "matplotlib"}),
+  "_memory": (GROUND, {"jax", "numpy", "matplotlib", "jaxlib"}),
 }
 DOORS = {  # what users import
   "flax": ({"_flax"}, set()),

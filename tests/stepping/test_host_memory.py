@@ -11,6 +11,11 @@ import pytest
 import optax_mpo as mpo
 from optax_mpo._stepping import rows
 
+HOST = jax.sharding.NamedSharding(
+  jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]),
+  jax.sharding.PartitionSpec(),
+  memory_kind="pinned_host",
+)
 WIDTH, LAYERS = 320, 3
 X = jax.random.normal(jax.random.key(2), (8, WIDTH), jnp.bfloat16)
 
@@ -40,7 +45,7 @@ def on_host(tree):
   """The tree with its large leaves in host memory."""
 
   def move(x):
-    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if x.size > 2**16 else x
+    return jax.device_put(x, HOST) if x.size > 2**16 else x
 
   return jax.tree.map(move, tree)
 
@@ -144,6 +149,22 @@ def test_a_memory_that_the_device_does_not_have_is_refused_by_name():
   tx = mpo.compensated(optax.adamw(1e-3))
   with pytest.raises(ValueError, match="has no memory 'hbm2', but 'device', 'pinned_host'"):
     mpo.init(tx, masters(), state_memory="hbm2")
+
+
+def test_fused_layers_refuse_it_with_advice_that_works():
+  tx = mpo.compensated(optax.adamw(1e-3))
+  params, state = mpo.init(tx, masters(), state_memory="pinned_host")
+  dense = mpo.fused_layer(lambda p, x: loss_fn(p, x))
+  step = mpo.fused_value_and_update(lambda p, x: dense(p, x), tx)
+  with pytest.raises(ValueError, match="value_and_update, which streams them"):
+    step(params, state, X)
+  step(params, jax.device_put(state, jax.memory.Space.Device), X)
+
+
+def test_init_with_a_memory_inside_jit_says_what_to_do():
+  tx = mpo.compensated(optax.adamw(1e-3))
+  with pytest.raises(ValueError, match="Call init outside of jit"):
+    jax.jit(lambda p: mpo.init(tx, p, state_memory="pinned_host"))(masters())
 
 
 def test_sharded_state_is_streamed_on_each_device():
