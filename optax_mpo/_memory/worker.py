@@ -104,7 +104,9 @@ def place_arguments(module: Any, on_host: list[bool]) -> None:
     host, placed = ir.StringAttr.get("pinned_host"), []
     for attributes, is_host in zip(main.attributes["arg_attrs"], on_host, strict=True):
       named: dict[str, Any] = {attribute.name: attribute.attr for attribute in attributes}
-      placed.append(ir.DictAttr.get(named | ({"mhlo.memory_kind": host} if is_host else {})))
+      if is_host:
+        named["mhlo.memory_kind"] = host
+      placed.append(ir.DictAttr.get(named))
     main.attributes["arg_attrs"] = ir.ArrayAttr.get(placed)
 
 

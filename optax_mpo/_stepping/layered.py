@@ -175,21 +175,18 @@ def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequ
   )
   jax.eval_shape(layer.run, list(layer.grads), list(layer.params), list(layer.states), list(layer.shared))
   places = {len(params) + j: len(ys) + len(params) + j for j in range(len(states))}
-  parts = by_layer.parts(program, inputs, program.outputs, places, {*known, *program.constants})
   avals = [*layer.grads, *layer.params, *layer.states]
+  where = tuple(entries), tuple(gradients), count, across
+  if any(map(host.is_on_host, avals)):  # parts would fetch again what the part before has written
+    return Layered(layer, *where)
+  parts = by_layer.parts(program, inputs, program.outputs, places, {*known, *program.constants})
   stacked = update.program
   whole_update = Slice(stacked, stacked.operations, inputs, known, stacked.constants, stacked.outputs)
-  streamed = any(map(host.is_on_host, avals))
   return Layered(
     layer,
-    tuple(entries),
-    tuple(gradients),
-    count,
-    across,
-    parts=() if streamed else tuple((functools.partial(run_part, part), part.outputs) for part in parts),
-    backend=Backend()
-    if streamed
-    else of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),
+    *where,
+    parts=tuple((functools.partial(run_part, part), part.outputs) for part in parts),
+    backend=of_layers(whole_update, entries, step.backend.kernels, functools.partial(_one, layer), avals, layer.shared),
   )
 
 

@@ -128,8 +128,9 @@ class Update:
     streamed = [name for name, leaf in named if host.is_on_host(leaf)]
     if caller == _BY_LAYERS and streamed:
       raise ValueError(
-        f"{caller}: fused layers keep weights and state on the device, and {trees.listed(streamed)} are in "
-        "host memory. Train with value_and_update, which streams them, or move them: jax.device_put(x, jax.memory.Space.Device)."
+        f"{caller}: fused layers keep weights and state on the device, and {trees.listed(streamed)} are in host "
+        "memory. Train with value_and_update, which streams them, or move them there: "
+        "jax.device_put(x, jax.memory.Space.Device)."
       )
     with step_weight.left_out() as met:
       grads = [formats.gradient_like(leaf) for leaf in self._params]
