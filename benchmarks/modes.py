@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import optax_mpo as mpo
 from benchmarks.models import Model
@@ -65,6 +66,11 @@ class Mode:
   label: str
   build: Callable[[Model, str], Training]
   exact: bool = False
+
+  @property
+  def is_on_host(self) -> bool:
+    """Whether its state is in host memory."""
+    return "on the host" in self.label
 
 
 def to_bf16(params: PyTree) -> PyTree:
@@ -187,6 +193,39 @@ def automatic(
   return build
 
 
+def on_host(build: Callable[[Model, str], Training], weights: bool = False) -> Callable[[Model, str], Training]:
+  """The same step with its state in host memory, and with `weights` also the stacks of weights."""
+  mesh = AbstractMesh((1,), ("device",))
+
+  def moved(tree: PyTree) -> PyTree:
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), tree
+    )
+    shardings = mpo.state_sharding(like, tree, memory_kind="pinned_host")
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+  def build_on_host(model: Model, optimizer: str) -> Training:
+    training = build(model, optimizer)
+    params = training.params
+    if weights:
+      params = {**params, "blocks": moved(params["blocks"])}
+    return Training(training.step, params, moved(training.opt_state))
+
+  return build_on_host
+
+
+def optax_f32_whole(model: Model, optimizer: str) -> Training:
+  """Optax, whose state is moved to the device as a whole for the update, and back."""
+  training = optax_f32_master(model, optimizer)
+  spaces = jax.memory.Space
+
+  def step(params, opt_state, batch):
+    loss, params, new = training.step(params, jax.device_put(opt_state, spaces.Device), batch)
+    return loss, params, jax.tree.map(lambda x: jax.device_put(x, spaces.Host) if x.size > 2**16 else x, new)
+
+  return Training(step, training.params, training.opt_state)
+
+
 MODES = {
   "optax-f32": Mode("Optax, f32 master", optax_f32_master, exact=True),
   "optax-bf16": Mode("Optax, pure bf16 (loses small updates)", optax_bf16),
@@ -206,6 +245,15 @@ MODES = {
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
   "mpo-compact-auto": Mode("optax_mpo, 8 bits, 8-bit state, value_and_update", automatic(8, compact=True)),
   "mpo-compact-layer": Mode("optax_mpo, 8 bits, 8-bit state, fused layers", fused_layers(8, compact=True)),
+  "optax-f32-host": Mode("Optax, f32 master, state on the host, moved whole", on_host(optax_f32_whole), exact=True),
+  "mpo-16-host": Mode("optax_mpo, 16 bits, state on the host", on_host(automatic(16)), exact=True),
+  "mpo-16-host-weights": Mode(
+    "optax_mpo, 16 bits, state and layers on the host", on_host(automatic(16), weights=True), exact=True
+  ),
+  "mpo-compact-host": Mode("optax_mpo, 8 bits, 8-bit state, on the host", on_host(automatic(8, compact=True))),
+  "mpo-compact-host-weights": Mode(
+    "optax_mpo, 8 bits, 8-bit state and layers on the host", on_host(automatic(8, compact=True), weights=True)
+  ),
   "mpo-16-kernels": Mode("optax_mpo, 16 bits, kernels", compensated(16, kernels=True), exact=True),
   "mpo-compact-kernels": Mode("optax_mpo, 8 bits, 8-bit state, kernels", compensated(8, compact=True, kernels=True)),
   "mpo-16-layer-kernels": Mode("optax_mpo, 16 bits, fused layers, kernels", fused_layers(16, kernels=True), exact=True),

@@ -74,6 +74,7 @@ SPLITS = {"lm-1.3b-fsdp8-columns": "columns", "lm-1.3b-fsdp8-largest": "largest"
 TARGETS = {"lm-70b-fsdp8": "h100"}
 # The modes for sharded models. flashoptim-jax ravels its state, which then cannot be sharded like the params.
 SHARDED_MODES = ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
+ON_HOST = ("lm-1.3b", "lm-8.8b", "lm-70b")
 # The other optimizers run on models where they are used, such as the paper's SGD on a ResNet.
 MODELS_OF = {
   "adamw": tuple(MODELS),
@@ -103,6 +104,7 @@ class Row:
   seconds: float = 0.0
   error: str = ""
   devices: int = 1
+  host_bytes: int = 0
 
   def per_parameter(self, device_bytes: int) -> float:
     return device_bytes * self.devices / self.parameters
@@ -133,9 +135,17 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
     argument_bytes=report.argument_bytes,
     temporary_bytes=report.temporary_bytes,
     total_bytes=report.total_bytes,
+    host_bytes=report.host_bytes,
     fits=report.fits,
     seconds=round(time.perf_counter() - started, 1),
   )
+
+
+def _modes_of(model: str) -> Sequence[str]:
+  """The modes of a model, unless they are named: of the large ones alone those with state on the host."""
+  if model in DEVICES:
+    return SHARDED_MODES
+  return [mode for mode in MODES if model in ON_HOST or not MODES[mode].is_on_host]
 
 
 def make_tables(rows: Sequence[Row]) -> Iterable[Table]:
@@ -160,12 +170,14 @@ def describe(row: Row | None) -> str:
     return "does not compile"
   total, held = row.per_parameter(row.total_bytes), row.per_parameter(row.argument_bytes)
   each = "" if row.devices == 1 else " each"
-  return f"{total:.2f} ({held:.2f})\n{row.total_bytes / GIB:.2f} GiB{each}{'' if row.fits else ', does not fit'}"
+  host = f" + {row.per_parameter(row.host_bytes):.2f} on the host" if row.host_bytes else ""
+  return f"{total:.2f} ({held:.2f}){host}\n{row.total_bytes / GIB:.2f} GiB{each}{'' if row.fits else ', does not fit'}"
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
   """Draws the language models with AdamW: per mode, the arguments and what the step adds to them."""
   some = [row for row in rows if row.optimizer == "adamw" and row.model.startswith("lm") and not row.error]
+  some = [row for row in some if not row.host_bytes]
   models, modes = list(dict.fromkeys(r.model for r in some)), list(dict.fromkeys(r.mode for r in some))
   if not some:
     return
@@ -217,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (model, mode, optimizer, str(TARGETS.get(model, args.target)))
     for optimizer in args.optimizers
     for model in args.models or MODELS_OF[optimizer]
-    for mode in args.modes or (SHARDED_MODES if model in DEVICES else MODES)
+    for mode in args.modes or _modes_of(model)
   ]
   args.output_dir.mkdir(parents=True, exist_ok=True)
   path = args.output_dir / "peak_memory.json"

@@ -216,8 +216,8 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
         "is no array can be bound with functools.partial(fn, ...), or be static: jax.jit(fn, static_argnums=...)."
       )
     sharding = getattr(leaf, "sharding", None)
-    memory = {"memory_kind": sharding.memory_kind} if host.is_on_host(leaf) else {}
-    anywhere = NamedSharding(_any_mesh(devices), PartitionSpec(), **memory) if memory else None
+    memory = getattr(sharding, "memory_kind", None) if host.is_on_host(leaf) else None
+    anywhere = NamedSharding(_any_mesh(devices), PartitionSpec(), memory_kind=memory) if memory else None
     if isinstance(sharding, SingleDeviceSharding):
       sharding = anywhere
     if sharding is not None and not isinstance(sharding, NamedSharding):

@@ -22,11 +22,11 @@ from optax_mpo._program.program import Operation, Program
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
-  convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt held
-  igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square
-  or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
-  shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
-  mul_add psum psum_invariant pmax pmin pvary""".split()
+  convert_element_type copy copy_p cos cosh device_put digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+  held igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not
+  one_minus_square or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round
+  rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
+  tan tanh xor mul_add psum psum_invariant pmax pmin pvary""".split()
 )
 
 _REDUCTIONS = frozenset(
