@@ -28,6 +28,7 @@ from optax_mpo._memory.report import MemoryReport as MemoryReport
 from optax_mpo._stepping.explain import Explanation as Explanation
 from optax_mpo._stepping.explain import explain as explain
 from optax_mpo._stepping.microbatches import Microbatches as Microbatches
+from optax_mpo._stepping.streamed import streamed as streamed
 from optax_mpo._stepping.value_and_update import value_and_update as value_and_update
 from optax_mpo._transforms.compensated import RoundingState as RoundingState
 from optax_mpo._transforms.compensated import compensated as compensated

@@ -96,7 +96,8 @@ def gpu_memory(
 
   Memory: the report leaves out what the GPU's libraries choose at run time: workspace of matrix products and
   convolutions (up to 32 MiB where XLA measures and picks another algorithm), CUDA's context, fragmentation. It counts
-  arguments that `fn` does not use, since they exist. It does not count host memory.
+  arguments that `fn` does not use, since they exist. Arguments whose sharding has the memory kind "pinned_host" are
+  counted as `host_bytes`, apart from the card's.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax_mpo as mpo

@@ -88,7 +88,7 @@ class MemoryReport:
 
   @property
   def host_bytes(self) -> int:
-    """The same in the memory of the host, for one device."""
+    """The same in the memory of the host, which is not part of `total_bytes`, for one device."""
     return self.host_argument_bytes + self.host_output_bytes - self.host_aliased_bytes + self.host_temporary_bytes
 
   @property
@@ -120,7 +120,12 @@ class MemoryReport:
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields and the figures derived from them, ready for JSON."""
-    derived = {"total_bytes": self.total_bytes, "bytes_per_parameter": self.bytes_per_parameter, "fits": self.fits}
+    derived = {
+      "total_bytes": self.total_bytes,
+      "host_bytes": self.host_bytes,
+      "bytes_per_parameter": self.bytes_per_parameter,
+      "fits": self.fits,
+    }
     fields = dataclasses.asdict(self)
     buffers = fields.pop("buffers")
     return {**fields, **derived, "buffers": list(buffers)}
@@ -148,6 +153,9 @@ class MemoryReport:
     share = self.total_bytes / self.device_bytes
     verdict = "fits" if self.fits else "does not fit"
     lines.append(f"  {verdict}: {share:.1%} of {_human(self.device_bytes)}")
+    if self.host_bytes:
+      each = f", {self.per_parameter(self.host_bytes):.2f} bytes/parameter" if self.parameter_count else ""
+      lines.append(f"  and {_human(self.host_bytes)} of memory on the host{each}")
     if self.without_triton:
       lines.append("  (with cuBLAS for all matrix products: XLA's default tiles for Triton do not fit)")
     if not self.buffers:

@@ -96,6 +96,28 @@ def test_the_table_of_sharded_steps_is_that_of_the_committed_json():
     assert cells == want, label
 
 
+def test_the_table_of_host_memory_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r["optimizer"] == "adamw" and r["target"] == "h200"}
+  page = (ROOT / "docs/offload.md").read_text()
+  lines = page.split("<!-- benchmarks/results/peak_memory.json, host -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 8
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    for model, cell in zip(("lm-1.3b", "lm-8.8b", "lm-70b"), cells, strict=True):
+      r = found.get((modes[label], model))
+      if r is None:
+        assert cell == "–"
+        continue
+      total, host = (r.get(key, 0) / r["parameters"] for key in ("total_bytes", "host_bytes"))
+      on_host = f" + {host:.2f}" if host else ""
+      assert cell == f"{total:.2f}{on_host} = {r['total_bytes'] / 2**30:.1f} GiB", label
+  exact, both = found["mpo-16-host", "lm-8.8b"], found["mpo-16-host-weights", "lm-8.8b"]
+  assert f"takes {exact['total_bytes'] / exact['parameters']:.2f} bytes on the card" in README
+  assert f"and {both['total_bytes'] / both['parameters']:.2f} with the weights of its layers" in README
+
+
 def test_the_table_of_the_card_is_that_of_the_committed_json():
   report = json.loads((ROOT / "benchmarks/results/gpu_check.json").read_text())
   found = {(r["mode"], r["model"]): r for r in report["rows"] if "ratio" in r}

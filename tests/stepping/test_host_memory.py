@@ -151,6 +151,15 @@ def test_a_memory_that_the_device_does_not_have_is_refused_by_name():
     mpo.init(tx, masters(), state_memory="hbm2")
 
 
+def test_streamed_evaluates_the_same_loss():
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), masters())
+  evaluate = jax.jit(mpo.streamed(lambda p, x, scale=1: {"loss": loss_fn(p, x), "scale": scale}))
+  device = jax.device_get(evaluate(params, X))
+  assert_equal(device["loss"], jax.device_get(jax.jit(loss_fn)(params, X)))
+  assert_equal(jax.device_get(evaluate(on_host(params), X)), device)
+  assert int(device["scale"]) == 1
+
+
 def test_fused_layers_refuse_it_with_advice_that_works():
   tx = mpo.compensated(optax.adamw(1e-3))
   params, state = mpo.init(tx, masters(), state_memory="pinned_host")

@@ -1,0 +1,81 @@
+"""Calls a function of params that are in host memory, such as a loss for evaluation.
+
+Why: an operation on the device cannot read host memory, and params moved there as a whole may not fit.
+
+How: as in `value_and_update`, without updates: scans fetch the layer that they need, and other operations the leaf.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from optax_mpo._core import host, trees, wrapping
+from optax_mpo._program import jax_forms, recompute
+from optax_mpo._stepping import evaluate
+
+PyTree = Any
+
+
+def streamed(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a function that may be called with params in host memory, and fetches them as it needs them.
+
+  Use it to evaluate the loss function, or to run the model, that `value_and_update` trains. Params that are on the
+  device are used as they are.
+
+  Args:
+    fn: `fn(params, *args, **kwargs)`, any function that JAX can trace.
+
+  Returns:
+    A function with the same arguments and the same results. Run it under `jax.jit`. It is not meant to be
+    differentiated.
+
+  Raises:
+    NotImplementedError: when called on a JAX whose programs it cannot read.
+    It also raises what `fn` raises.
+
+  Memory: on the device, one layer of each stack that a `lax.scan` runs over, and of other leaves one at a time.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax_mpo as mpo
+    >>> params = {"layers": jnp.ones((3, 4, 4))}
+    >>> def loss_fn(params, x):
+    ...   return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0].sum()
+    >>> shardings = mpo.state_sharding(params, params, memory_kind="pinned_host", where=lambda path, leaf: True)
+    >>> on_host = jax.device_put(params, shardings)
+    >>> evaluate = jax.jit(mpo.streamed(loss_fn))
+    >>> x = jnp.ones((2, 4))
+    >>> bool(evaluate(on_host, x) == jax.jit(loss_fn)(params, x))
+    True
+  """
+  wrapping.check_loss(fn, "streamed", "fn")
+
+  @functools.wraps(fn)
+  def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+    jax_forms.check_forms("streamed")
+    weights, treedef = jax.tree.flatten(params)
+    rest, rest_treedef = jax.tree.flatten((args, kwargs))
+    lifted = [x for x in rest if trees.is_array(x)]
+    made: list[Any] = []
+
+    def flat(weights: list[Any], lifted: list[Any]) -> list[Any]:
+      values = iter(lifted)
+      args, kwargs = rest_treedef.unflatten([next(values) if trees.is_array(x) else x for x in rest])
+      results, out = jax.tree.flatten(fn(treedef.unflatten(host.fetched(weights)), *args, **kwargs))
+      made[:] = [out, [None if trees.is_array(x) else x for x in results]]
+      return [x for x in results if trees.is_array(x)]
+
+    program, _ = jax_forms.trace(flat, weights, lifted)
+    on_host = {v for v, x in zip(program.inputs, weights, strict=False) if host.is_on_host(x)}
+    fetches = [
+      v for o in program.operations if any(isinstance(a, int) and a in on_host for a in o.inputs) for v in o.outputs
+    ]
+    program = recompute.for_each_use(program, fetches)
+    store = evaluate.Whole([], [], [])
+    inputs = [*weights, *lifted]
+    values = iter(evaluate.run(program, [], inputs, program.outputs, store, [], weights=program.inputs[: len(weights)]))
+    out, static = made
+    return out.unflatten([next(values) if x is None else x for x in static])
+
+  return call
