@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from optax_mpo._core import trees
+from optax_mpo._core import host, trees
 
 PyTree = Any
 
@@ -258,6 +258,10 @@ def _to_stored(leaf: Any) -> jax.Array:
   if _in_words(leaf):
     return jnp.asarray(np.ascontiguousarray(leaf[..., None]).view(np.uint32))
   leaf, dtype = jnp.asarray(leaf), _STORED_AS[str(leaf.dtype)]
+  if host.is_on_host(leaf):
+    if str(leaf.dtype) == dtype and leaf.dtype.itemsize <= 4:
+      return leaf
+    leaf = host.fetched(leaf)
   if jnp.issubdtype(leaf.dtype, jnp.floating) and dtype == "uint8":
     leaf = lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
   return leaf.astype(dtype)
@@ -374,10 +378,28 @@ def _hashes(arrays: list[jax.Array]) -> list[jax.Array]:
   return [hash_of(x) for x in arrays]
 
 
+def _hash_on_host(x: jax.Array) -> int:
+  """The same hash of an array in host memory, a few million elements at a time: the device may have no room for it."""
+  if not x.is_fully_addressable:
+    return int(_hashes([host.fetched(x)])[0])
+  flat, total, step = np.asarray(x).reshape(-1), 0, 2**22
+  for start in range(0, flat.size, step):
+    part = flat[start : start + step]
+    pattern = part.view(f"uint{8 * part.dtype.itemsize}").astype(np.uint32)
+    place = np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32)
+    mixed = (pattern ^ (place * np.uint32(0x9E37_79B1))) * np.uint32(0x85EB_CA6B)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2_AE35)
+    total += int(np.sum(mixed ^ (mixed >> np.uint32(13)), dtype=np.uint64))
+  return total % 2**32
+
+
 def _checksums(stored: list[jax.Array]) -> list[int]:
   found = [0] * len(stored)
   by_devices: dict[Any, list[int]] = {}
   for i, x in enumerate(stored):
+    if host.is_on_host(x):
+      found[i] = _hash_on_host(x)
+      continue
     mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
     devices = mesh.devices.flat if isinstance(mesh, Mesh) else x.sharding.device_set
     by_devices.setdefault(tuple(d.id for d in devices), []).append(i)

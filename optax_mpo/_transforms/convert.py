@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import blocks, formats
-from optax_mpo._core import buffers, modules, overwritten, trees, wrapping
+from optax_mpo._core import buffers, host, modules, overwritten, trees, wrapping
 from optax_mpo._transforms import compensated, initialise, quantized
 
 PyTree = Any
@@ -75,7 +75,7 @@ def convert(
   """
   tx = wrapping.as_transformation(tx, "convert", "tx", "tx, params, opt_state")
   given = params, opt_state
-  params, opt_state = modules.pure(params), modules.pure(opt_state)
+  params, opt_state = host.fetched(modules.pure(params)), host.fetched(modules.pure(opt_state))
   trees.check_arrays(params, "convert")
   masters = _masters(params, opt_state)
   state_form = wrapping.state_shapes(tx, masters)

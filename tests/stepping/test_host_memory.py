@@ -160,6 +160,33 @@ def test_streamed_evaluates_the_same_loss():
   assert int(device["scale"]) == 1
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_checkpoint_keeps_the_memory_and_is_that_of_the_device(tmp_path, bits):
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=bits)
+  device = mpo.init(tx, masters())
+  there = mpo.init(tx, masters(), state_memory="pinned_host")
+  like = jax.tree.map(jnp.zeros_like, device[0]), there[1]
+  for folder, saved in (("host", there), ("device", device)):
+    with mpo.checkpoint.Checkpointer(tmp_path / folder) as checkpoints:
+      checkpoints.save(1, saved)
+      _, found = checkpoints.restore(like)
+    assert kinds(found[1]) == kinds(there[1])
+    assert_equal(jax.device_get(found), jax.device_get(device))
+
+
+def test_what_reads_state_takes_it_from_there():
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=8)
+  params, state = mpo.init(tx, masters(), state_memory="pinned_host")
+  low, plain = mpo.init(tx, masters())
+  assert_equal(mpo.dequantized(state), mpo.dequantized(plain))
+  target = mpo.compensated(optax.adamw(1e-3))
+  assert_equal(mpo.convert(target, on_host(params), state), mpo.convert(target, low, plain))
+  grads = jax.tree.map(jnp.ones_like, params)
+  assert_equal(ordinary_update(tx, grads, state, params), ordinary_update(tx, grads, plain, low))
+  large = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  assert_equal(mpo.lost_updates(params, large, 8, opt_state=state), mpo.lost_updates(low, large, 8, opt_state=plain))
+
+
 def test_fused_layers_refuse_it_with_advice_that_works():
   tx = mpo.compensated(optax.adamw(1e-3))
   params, state = mpo.init(tx, masters(), state_memory="pinned_host")
