@@ -47,6 +47,8 @@ class Config:
   checkpoint_every: int = 100
   keep: int = 3
   resume: bool = False
+  state_memory: str = "device"
+  weights_memory: str = "device"
   shard: str = "none"
   cpu_devices: int = 0
   coordinator_address: str | None = None
@@ -60,6 +62,11 @@ class Config:
   @property
   def clipping(self) -> str:
     return self.clip or ("global" if self.fused == "off" else "element")
+
+  @property
+  def uses_host(self) -> bool:
+    """Whether anything is kept in the memory of the host."""
+    return "pinned_host" in (self.state_memory, self.weights_memory)
 
   def check(self) -> None:
     """Raises `UsageError` for settings that are invalid for any text."""
@@ -79,6 +86,11 @@ class Config:
       raise UsageError(
         "--clip global needs the norm of all gradients, and with --fused layer they are never there at one time: "
         "use --clip element or --clip none, or --fused auto"
+      )
+    if self.uses_host and (self.fused != "auto" or self.storage == "fp32"):
+      raise UsageError(
+        "--state-memory and --weights-memory pinned_host stream layers through the backward pass: use --fused auto, "
+        "and another --storage than fp32"
       )
     for name in ("layers", "width", "heads", "context", "batch", "steps", "eval_batches", "checkpoint_every", "keep"):
       if getattr(self, name) < 1:
@@ -171,6 +183,14 @@ def make_parser() -> argparse.ArgumentParser:
   boolean = argparse.BooleanOptionalAction
   parser.add_argument("--scan", action=boolean, default=Config.scan, help="one lax.scan over the layers")
   parser.add_argument("--remat", action=boolean, default=Config.remat, help="recompute activations per layer")
+  for what in ("state", "weights"):
+    parser.add_argument(
+      f"--{what}-memory",
+      choices=("device", "pinned_host"),
+      default=getattr(Config, f"{what}_memory"),
+      help=f"where the {'optimizer state is' if what == 'state' else 'weights are'}, but for small leaves; from the "
+      "memory of the host a step fetches a layer at a time",
+    )
   add("--output-dir", str, "folder for loss.png and results.json")
   parser.add_argument(
     "--checkpoint-dir", default=argparse.SUPPRESS, help="folder for checkpoints (default: none are made)"

@@ -21,6 +21,7 @@ All modes but fp32 update each weight inside the backward pass, so that there is
     python examples/train_lm.py --clip global             # by the norm of all gradients, in two backward passes
     python examples/train_lm.py --fused off --clip global # with a tree of gradients
     python examples/train_lm.py --fused layer             # the loss written with fused layers
+    python examples/train_lm.py --scan --state-memory pinned_host  # with the optimizer state in host memory
     python examples/train_lm.py --checkpoint-dir runs/ckpt # to continue a stopped run, add --resume
     python examples/train_lm.py --shard fsdp --cpu-devices 4   # params and state sharded over devices
     python examples/train_lm.py --layers 12 --width 768 --heads 12 --context 1024 --batch 32 --scan --remat \
@@ -208,6 +209,10 @@ def train(
   """
   params, opt_state = placement.init(lambda: init_params(model, jax.random.key(config.seed)), storage.init)
   parameters, held = count_parameters(params), count_held(params, opt_state)
+  if config.state_memory != "device":
+    opt_state = jax.device_put(opt_state, mpo.state_sharding(params, opt_state, memory_kind=config.state_memory))
+  if config.weights_memory != "device":
+    params = jax.device_put(params, mpo.state_sharding(params, params, memory_kind=config.weights_memory))
   gradients = storage.gradients(params, opt_state, lm_data.training_batch(text, 1, config.context, config.seed, 0))
 
   def batch_at(step: int) -> Any:
@@ -258,7 +263,8 @@ def evaluate(
   interrupts: Interrupts,
 ) -> float:
   """Returns the mean loss over windows spread evenly over `text`, in nats per byte; NaN if stopped by Ctrl-C."""
-  compiled = jax.jit(loss_fn, compiler_options=COMPILER_OPTIONS)
+  streamed = mpo.streamed(loss_fn) if config.weights_memory != "device" else loss_fn
+  compiled = jax.jit(streamed, compiler_options=COMPILER_OPTIONS)
   losses = []
   for batch in lm_data.validation_batches(text, config.eval_batches, config.batch, config.context):
     if interrupts.count > 1:
@@ -272,6 +278,7 @@ def open_checkpoints(config: Config, console: Console) -> RunCheckpoints:
   folder = make_folder("--checkpoint-dir", config.checkpoint_dir, config.storage) if config.checkpoint_dir else None
   # These may change: a run can continue in other processes and on another mesh, with another order of sums.
   free = {"output_dir", "eval_batches", "checkpoint_dir", "checkpoint_every", "keep", "resume"}
+  free |= {"state_memory", "weights_memory"}
   free |= {"shard", "cpu_devices", "coordinator_address", "num_processes", "process_id"}
   settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
   try:

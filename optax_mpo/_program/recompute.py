@@ -41,8 +41,9 @@ def for_each_use(program: Program, variables: Iterable[int]) -> Program:
     return program
   operations: list[Operation] = []
   for operation in program.operations:
-    if operation.name in _MOVES and operation.inputs[0] in chains:
-      chains[operation.outputs[0]] = (*chains[operation.inputs[0]], operation)
+    moved = operation.inputs[0] if operation.name in _MOVES else None
+    if isinstance(moved, int) and moved in chains:
+      chains[operation.outputs[0]] = (*chains[moved], operation)
     elif operation.name != "scan":
       again = {a for a in operation.inputs if isinstance(a, int) and a in chains}
       others = [a for a in operation.inputs if isinstance(a, int) and a not in chains and _is_float(program, a)]

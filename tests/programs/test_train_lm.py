@@ -131,6 +131,15 @@ def test_fused_layers_refuse_what_they_cannot_do(flags, message, capsys):
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.full
+def test_a_run_with_state_and_weights_on_the_host_has_the_same_losses(tmp_path):
+  flags = ["--width", "256", "--scan"]
+  device = train(tmp_path / "device", *flags)["mpo16"]
+  there = train(tmp_path / "host", *flags, "--state-memory", "pinned_host", "--weights-memory", "pinned_host")["mpo16"]
+  assert there["losses"] == device["losses"]
+  assert there["validation_loss"] == device["validation_loss"]
+
+
 def test_the_other_modes_differ(comparison):
   runs, _, _ = comparison
   # bf16 starts from the same weights. mpo8 and mpo4 first round to 24 or 20 bits, so a few weights round differently.
@@ -214,6 +223,7 @@ BAD_FLAGS = {
   "warmup": (["--warmup", "50", "--steps", "50"], "less than --steps, 50"),
   "learning_rate": (["--learning-rate", "nan"], "greater than 0"),
   "weight_decay": (["--weight-decay", "-0.1"], "make it 0 or greater"),
+  "state_memory": (["--state-memory", "pinned_host", "--fused", "off"], "use --fused auto"),
   "seed": (["--seed", "-1"], "make it 0 or more"),
   "large_seed": (["--seed", "99999999999999999999"], "less than 2^32"),
   "number": (["--layers", "two"], "invalid int value"),
