@@ -51,8 +51,8 @@ class Microbatches:
     aux: "stack" for what the loss returns besides its value, with a new first axis; or "mean", where integers are
       summed and keys are stacked.
     accumulator_bits: how many of the 16 bits that bf16 cuts off an f32 sum of gradients are kept. 16 is f32. With 8 or
-      4, each sum but the last is rounded to nearest, by at most 2^-17 or 2^-13 of its power of two. 0 is plain bf16: it
-      loses every gradient below 2^-9 of the sum so far. f32 params have such sums too; float64 ones stay as they are.
+      4, the sum is rounded to nearest after each addition but the last, by at most 2^-16 or 2^-12 of itself. 0 is plain
+      bf16, which loses gradients below 2^-9 of the sum so far. float64 sums stay as they are.
 
   Memory: the accumulator, 2 + accumulator_bits / 8 bytes per trained parameter, and what one microbatch takes.
 
@@ -163,7 +163,9 @@ def step_by_microbatches(
       lifted = [x for x in jax.tree.leaves(batch.arguments(slices)) if trees.is_array(x)]
       operands = [*traced.leaves, *lifted, *scales], sums, traced.program.traced, factor
       results, sums, _ = differentiated_as(
-        lambda given: _ordinary(traced, trained, how.accumulator_bits, given), lambda given: _released(traced, sites, given), operands
+        lambda given: _ordinary(traced, trained, how.accumulator_bits, given),
+        lambda given: _released(traced, sites, given),
+        operands,
       )
       return sums, results
 
@@ -223,7 +225,11 @@ def _zero(leaf: Any, bits: int) -> Sum:
 
 def _plus(total: Sum, gradient: Any, factor: Any) -> jax.Array:
   """A stored sum and one more gradient, f32[*s] or wider."""
-  first = total[0] if not formats.is_low(total[0]) else formats.join(total[0], *(total[1:] or [None]))
+  first = total[0]
+  if formats.is_low(first):
+    # What is made of sums alone would be made of all layers of a stack. XLA removes a selection between equals.
+    parts = [jnp.where(gradient == 0, x, x) for x in total]
+    first = formats.join(parts[0], parts[1] if len(parts) > 1 else None)
   return first + gradient.astype(first.dtype) * factor.astype(first.dtype)
 
 
