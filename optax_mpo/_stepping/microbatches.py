@@ -4,7 +4,9 @@ Why: several backward passes add up their gradients. With a tree of gradients be
 memory of one of them.
 
 How: each backward pass adds a gradient to its sum as soon as it is complete, layer by layer in scans, as if the sum
-were the state of an optimizer. The last one takes the sum, adds its own gradient and updates the weight.
+were the state of an optimizer. The last one takes the sum, adds its own gradient and updates the weight. A sum with
+fewer than 16 bits is stored as the master weights of `compensated` are: bf16 and the bits that it cuts off. It is
+joined and split where a gradient is added to it, so that no f32 copy of it is made.
 """
 
 import dataclasses
@@ -16,7 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo._core import batches, modules, order, trees, types, wrapping
+from optax_mpo._codecs import formats
+from optax_mpo._core import batches, modules, order, trees, types, wrapping, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate
 from optax_mpo._stepping.site import Site, Step, Values
@@ -24,6 +27,7 @@ from optax_mpo._stepping.traced import CALLER, Traced, differentiated_as
 from optax_mpo._updates import by_leaf
 
 PyTree = Any
+Sum = tuple[Any, ...]  # f32 (or wider), bf16, or bf16 and its bits
 
 _FACTOR, _LOSS = "_optax_mpo_factor", "_optax_mpo_loss"  # extra arguments of the last microbatch's update
 
@@ -46,8 +50,11 @@ class Microbatches:
     reduce: "mean", of losses and gradients, or "sum".
     aux: "stack" for what the loss returns besides its value, with a new first axis; or "mean", where integers are
       summed and keys are stacked.
+    accumulator_bits: how many of the 16 bits that bf16 cuts off an f32 sum of gradients are kept. 16 is f32. With 8 or
+      4, the sum is rounded to nearest after each addition but the last, by at most 2^-16 or 2^-12 of itself. 0 is plain
+      bf16, which loses gradients below 2^-9 of the sum so far. float64 sums stay as they are.
 
-  Memory: the accumulator, 4 bytes per trained parameter, and what one microbatch takes.
+  Memory: the accumulator, 2 + accumulator_bits / 8 bytes per trained parameter, and what one microbatch takes.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo
@@ -66,6 +73,7 @@ class Microbatches:
   weight: Callable[..., Any] | None = None
   reduce: Literal["mean", "sum"] = "mean"
   aux: Literal["stack", "mean"] = "stack"
+  accumulator_bits: int = 16
 
   def __post_init__(self):
     if isinstance(self.count, bool) or not (hasattr(self.count, "__index__") and self.count > 0):
@@ -76,6 +84,12 @@ class Microbatches:
       raise ValueError(f"Microbatches: reduce has to be 'mean' or 'sum', but it is {self.reduce!r}.")
     if self.aux not in ("stack", "mean"):
       raise ValueError(f"Microbatches: aux has to be 'stack' or 'mean', but it is {self.aux!r}.")
+    bits, widths = self.accumulator_bits, formats.widths(jnp.bfloat16)
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in widths:
+      raise ValueError(
+        f"Microbatches: accumulator_bits has to be one of {widths}, but it is {bits!r}. It counts the bits that the "
+        "sum of gradients keeps beside bf16: 16 is an f32 sum, and 8 takes 3 bytes per parameter."
+      )
 
   @classmethod
   def of(cls, given: "int | Microbatches") -> "Microbatches | None":
@@ -88,7 +102,7 @@ class _Sums(NamedTuple):
   """State of the last microbatch's update: that of the transformation, and the sums of earlier gradients, by leaf."""
 
   inner_state: optax.OptState
-  sums: dict[int, jax.Array]
+  sums: dict[int, Sum]
 
 
 class _Batch:
@@ -149,19 +163,19 @@ def step_by_microbatches(
     first_args, first_kwargs = batch.arguments(batch.slices(0))
     traced = Traced(loss_fn, has_aux, update, params, opt_state, (*carry, *first_args), first_kwargs)
     scales = traced.lifted[len(_arrays((carry, first_args, first_kwargs))) :]
-    sites = [_site(traced, i) for i in trained]
+    sites = [_site(traced, i, how.accumulator_bits) for i in trained]
 
-    def add(so_far: tuple[list[Any], list[Any]], part: tuple[list[Any], Any]) -> tuple[Any, list[Any]]:
+    def add(so_far: tuple[list[Sum], list[Any]], part: tuple[list[Any], Any]) -> tuple[Any, list[Any]]:
       (sums, carried), (slices, factor) = so_far, part
       inputs = [*traced.leaves, *carried, *_arrays(batch.arguments(slices)), *scales]
       results, sums, _ = differentiated_as(
-        lambda given: _ordinary(traced, trained, given),
+        lambda given: _ordinary(traced, trained, how.accumulator_bits, given),
         lambda given: _released(traced, sites, given),
         (inputs, sums, traced.program.traced, factor),
       )
       return (sums, _carried_on(traced, carried, results)), results[: len(results) - len(carried)]
 
-    sums = [jnp.zeros_like(traced.leaves[i], dtype=_wide(traced.leaves[i])) for i in trained]
+    sums = [_zero(traced.leaves[i], how.accumulator_bits) for i in trained]
     before = batch.slices(slice(how.count - 1)), factors[:-1]
     (sums, carried), results = lax.scan(add, (sums, _arrays(carry)), before)
     loss = jnp.sum(results[0].astype(jnp.float32) * factors[:-1])
@@ -169,7 +183,7 @@ def step_by_microbatches(
     # Without a barrier, XLA runs the last forward pass first, and keeps what its backward pass needs.
     sums, slices = order.barrier((sums, batch.slices(how.count - 1)))
     last_args, last_kwargs = batch.arguments(slices)
-    last = make(_summed(tx, trained, own_value="value" not in (tx_args or {})))
+    last = make(_summed(tx, trained, how.accumulator_bits, own_value="value" not in (tx_args or {})))
     state = _Sums(opt_state, dict(zip(trained, sums, strict=True)))
     given = {**(tx_args or {}), _FACTOR: factors[-1], _LOSS: loss}
     values = iter(carried)
@@ -230,41 +244,66 @@ def _wide(x: Any) -> Any:
   return jnp.promote_types(x.dtype, jnp.float32) if x.dtype not in types.LOW_DTYPES else jnp.float32
 
 
-def _plus(total: Any, gradient: Any, factor: Any) -> Any:
-  return total + gradient.astype(total.dtype) * factor.astype(total.dtype)
+def _zero(leaf: Any, bits: int) -> Sum:
+  """The sum of no gradients of a leaf, as it is stored."""
+  wide = _wide(leaf)
+  if wide != jnp.float32 or bits == 16:
+    return (jnp.zeros_like(leaf, dtype=wide),)
+  low = jnp.zeros_like(leaf, dtype=jnp.bfloat16)
+  return (low, formats.zero_bits(low, bits)) if bits else (low,)
 
 
-def _site(traced: Traced, leaf: int) -> Site:
+def _plus(total: Sum, gradient: Any, factor: Any) -> jax.Array:
+  """A stored sum and one more gradient, f32[*s] or wider."""
+  first = total[0]
+  if formats.is_low(first):
+    # What is made of sums alone would be made of all layers of a stack. XLA removes a selection between equals.
+    parts = [jnp.where(gradient == 0, x, x) for x in total]
+    first = formats.join(parts[0], parts[1] if len(parts) > 1 else None)
+  return first + gradient.astype(first.dtype) * factor.astype(first.dtype)
+
+
+def _added(total: Sum, gradient: Any, factor: Any, bits: int) -> Sum:
+  """`_plus`, as it is stored."""
+  new = _plus(total, gradient, factor)
+  if not formats.is_low(total[0]):
+    return (new,)
+  low, kept = formats.split(xla_cpu.held(new, total[0]), jnp.bfloat16, bits)
+  # Each is written by a loop of its own. Without a barrier, XLA:GPU keeps `new` for both, in f32.
+  return tuple(order.barrier((low, kept))) if bits else (low,)
+
+
+def _site(traced: Traced, leaf: int, bits: int) -> Site:
   """Adds the gradient of a leaf to its sum, which is the only state. The weight stays as it is."""
 
   def run(grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
-    return [], [_plus(states[0], grads[0], shared[0])]
+    return [], list(_added(tuple(states), grads[0], shared[0], bits))
 
   grad = types.struct(traced.program.aval(traced.grads[leaf]))
-  total = types.struct(jax.eval_shape(lambda g: g.astype(_wide(traced.leaves[leaf])), grad))
-  step = Step(run, (grad,), (), (total,), (jax.ShapeDtypeStruct((), jnp.float32),))
-  return Site((leaf,), (traced.grads[leaf],), (), step)
+  total = jax.eval_shape(lambda g: _zero(g.astype(_wide(traced.leaves[leaf])), bits), grad)
+  step = Step(run, (grad,), (), tuple(map(types.struct, total)), (jax.ShapeDtypeStruct((), jnp.float32),))
+  return Site((leaf,), (traced.grads[leaf],), (), step, reads=(traced.program.inputs[leaf],))
 
 
 def _released(traced: Traced, sites: list[Site], given: Any) -> tuple[list[Any], list[Any], list[Any]]:
   inputs, sums, constants, factor = given
   traced = traced.at(inputs, constants)
-  store = evaluate.Parts(sites, [[x] for x in sums])
+  store = evaluate.Parts(sites, [list(x) for x in sums])
   weights = traced.program.inputs[: len(traced.leaves)]
   shared = [[factor]] * len(sites)
   results = evaluate.run(traced.program, sites, inputs, traced.results, store, shared, weights=weights)
-  return results, [values[0] for values in store.values], []
+  return results, [tuple(values) for values in store.values], []
 
 
-def _ordinary(traced: Traced, trained: list[int], given: Any) -> tuple[list[Any], list[Any], list[Any]]:
+def _ordinary(traced: Traced, trained: list[int], bits: int, given: Any) -> tuple[list[Any], list[Any], list[Any]]:
   inputs, sums, constants, factor = given
   out = jax_forms.call_source(traced.program.replaced(constants), *inputs)
   first = len(out) - len(traced.leaves)
-  return out[:first], [_plus(x, out[first + i], factor) for i, x in zip(trained, sums, strict=True)], []
+  return out[:first], [_added(x, out[first + i], factor, bits) for i, x in zip(trained, sums, strict=True)], []
 
 
 def _summed(
-  tx: optax.GradientTransformationExtraArgs, trained: list[int], own_value: bool
+  tx: optax.GradientTransformationExtraArgs, trained: list[int], bits: int, own_value: bool
 ) -> optax.GradientTransformationExtraArgs:
   """Returns `tx` for the last microbatch: its gradients are added to the sums in the state.
 
@@ -273,7 +312,7 @@ def _summed(
 
   def init(params: PyTree) -> _Sums:
     leaves = jax.tree.leaves(params)
-    return _Sums(tx.init(params), {i: jnp.zeros_like(leaves[i], dtype=_wide(leaves[i])) for i in trained})
+    return _Sums(tx.init(params), {i: _zero(leaves[i], bits) for i in trained})
 
   def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> tuple[PyTree, Any]:
     factor, loss_before, value = (extra.pop(name) for name in (_FACTOR, _LOSS, "value"))

@@ -148,7 +148,7 @@ class _Planner:
 
   def _due(self, site: Site) -> int:
     complete = max((self._made(a) for a in site.grads), default=-1)
-    read = max((self._last_read(v) for views in site.params for v in views), default=-1)
+    read = max((self._last_read(v) for views in (*site.params, site.reads) for v in views), default=-1)
     return max(complete, read, self.first)
 
   def _place(self, site: Site) -> tuple[Place, str]:

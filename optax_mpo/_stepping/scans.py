@@ -178,6 +178,11 @@ class ScanPlacer:
         for leaf in range(len(r.site.leaves))
       ]
       r.inner.params = tuple(map(tuple, views))
+      r.inner.reads = tuple(
+        body.inputs[consts + carry + i]
+        for i, atom in enumerate(operation.inputs[consts + carry :])
+        if r.site.reads and layer_origins.origin(self.program, atom, count, set(r.site.reads))
+      )
     kept = [j for j, v in enumerate(stacked) if v not in taken]
     results = [*body.outputs[:carry], *(body.outputs[carry + j] for j in kept)]
     plan = self.make_plan(body, [r.inner for r in released], results, in_scan=True)

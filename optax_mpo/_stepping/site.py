@@ -97,8 +97,9 @@ class Site:
   Attributes:
     leaves: which leaves of the params.
     grads: the atoms of the gradients that the update reads.
-    params: for each leaf, the variables that hold its weight.
+    params: for each leaf, the variables that hold its weight, if the update writes it.
     step: how they are updated. Its `shared` are the values that come from outside the site.
+    reads: other variables that are read for the last time before the update, so that they take no memory beside it.
     place: where they are updated.
     why: the reason, unless this is the best place.
   """
@@ -107,6 +108,7 @@ class Site:
   grads: tuple[Atom, ...]
   params: tuple[tuple[int, ...], ...]
   step: Step
+  reads: tuple[int, ...] = ()
   place: Place = Place.UNKNOWN
   why: str = ""
 

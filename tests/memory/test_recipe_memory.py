@@ -28,3 +28,19 @@ def test_microbatches_take_one_accumulator(bits):
   tx = mpo.compensated(optax.adamw(1e-3), bits=bits)
   plain = temporaries(loss, tx, (L, D, D))
   assert temporaries(loss, tx, (L, D, D), microbatches=8) <= plain + 4 + 0.1
+
+
+@pytest.mark.parametrize("bits", [8, 4, 0])
+@pytest.mark.few(1)
+def test_an_accumulator_in_low_precision_takes_its_bytes(bits):
+  tx = mpo.compensated(optax.adamw(1e-3))
+  plain, how = temporaries(loss, tx, (L, D, D)), mpo.Microbatches(8, accumulator_bits=bits)
+  assert temporaries(loss, tx, (L, D, D), microbatches=how) <= plain + 2 + bits / 8 + 0.1
+
+
+@pytest.mark.filterwarnings("ignore:compensated. without a gradient")
+def test_an_accumulator_in_low_precision_with_8_bit_state():
+  """A block of state is made of its largest value and then of each, so XLA keeps the sum of one layer in f32."""
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=8)
+  plain, how = temporaries(loss, tx, (L, D, D)), mpo.Microbatches(8, accumulator_bits=8)
+  assert temporaries(loss, tx, (L, D, D), microbatches=how) <= plain + 3 + 4 / L + 0.1

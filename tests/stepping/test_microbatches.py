@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_mpo as mpo
+from optax_mpo._codecs import bf16
 from tests.helpers import assert_same_bits, quick_jit
 from tests.stepping.test_stack_scalars import with_others
 from tests.stepping.test_stacks import D
@@ -17,8 +18,11 @@ from tests.stepping.test_stacks import D
 K = 4
 
 
-def accumulated(loss, tx, count=K, reduce="mean", weight=None, extra_args=None):
-  """The ordinary step: one backward pass for each microbatch, a sum in f32, one update."""
+def accumulated(loss, tx, count=K, reduce="mean", weight=None, extra_args=None, bits=16):
+  """The ordinary step: one backward pass for each microbatch, a sum in f32 or rounded to `bits`, one update."""
+
+  def rounded(x):
+    return bf16.join(*bf16.split(x, bits)) if bits < 16 else x
 
   def step(params, opt_state, x):
     parts = [x[k::count] for k in range(count)]
@@ -28,7 +32,7 @@ def accumulated(loss, tx, count=K, reduce="mean", weight=None, extra_args=None):
     for part, factor in zip(parts, factors, strict=True):
       one, grads = jax.value_and_grad(loss)(params, part)
       grads = jax.tree.map(lambda g, f=factor: g.astype(jnp.float32) * f, grads)
-      total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+      total = grads if total is None else jax.tree.map(lambda t, g: rounded(t) + g, total, grads)
       value.append(one * factor)
     value = sum(value[1:-1], value[0]) + value[-1]
     updates, opt_state = tx.update(total, opt_state, params, **({} if extra_args is None else extra_args(value)))
@@ -79,6 +83,66 @@ def test_sums_and_weights():
     return jnp.sum(x > 0)
 
   same(loss, params, tx, mpo.Microbatches(K, weight=tokens), weight=tokens)
+
+
+@pytest.mark.parametrize("way", ["first axis", "cut", "two levels"])
+@pytest.mark.parametrize("bits", [8, 4, 0, 16])
+@pytest.mark.few(5)
+def test_sums_in_low_precision(bits, way):
+  loss, params = with_others(way)
+  same(loss, params, mpo.compensated(optax.adamw(1e-2)), mpo.Microbatches(K, accumulator_bits=bits), bits=bits)
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [
+    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8),
+    lambda: mpo.with_kernels(mpo.compensated(optax.sgd(0.1))),
+  ],
+  ids=["8-bit state", "kernels"],
+)
+def test_sums_in_low_precision_with_other_transformations(tx):
+  loss, params = with_others("first axis")
+  same(loss, params, tx(), mpo.Microbatches(K, accumulator_bits=8), bits=8)
+
+
+def kept_gradients():
+  """Keeps the gradients of the last step as its state, and changes no weight."""
+  return optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
+  )
+
+
+@pytest.mark.parametrize("bits", [8, 4, 0])
+def test_sums_in_low_precision_are_near_those_in_f32(bits):
+  """bf16 and its bits have 8 + bits significant bits, so each stored sum is off by at most 2^-(8 + bits) of itself.
+
+  The error of the last sum is at most the total of these. 1.1 is for the magnitudes that are off themselves, by
+  (1 + 2^-8)^15 = 1.06 without bits, and for the rounding of f32. The gradients are f32: sums of bf16 would seldom need
+  more bits.
+  """
+  count = 16
+  x = jax.random.normal(jax.random.key(0), (count, 4096))
+  tx, params = kept_gradients(), {"w": jnp.ones(4096)}
+  how = mpo.Microbatches(count, accumulator_bits=bits)
+  step = quick_jit(mpo.value_and_update(lambda p, x: jnp.mean(x @ p["w"]), tx, microbatches=how))
+  _, _, state = step(params, tx.init(params), x)
+  each = np.asarray(x, np.float64) / count  # the gradients of microbatches, times their factor
+  allowed = np.sum(np.abs(np.cumsum(each, 0))[:-1], axis=0) * 2.0 ** -(8 + bits)
+  error = np.abs(np.asarray(state["w"], np.float64) - each.sum(0))
+  assert np.all(error <= 1.1 * allowed)
+  assert np.mean(error / allowed) > 0.01  # they are rounded at all
+
+
+def test_sums_of_f32_and_infinite_gradients_in_low_precision():
+  tx = kept_gradients()
+  params = {"w": jnp.ones(2)}
+  how = mpo.Microbatches(2, reduce="sum", accumulator_bits=8)
+  step = mpo.value_and_update(lambda p, x: jnp.sum(x @ p["w"]), tx, microbatches=how)
+  x = jnp.array([[1 + 2.0**-20, jnp.inf], [1.0, 1.0]])
+  _, _, state = step(params, tx.init(params), x)
+  assert state["w"].tolist() == [2.0, jnp.inf]
 
 
 def test_the_loss_of_all_microbatches_is_handed_on():
@@ -179,14 +243,15 @@ def test_frozen_leaves_have_no_sum():
   same(loss, params, mpo.compensated(tx))
 
 
-def test_over_eight_devices():
+@pytest.mark.parametrize("bits", [16, 8])
+def test_over_eight_devices(bits):
   """Each microbatch spans all devices."""
   loss, params = with_others("first axis")
   tx = mpo.compensated(optax.sgd(0.1))
   params, state = mpo.init(tx, params)
   x = jax.random.normal(jax.random.key(0), (8 * K, D))
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  step = quick_jit(mpo.value_and_update(loss, tx, microbatches=K))
+  step = quick_jit(mpo.value_and_update(loss, tx, microbatches=mpo.Microbatches(K, accumulator_bits=bits)))
   want = step(params, state, x)
   with jax.set_mesh(mesh):
     split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
@@ -197,7 +262,8 @@ def test_over_eight_devices():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *masters)  # sums over devices, in bf16
 
 
-def test_models_at_once():
+@pytest.mark.parametrize("bits", [16, 8])
+def test_models_at_once(bits):
   loss, params = with_others("first axis")
   tx = mpo.compensated(optax.adamw(1e-2))
   models = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p]), params)
@@ -205,12 +271,16 @@ def test_models_at_once():
   x = jax.random.normal(jax.random.key(0), (2 * K, D))
   one, other = (
     quick_jit(jax.vmap(s, (0, 0, None)))
-    for s in (accumulated(loss, tx), mpo.value_and_update(loss, tx, microbatches=K))
+    for s in (
+      accumulated(loss, tx, bits=bits),
+      mpo.value_and_update(loss, tx, microbatches=mpo.Microbatches(K, accumulator_bits=bits)),
+    )
   )
   assert_same_bits(other(params, state, x)[1:], one(params, state, x)[1:])
 
 
-def test_a_step_has_its_derivative():
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_step_has_its_derivative(bits):
   def loss(params, x):
     return jnp.mean((x @ params["w"]) ** 2)
 
@@ -221,8 +291,9 @@ def test_a_step_has_its_derivative():
   def after(step, params):
     return jnp.sum(step(params, tx.init(params), x)[1]["w"] ** 2)
 
-  want = jax.grad(functools.partial(after, accumulated(loss, tx)))(params)
-  got = jax.grad(functools.partial(after, mpo.value_and_update(loss, tx, microbatches=K)))(params)
+  want = jax.grad(functools.partial(after, accumulated(loss, tx, bits=bits)))(params)
+  how = mpo.Microbatches(K, accumulator_bits=bits)
+  got = jax.grad(functools.partial(after, mpo.value_and_update(loss, tx, microbatches=how)))(params)
   np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)  # cotangents are summed in another order
 
 
@@ -246,6 +317,9 @@ def test_misuse_is_named():
       mpo.value_and_update(loss, tx, microbatches=mpo.Microbatches(2, in_axes=axis))(params, state, jnp.ones(6))
   with pytest.raises(TypeError, match="weight has to be a function"):
     mpo.Microbatches(2, weight=3.0)
+  for bits in (12, True, "8", 8.0, None):
+    with pytest.raises(ValueError, match=r"accumulator_bits has to be one of \(0, 4, 8, 16\), but it is "):
+      mpo.Microbatches(2, accumulator_bits=bits)
   for wrong in ({"reduce": "max"}, {"aux": "sum"}):
     with pytest.raises(ValueError, match="has to be"):
       mpo.Microbatches(2, **wrong)
