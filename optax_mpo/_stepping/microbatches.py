@@ -5,8 +5,8 @@ memory of one of them.
 
 How: each backward pass adds a gradient to its sum as soon as it is complete, layer by layer in scans, as if the sum
 were the state of an optimizer. The last one takes the sum, adds its own gradient and updates the weight. A sum with
-fewer than 16 bits is stored as the master weights of `compensated` are: bf16 and the bits that it cuts off. It is joined
-and split where a gradient is added to it, so that no f32 copy of it is made.
+fewer than 16 bits is stored as the master weights of `compensated` are: bf16 and the bits that it cuts off. It is
+joined and split where a gradient is added to it, so that no f32 copy of it is made.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo._codecs import formats
+from optax_mpo._codecs import codec, formats
 from optax_mpo._core import batches, modules, order, trees, types, wrapping, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate
@@ -87,8 +87,8 @@ class Microbatches:
     bits, widths = self.accumulator_bits, formats.widths(jnp.bfloat16)
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in widths:
       raise ValueError(
-        f"Microbatches: accumulator_bits has to be one of {widths}, but it is {bits!r}. It counts the bits that the sum "
-        "of gradients keeps beside bf16: 16 is an f32 sum, and 8 takes 3 bytes per parameter."
+        f"Microbatches: accumulator_bits has to be one of {widths}, but it is {bits!r}. It counts the bits that "
+        "the sum of gradients keeps beside bf16: 16 is an f32 sum, and 8 takes 3 bytes per parameter."
       )
 
   @classmethod
@@ -220,7 +220,7 @@ def _zero(leaf: Any, bits: int) -> Sum:
   if wide != jnp.float32 or bits == 16:
     return (jnp.zeros_like(leaf, dtype=wide),)
   low = jnp.zeros_like(leaf, dtype=jnp.bfloat16)
-  return (low, formats.zero_bits(low, bits)) if bits else (low,)
+  return (low, jnp.zeros_like(leaf, dtype=codec.bits_dtype(bits))) if bits else (low,)
 
 
 def _plus(total: Sum, gradient: Any, factor: Any) -> jax.Array:
