@@ -169,7 +169,9 @@ def step_by_microbatches(
       )
       return sums, results
 
-    sums = [_zero(traced.leaves[i], how.accumulator_bits) for i in trained]
+    # With a zero that XLA knows, the zeros of a gradient in the last backward pass would be this array, held until then.
+    zero = order.hidden(jnp.int32(0), order.first_elements(traced.leaves[:1]))
+    sums = [tuple(x + zero.astype(x.dtype) for x in _zero(traced.leaves[i], how.accumulator_bits)) for i in trained]
     before = batch.slices(slice(how.count - 1)), factors[:-1]
     sums, results = lax.scan(add, sums, before)
     loss = jnp.sum(results[0].astype(jnp.float32) * factors[:-1])
