@@ -176,18 +176,19 @@ def fused_layers(bits: int, compact: bool = False, kernels: bool = False) -> Cal
 
 
 def automatic(
-  bits: int, compact: bool = False, kernels: bool = False, microbatches: bool = False, dtype: Any = jnp.bfloat16
+  bits: int, compact: bool = False, kernels: bool = False, accumulator: int | None = None, dtype: Any = jnp.bfloat16
 ) -> Callable[[Model, str], Training]:
   """Our storage with automatic gradient release: `value_and_update` on the same loss function.
 
-  Takes two passes if the updates of parameters depend on each other, and one otherwise. With `microbatches`, each
-  example of the batch is one.
+  Takes two passes if the updates of parameters depend on each other, and one otherwise. With `accumulator`, each
+  example of the batch is a microbatch, and the sum of gradients has so many bits beside bf16.
   """
 
   def build(model: Model, optimizer: str) -> Training:
     tx = transformation(optimizer, bits, compact, kernels)
-    count = jax.tree.leaves(model.batch)[0].shape[0] if microbatches else 1
-    step = mpo.value_and_update(model.loss, tx, two_pass=True, microbatches=count)
+    count = jax.tree.leaves(model.batch)[0].shape[0]
+    how = 1 if accumulator is None else mpo.Microbatches(count, accumulator_bits=accumulator)
+    step = mpo.value_and_update(model.loss, tx, two_pass=True, microbatches=how)
     return Training(step, *jax.eval_shape(lambda p: mpo.init(tx, p, dtype=dtype), model.params))
 
   return build
@@ -239,7 +240,10 @@ MODES = {
   "mpo-compact": Mode("optax_mpo, 8 bits, 8-bit state", compensated(8, compact=True)),
   "mpo-16-auto": Mode("optax_mpo, 16 bits, value_and_update", automatic(16), exact=True),
   "mpo-16-auto-microbatches": Mode(
-    "optax_mpo, 16 bits, value_and_update, microbatches of 1", automatic(16, microbatches=True)
+    "optax_mpo, 16 bits, value_and_update, microbatches of 1", automatic(16, accumulator=16)
+  ),
+  "mpo-16-auto-microbatches-8": Mode(
+    "optax_mpo, 16 bits, value_and_update, microbatches of 1 added up in 8 bits", automatic(16, accumulator=8)
   ),
   "mpo-float8-auto": Mode("optax_mpo, float8 and 16 bits, value_and_update", automatic(16, dtype=jnp.float8_e4m3fn)),
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),

@@ -13,7 +13,8 @@ import jax
 import optax
 
 from optax_mpo._core import modules, types, wrapping
-from optax_mpo._program import upcasts
+from optax_mpo._program import batch_loops, upcasts
+from optax_mpo._program.program import Program
 from optax_mpo._stepping import held, planning, value_and_update
 from optax_mpo._stepping.site import Place
 from optax_mpo._stepping.traced import Traced
@@ -99,6 +100,9 @@ def explain(
   `why` also names low-precision weights whose products run in f32, which is slow, because their input is f32. Cast the
   input, or pass `dtype=jnp.bfloat16` to the Flax layer.
 
+  A loop in `loss_fn` that adds up the losses of parts of the batch keeps whole gradients; `why` says which
+  `microbatches` of `value_and_update` replace it.
+
   Args:
     loss_fn: as for `value_and_update`.
     tx: likewise.
@@ -149,7 +153,8 @@ def explain(
   groups = passes.groups if passes else value_and_update.groups_of(update)
   sites = traced.sites(groups, update.kernels)
   plan = planning.make_plan(traced.program, sites, traced.results)
-  upcast = _upcasts(traced)
+  forward = traced.forward()
+  upcast, loops = _upcasts(traced, forward), batch_loops.find(forward, *traced.weights_and_batch(forward))
   rows: list[Leaf | None] = [None] * len(traced.leaves)
 
   def add(i: int, place: Place, why: str, count: int) -> None:
@@ -158,7 +163,7 @@ def explain(
     rows[i] = Leaf(update.names[i], shape, str(place), why, count, math.prod(shape))
 
   for index, site in enumerate(sites):
-    why = "; ".join(filter(None, (site.why, held.reason(plan, index))))
+    why = "; ".join(filter(None, (site.why, held.reason(plan, index, max(loops.get(i, 0) for i in site.leaves)))))
     for i in site.leaves:
       add(i, site.place, why, held.gradient_bytes(plan, index))
   for i in passes.middle if passes else ():
@@ -172,9 +177,8 @@ def explain(
   return explanation
 
 
-def _upcasts(traced: Traced) -> dict[int, str]:
+def _upcasts(traced: Traced, program: Program) -> dict[int, str]:
   """Returns advice for the low-precision weights whose products run in f32, by leaf."""
-  program = traced.forward()
   leaves = zip(program.inputs, range(len(traced.leaves)), strict=False)
   low = {v: i for v, i in leaves if program.aval(v).dtype in types.LOW_DTYPES}
   return {

@@ -217,13 +217,17 @@ def gradient_bytes(plan: Plan, index: int) -> int:
   return _memory(plan, index).peak()
 
 
-def reason(plan: Plan, index: int) -> str:
-  """Why the gradient of a site is held whole, or more than that, and what to change."""
+def reason(plan: Plan, index: int, batch_parts: int = 0) -> str:
+  """Why the gradient of a site is held whole, or more than that, and what to change.
+
+  `batch_parts`: into how many parts a loop of the loss that reads the weight cuts the batch, as `batch_loops` says.
+  """
   program, site, releases = plan.program, plan.sites[index], list(_releases(plan, index))
   if not releases:
     memory = _memory(plan, index)
     atoms = [] if site.place is Place.TOGETHER else [a for a in site.grads if constant(program, a) is None]
-    first = "" if site.why else next(filter(None, (_summed(program, a) or _unfollowed(program, a) for a in atoms)), "")
+    found = (_summed(program, a, batch_parts) or _unfollowed(program, a) for a in atoms)
+    first = "" if site.why else next(filter(None, found), "")
     known = bool(site.why or first)
     more = memory.peak() > final_bytes(program, site)
     parts = next(filter(None, (_parts(memory, a, known) for a in atoms)), "") if more else ""
@@ -313,16 +317,19 @@ def _has_scan(program: Program) -> bool:
   return any(o.name == "scan" or any(_has_scan(body) for body in jax_forms.bodies(o)) for o in program.operations)
 
 
-def _summed(program: Program, atom: Atom) -> str:
+def _summed(program: Program, atom: Atom, batch_parts: int) -> str:
   """Says that a loop sums a gradient in its carry, and what to change; or nothing."""
   for var in _Memory(program).sources(atom).stored:
     operation = program.operations[program.makers[var]]
     carry = jax_forms.scan_counts(operation)[1] if operation.name == "scan" else len(operation.outputs)
     if operation.name in _LOOPS and operation.outputs.index(var) < carry:
-      return (
-        f"its gradient is summed in {jax_forms.where(operation)}, which takes the whole weight: if an iteration needs "
-        "only a part of it, scan over the parts"
-      )
+      why = f"its gradient is summed in {jax_forms.where(operation)}, which takes the whole weight"
+      if operation.name == "scan" and jax_forms.scan_options(operation)["length"] == batch_parts:
+        return (
+          f"{why} for each of {batch_parts} parts of the batch: take this loop out of the loss, so that it is that of "
+          f"one part, and pass microbatches={batch_parts} to value_and_update (see Microbatches for sums and weights)"
+        )
+      return f"{why}: if an iteration needs only a part of it, scan over the parts"
   return ""
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_mpo._codecs import formats
-from optax_mpo._core import batches, modules, order, trees, types, wrapping, xla_cpu
+from optax_mpo._codecs import codec, formats
+from optax_mpo._core import batches, host, modules, order, trees, types, wrapping, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate
 from optax_mpo._stepping.site import Site, Step, Values
@@ -175,7 +175,10 @@ def step_by_microbatches(
       )
       return (sums, _carried_on(traced, carried, results)), results[: len(results) - len(carried)]
 
-    sums = [_zero(traced.leaves[i], how.accumulator_bits) for i in trained]
+    # With a zero that XLA knows, the zeros of a gradient in the last backward pass would be this array, held until then.
+    known = [x for x in traced.leaves if not host.is_on_host(x)][:1]
+    zero = order.hidden(jnp.int32(0), order.first_elements(known))
+    sums = [tuple(x + zero.astype(x.dtype) for x in _zero(traced.leaves[i], how.accumulator_bits)) for i in trained]
     before = batch.slices(slice(how.count - 1)), factors[:-1]
     (sums, carried), results = lax.scan(add, (sums, _arrays(carry)), before)
     loss = jnp.sum(results[0].astype(jnp.float32) * factors[:-1])
@@ -250,7 +253,7 @@ def _zero(leaf: Any, bits: int) -> Sum:
   if wide != jnp.float32 or bits == 16:
     return (jnp.zeros_like(leaf, dtype=wide),)
   low = jnp.zeros_like(leaf, dtype=jnp.bfloat16)
-  return (low, formats.zero_bits(low, bits)) if bits else (low,)
+  return (low, jnp.zeros_like(leaf, dtype=codec.bits_dtype(bits))) if bits else (low,)
 
 
 def _plus(total: Sum, gradient: Any, factor: Any) -> jax.Array:

@@ -108,6 +108,14 @@ class Traced:
     """The program of `loss_fn` without its derivative; its first inputs are the leaves of the params, decoded."""
     return jax_forms.trace(self._arrays_of_loss, list(map(formats.gradient_like, self.leaves)), self.lifted)[0]
 
+  def weights_and_batch(self, forward: Program) -> tuple[list[int], list[int]]:
+    """The inputs of `forward` that are weights, and those that may have a batch: no scalars, random keys or scales."""
+    weights, rest = forward.inputs[: len(self.leaves)], forward.inputs[len(self.leaves) :]
+    types = [(v, forward.aval(v)) for v in rest[: len(rest) - self._scales]]
+    raw_key = jnp.dtype(jnp.uint32), (2,)
+    is_key = [jnp.issubdtype(t.dtype, jax.dtypes.prng_key) or (t.dtype, t.shape[-1:]) == raw_key for _, t in types]
+    return weights, [v for (v, t), key in zip(types, is_key, strict=True) if t.shape and not key]
+
   def sites(self, groups: Sequence[by_leaf.Group], kernels: bool) -> list[Site]:
     """The sites of the weights, with their gradients; `kernels` allows GPU kernels."""
     sites = of_groups(groups, self.grads, self.program.inputs, kernels)

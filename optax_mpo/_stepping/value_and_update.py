@@ -68,7 +68,8 @@ def value_and_update(
       at the cost of a second backward pass. The first pass only computes these arrays. Stacks whose layers
       depend on each other in this way (`optax.clip_by_block_rms`) are then updated in their scans, too.
     microbatches: for gradient accumulation, the number of parts that the batch is split into along axis 0 of all
-      arrays; or `Microbatches`, for other axes, weights and sums. Their gradients are added up in one f32 accumulator.
+      arrays; or `Microbatches`, for other axes, weights and sums. Their gradients are added up in one accumulator, f32
+      or, with `Microbatches(accumulator_bits=8)`, smaller.
 
   Returns:
     `step(params, opt_state, *args, tx_args=None, **kwargs) -> (value, params, opt_state)`; with `has_aux`, `value` is
