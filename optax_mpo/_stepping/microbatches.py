@@ -175,7 +175,7 @@ def step_by_microbatches(
       )
       return (sums, _carried_on(traced, carried, results)), results[: len(results) - len(carried)]
 
-    # With a zero that XLA knows, the zeros of a gradient in the last backward pass would be this array, held until then.
+    # With a zero that XLA knows, the zeros of a gradient in the last backward pass would be this array, held till then.
     known = [x for x in traced.leaves if not host.is_on_host(x)][:1]
     zero = order.hidden(jnp.int32(0), order.first_elements(known))
     sums = [tuple(x + zero.astype(x.dtype) for x in _zero(traced.leaves[i], how.accumulator_bits)) for i in trained]
