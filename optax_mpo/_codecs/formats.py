@@ -98,7 +98,7 @@ def gradient_like(leaf: Any) -> Any:
   """An array or type like the gradient of a param: the param itself, unless the loss gets another dtype or memory."""
   dtype = compute_dtype(jnp.result_type(leaf))
   if host.is_on_host(leaf):
-    return jax.eval_shape(host.fetched, leaf).update(dtype=dtype)
+    return types.struct(leaf).update(dtype=dtype, memory_space=jax.memory.Space.Device)
   return leaf if dtype == jnp.result_type(leaf) else types.struct(leaf).update(dtype=dtype)
 
 

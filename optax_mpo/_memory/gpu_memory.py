@@ -218,7 +218,8 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
       )
     sharding = getattr(leaf, "sharding", None)
     memory = getattr(sharding, "memory_kind", None) if host.is_on_host(leaf) else None
-    anywhere = NamedSharding(_any_mesh(devices), PartitionSpec(), memory_kind=memory) if memory else None
+    mesh = AbstractMesh((devices,), ("devices",))
+    anywhere = NamedSharding(mesh, PartitionSpec(), memory_kind=memory) if memory else None  # only its memory is known
     if isinstance(sharding, SingleDeviceSharding):
       sharding = anywhere
     if sharding is not None and not isinstance(sharding, NamedSharding):
@@ -249,11 +250,6 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
     )
     for root, arg in zip(_roots(fn, len(args)), args, strict=True)
   )
-
-
-def _any_mesh(devices: int) -> AbstractMesh:
-  """A mesh for arguments of which only the memory is known."""
-  return AbstractMesh((devices,), ("devices",))
 
 
 def _raise_other_devices(what: str, found: int, devices: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from optax_mpo._core import host, trees, wrapping
+from optax_mpo._core import host, wrapping
 from optax_mpo._program import jax_forms, recompute
 from optax_mpo._stepping import evaluate
 
@@ -54,28 +54,17 @@ def streamed(fn: Callable[..., Any]) -> Callable[..., Any]:
   @functools.wraps(fn)
   def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
     jax_forms.check_forms("streamed")
-    weights, treedef = jax.tree.flatten(params)
-    rest, rest_treedef = jax.tree.flatten((args, kwargs))
-    lifted = [x for x in rest if trees.is_array(x)]
-    made: list[Any] = []
 
-    def flat(weights: list[Any], lifted: list[Any]) -> list[Any]:
-      values = iter(lifted)
-      args, kwargs = rest_treedef.unflatten([next(values) if trees.is_array(x) else x for x in rest])
-      results, out = jax.tree.flatten(fn(treedef.unflatten(host.fetched(weights)), *args, **kwargs))
-      made[:] = [out, [None if trees.is_array(x) else x for x in results]]
-      return [x for x in results if trees.is_array(x)]
+    def fetching(params: PyTree, args: Any, kwargs: Any) -> Any:
+      return fn(host.fetched(params), *args, **kwargs)
 
-    program, _ = jax_forms.trace(flat, weights, lifted)
-    on_host = {v for v, x in zip(program.inputs, weights, strict=False) if host.is_on_host(x)}
-    fetches = [
-      v for o in program.operations if any(isinstance(a, int) and a in on_host for a in o.inputs) for v in o.outputs
-    ]
-    program = recompute.for_each_use(program, fetches)
-    store = evaluate.Whole([], [], [])
-    inputs = [*weights, *lifted]
-    values = iter(evaluate.run(program, [], inputs, program.outputs, store, [], weights=program.inputs[: len(weights)]))
-    out, static = made
-    return out.unflatten([next(values) if x is None else x for x in static])
+    program, out = jax_forms.trace(fetching, params, args, kwargs)
+    weights = program.inputs[: len(jax.tree.leaves(params))]
+    on_host = {v for v in weights if host.is_on_host(program.aval(v))}
+    fetches = [o for o in program.operations if any(isinstance(a, int) and a in on_host for a in o.inputs)]
+    program = recompute.for_each_use(program, [v for o in fetches for v in o.outputs])
+    inputs = jax.tree.leaves((params, args, kwargs))
+    results = evaluate.run(program, [], inputs, program.outputs, evaluate.Whole([], [], []), [], weights=weights)
+    return jax.tree.structure(out).unflatten(results)
 
   return call

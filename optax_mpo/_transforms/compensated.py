@@ -259,7 +259,7 @@ def init(
       (docs/compact.md has the bounds of these two). A loss gets float8 params from `decoded`.
     where: `where(path, leaf) -> bool` says which f32 leaves are cast, as in `cast`. None: all of them.
     state_memory: "pinned_host" makes the state in the memory of the host, where `state_sharding` with this
-      `memory_kind` would put it. The device never holds all of it. docs/offload.md says what it saves and costs.
+      `memory_kind` would put it, leaf by leaf. docs/offload.md says what it saves and costs.
 
   Returns:
     `(params, opt_state)`, where `opt_state` has the structure that `tx.init` makes. Both can be donated: they share no

@@ -38,8 +38,8 @@ def state_sharding(
   keys, factored moments) is replicated over the same mesh.
 
   Args:
-    params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`; with `memory_kind`, they
-      may also lie on one device without.
+    params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`; with `memory_kind`, they may also
+      lie on one device without.
     opt_state: the state of any Optax transformation for them: arrays or ShapeDtypeStructs, on any devices.
     memory_kind: the memory for the state, such as "pinned_host": a step then streams it (docs/offload.md). None: that
       of the params.
@@ -52,15 +52,15 @@ def state_sharding(
     another sharding, and the next call compiles again.
 
   Raises:
-    ValueError: if a param has no such sharding, if there are no params, if they lie on different meshes, or if the
-      device has no memory of this kind.
+    ValueError: if a param has no such sharding, if there are no params, if they lie on different meshes, if the device
+      has no memory of this kind, or for `where` without `memory_kind`.
     TypeError: if the arguments are swapped.
 
   Memory: none; nothing is moved.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    >>> from jax.sharding import NamedSharding, PartitionSpec as P
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> tx = mpo.compensated(optax.adamw(3e-4))
     >>> masters = {"w": jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))}
@@ -75,10 +75,15 @@ def state_sharding(
     <https://arxiv.org/abs/1910.02054>`_, 2020
   """
   given, params, opt_state = opt_state, modules.pure(params), modules.pure(opt_state)
-  known, on_one = {}, memory_kind is not None
+  if where is not None and memory_kind is None:
+    raise ValueError(
+      'state_sharding: where chooses the leaves for memory_kind, which is not given. Pass memory_kind="pinned_host", '
+      "or leave where out."
+    )
+  known = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
-    if on_one and isinstance(sharding, SingleDeviceSharding):
+    if memory_kind is not None and isinstance(sharding, SingleDeviceSharding):
       # JAX shows the memory of an array in its type only if its sharding has a mesh.
       sharding = NamedSharding(Mesh(np.array(list(sharding.device_set)), ("device",)), PartitionSpec())
     if not isinstance(sharding, NamedSharding):

@@ -145,6 +145,12 @@ def test_init_makes_the_state_there_and_state_sharding_says_where():
   assert_equal(jax.device_get(mpo.master_params(params, moved)), masters())
 
 
+def test_where_without_a_memory_is_refused():
+  params = masters()
+  with pytest.raises(ValueError, match="Pass memory_kind"):
+    mpo.state_sharding(params, params, where=lambda path, leaf: True)
+
+
 def test_a_memory_that_the_device_does_not_have_is_refused_by_name():
   tx = mpo.compensated(optax.adamw(1e-3))
   with pytest.raises(ValueError, match="has no memory 'hbm2', but 'device', 'pinned_host'"):
