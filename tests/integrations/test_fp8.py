@@ -253,7 +253,7 @@ def test_a_leaf_that_two_uses_share_and_converts_to_flaxs_own_dtype():
 
 def test_they_keep_their_dtype():
   params = {"w": jnp.ones(3), KEY: {"a": jnp.ones(1), "b": jnp.ones(1, jnp.bfloat16)}}
-  tx = mpo.compensated(optax.adam(1e-2), bits=8)
+  tx = mpo.compensated(optax.adam(1e-2), extra_bits=8)
   low, opt_state = mpo.init(tx, params)
   for tree in (low, mpo.cast(params), mpo.master_params(low, opt_state)):
     assert {k: x.dtype.name for k, x in tree[KEY].items()} == {"a": "float32", "b": "bfloat16"}

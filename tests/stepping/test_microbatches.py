@@ -63,7 +63,7 @@ def test_the_bits_of_a_loop_over_microbatches(way):
 @pytest.mark.parametrize(
   "tx",
   [
-    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8),
+    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), extra_bits=8),
     lambda: mpo.compensated(optax.chain(mpo.record_norms(), mpo.clip_by_delayed_norm(0.01), optax.adamw(1e-2))),
     lambda: mpo.with_kernels(mpo.compensated(optax.sgd(0.1))),
   ],
@@ -96,7 +96,7 @@ def test_sums_in_low_precision(bits, way):
 @pytest.mark.parametrize(
   "tx",
   [
-    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8),
+    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), extra_bits=8),
     lambda: mpo.with_kernels(mpo.compensated(optax.sgd(0.1))),
   ],
   ids=["8-bit state", "kernels"],
