@@ -139,6 +139,7 @@ def explain(
     >>> params = {"layers": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 2))}
     >>> tx = optax.adam(1e-3)
     >>> table = mpo.explain(loss_fn, tx, params, tx.init(params), jnp.ones((8, 4)))
+    >>> table
     leaf              shape      stepped  gradient held  why
     params['head']    [4, 2]     at once  32 B
     params['layers']  [3, 4, 4]  in scan  64 B

@@ -387,7 +387,9 @@ def test_what_has_no_scales_is_refused():
 
 @pytest.mark.parametrize("bits", [0, 4])
 def test_other_numbers_of_bits_are_refused(bits):
-  with pytest.raises(ValueError, match=rf"float8_e4m3fn, for which bits has to be one of \(8, 16\), but it is {bits}"):
+  with pytest.raises(
+    ValueError, match=rf"float8_e4m3fn, for which extra_bits has to be one of \(8, 16\), but it is {bits}"
+  ):
     mpo.init(mpo.compensated(optax.sgd(1.0), extra_bits=bits), {"w": jnp.ones(2)}, dtype=F8)
 
 

@@ -285,7 +285,7 @@ def test_bits_that_the_format_of_a_leaf_does_not_support(monkeypatch):
   tx, params, state, grads = make(bits=4)
   half = jax.tree.map(lambda p: p.astype(jnp.float16), params)
   monkeypatch.setattr(fp16, "BITS", (0, 8, 16))
-  words = r": params\['b'\] is float16, for which bits has to be one of \(0, 8, 16\), but it is 4"
+  words = r": params\['b'\] is float16, for which extra_bits has to be one of \(0, 8, 16\), but it is 4"
   with pytest.raises(ValueError, match="compensated" + words):
     mpo.init(tx, half | {"b": jnp.ones(3)}, dtype=jnp.float16)
   with pytest.raises(ValueError, match="compensated" + words):

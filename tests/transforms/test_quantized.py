@@ -328,7 +328,7 @@ PARAMS = {"w": jnp.ones((2, 64))}
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"bits": 16}, r"bits has to be one of \(4, 8\), but it is 16"),
+    ({"state_bits": 16}, r"state_bits has to be one of \(4, 8\), but it is 16"),
     ({"block_size": 48}, "block_size has to be a power of two, 2 or more, but it is 48"),
     ({"block_size": 1}, "block_size has to be a power of two"),
     ({"block_size": 32.0}, "block_size has to be a power of two"),

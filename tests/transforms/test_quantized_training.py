@@ -35,7 +35,7 @@ def test_training_is_that_with_f32_state(optimizer):
 
 def test_four_bits_train_too():
   want, _, _ = train(mpo.compensated(optax.adamw(3e-3), extra_bits=16), 300)
-  got, _, state = train(mpo.compensated(SMALL(optax.adamw(3e-3), bits=4), extra_bits=8), 300)
+  got, _, state = train(mpo.compensated(SMALL(optax.adamw(3e-3), state_bits=4), extra_bits=8), 300)
   assert {q.values.dtype.name for q in stored(state).values()} == {"int4", "uint4"}
   assert np.mean(got[-50:]) == pytest.approx(np.mean(want[-50:]), rel=0.25)
 
