@@ -91,7 +91,7 @@ def peaks(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, list[float], f
 def bytes_per_parameter() -> Svg:
   """Stacked bars: what a parameter takes on the card at the peak of a step."""
   bars = peaks(json.loads((RESULTS / "peak_memory.json").read_text())["rows"])
-  figure = Svg(600, 330, "Bytes per parameter on the card at the peak of an AdamW step, 8.8B parameters")
+  figure = Svg(600, 310, "Bytes per parameter on the card at the peak of an AdamW step, 8.8B parameters")
   figure.text(20, 30, "Bytes per parameter on the card, AdamW, 8.8B parameters", 16, bold=True)
   kinds = (
     ("weights", WEIGHTS),
@@ -103,7 +103,7 @@ def bytes_per_parameter() -> Svg:
   for label, color in kinds:
     figure.rect(x, 46, 13, 13, color)
     figure.text(x + 19, 57, label, 14)
-    x += 38 + 7.6 * len(label)
+    x += 44 + 7.2 * len(label)
   scale = 470 / 16
   for i, (label, parts, host) in enumerate(bars.values()):
     y, x = 96 + 58 * i, 20.0
@@ -140,7 +140,9 @@ def codec() -> Svg:
   return figure
 
 
-def _dots(figure: Svg, rows: Sequence[tuple[str, Sequence[float]]], x: float, y: float, width: float, left: bool) -> None:
+def _dots(
+  figure: Svg, rows: Sequence[tuple[str, Sequence[float]]], x: float, y: float, width: float, left: bool
+) -> None:
   """A dot for each seed, a row for each label, on a scale of its own."""
   values = [v for _, losses in rows for v in losses]
   low, high = min(values), max(values)

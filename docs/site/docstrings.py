@@ -1,7 +1,7 @@
 """A Griffe extension: the marks of our docstrings that its Google style does not know.
 
-Links are written as `text <https://...>`_. `Memory:` and `References:` are sections, `Example:` is one with a doctest, and
-`Raises:` may have sentences beside its exceptions. All of these become Markdown before Griffe reads the rest.
+Links are written as `text <https://...>`_. `Memory:` and `References:` are sections, `Example:` is one with a doctest,
+and `Raises:` may have sentences beside its exceptions. All of these become Markdown before Griffe reads the rest.
 """
 
 import re
@@ -24,7 +24,8 @@ def _raises(body: str) -> str:
       lines += ["", line]
     else:
       lines.append(line)
-  return "**Raises**\n\n" + "\n".join(line.replace("  ", "    ", 1) if line.startswith("  ") else line for line in lines)
+  deeper = [line.replace("  ", "    ", 1) if line.startswith("  ") else line for line in lines]  # within an item
+  return "\n".join(["**Raises**", "", *deeper])
 
 
 def to_markdown(docstring: str) -> str:

@@ -34,8 +34,11 @@ def on_files(files: Files, config: Any) -> Files:
       if path in _PAGES or path is None or not (ROOT / path).is_file():
         continue
       if files.get_file_from_path(f"files/{path}") is None:
-        files.append(File.generated(config, f"files/{path}.txt" if path.endswith(".md") else f"files/{path}",
-                                    content=(ROOT / path).read_bytes()))
+        files.append(
+          File.generated(
+            config, f"files/{path}.txt" if path.endswith(".md") else f"files/{path}", content=(ROOT / path).read_bytes()
+          )
+        )
   return files
 
 
