@@ -117,7 +117,7 @@ def bytes_per_parameter() -> Svg:
 
 def codec() -> Svg:
   """The bits of an f32 number: those of the bf16 weight, and the extra bits."""
-  figure = Svg(600, 250, "An f32 number is a bf16 weight and 16 extra bits")
+  figure = Svg(600, 275, "An f32 number is a bf16 weight and 16 extra bits")
   cell, left = 17.5, 20.0
   figure.text(left, 30, "f32 master weight: never stored", 15, SOFT)
   for name, start, count in (("sign", 0, 1), ("exponent", 1, 8), ("significand", 9, 23)):
@@ -131,12 +131,12 @@ def codec() -> Svg:
   ):
     x = left + start * cell + (8 if start else 0)
     for bit in range(16):
-      figure.rect(x + bit * (cell - 0.6), 140, cell - 2.1, 26, color)
-    figure.text(x, 130, label, 15, bold=True)
+      figure.rect(x + bit * (cell - 0.6), 166, cell - 2.1, 26, color)
+    figure.text(x, 156, label, 15, bold=True)
     for i, line in enumerate(lines):
-      figure.text(x, 188 + 18 * i, line, 14, SOFT)
-  figure.text(300, 110, "split: integer operations, exact;  join: back, bit for bit", 13, INK, "middle")
-  figure.text(left, 234, "8 and 4 extra bits keep the upper ones: 1 and 0.5 bytes.", 13, SOFT)
+      figure.text(x, 212 + 18 * i, line, 14, SOFT)
+  figure.text(300, 118, "split ↓  integer operations, exact; join ↑  back, bit for bit", 13, INK, "middle")
+  figure.text(left, 260, "8 and 4 extra bits keep the upper ones: 1 and 0.5 bytes.", 13, SOFT)
   return figure
 
 
