@@ -5,6 +5,7 @@ site has only what is in docs/. So each file that such a link names is copied to
 changelog, which lies at the root, becomes a page.
 """
 
+import importlib.util
 import posixpath
 import re
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
+_SPEC: Any = importlib.util.spec_from_file_location("notebooks", Path(__file__).with_name("notebooks.py"))
+notebooks = importlib.util.module_from_spec(_SPEC)  # MkDocs loads this file alone, without its folder
+_SPEC.loader.exec_module(notebooks)
 _LINK = re.compile(r"(\]\()((?!https?:|#)[^)\s]+)(\))")
 _PAGES = {"CHANGELOG.md": "changelog.md", "README.md": "index.md"}  # files at the root: their pages
 
@@ -24,7 +28,13 @@ def outside(page: str, target: str) -> str | None:
 
 
 def on_files(files: Files, config: Any) -> Files:
-  """Adds the changelog, and the files outside of docs/ that pages link to."""
+  """Adds the changelog, the pages of notebooks, and the files outside of docs/ that pages link to."""
+  for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+    page = file.src_uri.removesuffix(".ipynb")
+    text, images = notebooks.to_markdown(posixpath.basename(page), file.content_string)
+    files.append(File.generated(config, f"{page}.md", content=text))
+    for name, image in images.items():
+      files.append(File.generated(config, f"{posixpath.dirname(page)}/{name}", content=image))
   files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
   for page in [file for file in files if file.is_documentation_page()]:
     if page.src_uri == "changelog.md":

@@ -6,7 +6,11 @@
 import ast
 import doctest
 import importlib
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import flax.linen.dtypes
@@ -22,6 +26,7 @@ from tests.house.test_readme import blocks
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 READ = [*PAGES, *sorted(DOCS.glob("api/*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 MODULES = ["flax", "_stepping.value_and_update", "_stepping.explain", "_layers.fused_step", "_layers.layer"]
 MODULES += ["_transforms.with_kernels", "_transforms.compensated", "_transforms.loss_scale"]
 
@@ -70,6 +75,35 @@ def test_the_examples_of_docstrings_compute_in_low_precision(module, no_promotio
   assert not found.failed
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_its_outputs_are_kept(path):
+  """Each kept output is of the kind that the cell makes. Its text may differ in last digits from machine to machine.
+
+  A process of its own runs it: the kernel's client has an event loop, whose warnings are errors here.
+  """
+  new = cells_of_a_run(path)
+  cells = json.loads(path.read_text())["cells"]
+  assert any(cell.get("outputs") for cell in cells)
+  for kept, made in zip(cells, new, strict=True):
+    assert kinds(kept) == kinds(made), "".join(kept["source"])
+
+
+def kinds(cell):
+  outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+  return {(o["output_type"], *sorted(o.get("data", {}))) for o in outputs}
+
+
+def cells_of_a_run(path):
+  """Returns the cells of a notebook after a run."""
+  code = "import nbclient, nbformat, sys; n = nbformat.read(sys.argv[1], 4); nbclient.NotebookClient(n, timeout=600,"
+  code += " kernel_name='python3').execute(); print(nbformat.writes(n))"
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout)["cells"]
+
+
 def anchors(path: Path) -> set[str]:
   """The anchors of a page's headings, as GitHub and MkDocs both make them."""
   text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
@@ -91,7 +125,8 @@ def test_the_links_of_a_page_lead_to_files_and_headings(page):
 def test_every_page_is_in_the_navigation():
   nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
   listed = set(re.findall(r"\S+\.md", nav))
-  assert listed - {"changelog.md"} == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+  notebooks = {str(path.relative_to(DOCS).with_suffix(".md")) for path in NOTEBOOKS}
+  assert listed - {"changelog.md"} == notebooks | {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
