@@ -142,7 +142,7 @@ def flashoptim(master_weight_bits: int) -> Callable[[Model, str], Training]:
 def transformation(optimizer: str, bits: int, compact: bool, kernels: bool) -> optax.GradientTransformation:
   """Our storage around an optimizer. `compact`: 8-bit optimizer state. `kernels`: our own kernels."""
   inner = OPTIMIZERS[optimizer]()
-  tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, bits=bits)
+  tx = mpo.compensated(mpo.quantized_state(inner) if compact else inner, extra_bits=bits)
   return mpo.with_kernels(tx) if kernels else tx
 
 

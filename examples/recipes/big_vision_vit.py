@@ -52,7 +52,7 @@ def make(config: Config):
   decay = optax.add_decayed_weights(1e-4, mask=is_kernel)
   model, tx = ViT(config), optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.999), decay, rate)
   norms = mpo.record_norms("l2_grads"), mpo.record_norms("l2_params", of="params")
-  tx = mpo.compensated(optax.chain(*norms, tx, mpo.record_norms("l2_updates")))
+  tx = mpo.exact(optax.chain(*norms, tx, mpo.record_norms("l2_updates")))
 
   def init():
     params = model.init(jax.random.key(0), make_batch(config, 0)["image"])["params"]

@@ -54,7 +54,7 @@ class Hooked(optax.GradientTransformationExtraArgs):
 
 
 def make(config: Config):
-  tx = Hooked(*mpo.compensated(optax.adamw(1e-2)))
+  tx = Hooked(*mpo.exact(optax.adamw(1e-2)))
 
   def init():
     graphdef, graphstate = nnx.split(CausalLM(config, nnx.Rngs(0)), nnx.Param)

@@ -55,7 +55,7 @@ def make_batch(config: Config, i: int) -> tuple[jax.Array, jax.Array]:
 
 
 def make(config: Config):
-  optim = mpo.compensated(optax.adamw(3e-3))
+  optim = mpo.exact(optax.adamw(3e-3))
   model = Classifier(config, jax.random.key(0))
   params, static = eqx.partition(model, eqx.is_inexact_array)
   params, opt_state = mpo.init(optim, params)

@@ -46,7 +46,7 @@ def make(config: Config):
   policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
   hk.mixed_precision.set_policy(Classifier, policy)
   network = hk.transform_with_state(lambda x, is_training: Classifier(config)(x, is_training))
-  tx = mpo.compensated(optax.adamw(3e-3))
+  tx = mpo.exact(optax.adamw(3e-3))
 
   def init():
     params, state = network.init(jax.random.key(0), make_batch(config, 0)[0], True)

@@ -67,7 +67,7 @@ class Model(keras.Model):
 def make(config: Config) -> keras.Model:
   weights = [v.value for v in make_model(config, "float32").trainable_variables]
   model = make_model(config, "bfloat16")
-  optimizer = Optax(mpo.compensated(optax.adamw(3e-3)), weights)
+  optimizer = Optax(mpo.exact(optax.adamw(3e-3)), weights)
   model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
   return model
 

@@ -50,7 +50,7 @@ def make(config: Config):
   model = Decoder(config)
   tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, 100), b2=0.95, weight_decay=0.1)
   tx = optax.chain(mpo.record_norms("grad_norm"), optax.clip_by_global_norm(1.0), tx)
-  tx = mpo.compensated(optax.chain(tx, mpo.record_norms("param_norm", of="params")))
+  tx = mpo.exact(optax.chain(tx, mpo.record_norms("param_norm", of="params")))
 
   def init():
     params = model.init(jax.random.key(0), make_batch(config, 0)["inputs"])["params"]

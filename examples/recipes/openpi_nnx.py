@@ -51,7 +51,7 @@ def make_batch(config: Config, i: int) -> tuple[jax.Array, ...]:
 
 
 def make(config: Config):
-  tx = mpo.compensated(optax.chain(optax.clip(1.0), optax.adamw(optax.warmup_constant_schedule(0.0, 3e-3, 10))))
+  tx = mpo.exact(optax.chain(optax.clip(1.0), optax.adamw(optax.warmup_constant_schedule(0.0, 3e-3, 10))))
 
   def init() -> TrainState:
     model_def, trainable, frozen = nnx.split(Policy(config, nnx.Rngs(0)), TRAINABLE, ...)

@@ -62,7 +62,7 @@ def make(config: Config):
   if config.rank:
     base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(wrt)))
     nnx.update(model, jax.tree.map(lambda p: p.astype(jnp.bfloat16), base))
-  optimizer = Optimizer(model, mpo.compensated(optax.adamw(1e-2)), wrt=wrt)
+  optimizer = Optimizer(model, mpo.exact(optax.adamw(1e-2)), wrt=wrt)
 
   @nnx.jit(donate_argnames=("model", "optimizer"))
   def train_step(model, optimizer, batch):
