@@ -11,9 +11,11 @@ recipes.json to --output-dir and prints the table of docs/recipes.md.
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -124,7 +126,7 @@ CASES = {
   "big_vision_vit": Case(
     "big_vision-like ViT",
     functional(lambda s: s["params"]),
-    {"width": 1024, "depth": 16, "size": 56, "classes": 1000, "batch": 8},
+    {"width": 1024, "depth": 8, "size": 56, "classes": 1000, "batch": 8},
   ),
   "maxtext_linen": Case(
     "MaxText-like, 4 microbatches",
@@ -132,7 +134,7 @@ CASES = {
     {"emb_dim": 1024, "layers": 12, "vocab": 32_000, "length": 512, "batch": 8},
   ),
   "tunix_nnx": Case("Tunix-like, all params", in_nnx, {**TEXT, "layers": 12, "heads": 16, "rank": 0}),
-  "tunix_nnx_lora": Case("Tunix-like, LoRA", in_nnx, {**TEXT, "layers": 12, "heads": 16, "rank": 16}, "tunix_nnx"),
+  "tunix_nnx_lora": Case("Tunix-like, LoRA", in_nnx, {**TEXT, "layers": 6, "heads": 16, "rank": 16}, "tunix_nnx"),
   "equinox_mlp": Case("Equinox", in_equinox, {"width": 1024, "layers": 24, "batch": 64}),
   "haiku_mlp": Case("Haiku", functional(lambda s: s.params), {"width": 1024, "layers": 24, "batch": 64}),
   "easydel_state": Case("EasyDeL-like", functional(lambda s: s.graphstate), {**TEXT, "layers": 20}),
@@ -162,14 +164,24 @@ def measure(name: str, way: str, target: str) -> dict[str, Any]:
   }
 
 
+def changes(recipe: str) -> list[str]:
+  """The lines that a recipe takes away ("-...") and adds ("+..."), without imports and docstrings."""
+  folder = ROOT / "examples" / "recipes"
+  plain, new = ((folder / part / f"{recipe}.py").read_text().splitlines() for part in ("plain", ""))
+  lines = difflib.unified_diff(plain, new, n=0, lineterm="")
+  return [line for line in lines if re.match(r"[+-]", line) and not re.match(r'[+-]{3} |[+-]("""|$|import|from)', line)]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-  """Returns peaks and, in brackets, what persists, in bytes per parameter, as Markdown."""
+  """Returns lines changed, peaks and, in brackets, what persists, in bytes per parameter, as Markdown."""
   found = {(row["recipe"], row["way"]): row for row in rows}
-  lines = ["| recipe | params | before | exact | compact |", "|---|---|---|---|---|"]
+  lines = ["| recipe | lines | params | before | exact | compact |", "|---|---|---|---|---|---|"]
   for name, case in CASES.items():
+    changed = "".join(line[0] for line in changes(case.recipe or name))
     of = [found[name, way] for way in WAYS]
     cells = [f"{r['total_bytes'] / r['parameters']:.2f} ({r['argument_bytes'] / r['parameters']:.2f})" for r in of]
-    lines.append(f"| {case.label} | {of[0]['parameters'] / 1e6:.0f}M | " + " | ".join(cells) + " |")
+    cells = [f"-{changed.count('-')} +{changed.count('+')}", f"{of[0]['parameters'] / 1e6:.0f}M", *cells]
+    lines.append(f"| {case.label} | " + " | ".join(cells) + " |")
   return "\n".join(lines)
 
 

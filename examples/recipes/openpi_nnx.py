@@ -60,7 +60,7 @@ def make(config: Config):
     return TrainState(params, opt_state, trainable, model_def)
 
   def train_step(state: TrainState, batch):
-    trainable, frozen = state.params.split(TRAINABLE, ...)
+    trainable, frozen = nnx.split_state(state.params, TRAINABLE, ...)
 
     def loss_fn(trainable, frozen, *batch):
       return nnx.merge(state.model_def, trainable, frozen).compute_loss(*batch)

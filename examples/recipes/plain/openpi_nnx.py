@@ -63,7 +63,7 @@ def make(config: Config):
       return model.compute_loss(*batch)
 
     loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, TRAINABLE))(model, *batch)
-    trainable = state.params.filter(TRAINABLE)
+    trainable = nnx.filter_state(state.params, TRAINABLE)
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
     nnx.update(model, trainable)
