@@ -178,10 +178,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   lines = ["| recipe | lines | params | before | exact | compact |", "|---|---|---|---|---|---|"]
   for name, case in CASES.items():
     changed = "".join(line[0] for line in changes(case.recipe or name))
-    of = [found[name, way] for way in WAYS]
-    cells = [f"{r['total_bytes'] / r['parameters']:.2f} ({r['argument_bytes'] / r['parameters']:.2f})" for r in of]
-    cells = [f"-{changed.count('-')} +{changed.count('+')}", f"{of[0]['parameters'] / 1e6:.0f}M", *cells]
-    lines.append(f"| {case.label} | " + " | ".join(cells) + " |")
+    of = [found.get((name, way)) for way in WAYS]
+    peaks = [r and [r[key] / r["parameters"] for key in ("total_bytes", "argument_bytes")] for r in of]
+    cells = [f"{peak[0]:.2f} ({peak[1]:.2f})" if peak else "not compiled" for peak in peaks]
+    count = f"{of[0]['parameters'] / 1e6:.0f}M" if of[0] else ""
+    lines.append(
+      f"| {case.label} | -{changed.count('-')} +{changed.count('+')} | {count} | " + " | ".join(cells) + " |"
+    )
   return "\n".join(lines)
 
 
@@ -213,8 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f"{name} {way}: {each:.2f} ({time.perf_counter() - started:.0f} s)", flush=True)
       ordered = [rows[key] for key in ((n, w) for n in CASES for w in WAYS) if key in rows]
       path.write_text(json.dumps(about | {"rows": ordered}, indent=1) + "\n")
-  if len(rows) == len(CASES) * len(WAYS):
-    print(f"\n{table(list(rows.values()))}")
+  print(f"\n{table(list(rows.values()))}")
   return 0
 
 
