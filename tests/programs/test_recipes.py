@@ -165,7 +165,7 @@ def test_a_recipe_equals_training_with_f32_masters(name, with_cast):
   if name == "big_vision_vit":  # its norms are summed up in another order
     assert [x["training_loss"] for x in losses] == [x["training_loss"] for x in want_losses]
     for one, other in zip(losses, want_losses, strict=True):
-      assert jax.tree.map(float, one) == pytest.approx(jax.tree.map(float, other), rel=1e-5)
+      assert jax.tree.map(float, one) == pytest.approx(jax.tree.map(float, other), rel=1e-4)
   else:
     assert_same_bits(losses, want_losses)
 
