@@ -31,7 +31,7 @@ from jax import export
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._core import host, modules, trees
-from optax_mpo._memory import compiling, gpu_targets, parameters, xla_dump
+from optax_mpo._memory import bus, compiling, gpu_targets, parameters, xla_dump
 from optax_mpo._memory.report import MemoryReport
 
 # JAX settings that change how a lowered function is compiled. All others are already part of the lowered function.
@@ -54,6 +54,7 @@ def gpu_memory(
   params_argnum: int | None = None,
   params: Any = None,
   compiler_options: Mapping[str, Any] | None = None,
+  host_memory: int | None = None,
   dump_to: str | pathlib.Path | None = None,
 ) -> MemoryReport:
   """Compiles `fn` for a GPU, without needing one, and reports the memory it takes.
@@ -80,6 +81,7 @@ def gpu_memory(
     params: the parameters themselves, where those rules do not find them: a tree, or a function of `*args` that returns
       one, such as `lambda run, batch: run["weights"]`. All arrays in it are counted.
     compiler_options: XLA options, as in `jax.jit`. XLA_FLAGS in the environment apply too.
+    host_memory: the bytes of host memory that all `devices` share. If given, `fits` asks for it too.
     dump_to: a folder that receives XLA's dump, for a closer look. The file that ends in `gpu_after_optimizations.txt`
       is the optimized program; files that end in `.ptx` hold the instructions of its kernels. The folder is created if
       it does not exist, and has to be empty.
@@ -97,7 +99,7 @@ def gpu_memory(
   Memory: the report leaves out what the GPU's libraries choose at run time: workspace of matrix products and
   convolutions (up to 32 MiB where XLA measures and picks another algorithm), CUDA's context, fragmentation. It counts
   arguments that `fn` does not use, since they exist. Arguments whose sharding has the memory kind "pinned_host" are
-  counted as `host_bytes`, apart from the card's.
+  counted as `host_bytes`, apart from the card's; `to_device_bytes` and `to_host_bytes` are what crosses the bus.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax_mpo as mpo
@@ -109,6 +111,8 @@ def gpu_memory(
   card = gpu_targets.find(target)
   if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
     raise ValueError(f"gpu_memory: devices has to be a number of devices, 1 or more, but it is {devices!r}.")
+  if host_memory is not None and (not isinstance(host_memory, int) or host_memory < 1):
+    raise ValueError(f"gpu_memory: host_memory is a number of bytes, such as 128 * 2**30, but it is {host_memory!r}.")
   compiling.check_toolchain()
   options = _checked_options(compiler_options)
   if dump_to is not None:
@@ -131,7 +135,8 @@ def gpu_memory(
     dump = pathlib.Path(folder, "dump")
     if dump_to is not None:
       shutil.copytree(dump, dump_to, dirs_exist_ok=True)
-    buffers = xla_dump.read(dump, sizes["temp"], names)
+    buffers, text = xla_dump.read(dump, sizes["temp"], names)
+    traffic = bus.traffic(text)
     device, device_bytes = (card.name, card.memory) if card else xla_dump.read_device(dump)
   return MemoryReport(
     target=target.lower(),
@@ -150,6 +155,9 @@ def gpu_memory(
     jax_version=jax.__version__,
     buffers=buffers,
     without_triton=bool(sizes["without_triton"]),
+    to_device_bytes=traffic.to_device,
+    to_host_bytes=traffic.to_host,
+    host_memory=host_memory,
   )
 
 
