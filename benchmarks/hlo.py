@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from optax_mpo._memory.hlo import FREE, SLICES, TRIPS, Computation, Instruction, elements_needed, parse, results
+from optax_mpo._memory.hlo import FREE, SLICES, TRIPS, Computation, Instruction, elements_needed, parse, results_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _traffic(computations: dict[str, Computation], outer: Computation, i: Instru
   operands = [outer.instructions[name] for name in i.operands]
   if i.opcode == "fusion":
     inner = computations[i.called]
-    roots = [inner.source(name) for name in results(inner)]
+    roots = [inner.source(name) for name in results_of(inner)]
     in_place = [root for root in roots if root.opcode == "dynamic-update-slice"]
     needed = elements_needed(inner, in_place)
     read = sum(p.arrays[0].bytes(needed[p.name]) for p in inner.parameters if p.arrays)

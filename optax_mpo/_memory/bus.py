@@ -59,7 +59,7 @@ def _within(computations: dict[str, hlo.Computation], computation: hlo.Computati
 
 
 def _of_fusion(inner: hlo.Computation) -> Traffic:
-  roots = [inner.source(name) for name in hlo.results(inner)]
+  roots = [inner.source(name) for name in hlo.results_of(inner)]
   in_place = [root for root in roots if root.opcode == "dynamic-update-slice"]
   needed = hlo.elements_needed(inner, in_place)
   read = sum(p.arrays[0].bytes(needed[p.name]) for p in inner.parameters if p.arrays and p.arrays[0].on_host)

@@ -69,8 +69,8 @@ def gpu_memory(
     *args: the arguments of `fn`: trees of arrays or of `jax.ShapeDtypeStruct`. Only shapes, dtypes and shardings are
       read.
     donate_argnums: as in `jax.jit`. For plain functions only.
-    target: `"h100"` (80 GB SXM), `"h200"`, `"a100-80gb"`, `"a100-40gb"`, `"l40s"`, `"rtx4090"`, `"a10"`, or `"local"`
-      for the card in this machine.
+    target: `"h100"` (80 GB SXM), `"h200"`, `"gh200"` (96 GB), `"b200"`, `"a100-80gb"`, `"a100-40gb"`, `"l40s"`, `"l4"`,
+      `"rtx5090"`, `"rtx4090"`, `"rtx3090"`, `"a10"`, or `"local"` for the card in this machine.
     devices: how many of these cards `fn` runs on. Arguments are laid out by a `NamedSharding` over a mesh of this size:
       a `jax.sharding.AbstractMesh`, or a mesh of any devices, such as CPU devices. The target's devices replace them in
       order. Arguments without a sharding are replicated.

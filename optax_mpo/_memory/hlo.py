@@ -129,8 +129,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 def _instruction(made: re.Match[str]) -> Instruction:
   _, name, shape, opcode, rest = made.groups()
   arrays = tuple(
-    Array(dtype, tuple(map(int, filter(None, dims.split(",")))), bool(host))
-    for dtype, dims, host in _ARRAY.findall(shape)
+    Array(dtype, tuple(int(n) for n in dims.split(",") if n), bool(on_host))
+    for dtype, dims, on_host in _ARRAY.findall(shape)
   )
   operands = re.findall(r"%([\w.\-]+(?:#\d+)?)", _arguments(rest))
   called = _CALLED.search(rest)
@@ -147,7 +147,7 @@ def _arguments(rest: str) -> str:
   return rest
 
 
-def results(inner: Computation) -> Iterator[str]:
+def results_of(inner: Computation) -> Iterator[str]:
   root = inner.instructions[inner.root]
   yield from root.operands if root.opcode == "tuple" else [root.name]
 
@@ -155,7 +155,7 @@ def results(inner: Computation) -> Iterator[str]:
 def elements_needed(inner: Computation, in_place: Sequence[Instruction]) -> dict[str, int]:
   """Returns how many elements of each value in a fusion its results need."""
   sizes: dict[str, int] = {}
-  last = set(results(inner))
+  last = set(results_of(inner))
   for i in reversed(inner.instructions.values()):
     if not i.arrays:
       sizes[i.name] = 0

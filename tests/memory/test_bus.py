@@ -53,7 +53,7 @@ ENTRY %main (w: f32[8,4], b: u4[64], c: bf16[16], d: s32[]) -> bf16[16] {
   %c = bf16[16]{0:S(5)} parameter(2)
   %d = s32[] parameter(3)
   %in = (s32[], f32[8,4]{1,0:S(5)}) tuple(%d, %w)
-  %loop = (s32[], f32[8,4]{1,0:S(5)}) while(%in), condition=%some, body=%body, backend_config={"known_trip_count":{"n":"8"}}
+  %loop = (s32[], f32[8,4]{1,0:S(5)}) while(%in), body=%body, backend_config={"known_trip_count":{"n":"8"}}
   %chosen = u4[64]{0:E(4)} conditional(%d, %b, %b), branch_computations={%none, %small}
   %start = (bf16[16]{0}, bf16[16]{0:S(5)}, u32[]) copy-start(%c)
   %there = bf16[16]{0} copy-done(%start)
