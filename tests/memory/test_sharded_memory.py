@@ -42,6 +42,16 @@ def test_bytes_of_the_1_3b_model(mode, model):
   assert row.per_parameter(row.total_bytes) <= AT_MOST[mode, model]
 
 
+@pytest.mark.parametrize(("mode", "again"), {"mpo-16-host": 0.0, "mpo-16-host-weights": 2.0}.items())
+def test_each_card_fetches_its_part_of_what_its_host_holds(mode, again):
+  """Once each way, and the weights of layers a second time, since they are recomputed. No host has a second copy."""
+  row = peak_memory.measure("lm-1.3b-fsdp8", mode, "adamw", "h100")
+  assert not row.error, row.error
+  layers = sum(p.size for p in jax.tree.leaves(language_model("1.3b").params["blocks"]) if p.size > 2**16)
+  assert row.to_host_bytes == row.host_bytes
+  assert row.to_device_bytes == row.host_bytes + again * layers / 8
+
+
 @pytest.mark.slow
 def test_a_70b_model_fits_on_eight_h100_with_compact_state_and_not_with_f32_masters():
   compact = peak_memory.measure("lm-70b-fsdp8", "mpo-compact-auto", "adamw", "h100")
