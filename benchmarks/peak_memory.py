@@ -37,9 +37,9 @@ import optax_mpo as mpo
 if __name__ == "__main__":  # a script does not have the root of the repository on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import fsdp
 from benchmarks.models import Model, language_model, layers, resnet50, vit
 from benchmarks.modes import MODES, OPTIMIZERS
+from optax_mpo._planner import fsdp
 
 GIB = 2**30
 

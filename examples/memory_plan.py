@@ -31,9 +31,9 @@ import optax_mpo as mpo
 if __name__ == "__main__":  # a script does not have the root of the repository, with the models, on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import fsdp
 from benchmarks.models import LM_SIZES, language_model
 from benchmarks.modes import MODES, OPTIMIZERS
+from optax_mpo._planner import fsdp
 
 PyTree = Any
 GIB = 2**30

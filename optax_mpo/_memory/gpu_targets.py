@@ -4,10 +4,10 @@ Why: without a card, XLA needs a `stream_executor.GpuTargetConfigProto`. It hold
 by: compute capability, number of cores, shared memory, L2 cache and device memory.
 
 Sources: for H100, H200, A100 and B200 the files under xla/backends/gpu/target_config/specs of the XLA project; for the
-other cards CUDA's deviceQuery and NVIDIA's data sheets. `memory` is what the driver reports to programs. It is less than
-the nominal size, and varies by some hundred MiB between driver versions: 143156 MiB for H200, 45373 for L40S, 24081 for
-RTX 4090, 22516 for A10. For RTX 3090, RTX 5090, L4 and GH200 it is the smallest "total capacity" that errors of PyTorch
-report for these cards: 23.68, 31.34, 22.03 and 94.50 GiB. `flops` is from the data sheets, without sparsity.
+other cards CUDA's deviceQuery and NVIDIA's data sheets. `memory` is what the driver reports to programs. It is less
+than the nominal size, and varies by some hundred MiB between driver versions: 143156 MiB for H200, 45373 for L40S,
+24081 for RTX 4090, 22516 for A10. For RTX 3090, RTX 5090, L4 and GH200 it is the smallest "total capacity" that errors
+of PyTorch report for these cards: 23.68, 31.34, 22.03 and 94.50 GiB. `flops` is from the data sheets, without sparsity.
 """
 
 import dataclasses

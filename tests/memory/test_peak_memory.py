@@ -6,10 +6,11 @@ import math
 import jax
 import pytest
 
-from benchmarks import fsdp, peak_memory
+from benchmarks import peak_memory
 from benchmarks.models import Model
 from benchmarks.modes import MODES, OPTIMIZERS
 from examples import memory_plan
+from optax_mpo._planner import fsdp
 
 pytestmark = pytest.mark.full
 

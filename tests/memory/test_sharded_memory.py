@@ -15,9 +15,10 @@ import jax
 import pytest
 
 import optax_mpo as mpo
-from benchmarks import fsdp, peak_memory
+from benchmarks import peak_memory
 from benchmarks.models import language_model
 from benchmarks.modes import MODES
+from optax_mpo._planner import fsdp
 
 pytestmark = pytest.mark.full
 

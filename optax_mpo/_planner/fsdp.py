@@ -1,4 +1,4 @@
-"""Fully sharded training steps (FSDP) for the memory benchmarks: weights, state and batch are split over all devices.
+"""Fully sharded training steps (FSDP): weights, state and batch are split over all devices.
 
 Each matrix is split by rows, also in a stack of layers, since 8-bit blocks run along the columns; or by columns, or
 along its largest axis, as many trainers do. XLA gathers a weight where the model uses it and scatters its gradient. No
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-import optax_mpo as mpo
-from benchmarks.modes import Training
+from optax_mpo._planner.storages import Training
+from optax_mpo._transforms.sharding import state_sharding
 
 PyTree = Any
 
@@ -57,7 +57,7 @@ def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") 
     return placed(leaf, sharding.with_memory_kind("pinned_host") if on_host else sharding)
 
   params = jax.tree.map(lambda leaf: placed(leaf, split_of(leaf, mesh, split)), training.params)
-  opt_state = jax.tree.map(within_memory, training.opt_state, mpo.state_sharding(params, training.opt_state))
+  opt_state = jax.tree.map(within_memory, training.opt_state, state_sharding(params, training.opt_state))
   params = jax.tree.map(lambda leaf, split: within_memory(leaf, split.sharding), training.params, params)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
   step = jax.jit(training.step, donate_argnums=(0, 1), out_shardings=(replicated, *shardings))
