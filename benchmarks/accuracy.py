@@ -46,14 +46,14 @@ Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 MODES: dict[str, Wrap | None] = {
   "fp32": None,
   "bf16": None,
-  "mpo16": lambda tx: mpo.compensated(tx, bits=16),
-  "mpo8": lambda tx: mpo.compensated(tx, bits=8),
-  "mpo4": lambda tx: mpo.compensated(tx, bits=4),
-  "compact": lambda tx: mpo.compensated(mpo.quantized_state(tx), bits=8),
-  "compact4": lambda tx: mpo.compensated(mpo.quantized_state(tx, bits=4), bits=8),
-  "mpo4-sr": lambda tx: mpo.compensated(tx, bits=4, rounding="stochastic"),
-  "mpo0": lambda tx: mpo.compensated(tx, bits=0),
-  "mpo0-sr": lambda tx: mpo.compensated(tx, bits=0, rounding="stochastic"),
+  "mpo16": lambda tx: mpo.compensated(tx, extra_bits=16),
+  "mpo8": lambda tx: mpo.compensated(tx, extra_bits=8),
+  "mpo4": lambda tx: mpo.compensated(tx, extra_bits=4),
+  "compact": lambda tx: mpo.compensated(mpo.quantized_state(tx), extra_bits=8),
+  "compact4": lambda tx: mpo.compensated(mpo.quantized_state(tx, state_bits=4), extra_bits=8),
+  "mpo4-sr": lambda tx: mpo.compensated(tx, extra_bits=4, rounding="stochastic"),
+  "mpo0": lambda tx: mpo.compensated(tx, extra_bits=0),
+  "mpo0-sr": lambda tx: mpo.compensated(tx, extra_bits=0, rounding="stochastic"),
 }
 LABELS = {
   "fp32": "f32 master weights",

@@ -99,7 +99,7 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
     return tx
   if settings.storage == "compact":
     tx = mpo.quantized_state(tx)
-  return mpo.compensated(tx, bits=16 if settings.storage == "mpo16" else 8)
+  return mpo.compensated(tx, extra_bits=16 if settings.storage == "mpo16" else 8)
 
 
 class Options(NamedTuple):

@@ -36,7 +36,6 @@ continues from there with the same results, bit for bit.
 import contextlib
 import dataclasses
 import functools
-import io
 import math
 import signal
 import sys
@@ -112,7 +111,7 @@ def make_storage(mode: str, model: Transformer, tx: optax.GradientTransformation
   compensated = mode not in ("fp32", "bf16")
   if compensated:
     bits = {"mpo16": 16, "mpo8": 8, "mpo4": 4, "compact": 8}[mode]
-    tx = mpo.compensated(mpo.quantized_state(tx) if mode == "compact" else tx, bits=bits)
+    tx = mpo.compensated(mpo.quantized_state(tx) if mode == "compact" else tx, extra_bits=bits)
 
   def init(params: PyTree) -> tuple[PyTree, optax.OptState]:
     if compensated:
@@ -142,8 +141,7 @@ def make_storage(mode: str, model: Transformer, tx: optax.GradientTransformation
     return Storage(init, step, weights, lambda params, *_: 2 * largest_layer(model, params))
 
   def largest_gradient(params: PyTree, opt_state: optax.OptState, batch: Any) -> int:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a table of all leaves
-      leaves = mpo.explain(loss_fn, tx, params, opt_state, batch, two_pass=True)
+    leaves = mpo.explain(loss_fn, tx, params, opt_state, batch, two_pass=True)
     return max(leaf.gradient_bytes for leaf in leaves)
 
   # Two passes are made only if the updates of parameters depend on each other, as with clipping by global norm.

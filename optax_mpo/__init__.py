@@ -45,6 +45,9 @@ from optax_mpo._transforms.norms import record_norms as record_norms
 from optax_mpo._transforms.norms import recorded as recorded
 from optax_mpo._transforms.per_layer import PerLayerState as PerLayerState
 from optax_mpo._transforms.per_layer import per_layer as per_layer
+from optax_mpo._transforms.presets import compact as compact
+from optax_mpo._transforms.presets import exact as exact
+from optax_mpo._transforms.presets import matrices as matrices
 from optax_mpo._transforms.quantized import QuantizedState as QuantizedState
 from optax_mpo._transforms.quantized import dequantized as dequantized
 from optax_mpo._transforms.quantized import quantized_state as quantized_state

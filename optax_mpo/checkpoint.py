@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from optax_mpo._core import host, trees
+from optax_mpo._core import host, renames, trees
 
 PyTree = Any
 
@@ -47,10 +47,10 @@ class Checkpointer:
 
   Args:
     directory: the folder; it is created.
-    keep: how many checkpoints to keep; older ones are deleted.
+    max_to_keep: how many checkpoints to keep; older ones are deleted.
 
   Raises:
-    ValueError: if `keep` is less than 1.
+    ValueError: if `max_to_keep` is less than 1.
 
   Memory: on disk the size of the arrays, or less (Orbax compresses); integers of 2 and 4 bits are stored in 8, and
     random keys as their data.
@@ -60,7 +60,7 @@ class Checkpointer:
     >>> from optax_mpo.checkpoint import Checkpointer
     >>> tx = mpo.compensated(optax.adamw(1e-3))
     >>> params, opt_state = mpo.init(tx, {"w": jnp.full(4, 0.1)})
-    >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, keep=2) as checkpoints:
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, max_to_keep=2) as checkpoints:
     ...   checkpoints.save(100, (params, opt_state))
     ...   step, (params, opt_state) = checkpoints.restore((params, opt_state))
     >>> step, params["w"].dtype.name
@@ -70,11 +70,12 @@ class Checkpointer:
     `Orbax <https://orbax.readthedocs.io>`_
   """
 
-  def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
-    if keep < 1:
-      raise ValueError(f"Checkpointer: keep is {keep}: make it 1 or more.")
+  @renames.renamed(keep="max_to_keep")
+  def __init__(self, directory: str | os.PathLike[str], max_to_keep: int = 3):
+    if max_to_keep < 1:
+      raise ValueError(f"Checkpointer: max_to_keep is {max_to_keep}: make it 1 or more.")
     self.directory = Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False, create=True)
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def __enter__(self) -> "Checkpointer":

@@ -21,7 +21,7 @@ def cast(
 
   In float16, numbers that round beyond 65504 become infinite, as with `astype`.
 
-  The result equals the weights that `init` makes for bits=16 and bits=0. With 8 or 4 bits, `init` first rounds master
+  The result equals the weights that `init` makes for extra_bits=16 and 0. With 8 or 4 bits, `init` first rounds master
   weights to what those bits hold. About one weight in 512 (8 bits) or 32 (4 bits) then lies halfway between two bf16
   numbers and rounds up instead of down.
 

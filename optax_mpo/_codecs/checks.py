@@ -64,8 +64,8 @@ def check_param(who: str, leaf_name: str, leaf: Any, bits: int) -> None:
   trees.check_trainable(leaf_name, leaf)
   if formats.is_low(leaf) and bits not in formats.widths(leaf.dtype):
     raise ValueError(
-      f"{who}: {leaf_name} is {leaf.dtype}, for which bits has to be one of {formats.widths(leaf.dtype)}, but it is "
-      f"{bits}. Choose other bits, or give this leaf a compensated of its own with optax.multi_transform."
+      f"{who}: {leaf_name} is {leaf.dtype}, for which extra_bits has to be one of {formats.widths(leaf.dtype)}, but it "
+      f"is {bits}. Choose other bits, or give this leaf a compensated of its own with optax.multi_transform."
     )
 
 
@@ -92,10 +92,10 @@ def raise_foreign_bits(leaf_name: str, leaf: Any, kept: Any, bits: int) -> None:
       "change them, start again from optax_mpo.init(tx, f32_params)."
     )
   raise ValueError(
-    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps bits={bits}, but the state holds {held} "
-    "for it: it was made with another `bits`, or for params of another dtype. To carry the weights over: masters = "
-    "optax_mpo.master_params(params, state) with the old state, then params, new = optax_mpo.init(tx, masters) and "
-    "new._replace(inner_state=state.inner_state)."
+    f"compensated: {leaf_name} is {leaf.dtype} and this transformation keeps extra_bits={bits}, but the state holds "
+    f"{held} for it: it was made with other `extra_bits`, or for params of another dtype. To carry the weights over: "
+    "masters = optax_mpo.master_params(params, state) with the old state, then params, new = optax_mpo.init(tx, "
+    "masters) and new._replace(inner_state=state.inner_state)."
   )
 
 

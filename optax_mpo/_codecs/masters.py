@@ -22,7 +22,7 @@ class CompensatedState(NamedTuple):
 
   Attributes:
     compensation: a tree like the params with `uint16`, `uint8` or `uint4` leaves of the params' shapes. A leaf without
-      bits (f32 params, bits=0, overwritten leaves) has an `optax.MaskedNode()`, and a float8 leaf a `ScaledBits`.
+      bits (f32 params, extra_bits=0, overwritten leaves) has an `optax.MaskedNode()`, and a float8 leaf a `ScaledBits`.
     inner_state: the state of the wrapped transformation, made from f32 params. With stochastic rounding, a
       `RoundingState` around it.
   """

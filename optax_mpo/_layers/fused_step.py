@@ -55,7 +55,7 @@ def fused_value_and_update(
       inside a transformation, or the step itself is differentiated or mapped.
 
   Memory: params and state, the activations, and the gradients of one layer, two at most. AdamW with
-    `compensated(..., bits=16)` holds 12 bytes per parameter and needs little more (docs/fused_layers.md).
+    `compensated(..., extra_bits=16)` holds 12 bytes per parameter and needs little more (docs/fused_layers.md).
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo

@@ -109,7 +109,7 @@ def optax_bf16(model: Model, optimizer: str) -> Training:
 def transformation(optimizer: str, bits: int, compact: bool, kernels: bool) -> optax.GradientTransformation:
   """Our storage around an optimizer. `compact`: 8-bit optimizer state. `kernels`: our own kernels."""
   inner = OPTIMIZERS[optimizer]()
-  tx = compensate(quantized_state(inner) if compact else inner, bits=bits)
+  tx = compensate(quantized_state(inner) if compact else inner, extra_bits=bits)
   return with_kernels(tx) if kernels else tx
 
 

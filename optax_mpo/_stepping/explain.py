@@ -2,7 +2,7 @@
 
 Why: a step that keeps the gradient of a whole stack of layers would be noticed late, when a GPU runs out of memory.
 
-How: it makes the plan of the step without running it, and prints what the plan says of each leaf.
+How: it makes the plan of the step without running it, and says what the plan does with each leaf.
 """
 
 import math
@@ -48,9 +48,13 @@ class Leaf(NamedTuple):
 
 
 class Explanation(tuple[Leaf, ...]):
-  """A tuple of `Leaf`, which prints as a table."""
+  """A tuple of `Leaf`, which prints as a table.
 
-  __slots__ = ()
+  Attributes:
+    passes: how many backward passes a step takes: 2 only with `two_pass`, where new weights need all gradients first.
+  """
+
+  passes: int = 1
 
   def __str__(self) -> str:
     rows = [("leaf", "shape", "stepped", "gradient held", "why")]
@@ -59,7 +63,11 @@ class Explanation(tuple[Leaf, ...]):
     lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
     total, largest = sum(x.parameters for x in self), max((x.gradient_bytes for x in self), default=0)
     lines.append(f"{total:,} parameters; the largest gradient held is {_bytes(largest)}")
+    if self.passes == 2:
+      lines.append("in two backward passes: the first makes what new weights need of all gradients")
     return "\n".join(lines)
+
+  __repr__ = __str__  # for notebooks and the interactive interpreter
 
 
 def _bytes(count: int) -> str:
@@ -80,7 +88,7 @@ def explain(
   tx_args: Mapping[str, Any] | None = None,
   **kwargs: Any,
 ) -> Explanation:
-  """Prints and returns how `value_and_update(loss_fn, tx)` updates each leaf of `params`.
+  """Tells how `value_and_update(loss_fn, tx)` updates each leaf of `params`.
 
   - `in scan`: in the backward pass of a `lax.scan` over layers, one layer at a time.
   - `after the scan`: the leaf is a small part of the layers, such as a bias or a norm. Its gradients are kept for one
@@ -111,12 +119,12 @@ def explain(
     *args: further arguments of `loss_fn`, likewise.
     has_aux: whether `loss_fn` returns more than the loss.
     tx_args: extra arguments of `tx.update`, as for the step.
-    two_pass: as for `value_and_update`. The table shows the second pass; the first holds no more. A line below it says
-      if there are two.
+    two_pass: as for `value_and_update`. The table shows the second pass; the first holds no more. `passes` says if
+      there are two.
     **kwargs: further arguments of `loss_fn`, likewise.
 
   Returns:
-    An `Explanation`, a tuple with a `Leaf` for each leaf of the params.
+    An `Explanation`, a tuple with a `Leaf` for each leaf of the params. Print it to see it as a table.
 
   Raises:
     ValueError: as the step itself would, for instance where `tx` couples leaves.
@@ -131,6 +139,7 @@ def explain(
     >>> params = {"layers": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 2))}
     >>> tx = optax.adam(1e-3)
     >>> table = mpo.explain(loss_fn, tx, params, tx.init(params), jnp.ones((8, 4)))
+    >>> table
     leaf              shape      stepped  gradient held  why
     params['head']    [4, 2]     at once  32 B
     params['layers']  [3, 4, 4]  in scan  64 B
@@ -171,9 +180,7 @@ def explain(
     kept = math.prod(grad.shape) * grad.dtype.itemsize
     add(i, Place.BETWEEN_PASSES, "small, so that its gradient is kept from the first", kept)
   explanation = Explanation(row for row in rows if row is not None)
-  print(explanation)
-  if passes:
-    print("in two backward passes: the first makes what new weights need of all gradients")
+  explanation.passes = 2 if passes else 1
   return explanation
 
 

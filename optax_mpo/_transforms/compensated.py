@@ -5,7 +5,7 @@ half. `compensated` stores that half once, as the params, and the rest as compen
 wrapped transformation still sees f32 master weights and f32 gradients. With 16 bits, training equals training with f32
 masters bit for bit.
 
-Memory: 2 bytes per parameter for the weight and bits / 8 for the compensation bits. The f32 view is an integer
+Memory: 2 bytes per parameter for the weight and extra_bits / 8 for the compensation bits. The f32 view is an integer
 expression of the two. XLA fuses it into the update, so that no f32 copy is stored.
 
 Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381.
@@ -21,7 +21,7 @@ import optax
 from optax_mpo._backends import cpu_rows, step_weight
 from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
 from optax_mpo._codecs.masters import CompensatedState, master_params, states_in
-from optax_mpo._core import host, overwritten, trees, types, wrapping, xla_cpu
+from optax_mpo._core import host, overwritten, renames, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
 from optax_mpo._transforms.sharding import state_sharding
@@ -41,9 +41,10 @@ class RoundingState(NamedTuple):
   inner_state: optax.OptState
 
 
+@renames.renamed(bits="extra_bits")
 def compensated(
   inner: optax.GradientTransformation,
-  bits: int = 16,
+  extra_bits: int = 16,
   *,
   rounding: Literal["nearest", "stochastic"] = "nearest",
   seed: int = 0,
@@ -64,11 +65,11 @@ def compensated(
 
   Args:
     inner: the transformation to wrap.
-    bits: how many of the 16 bits that bf16 cuts off are kept. 16 is exact: training equals f32-master Optax bit for
-      bit. With 8 or 4, master weights are rounded to a 24- or 20-bit number after every step. 0 keeps no bits: plain
-      bf16 training whose updates are computed in f32.
-    rounding: how weights are rounded to what `bits` can hold: "nearest", or "stochastic": up or down at random, in
-      proportion, so that updates too small for the bits count on average. With bits=0, "nearest" loses small updates.
+    extra_bits: how many of the 16 bits that bf16 cuts off are kept. 16 is exact: training equals f32-master Optax bit
+      for bit. With 8 or 4, master weights are rounded to a 24- or 20-bit number after every step. 0 keeps no bits:
+      plain bf16 training whose updates are computed in f32.
+    rounding: how weights are rounded to what they can hold: "nearest", or "stochastic": up or down at random, in
+      proportion, so that updates too small for the bits count on average. Without bits, "nearest" loses small updates.
     seed: of the stochastic rounding. The random bits depend only on the seed, the step number, the leaf and the
       position of the weight: they are reproducible, and do not depend on how the arrays are sharded.
 
@@ -79,20 +80,21 @@ def compensated(
     times smaller (see `apply_updates`).
 
   Raises:
-    ValueError: for unsupported values of `bits`, `rounding` or `seed`.
+    ValueError: for unsupported values of `extra_bits`, `rounding` or `seed`.
     TypeError: if `inner` is not an Optax transformation.
 
-    `init` warns if all params are f32 (use `optax_mpo.init`, which casts them to bf16), and if rounding to `bits` would
-    drop the weight decay of `inner`.
+    `init` warns if all params are f32 (use `optax_mpo.init`, which casts them to bf16), and if rounding would drop the
+    weight decay of `inner`.
 
     `init` and `update` raise TypeError for params of a dtype other than bfloat16, float16, float8_e4m3fn and float32
     and for float8 gradients, and ValueError for trees that do not match. Both name the leaf.
 
-  Memory: 2 + bits / 8 bytes per bf16 or fp16 parameter, 1.03 + bits / 8 per float8 one, plus the state of `inner`.
+  Memory: 2 + extra_bits / 8 bytes per bf16 or fp16 parameter, 1.03 + extra_bits / 8 per float8 one, plus the state of
+    `inner`.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> tx = mpo.compensated(optax.sgd(1e-3), bits=16)
+    >>> tx = mpo.compensated(optax.sgd(1e-3), extra_bits=16)
     >>> params, state = mpo.init(tx, {"w": jnp.ones(3)})
     >>> for _ in range(4):  # each step is a quarter of what bf16 can resolve at 1
     ...   updates, state = tx.update({"w": jnp.ones(3)}, state, params)
@@ -103,10 +105,11 @@ def compensated(
   References:
     Lewandowski & Kosson, `Memory Efficient Mixed-Precision Optimizers <https://arxiv.org/abs/2309.12381>`_, 2023
   """
+  bits = extra_bits
   if not isinstance(bits, int) or isinstance(bits, bool) or bits not in formats.BITS:
     raise ValueError(
-      f"compensated: bits has to be one of {formats.BITS}, but it is {bits!r}. It is a Python int and static: under "
-      "optax.inject_hyperparams, name it in static_args."
+      f"compensated: extra_bits has to be one of {formats.BITS}, but it is {bits!r}. It is a Python int and static: "
+      "under optax.inject_hyperparams, name it in static_args."
     )
   if rounding not in ("nearest", "stochastic"):
     raise ValueError(f"compensated: rounding has to be 'nearest' or 'stochastic', but it is {rounding!r}.")
@@ -272,7 +275,7 @@ def init(
 
     It warns if something around `compensated` changes its updates.
 
-  Memory: 2 + bits / 8 bytes per parameter, in float8 1.03 + bits / 8, plus the state of the wrapped transformation.
+  Memory: 2 + extra_bits / 8 bytes per parameter, in float8 1.03 + extra_bits / 8, plus the state of what is wrapped.
 
   Example:
     >>> import jax.numpy as jnp, optax, optax_mpo as mpo

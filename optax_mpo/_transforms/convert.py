@@ -66,7 +66,7 @@ def convert(
     >>> adamw = optax.adamw(1e-3)
     >>> masters = {"w": jnp.full((64, 64), 0.1)}
     >>> updates, state = adamw.update(masters, adamw.init(masters), masters)  # a run with f32 masters ...
-    >>> tx = mpo.compensated(mpo.quantized_state(adamw), bits=8)
+    >>> tx = mpo.compensated(mpo.quantized_state(adamw), extra_bits=8)
     >>> params, small = mpo.convert(tx, masters, state)  # ... goes on in a third of the memory
     >>> params["w"].dtype.name, small.inner_state.inner_state[0].mu["w"].values.dtype.name
     ('bfloat16', 'int8')

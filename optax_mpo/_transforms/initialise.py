@@ -96,9 +96,9 @@ def initialised(tx: optax.GradientTransformation, params: PyTree, dtype: Any, wh
   if lost:
     raise ValueError(
       f"init: no compensated(...) in tx trains {trees.listed(lost)}, so that the bits cut off would be lost. Wrap the "
-      "transformation of these leaves in compensated (bits=0 keeps none), keep them in float32 with where=..., or, to "
-      "hold frozen weights in bfloat16, cast them with optax_mpo.cast before. If they are wrapped, something around "
-      "compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
+      "transformation of these leaves in compensated (extra_bits=0 keeps none), keep them in float32 with where=..., "
+      "or, to hold frozen weights in bfloat16, cast them with optax_mpo.cast before. If they are wrapped, something "
+      "around compensated copies or reshapes the params in its init (optax.flatten and jit do): put it inside."
     )
   _check_state(treedef.unflatten(mixed), opt_state)
   low = [originals[id(leaf)].low if id(leaf) in originals else leaf for leaf in mixed]

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, formats
-from optax_mpo._core import modules, overwritten, trees
+from optax_mpo._core import modules, overwritten, renames, trees
 from optax_mpo._transforms import compensated
 
 PyTree = Any
 
 
+@renames.renamed(bits="extra_bits")
 def lost_updates(
-  params: PyTree, updates: optax.Updates, bits: int = 0, opt_state: optax.OptState | None = None
+  params: PyTree, updates: optax.Updates, extra_bits: int = 0, opt_state: optax.OptState | None = None
 ) -> PyTree:
   """Returns for each leaf the fraction of weights that a nonzero update does not change.
 
@@ -26,8 +27,8 @@ def lost_updates(
     params: params in bf16, fp16, f32 or complex64.
     updates: the f32 updates to add to them, as an Optax transformation without `compensated` makes them from
       `master_params`. Updates of `compensated` are already rounded.
-    bits: how many compensation bits the weights have: 0 for plain low precision; with 16 in bf16, an update is lost
-      only if f32 loses it.
+    extra_bits: how many compensation bits the weights have: 0 for plain low precision; with 16 in bf16, an update is
+      lost only if f32 loses it.
     opt_state: a state with `compensated` in it that belongs to `params`. Without it, their bits are taken to be zero.
 
   Returns:
@@ -35,7 +36,7 @@ def lost_updates(
     the fraction that their own precision loses.
 
   Raises:
-    ValueError: for other values of `bits`, and if trees or shapes do not match.
+    ValueError: for other values of `extra_bits`, and if trees or shapes do not match.
     TypeError: for params that are not bf16, fp16, f32 or complex.
 
   Example:
@@ -44,14 +45,15 @@ def lost_updates(
     >>> updates = {"w": jnp.full(4, 1e-4), "small": jnp.full(4, 1e-4)}
     >>> {name: float(share) for name, share in mpo.lost_updates(params, updates).items()}
     {'small': 0.0, 'w': 1.0}
-    >>> {name: float(share) for name, share in mpo.lost_updates(params, updates, bits=8).items()}
+    >>> {name: float(share) for name, share in mpo.lost_updates(params, updates, extra_bits=8).items()}
     {'small': 0.0, 'w': 0.0}
   """
+  bits = extra_bits
   if not isinstance(bits, int) or isinstance(bits, bool) or bits not in formats.BITS:
     found = repr(bits) if isinstance(bits, int) else f"a {type(bits).__name__}"
     raise ValueError(
-      f"lost_updates: bits has to be one of {formats.BITS}, but it is {found}. "
-      "Call lost_updates(params, updates, bits, opt_state)."
+      f"lost_updates: extra_bits has to be one of {formats.BITS}, but it is {found}. "
+      "Call lost_updates(params, updates, extra_bits, opt_state)."
     )
   given, params, updates = params, modules.pure(params), modules.pure(updates)
   steps = trees.flatten_like(params, updates, "lost_updates: the tree of updates", "Pass updates for these params.")

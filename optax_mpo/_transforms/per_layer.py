@@ -84,7 +84,7 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
     ...   return jnp.mean(x.astype(jnp.float32) ** 2)
     >>> tx = mpo.compensated(mpo.per_layer(optax.adafactor(1e-3), lambda path, leaf: leaf.ndim == 3))
     >>> params, opt_state = mpo.init(tx, {"embed": jnp.ones((4, 8)), "layers": jnp.ones((3, 8, 8))})
-    >>> table = mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((2, 4), jnp.bfloat16))
+    >>> mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((2, 4), jnp.bfloat16))
     leaf              shape      stepped  gradient held  why
     params['embed']   [4, 8]     at once  64 B
     params['layers']  [3, 8, 8]  in scan  128 B

@@ -76,9 +76,9 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
     most = max(formats.widths(leaves[i].dtype))
     warnings.warn(
       f"compensated: without a gradient {trees.named_leaves(params)[i][0]} changes by at most {change:.1e} of itself "
-      f"in a step (weight decay, say), and bits={bits} with rounding='nearest' rounds that away: weights without a "
-      f"gradient will not decay. Use {f'bits={most}, ' if bits < most else ''}rounding='stochastic', or a larger "
-      "product of learning rate and decay (docs/compact.md has the bound).",
+      f"in a step (weight decay, say), and extra_bits={bits} with rounding='nearest' rounds that away: weights without "
+      f"a gradient will not decay. Use {f'extra_bits={most}, ' if bits < most else ''}rounding='stochastic', or a "
+      "larger product of learning rate and decay (docs/compact.md has the bound).",
       stacklevel=4,
     )
     return

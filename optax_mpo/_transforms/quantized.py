@@ -19,7 +19,7 @@ import optax
 from jax import lax
 
 from optax_mpo._codecs import blocks, levels
-from optax_mpo._core import buffers, host, trees, wrapping
+from optax_mpo._core import buffers, host, renames, trees, wrapping
 from optax_mpo._transforms import state_flow, state_kinds
 
 PyTree = Any
@@ -40,9 +40,10 @@ class QuantizedState(NamedTuple):
   inner_state: optax.OptState
 
 
+@renames.renamed(bits="state_bits")
 def quantized_state(
   inner: optax.GradientTransformation,
-  bits: int = 8,
+  state_bits: int = 8,
   block_size: int = 32,
   where: Where | None = None,
   *,
@@ -69,11 +70,11 @@ def quantized_state(
     and then divided by or rooted (a variance of `nu - mu**2`), that is divided by something not stored (the gradient),
     or that linear algebra reads (an inverse, a decomposition).
 
-  Combine it with compensated: `compensated(quantized_state(optax.adamw(3e-4)), bits=8)`.
+  Combine it with compensated: `compensated(quantized_state(optax.adamw(3e-4)), extra_bits=8)`.
 
   Args:
     inner: the transformation to wrap.
-    bits: 8, or 4, which is coarse (docs/compact.md); "wide" codes have 8 bits in both cases.
+    state_bits: 8, or 4, which is coarse (docs/compact.md); "wide" codes have 8 bits in both cases.
     block_size: how many elements along the last axis share a scale; a power of two. If that axis is sharded, each shard
       should hold whole blocks.
     where: `where(path, leaf)` overrides the choice for a leaf of the state, whatever its size: "signed", "nonnegative"
@@ -85,18 +86,18 @@ def quantized_state(
     An `optax.GradientTransformationExtraArgs` whose state is a `QuantizedState`.
 
   Raises:
-    ValueError: for other values of `bits`, `block_size` or `min_size`.
+    ValueError: for other values of `state_bits`, `block_size` or `min_size`.
     TypeError: if `inner` is not an Optax transformation.
 
     `init` raises ValueError if `where` returns something else, or asks to store a leaf that has no blocks. `update`
     raises ValueError or TypeError if `init` did not make the state, or if `inner` changes its structure or shapes.
 
-  Memory: bits / 8 + 2 / block_size bytes per stored element, 1.0625 by default. AdamW inside `compensated` with 8 bits
-    holds 5.125 bytes per parameter.
+  Memory: state_bits / 8 + 2 / block_size bytes per stored element, 1.0625 by default. AdamW in `compensated` with
+    8 bits holds 5.125 bytes per parameter.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
-    >>> tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=8)
+    >>> tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=8)
     >>> params, state = mpo.init(tx, {"w": jnp.ones((64, 64))})
     >>> updates, state = tx.update({"w": jnp.ones((64, 64))}, state, params)
     >>> params = mpo.apply_updates(params, updates)
@@ -109,7 +110,7 @@ def quantized_state(
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization <https://arxiv.org/abs/2110.02861>`_, 2021;
     `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026
   """
-  _check_options(bits, block_size, min_size)
+  _check_options(state_bits, block_size, min_size)
   inner = wrapping.as_transformation(inner, "quantized_state")
 
   def store(params: PyTree, state: PyTree) -> PyTree:
@@ -130,7 +131,7 @@ def quantized_state(
       chosen = where(path, leaf) if where is not None else None
       if chosen is None:
         chosen = kind if flag else False
-      new.append(_store(path, leaf, chosen, bits, block_size))
+      new.append(_store(path, leaf, chosen, state_bits, block_size))
     return jax.tree.structure(state).unflatten(new)
 
   def init(params: PyTree) -> QuantizedState:
@@ -143,7 +144,7 @@ def quantized_state(
     old, treedef = jax.tree.flatten(state.inner_state, is_leaf=blocks.is_quantized)
     paths = [name for name, _ in _named(state.inner_state)]
     for name, leaf in zip(paths, old, strict=True):
-      _check_stored(name, leaf, bits, block_size)
+      _check_stored(name, leaf, state_bits, block_size)
     like = _dtypes(inner, updates if params is None else params, len(old))
 
     def run(stored: list[Any]) -> tuple[optax.Updates, list[jax.Array]]:
@@ -210,7 +211,7 @@ def dequantized(opt_state: PyTree) -> PyTree:
 
 def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:
   if bits not in levels.BITS or isinstance(bits, bool):
-    raise ValueError(f"quantized_state: bits has to be one of {levels.BITS}, but it is {bits!r}.")
+    raise ValueError(f"quantized_state: state_bits has to be one of {levels.BITS}, but it is {bits!r}.")
   if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
     raise ValueError(
       f"quantized_state: block_size has to be a power of two, 2 or more, but it is {block_size!r}. The default, 32, is "
@@ -273,7 +274,7 @@ def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
     return
   values, scales = leaf
   if values.dtype not in [kind(bits).dtype for kind in levels.KINDS.values()]:
-    raise ValueError(f"quantized_state: {name} is stored as {values.dtype}, but bits={bits}. {_REMAKE}")
+    raise ValueError(f"quantized_state: {name} is stored as {values.dtype}, but state_bits={bits}. {_REMAKE}")
   expected = (*values.shape[:-1], blocks.blocks(values.shape[-1], block_size))
   if scales.shape != expected or scales.dtype != jnp.uint16:
     raise ValueError(

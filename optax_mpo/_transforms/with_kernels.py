@@ -56,7 +56,7 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
     ...   x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)
     ...   return jnp.mean(x.astype(jnp.float32) ** 2)
     >>> params, opt_state = mpo.init(tx, jnp.ones((3, 16, 16)))
-    >>> table = mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((8, 16), jnp.bfloat16))
+    >>> mpo.explain(loss_fn, tx, params, opt_state, jnp.ones((8, 16), jnp.bfloat16))
     leaf    shape        stepped               gradient held  why
     params  [3, 16, 16]  in scan, by a kernel  512 B
     768 parameters; the largest gradient held is 512 B

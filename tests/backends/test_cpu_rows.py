@@ -45,7 +45,7 @@ def mixed() -> optax.GradientTransformation:
 
 
 def compact(inner: optax.GradientTransformation, **kwargs) -> optax.GradientTransformation:
-  return mpo.compensated(mpo.quantized_state(inner), **{"bits": 8, **kwargs})
+  return mpo.compensated(mpo.quantized_state(inner), **{"extra_bits": 8, **kwargs})
 
 
 def begin(tx, *shape: int, dtype=jnp.bfloat16):
@@ -111,7 +111,7 @@ def test_rows_are_stepped_as_the_whole_is(name, shape, monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [16, 8, 0])
 def test_all_forms_of_weights_are(bits, dtype, monkeypatch):
-  tx = compact(optax.adamw(1e-2), bits=bits)
+  tx = compact(optax.adamw(1e-2), extra_bits=bits)
   args = begin(tx, 1024, 512, dtype=dtype)
   by_rows = compiled(tx, *args, options=EXACT)
   assert " while(" in text(by_rows)
@@ -147,8 +147,8 @@ def test_nothing_is_computed_twice():
     (lambda: compact(optax.adamw(1e-2)), (2**20,)),  # one row
     (lambda: compact(optax.adamw(1e-2)), (1021, 1024)),  # the number of rows does not divide
     (lambda: mpo.compensated(optax.adamw(1e-2)), (1024, 1024)),  # no 8-bit state
-    (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), bits=4), bits=8), (1024, 1024)),
-    (lambda: compact(optax.adamw(1e-2), bits=4), (1024, 1024)),
+    (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), state_bits=4), extra_bits=8), (1024, 1024)),
+    (lambda: compact(optax.adamw(1e-2), extra_bits=4), (1024, 1024)),
     (lambda: compact(optax.adamw(1e-2), rounding="stochastic"), (1024, 1024)),  # random numbers for the whole weight
     (lambda: compact(optax.lamb(1e-2)), (1024, 1024)),  # a norm of the weight
     (lambda: compact(mixed()), (1024, 1024)),  # updates of leaves depend on each other's whole gradients
@@ -245,7 +245,7 @@ def on_two_devices() -> str:
   program = """
 import functools, jax, jax.numpy as jnp, optax, optax_mpo as mpo
 mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8)
+tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), extra_bits=8)
 params, state = mpo.init(tx, jnp.ones((1024, 1024)))
 where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
 params = jax.device_put(params, where)

@@ -13,13 +13,13 @@ from optax_mpo._backends import gpu_kernel, step_weight
 from optax_mpo._program import elementwise, jax_forms
 from optax_mpo._updates import by_leaf
 
-EXACT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=16)
-EIGHT = functools.partial(mpo.compensated, optax.adamw(1e-3), bits=8)
-PLAIN = functools.partial(mpo.compensated, optax.sgd(1e-2), bits=0)
+EXACT = functools.partial(mpo.compensated, optax.adamw(1e-3), extra_bits=16)
+EIGHT = functools.partial(mpo.compensated, optax.adamw(1e-3), extra_bits=8)
+PLAIN = functools.partial(mpo.compensated, optax.sgd(1e-2), extra_bits=0)
 
 
 def compact(bits=8, **options):
-  return mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), **options), bits=bits)
+  return mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), **options), extra_bits=bits)
 
 
 STORAGES = {"16 bits": EXACT, "8 bits": EIGHT, "0 bits": PLAIN, "compact": compact}
@@ -144,7 +144,7 @@ REFUSED = {
   "a tile": (EXACT, (3, 5, 7), "35 elements do not make tiles of 128 or more"),
   "blocks that are not full": (compact, (3, 8, 400), "blocks of several sizes, or ones that are not full"),
   "4 bits": (functools.partial(compact, bits=4), (3, 8, 256), "stored as uint4"),
-  "codes of 4 bits": (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), bits=4)), (3, 8, 256), "4"),
+  "codes of 4 bits": (lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-3), state_bits=4)), (3, 8, 256), "4"),
   "state by rows": (lambda: mpo.compensated(optax.adafactor(1e-3)), (3, 256, 256), "goes into it|not known"),
   "sums": (lambda: mpo.compensated(optax.lamb(1e-3)), (3, 16, 256), "not known to the kernel"),
   "a third, used twice": (lambda: mpo.compensated(third()), (3, 16, 256), "XLA would join"),

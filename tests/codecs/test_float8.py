@@ -176,7 +176,7 @@ def test_updates_lead_to_their_weights(bits, jit):
   """At any ratio of old to new, and in two jits. Optax's own addition refuses float8 (JAX promotes it to nothing)."""
   rng = np.random.default_rng(2)
   old, new = numbers(500), rng.permutation(numbers(500), axis=0)
-  tx = mpo.compensated(optax.stateless(lambda g, p: jax.tree.map(lambda n, o: n - o, g, p)), bits=bits)
+  tx = mpo.compensated(optax.stateless(lambda g, p: jax.tree.map(lambda n, o: n - o, g, p)), extra_bits=bits)
   low, state = mpo.init(tx, jnp.asarray(old), dtype=F8)
   before = mpo.master_params(low, state)
   updates, state = jit(tx.update)(jnp.asarray(new), state, low)
@@ -204,7 +204,7 @@ def test_training_equals_rounded_masters(bits):
   w = {"w": jnp.asarray(rng.normal(size=(48, 40)) * 0.02, jnp.float32), "b": jnp.zeros(40)}
   data = jnp.asarray(rng.normal(size=(64, 48)), jnp.bfloat16)
   tx = optax.adam(1e-3)
-  ours = mpo.compensated(tx, bits=bits)
+  ours = mpo.compensated(tx, extra_bits=bits)
 
   def loss(p):
     return jnp.mean(jnp.square((data @ p["w"] + p["b"][None]).astype(jnp.float32) - 1))
@@ -239,7 +239,7 @@ def test_training_equals_rounded_masters(bits):
 
 
 def test_formats_may_be_mixed():
-  tx = mpo.compensated(optax.sgd(1e-4), bits=8)
+  tx = mpo.compensated(optax.sgd(1e-4), extra_bits=8)
   a, state_a = mpo.init(tx, {"a": jnp.full(3, 1 / 3)}, dtype=F8)
   params, state = {**a, "b": jnp.full(3, 1 / 3, jnp.bfloat16), "c": jnp.ones(3)}, None
   state = tx.init(params)
@@ -264,7 +264,7 @@ def test_params_that_are_float8_already_have_scales_of_one():
 @pytest.mark.parametrize("bits", float8.BITS)
 def test_members_of_an_ensemble_train_as_alone(bits):
   w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 40)), jnp.float32)
-  tx = mpo.compensated(optax.adam(1e-2), bits=bits)
+  tx = mpo.compensated(optax.adam(1e-2), extra_bits=bits)
   step = mpo.value_and_update(lambda p, x: jnp.sum((x @ p).astype(jnp.float32)), tx)
   params, state = jax.vmap(lambda w: mpo.init(tx, w, dtype=F8))(w)
   x = jnp.ones((2, 8), jnp.bfloat16)
@@ -290,9 +290,9 @@ def stack_params():
 
 TRANSFORMATIONS = {
   "adamw": lambda: mpo.compensated(optax.adamw(1e-3, weight_decay=0.1)),
-  "8 bits": lambda: mpo.compensated(optax.adamw(1e-3, weight_decay=0.1), bits=8),
-  "stochastic": lambda: mpo.compensated(optax.sgd(1e-3, momentum=0.9), bits=8, rounding="stochastic"),
-  "8-bit state": lambda: mpo.compensated(mpo.quantized_state(optax.adam(1e-3), min_size=1), bits=8),
+  "8 bits": lambda: mpo.compensated(optax.adamw(1e-3, weight_decay=0.1), extra_bits=8),
+  "stochastic": lambda: mpo.compensated(optax.sgd(1e-3, momentum=0.9), extra_bits=8, rounding="stochastic"),
+  "8-bit state": lambda: mpo.compensated(mpo.quantized_state(optax.adam(1e-3), min_size=1), extra_bits=8),
   "kernels": lambda: mpo.with_kernels(mpo.compensated(mpo.quantized_state(optax.adam(1e-3), min_size=1))),
   "loss scale": lambda: mpo.loss_scaled(mpo.compensated(optax.adam(1e-3)), 1.0),
 }
@@ -317,7 +317,7 @@ def test_gradient_release_equals_the_ordinary_step(name):
 def test_unrolled_layers_and_transposed_stacks_equal_the_ordinary_step():
   """These decode weights for each use, and layers where they lie on the second axis."""
   rng = np.random.default_rng(0)
-  tx = mpo.compensated(optax.adamw(1e-3), bits=8)
+  tx = mpo.compensated(optax.adamw(1e-3), extra_bits=8)
   x = jnp.asarray(rng.normal(size=(16, 160)), jnp.bfloat16)
   weights = {
     "stack": jnp.asarray(rng.normal(size=(160, 4, 160)) * 0.1, jnp.float32),
@@ -381,14 +381,16 @@ def test_what_has_no_scales_is_refused():
   with pytest.raises(ValueError, match="no CompensatedState"):
     mpo.convert(optax.sgd(1.0), params, optax.sgd(1.0).init(params))
   with pytest.raises(ValueError, match=r"params\['w'\] is float8_e4m3fn, and its scales are in the state"):
-    mpo.lost_updates(params, w, bits=8)
-  assert float(mpo.lost_updates(params, w, bits=8, opt_state=state)["w"]) == 0
+    mpo.lost_updates(params, w, extra_bits=8)
+  assert float(mpo.lost_updates(params, w, extra_bits=8, opt_state=state)["w"]) == 0
 
 
 @pytest.mark.parametrize("bits", [0, 4])
 def test_other_numbers_of_bits_are_refused(bits):
-  with pytest.raises(ValueError, match=rf"float8_e4m3fn, for which bits has to be one of \(8, 16\), but it is {bits}"):
-    mpo.init(mpo.compensated(optax.sgd(1.0), bits=bits), {"w": jnp.ones(2)}, dtype=F8)
+  with pytest.raises(
+    ValueError, match=rf"float8_e4m3fn, for which extra_bits has to be one of \(8, 16\), but it is {bits}"
+  ):
+    mpo.init(mpo.compensated(optax.sgd(1.0), extra_bits=bits), {"w": jnp.ones(2)}, dtype=F8)
 
 
 @pytest.mark.parametrize(

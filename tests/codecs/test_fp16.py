@@ -107,7 +107,7 @@ def test_updates_lead_to_their_weights_or_the_bits_say_so(bits):
   rng = np.random.default_rng(2)
   old = (rng.normal(size=1 << 15) * 2.0 ** rng.integers(-24, 12, 1 << 15)).astype(np.float32)
   new = (rng.normal(size=1 << 15) * 2.0 ** rng.integers(-24, 12, 1 << 15)).astype(np.float32)
-  tx = mpo.compensated(optax.stateless(lambda g, p: jax.tree.map(lambda n, o: n - o, g, p)), bits=bits)
+  tx = mpo.compensated(optax.stateless(lambda g, p: jax.tree.map(lambda n, o: n - o, g, p)), extra_bits=bits)
   low, state = mpo.init(tx, jnp.asarray(old), dtype=jnp.float16)
   updates, state = tx.update(jnp.asarray(new), state, low)
   for apply_updates in (mpo.apply_updates, optax.apply_updates):
@@ -152,7 +152,7 @@ def test_sixteen_bit_training_follows_f32_masters():
 
 def test_formats_may_be_mixed():
   params = {**mpo.cast({"a": jnp.full(3, 1 / 3)}, jnp.float16), **mpo.cast({"b": jnp.full(3, 1 / 3)}), "c": jnp.ones(3)}
-  tx = mpo.compensated(optax.sgd(1e-4), bits=8)
+  tx = mpo.compensated(optax.sgd(1e-4), extra_bits=8)
   state = tx.init(params)
   updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
   new = mpo.apply_updates(params, updates)

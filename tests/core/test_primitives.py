@@ -198,8 +198,8 @@ def unrolled(params, x):
 STORED = {
   "16 bits": lambda tx: mpo.compensated(tx),
   "fp16": lambda tx: mpo.compensated(tx),
-  "8 bits": lambda tx: mpo.compensated(mpo.quantized_state(tx, min_size=16), bits=8),
-  "stochastic": lambda tx: mpo.compensated(mpo.quantized_state(tx, min_size=16), bits=0, rounding="stochastic"),
+  "8 bits": lambda tx: mpo.compensated(mpo.quantized_state(tx, min_size=16), extra_bits=8),
+  "stochastic": lambda tx: mpo.compensated(mpo.quantized_state(tx, min_size=16), extra_bits=0, rounding="stochastic"),
 }
 ROUTES = {
   "ordinary": ordinary_step,

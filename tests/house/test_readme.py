@@ -22,22 +22,32 @@ def blocks(language: str, text: str = README) -> list[str]:
   return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_quickstart_runs():
-  code, automatic, fused, memory = blocks("python")
-  lines = [line for line in code.splitlines() if line.strip()]
-  assert len(lines) <= 15
+def test_the_code_runs_in_order():
+  start, *others, memory = blocks("python")
+  assert len([line for line in start.splitlines() if line.strip()]) <= 15
   names: dict = {}
-  run(compile(code, "README.md", "exec"), names)
+  run(compile(start, "README.md", "exec"), names)
   assert names["params"]["w"].dtype == jnp.bfloat16
   # AdamW's first step moves each weight by the learning rate (and by weight decay, 1e-4 of that).
   moved = jax.tree.leaves(names["masters"])[1] - 0.1
   np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
-  run(compile(automatic, "README.md", "exec"), names)
-  run(compile(fused, "README.md", "exec"), names)
-  assert names["value"].shape == ()
-  code = memory.replace("params, opt_state, x, y", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1))")
-  run(compile(code, "README.md", "exec"), names)
+  for code in [*others, memory]:
+    run(compile(code, "README.md", "exec"), names)
   assert names["report"].parameter_count == 5
+
+
+def test_the_table_of_modes_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {r["mode"]: r for r in rows if (r["model"], r["optimizer"], r["target"]) == ("lm-8.8b", "adamw", "h200")}
+
+  def per_parameter(mode: str) -> str:
+    return f"{found[mode]['total_bytes'] / found[mode]['parameters']:.2f}"
+
+  table = README.split("## Which mode?")[1].split("## ")[0]
+  cells = [line.split("|")[-2].strip() for line in table.splitlines() if line.startswith("|")][2:]
+  modes = ("mpo-16-auto", "mpo-compact-auto", "mpo-16-host", "mpo-16-host-weights", "mpo-16")
+  assert cells == [per_parameter(mode) for mode in modes]
+  assert f"masters takes {per_parameter('optax-f32')}." in table
 
 
 def test_two_commands_stand_alone_and_name_files_that_exist():

@@ -56,7 +56,7 @@ def test_keys_booleans_scalars_and_four_bits(tmp_path):
 
 
 def test_the_last_few_are_kept_and_steps_grow(tmp_path):
-  with Checkpointer(tmp_path, keep=2) as checkpoints:
+  with Checkpointer(tmp_path, max_to_keep=2) as checkpoints:
     for step in (1, 2, 5):
       checkpoints.save(step, {"w": jnp.full(3, step)})
     assert checkpoints.steps() == [2, 5]
@@ -69,7 +69,7 @@ def test_the_last_few_are_kept_and_steps_grow(tmp_path):
 
 def test_onto_another_mesh(tmp_path):
   masters = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
-  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), min_size=1), bits=8)
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), min_size=1), extra_bits=8)
 
   def put(shape, spec):
     mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -217,4 +217,4 @@ def test_nothing_to_restore(tmp_path):
   with Checkpointer(tmp_path) as checkpoints, pytest.raises(FileNotFoundError, match="no whole checkpoint"):
     checkpoints.restore({"w": jnp.zeros(3)})
   with pytest.raises(ValueError, match="keep is 0"):
-    Checkpointer(tmp_path, keep=0)
+    Checkpointer(tmp_path, max_to_keep=0)

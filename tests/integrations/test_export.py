@@ -23,7 +23,7 @@ def masters():
 
 @pytest.mark.parametrize("bits", [16, 8, 0])
 def test_masters_come_back_bit_for_bit(tmp_path, bits):
-  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=bits)
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=bits)
   params, state = mpo.init(tx, masters(), where=lambda path, leaf: path[-1].key != "head")
   save_safetensors(tmp_path / "m.safetensors", params, state, {"step": "7"})
   want = mpo.master_params(params, state)
@@ -52,7 +52,7 @@ def test_bf16_weights_of_other_tools_stay_what_they_are(tmp_path):
   safetensors.numpy.save_file({"w": np.asarray(weights["w"])}, tmp_path / "m.safetensors")
   got = load_safetensors(tmp_path / "m.safetensors", jax.eval_shape(lambda: weights))
   assert_same_bits(got, weights)
-  params, _ = mpo.init(mpo.compensated(optax.sgd(0.1), bits=8), got)
+  params, _ = mpo.init(mpo.compensated(optax.sgd(0.1), extra_bits=8), got)
   assert_same_bits(params, weights)
 
 

@@ -217,7 +217,7 @@ def test_from_flax_continues_the_run():
   assert_same_bits(state.opt_state.inner_state, want.opt_state)
   assert int(state.step) == 4
   assert not old.params["w"].is_deleted()
-  compact = TrainState.from_flax(old, mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), min_size=1), bits=8))
+  compact = TrainState.from_flax(old, mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), min_size=1), extra_bits=8))
   assert isinstance(compact.opt_state.inner_state, mpo.QuantizedState)
   assert compact.opt_state.compensation["w"].dtype == jnp.uint8
   again = train_state.TrainState(1, None, state.params, state.tx, state.opt_state)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 from flax.linen import fp8_ops
 from flax.training import train_state
 
@@ -253,7 +254,7 @@ def test_a_leaf_that_two_uses_share_and_converts_to_flaxs_own_dtype():
 
 def test_they_keep_their_dtype():
   params = {"w": jnp.ones(3), KEY: {"a": jnp.ones(1), "b": jnp.ones(1, jnp.bfloat16)}}
-  tx = mpo.compensated(optax.adam(1e-2), bits=8)
+  tx = mpo.compensated(optax.adam(1e-2), extra_bits=8)
   low, opt_state = mpo.init(tx, params)
   for tree in (low, mpo.cast(params), mpo.master_params(low, opt_state)):
     assert {k: x.dtype.name for k, x in tree[KEY].items()} == {"a": "float32", "b": "bfloat16"}
@@ -272,3 +273,58 @@ def test_gradients_that_cannot_be_their_values():
   for wrong, what in ((jnp.ones(3), r"float32\[3\]"), (None, "a NoneType"), (jnp.ones(2, jnp.int32), r"int32\[2\]")):
     with pytest.raises(ValueError, match=rf"params\['{KEY}'\]\['s'\] is overwritten .* its gradient {what}"):
       mpo.compensated(optax.sgd(1.0)).update({"w": jnp.ones(3), KEY: {"s": wrong}}, opt_state, params)
+
+
+QWIX = {
+  "fp8": {"weight_qtype": jnp.float8_e4m3fn, "act_qtype": jnp.float8_e4m3fn, "bwd_qtype": jnp.float8_e5m2},
+  "int8, static scales": {"weight_qtype": jnp.int8, "act_qtype": jnp.int8, "act_static_scale": True},
+}
+
+
+class QwixLayer(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return x + nn.Dense(WIDTH, dtype=jnp.bfloat16)(jnp.tanh(x)), None
+
+
+class QwixLayers(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    axes = {"params": 0, "quant_stats": 0}
+    layers = nn.scan(nn.remat(QwixLayer, prevent_cse=False), variable_axes=axes, split_rngs={"params": True}, length=3)
+    return nn.Dense(4, dtype=jnp.bfloat16)(layers()(x, None)[0])
+
+
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # in qwix itself
+@pytest.mark.parametrize("rule", QWIX)
+def test_a_model_that_qwix_quantizes(rule):
+  """Its statistics are variables of the forward pass, not leaves whose gradient is their value."""
+  model = qwix.quantize_model(QwixLayers(), qwix.QtProvider([qwix.QtRule(module_path=".*", **QWIX[rule])]))
+  variables = dict(relaxed(model.init)(jax.random.key(0), inputs(0)))
+  params = variables.pop("params")
+  assert ("quant_stats" in variables) == (rule != "fp8")
+
+  @relaxed
+  def loss(params, stats, x):
+    y, stats = model.apply({"params": params, **stats}, x, mutable=["quant_stats"])
+    return jnp.mean(y.astype(jnp.float32) ** 2), stats
+
+  tx = mpo.exact(optax.adamw(1e-2))
+
+  def ordinary(params, state, stats, x):
+    (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, stats, x)
+    updates, state = tx.update(grads, state, params)
+    return (value, stats), mpo.apply_updates(params, updates), state
+
+  released = mpo.value_and_update(loss, tx, has_aux=True)
+  want = got = (None, *mpo.init(tx, params))
+  stats = other_stats = variables
+  steps = exact_jit(ordinary), exact_jit(released)
+  for i in range(4):
+    want, got = steps[0](*want[1:], stats, inputs(i)), steps[1](*got[1:], other_stats, inputs(i))
+    stats, other_stats = want[0][1], got[0][1]
+    assert_same_bits(got, want)
+  table = mpo.explain(loss, tx, *got[1:], stats, inputs(0), has_aux=True)
+  assert {leaf.name: leaf.stepped for leaf in table}[
+    "params['ScanCheckpointQwixLayer_0']['Dense_0']['kernel']"
+  ] == "in scan"

@@ -150,7 +150,7 @@ def test_a_hundred_steps_equal_the_unfused_path(name, scan):
 @pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.few(1)
 def test_every_rematerialisation_equals_the_unfused_path(remat, scan):
-  tx = mpo.compensated(optax.adamw(1e-2), bits=8)
+  tx = mpo.compensated(optax.adamw(1e-2), extra_bits=8)
   params, opt_state = init(tx, make_params(scan))
   loss_fn = functools.partial(model_loss, scan, REMATS[remat])
   assert_equal_steps(loss_fn, tx, params, opt_state, batches(STEPS), has_aux=True, scanned=scan)

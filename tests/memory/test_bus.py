@@ -99,7 +99,7 @@ def placed(tree, kind, only=("layers", "head")):
 def test_a_step_moves_what_arithmetic_says(weights, compact):
   """State once each way; weights of layers twice to the device, since they are recomputed, and once back."""
   inner = mpo.quantized_state(optax.adamw(1e-3)) if compact else optax.adamw(1e-3)
-  tx = relaxed(mpo.compensated)(inner, bits=8 if compact else 16)
+  tx = relaxed(mpo.compensated)(inner, extra_bits=8 if compact else 16)
   masters = {"layers": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}
   masters["head"] = jax.ShapeDtypeStruct((WIDTH, VOCAB), jnp.float32)
   params, opt_state = relaxed(jax.eval_shape)(lambda p: mpo.init(tx, p), masters)

@@ -185,9 +185,9 @@ def test_a_model_that_is_too_large_does_not_fit():
 MODES = {
   "f32 master": (optax.adamw(1e-3), None, 12),
   "pure bf16": (optax.adamw(1e-3), "cast", 6),
-  "bf16 + 16 bits": (mpo.compensated(optax.adamw(1e-3), bits=16), "init", 12),
-  "bf16 + 8 bits": (mpo.compensated(optax.adamw(1e-3), bits=8), "init", 11),
-  "bf16 + 4 bits": (mpo.compensated(optax.adamw(1e-3), bits=4), "init", 10.5),
+  "bf16 + 16 bits": (mpo.compensated(optax.adamw(1e-3), extra_bits=16), "init", 12),
+  "bf16 + 8 bits": (mpo.compensated(optax.adamw(1e-3), extra_bits=8), "init", 11),
+  "bf16 + 4 bits": (mpo.compensated(optax.adamw(1e-3), extra_bits=4), "init", 10.5),
 }
 
 

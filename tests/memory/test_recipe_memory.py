@@ -25,7 +25,7 @@ def test_norms_and_delayed_clipping_take_nothing():
 @pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
 def test_microbatches_take_one_accumulator(bits):
-  tx = mpo.compensated(optax.adamw(1e-3), bits=bits)
+  tx = mpo.compensated(optax.adamw(1e-3), extra_bits=bits)
   plain = temporaries(loss, tx, (L, D, D))
   assert temporaries(loss, tx, (L, D, D), microbatches=8) <= plain + 4 + 0.1
 
@@ -41,6 +41,6 @@ def test_an_accumulator_in_low_precision_takes_its_bytes(bits):
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
 def test_an_accumulator_in_low_precision_with_8_bit_state():
   """A block of state is made of its largest value and then of each, so XLA keeps the sum of one layer in f32."""
-  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=8)
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=8)
   plain, how = temporaries(loss, tx, (L, D, D)), mpo.Microbatches(8, accumulator_bits=8)
   assert temporaries(loss, tx, (L, D, D), microbatches=how) <= plain + 3 + 4 / L + 0.1

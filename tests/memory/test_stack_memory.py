@@ -32,7 +32,7 @@ def exact():
 
 
 def compact():
-  return mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8)
+  return mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), extra_bits=8)
 
 
 CASES = {  # the axis of the layers, how they are scanned, the bounds with 16 bits and with 8 bits and 8-bit state
@@ -93,7 +93,7 @@ FLOAT8 = {  # bounds; decoded whole, weights would take 2 more
 @pytest.mark.few(2)
 def test_float8_is_decoded_layer_by_layer(name, bits):
   run, bound = FLOAT8[name]
-  tx = mpo.compensated(optax.adam(1e-3), bits=bits)
+  tx = mpo.compensated(optax.adam(1e-3), extra_bits=bits)
 
   def loss(params, x):
     return jnp.mean(run(x, params["w"]).astype(jnp.float32) ** 2)

@@ -209,15 +209,15 @@ SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 4)
 OPTIMIZERS = {
   "sgd": lambda: optax.sgd(SCHEDULE, momentum=0.9, nesterov=True),
   "adamw_mask": lambda: mpo.compensated(optax.adamw(SCHEDULE, weight_decay=0.1, mask=is_matrix)),
-  "lion_8": lambda: mpo.compensated(optax.lion(1e-3), bits=8),
-  "rmsprop_4": lambda: mpo.compensated(optax.rmsprop(1e-3, centered=True, momentum=0.9), bits=4),
+  "lion_8": lambda: mpo.compensated(optax.lion(1e-3), extra_bits=8),
+  "rmsprop_4": lambda: mpo.compensated(optax.rmsprop(1e-3, centered=True, momentum=0.9), extra_bits=4),
   "schedule_free": lambda: contrib.schedule_free_adamw(1e-3),
   "adafactor": lambda: mpo.compensated(
     optax.adafactor(
       1e-3, min_dim_size_to_factor=4, multiply_by_parameter_scale=False, clipping_threshold=None, momentum=0.9
     )
   ),
-  "noise": lambda: mpo.compensated(optax.chain(optax.add_noise(0.01, 0.5, KEY), optax.sgd(0.1)), bits=0),
+  "noise": lambda: mpo.compensated(optax.chain(optax.add_noise(0.01, 0.5, KEY), optax.sgd(0.1)), extra_bits=0),
   "multi_steps": lambda: mpo.compensated(optax.MultiSteps(optax.adamw(1e-3), 2)),
   "inject": lambda: optax.inject_hyperparams(optax.adam)(SCHEDULE),
 }

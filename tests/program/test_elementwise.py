@@ -50,7 +50,7 @@ def numbers(shape, dtype, key):
 
 
 def prepared(make, bits=16):
-  tx = mpo.compensated(make(), bits=bits)
+  tx = mpo.compensated(make(), extra_bits=bits)
   params, state = mpo.init(tx, {"w": numbers(SHAPE, jnp.float32, 0)})
   grads = {"w": numbers(SHAPE, jnp.bfloat16, 2)}
   for _ in range(3):  # so that the state is not all zero

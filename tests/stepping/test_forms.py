@@ -61,7 +61,7 @@ class Block(nn.Module):
     return x + nn.Dense(WIDTH)(jnp.tanh(x))
 
 
-def test_linen_remat_scan(capsys):
+def test_linen_remat_scan():
   model = nn.remat_scan(Block, lengths=(2, 2))()
   params = model.init(jax.random.key(0), jnp.ones((4, WIDTH)))["params"]
   assert params["Dense_0"]["kernel"].shape == (2, 2, WIDTH, WIDTH)
@@ -73,7 +73,7 @@ def test_linen_remat_scan(capsys):
   tx = optax.sgd(1e-2)
   table = mpo.explain(loss, tx, params, tx.init(params), batch(0))
   assert {leaf.stepped for leaf in table} == {"in scan"}
-  assert "in scan" in capsys.readouterr().out
+  assert "in scan" in str(table)
 
 
 def test_nnx_jit_inside():

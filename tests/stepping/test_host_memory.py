@@ -168,7 +168,7 @@ def test_streamed_evaluates_the_same_loss():
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_checkpoint_keeps_the_memory_and_is_that_of_the_device(tmp_path, bits):
-  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=bits)
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=bits)
   device = mpo.init(tx, masters())
   there = mpo.init(tx, masters(), state_memory="pinned_host")
   like = jax.tree.map(jnp.zeros_like, device[0]), there[1]
@@ -181,7 +181,7 @@ def test_a_checkpoint_keeps_the_memory_and_is_that_of_the_device(tmp_path, bits)
 
 
 def test_what_reads_state_takes_it_from_there():
-  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), bits=8)
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=8)
   params, state = mpo.init(tx, masters(), state_memory="pinned_host")
   low, plain = mpo.init(tx, masters())
   assert_equal(mpo.dequantized(state), mpo.dequantized(plain))

@@ -63,7 +63,7 @@ def test_the_bits_of_a_loop_over_microbatches(way):
 @pytest.mark.parametrize(
   "tx",
   [
-    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8),
+    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), extra_bits=8),
     lambda: mpo.compensated(optax.chain(mpo.record_norms(), mpo.clip_by_delayed_norm(0.01), optax.adamw(1e-2))),
     lambda: mpo.with_kernels(mpo.compensated(optax.sgd(0.1))),
   ],
@@ -96,7 +96,7 @@ def test_sums_in_low_precision(bits, way):
 @pytest.mark.parametrize(
   "tx",
   [
-    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), bits=8),
+    lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2)), extra_bits=8),
     lambda: mpo.with_kernels(mpo.compensated(optax.sgd(0.1))),
   ],
   ids=["8-bit state", "kernels"],
@@ -243,11 +243,18 @@ def test_frozen_leaves_have_no_sum():
   same(loss, params, mpo.compensated(tx))
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_over_eight_devices(bits):
+STORED = [
+  (16, mpo.exact),
+  (8, mpo.exact),
+  (8, lambda tx: mpo.compensated(mpo.quantized_state(tx, min_size=1), extra_bits=8)),
+]
+
+
+@pytest.mark.parametrize(("bits", "stored"), STORED)
+def test_over_eight_devices(bits, stored):
   """Each microbatch spans all devices."""
   loss, params = with_others("first axis")
-  tx = mpo.compensated(optax.sgd(0.1))
+  tx = stored(optax.sgd(0.1, momentum=0.9))
   params, state = mpo.init(tx, params)
   x = jax.random.normal(jax.random.key(0), (8 * K, D))
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -262,10 +269,10 @@ def test_over_eight_devices(bits):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *masters)  # sums over devices, in bf16
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_models_at_once(bits):
+@pytest.mark.parametrize(("bits", "stored"), STORED)
+def test_models_at_once(bits, stored):
   loss, params = with_others("first axis")
-  tx = mpo.compensated(optax.adamw(1e-2))
+  tx = stored(optax.adamw(1e-2))
   models = jax.tree.map(lambda p: jnp.stack([p, 0.5 * p]), params)
   params, state = jax.vmap(lambda p: mpo.init(tx, p))(models)
   x = jax.random.normal(jax.random.key(0), (2 * K, D))

@@ -157,7 +157,7 @@ def make_loss(network):
 
 def make_optimizer(names, bits):
   tx = optax.chain(*(TRANSFORMATIONS[name]() for name in names), optax.scale(-0.01))
-  return tx if bits is None else mpo.compensated(tx, bits=bits)
+  return tx if bits is None else mpo.compensated(tx, extra_bits=bits)
 
 
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True)

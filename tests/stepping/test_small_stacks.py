@@ -99,7 +99,7 @@ def run(step, params, state, steps=3):
 @pytest.mark.few(1)
 def test_they_are_stepped_as_ever(case, bits):
   unfused, make = STEPS[case]
-  tx = mpo.compensated(momentum(), bits=bits)
+  tx = mpo.compensated(momentum(), extra_bits=bits)
   start = mpo.init(tx, params(nested="nested" in case))
   got, want = run(quick_jit(make(tx)), *start), run(quick_jit(ordinary_step(unfused, tx)), *start)
   assert_same_bits(got, want)

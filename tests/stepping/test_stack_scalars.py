@@ -112,7 +112,7 @@ def test_eight_bit_state(first):
   # Not Adam: where a product with the norm meets Adam's constants, XLA multiplies these first in one of two programs.
   inner = mpo.quantized_state(optax.lion(1e-2, weight_decay=0.0), min_size=1, block_size=8)
   loss, params = with_others("first axis")
-  tx = mpo.compensated(optax.chain(FIRST[first](), inner), bits=8)
+  tx = mpo.compensated(optax.chain(FIRST[first](), inner), extra_bits=8)
   assert in_scan(loss, params, tx)
   for got, want in steps(loss, params, tx):
     assert_same_bits(got, want)

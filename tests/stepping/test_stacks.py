@@ -28,7 +28,7 @@ def exact():
 
 
 def eight_bit():
-  return mpo.compensated(mpo.quantized_state(optax.lion(1e-2), min_size=1, block_size=8), bits=8)
+  return mpo.compensated(mpo.quantized_state(optax.lion(1e-2), min_size=1, block_size=8), extra_bits=8)
 
 
 def layer(x, w):

@@ -142,7 +142,7 @@ def test_two_passes_are_exact_for_leaves_of_their_own(optimizer, small, monkeypa
   params, loss, _ = CASES["unrolled_remat_tied"]
   # With 8-bit state, the maxima of blocks are a small array that needs the norm and the leaf's whole gradient.
   clipped = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(1e-2))
-  compact = mpo.compensated(mpo.quantized_state(clipped, min_size=1), bits=8)
+  compact = mpo.compensated(mpo.quantized_state(clipped, min_size=1), extra_bits=8)
   tx = compact if optimizer == "compact" else COUPLED[optimizer]()
   assert_equal_steps(loss, tx, *start(tx, params), jit=quick_jit, make=two_pass)
 

@@ -236,11 +236,10 @@ def test_without_jit():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_explain_tells_where_leaves_are_stepped(name, capsys):
+def test_explain_tells_where_leaves_are_stepped(name):
   params, loss, placed = CASES[name]
   tx = OPTIMIZERS["adamw"]()
   rows = mpo.explain(loss, tx, params, tx.init(params), batch(0))
-  assert capsys.readouterr().out == f"{rows}\n"
   assert len(rows) == len(jax.tree.leaves(params))
   for row in rows:
     for entry, where in placed.items():

@@ -195,7 +195,7 @@ def test_arguments_in_the_wrong_order_are_told_the_right_one():
     with pytest.raises(TypeError, match=pattern):
       call()
   with pytest.raises(
-    ValueError, match=r"lost_updates: bits .* a CompensatedState.*\(params, updates, bits, opt_state\)"
+    ValueError, match=r"lost_updates: extra_bits .* a CompensatedState.*\(params, updates, extra_bits, opt_state\)"
   ):
     mpo.lost_updates(params, PARAMS, state)
 

@@ -38,7 +38,7 @@ def test_small_updates_survive(bits):
   """
   steps, size = 200, 2.0**-11.2
   start = jnp.linspace(1.2, 1.9, 1001)
-  tx = mpo.compensated(optax.sgd(size), bits=bits)
+  tx = mpo.compensated(optax.sgd(size), extra_bits=bits)
   params, state = mpo.init(tx, start)
   first = params
 
@@ -107,7 +107,7 @@ trees = st.recursive(
 @settings(deadline=None, max_examples=60)
 @given(params=trees, bits=st.sampled_from(BITS))
 def test_any_tree_is_stored_as_the_reference_rounds_it(params, bits):
-  tx = mpo.compensated(optax.identity(), bits=bits)
+  tx = mpo.compensated(optax.identity(), extra_bits=bits)
   low, state = mpo.init(tx, params)
 
   chex.assert_trees_all_equal_structs(low, params)
@@ -132,7 +132,7 @@ def test_updates_of_zero_change_nothing(params, bits):
   # No subnormal weights: XLA:CPU flushes them in the inner transformation's own addition, as in plain f32 Optax.
   # codecs/test_bf16.py tests the codec on subnormals.
   params = jax.tree.map(lambda p: jnp.where(jnp.abs(p) < 2.0**-126, 0, p), params)
-  tx = mpo.compensated(optax.scale(0.0), bits=bits)
+  tx = mpo.compensated(optax.scale(0.0), extra_bits=bits)
   low, state = mpo.init(tx, params)
   grads = jax.tree.map(jnp.ones_like, low)
   updates, new_state = tx.update(grads, state, low)
@@ -143,7 +143,7 @@ def test_updates_of_zero_change_nothing(params, bits):
 
 def test_mixed_trees_keep_bits_for_what_goes_low():
   params = {"w": jnp.ones((3, 5)), "scale": jnp.ones(5), "frozen": None, "empty": {}}
-  tx = mpo.compensated(optax.adam(1e-3), bits=4)
+  tx = mpo.compensated(optax.adam(1e-3), extra_bits=4)
   low, state = mpo.init(tx, params, where=lambda path, leaf: "scale" not in jax.tree_util.keystr(path))
   assert (low["w"].dtype, low["scale"].dtype, low["frozen"]) == (jnp.bfloat16, jnp.float32, None)
   assert state.compensation["w"].dtype == jnp.uint4
@@ -190,7 +190,7 @@ def test_frozen_leaves_in_low_precision():
 def test_8_bits_round_once_more_before_bf16():
   # bf16 alone rounds 1 + 2^-8 - 2^-20 down. 24 bits round it up to the tie 1 + 2^-8, and bf16 rounds that away from 0.
   x = jnp.float32(1 + 2.0**-8 - 2.0**-20)
-  low, state = mpo.init(mpo.compensated(optax.identity(), bits=8), x)
+  low, state = mpo.init(mpo.compensated(optax.identity(), extra_bits=8), x)
   assert float(low) == 1 + 2.0**-7
   assert float(mpo.master_params(low, state)) == 1 + 2.0**-8
 
@@ -200,7 +200,7 @@ def test_master_rounds_to_params_after_optax_apply_updates_at_extreme_ratios(bit
   rng = np.random.default_rng(0)
   master = (rng.normal(size=4096) * 2.0 ** rng.integers(-60, 60, 4096)).astype(np.float32)
   master[:1024] = np.float32(2.0) ** rng.integers(-60, 60, 1024)  # the worst case, which needs 25 bits
-  tx = mpo.compensated(optax.scale(-1.0), bits=bits)
+  tx = mpo.compensated(optax.scale(-1.0), extra_bits=bits)
   params, state = mpo.init(tx, jnp.asarray(master))
   grads = jnp.nextafter(mpo.master_params(params, state), jnp.inf) * jnp.float32(1 + 2.0**-22)
   updates, state = tx.update(grads, state, params)
@@ -241,7 +241,7 @@ def test_cast_has_the_derivative_of_astype():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_master_params_have_the_derivative_of_the_weights(bits):
-  tx = mpo.compensated(optax.sgd(0.1), bits=bits)
+  tx = mpo.compensated(optax.sgd(0.1), extra_bits=bits)
   params, state = mpo.init(tx, jnp.float32([0.3, -1.7]))
   got = jax.grad(lambda p: jnp.sum(mpo.master_params(p, state) * jnp.float32([2, 3])))(params)
   np.testing.assert_array_equal(got, jnp.bfloat16([2, 3]))
@@ -253,7 +253,7 @@ def test_training_can_be_differentiated(bits, apply_updates):
   """Three steps of SGD on w^2: each is w -> (1 - 2 lr) w, so the last weight has d/d lr = -6 (1 - 2 lr)^2 w."""
 
   def last(learning_rate):
-    tx = mpo.compensated(optax.sgd(learning_rate), bits=bits)
+    tx = mpo.compensated(optax.sgd(learning_rate), extra_bits=bits)
     params, state = mpo.init(tx, jnp.float32(1.3))
     for _ in range(3):
       updates, state = tx.update(2 * params, state, params)
@@ -270,7 +270,7 @@ def test_training_can_be_differentiated(bits, apply_updates):
 
 
 def make(bits=16):
-  tx = mpo.compensated(optax.adam(1e-3), bits=bits)
+  tx = mpo.compensated(optax.adam(1e-3), extra_bits=bits)
   params, state = mpo.init(tx, {"head": {"w": jnp.ones((2, 3))}, "b": jnp.ones(3)})
   return tx, params, state, jax.tree.map(jnp.ones_like, params)
 
@@ -278,14 +278,14 @@ def make(bits=16):
 @pytest.mark.parametrize("bits", [1, 12, 32, -8, 8.5, 8.0, "16", None, True, [8], np.float32(8)])
 def test_wrong_bits(bits):
   with pytest.raises(ValueError, match=r"bits has to be one of \(0, 4, 8, 16\)"):
-    mpo.compensated(optax.adam(1e-3), bits=bits)
+    mpo.compensated(optax.adam(1e-3), extra_bits=bits)
 
 
 def test_bits_that_the_format_of_a_leaf_does_not_support(monkeypatch):
   tx, params, state, grads = make(bits=4)
   half = jax.tree.map(lambda p: p.astype(jnp.float16), params)
   monkeypatch.setattr(fp16, "BITS", (0, 8, 16))
-  words = r": params\['b'\] is float16, for which bits has to be one of \(0, 8, 16\), but it is 4"
+  words = r": params\['b'\] is float16, for which extra_bits has to be one of \(0, 8, 16\), but it is 4"
   with pytest.raises(ValueError, match="compensated" + words):
     mpo.init(tx, half | {"b": jnp.ones(3)}, dtype=jnp.float16)
   with pytest.raises(ValueError, match="compensated" + words):
@@ -371,9 +371,9 @@ def test_params_of_another_dtype_than_at_init():
 def test_state_from_another_bits_and_the_way_out_that_the_error_names():
   tx, params, state, grads = make()
   other, _, other_state, _ = make(bits=8)
-  with pytest.raises(ValueError, match=r"params\['b'\] is bfloat16.*keeps bits=8.*holds 16.*_replace"):
+  with pytest.raises(ValueError, match=r"params\['b'\] is bfloat16.*keeps extra_bits=8.*holds 16.*_replace"):
     other.update(grads, state, params)
-  with pytest.raises(ValueError, match=r"keeps bits=16.*holds 8"):
+  with pytest.raises(ValueError, match=r"keeps extra_bits=16.*holds 8"):
     tx.update(grads, other_state, params)
   masters = mpo.master_params(params, state)
   low, new = mpo.init(other, masters)

@@ -39,13 +39,13 @@ FORMS = {
   "mpo16_inside": lambda: optax.chain(
     optax.clip_by_global_norm(1.0), mpo.compensated(optax.adamw(optax.linear_schedule(1e-2, 1e-3, 10)))
   ),
-  "mpo8": lambda: mpo.compensated(adamw(), bits=8),
-  "mpo4": lambda: mpo.compensated(adamw(), bits=4),
-  "mpo0": lambda: mpo.compensated(adamw(), bits=0),
-  "stochastic": lambda: mpo.compensated(adamw(), bits=8, rounding="stochastic"),
-  "compact": lambda: mpo.compensated(mpo.quantized_state(adamw()), bits=8),
+  "mpo8": lambda: mpo.compensated(adamw(), extra_bits=8),
+  "mpo4": lambda: mpo.compensated(adamw(), extra_bits=4),
+  "mpo0": lambda: mpo.compensated(adamw(), extra_bits=0),
+  "stochastic": lambda: mpo.compensated(adamw(), extra_bits=8, rounding="stochastic"),
+  "compact": lambda: mpo.compensated(mpo.quantized_state(adamw()), extra_bits=8),
   "float8": lambda: mpo.compensated(mpo.quantized_state(adamw())),
-  "compact64": lambda: mpo.compensated(mpo.quantized_state(adamw(), block_size=64), bits=8),
+  "compact64": lambda: mpo.compensated(mpo.quantized_state(adamw(), block_size=64), extra_bits=8),
 }
 
 

@@ -13,7 +13,7 @@ PARAMS = {"w": jnp.linspace(0.5, 1.5, 24).reshape(4, 6)}
 
 
 def make(inner=None, **options):
-  tx = mpo.loss_scaled(mpo.compensated(inner or optax.adam(1e-2), bits=8), **options)
+  tx = mpo.loss_scaled(mpo.compensated(inner or optax.adam(1e-2), extra_bits=8), **options)
   params, state = mpo.init(tx, PARAMS, dtype=jnp.float16)
   step = jax.jit(lambda g, s, p: (lambda u, s: (mpo.apply_updates(p, u), s))(*tx.update(g, s, p)))
   return step, params, state
@@ -60,7 +60,7 @@ def test_the_scale_grows_after_good_steps_and_has_bounds():
 
 def test_scaled_training_is_that_without_scale():
   """A power of two changes no significand bit of f32 gradients."""
-  plain = mpo.compensated(optax.adam(1e-2), bits=8)
+  plain = mpo.compensated(optax.adam(1e-2), extra_bits=8)
   params, state = mpo.init(plain, PARAMS, dtype=jnp.float16)
   step, scaled, scaled_state = make(scale=2.0**10)
   for seed in range(5):
@@ -74,7 +74,7 @@ def test_scaled_training_is_that_without_scale():
 
 def test_with_compact_state_and_stochastic_rounding_and_keys():
   inner = optax.chain(optax.add_noise(0.01, 0.5, 0), optax.adam(1e-2))
-  tx = mpo.loss_scaled(mpo.compensated(mpo.quantized_state(inner, min_size=1), bits=4, rounding="stochastic"))
+  tx = mpo.loss_scaled(mpo.compensated(mpo.quantized_state(inner, min_size=1), extra_bits=4, rounding="stochastic"))
   params, state = mpo.init(tx, PARAMS, dtype=jnp.float16)
   bad = {"w": jnp.full((4, 6), jnp.inf)}
   updates, new = jax.jit(tx.update)(bad, state, params)
@@ -119,7 +119,7 @@ def test_updates_are_lost_below_half_of_the_last_place(bits, smallest):
 
 
 def test_bits_in_the_state_count():
-  tx = mpo.compensated(optax.sgd(1.0), bits=8)
+  tx = mpo.compensated(optax.sgd(1.0), extra_bits=8)
   just_below = 1.0 + 2.0**-8 - 2.0**-15  # counting its bits, the update crosses to the next bf16 number
   params, state = mpo.init(tx, {"w": jnp.full(2, just_below)})
   updates = {"w": jnp.full(2, 2.0**-14)}
@@ -132,7 +132,7 @@ def test_lost_updates_refuses_what_does_not_fit():
   with pytest.raises(ValueError, match=r"lost_updates: params\['w'\] has shape \(4, 6\), but its update has \(2,\)"):
     mpo.lost_updates(PARAMS, {"w": jnp.ones(2)})
   with pytest.raises(ValueError, match="bits has to be one of"):
-    mpo.lost_updates(PARAMS, PARAMS, bits=3)
+    mpo.lost_updates(PARAMS, PARAMS, extra_bits=3)
   with pytest.raises(ValueError, match=r"has nothing at params\['w'\]"):
     mpo.lost_updates(PARAMS, {})
   with pytest.raises(TypeError, match=r"params\['w'\] is int32"):

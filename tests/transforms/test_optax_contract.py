@@ -31,7 +31,9 @@ def nbytes(tree) -> int:
 
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
 def test_no_bytes_but_the_ones_promised(bits):
-  params, state = mpo.init(mpo.compensated(optax.lion(1e-4), bits=bits), {"w": jnp.ones((64, 33)), "b": jnp.ones(7)})
+  params, state = mpo.init(
+    mpo.compensated(optax.lion(1e-4), extra_bits=bits), {"w": jnp.ones((64, 33)), "b": jnp.ones(7)}
+  )
   assert nbytes(params) == 2 * (64 * 33 + 7)
   assert nbytes(state.compensation) == -(-64 * 33 * bits // 8) + -(-7 * bits // 8)
 
@@ -40,7 +42,7 @@ def test_no_bytes_but_the_ones_promised(bits):
 @pytest.mark.few(3)
 def test_donation_scan_and_no_recompilation(name):
   """One compilation serves all steps, every donated buffer is reused, and lax.scan accepts the state as its carry."""
-  tx = mpo.compensated(OPTIMIZERS[name](), bits=16)
+  tx = mpo.compensated(OPTIMIZERS[name](), extra_bits=16)
   params, state = mpo.init(tx, make_params())
   batches = make_batches(4)
   step = jax.jit(make_step(tx), donate_argnums=(0, 1), keep_unused=True)
@@ -64,7 +66,7 @@ def test_donation_scan_and_no_recompilation(name):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_states_are_ordinary_trees(bits):
-  tx = mpo.compensated(optax.adamw(1e-3), bits=bits)
+  tx = mpo.compensated(optax.adamw(1e-3), extra_bits=bits)
   params, state = mpo.init(tx, make_params())
   chex.assert_trees_all_equal(jax.tree.map(lambda x: x, state), state)
   assert_same_bits(pickle.loads(pickle.dumps(state)), state)
@@ -77,7 +79,7 @@ def test_states_are_ordinary_trees(bits):
 
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
 def test_orbax_gives_back_what_it_was_given(bits, tmp_path):
-  tx = mpo.compensated(optax.adamw(1e-3), bits=bits)
+  tx = mpo.compensated(optax.adamw(1e-3), extra_bits=bits)
   params, state = mpo.init(tx, make_params(), where=lambda path, leaf: leaf.ndim >= 1)
   # Orbax cannot store uint4. optax_mpo.checkpoint does the same.
   saved = jax.tree.map(lambda x: x.astype(jnp.uint8) if x.dtype == jnp.uint4 else x, (params, state))
@@ -138,7 +140,7 @@ def test_injected_hyperparameters_can_be_set_without_recompiling():
 def test_vmap_over_an_ensemble_equals_a_loop(bits):
   # Uses momentum and the gradient of a square. For a batch, XLA computes Adam's power b1**count differently than for a
   # scalar, and sums a matrix product in another order, in plain f32 Optax too.
-  tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9), bits=bits)
+  tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9), extra_bits=bits)
   members = [make_params(seed) for seed in range(3)]
 
   def step(params, state):
@@ -161,7 +163,7 @@ def test_vmap_over_an_ensemble_equals_a_loop(bits):
 def test_sharded_params_have_sharded_bits(bits):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("x"))
-  tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9), bits=bits)
+  tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9), extra_bits=bits)
   master = jnp.linspace(-1.0, 1.0, 64).reshape(16, 4)
 
   def step(params, state):

@@ -131,7 +131,7 @@ WRAPPED = {
   "masked inside": masked_inside,
   "8-bit state inside": lambda: mpo.per_layer(eight_bit(muon()), is_stack),
   "8-bit state outside": lambda: eight_bit(mpo.per_layer(muon(), is_stack)),
-  "4-bit state": lambda: mpo.per_layer(eight_bit(optax.lamb(1e-2), bits=4), is_stack),
+  "4-bit state": lambda: mpo.per_layer(eight_bit(optax.lamb(1e-2), state_bits=4), is_stack),
   "hyperparams": lambda: mpo.per_layer(
     optax.inject_hyperparams(optax.lamb)(lambda count: 1e-2 / (1 + count)), is_stack
   ),
@@ -155,7 +155,7 @@ def assert_fused_equals_ordinary(loss, tx, params, steps=3):
 @pytest.mark.parametrize("name", list(WRAPPED))
 @pytest.mark.few(5)
 def test_stacks_are_updated_in_their_scan_as_in_the_ordinary_step(name):
-  tx = mpo.compensated(WRAPPED[name](), bits=8)
+  tx = mpo.compensated(WRAPPED[name](), extra_bits=8)
   assert places(scanned, tx, make_params())["params['layers']['w']"] == ("in scan", "")
   assert_fused_equals_ordinary(scanned, tx, make_params())
 
@@ -268,7 +268,7 @@ def test_explain_recommends_it_for_what_is_not_separable():
 
 
 def test_a_checkpoint_holds_the_state_of_each_layer(tmp_path):
-  tx = mpo.compensated(mpo.per_layer(eight_bit(muon()), is_stack), bits=8)
+  tx = mpo.compensated(mpo.per_layer(eight_bit(muon()), is_stack), extra_bits=8)
   kept = mpo.init(tx, make_params())
   with Checkpointer(tmp_path) as checkpoints:
     checkpoints.save(1, kept)
@@ -290,7 +290,7 @@ def test_fused_layers_take_stacks_too():
 
 
 def test_convert_keeps_the_state_of_each_layer():
-  tx = mpo.compensated(mpo.per_layer(eight_bit(muon()), is_stack), bits=8)
+  tx = mpo.compensated(mpo.per_layer(eight_bit(muon()), is_stack), extra_bits=8)
   params, state = mpo.init(tx, make_params())
   _, params, state = quick_jit(mpo.value_and_update(scanned, tx))(params, state, batch(0))
   assert_same_bits(mpo.convert(tx, params, state), (params, state))
@@ -307,7 +307,7 @@ def test_a_weight_decay_that_the_bits_lose_is_noticed_in_layers_too():
   def schedule(count):
     return jnp.where(count < 10, 0.0, 1e-3)
 
-  tx = mpo.compensated(mpo.per_layer(optax.adamw(schedule, weight_decay=1e-3)), bits=4)
+  tx = mpo.compensated(mpo.per_layer(optax.adamw(schedule, weight_decay=1e-3)), extra_bits=4)
   with pytest.warns(UserWarning, match="weight decay"):
     mpo.init(tx, jnp.ones((2, 3, 4)))
 

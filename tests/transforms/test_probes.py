@@ -189,7 +189,7 @@ def test_bits_do_go_wrong_outside():
 
 def test_a_traced_hyperparameter_gives_no_warning():
   def init(rate):
-    tx = mpo.compensated(optax.adamw(rate), bits=8)
+    tx = mpo.compensated(optax.adamw(rate), extra_bits=8)
     return mpo.init(tx, {"w": jnp.ones((4, 4))})[0]["w"].sum()
 
   jax.jit(jax.grad(init))(1e-4)

@@ -73,7 +73,7 @@ def stored(state) -> dict[str, mpo.Quantized]:
 )
 def test_bytes_held_to_the_byte(optimizer, moments):
   params = {"w": jnp.ones((256, 96)), "odd": jnp.ones((128, 100)), "norm": jnp.ones(96)}
-  tx = mpo.compensated(mpo.quantized_state(optimizer()), bits=8)
+  tx = mpo.compensated(mpo.quantized_state(optimizer()), extra_bits=8)
   held = mpo.init(tx, params)
   n_w, n_odd, n_norm = 256 * 96, 128 * 100, 96
   state = n_w + n_odd + 2 * (256 * 3 + 128 * 4) + 4 * n_norm  # codes, scales, and f32 for the small leaf
@@ -220,24 +220,24 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.few(2)
 def test_wrappers(wrapper):
-  tx = WRAPPERS[wrapper](lambda inner: mpo.compensated(SMALL(inner), bits=8))
+  tx = WRAPPERS[wrapper](lambda inner: mpo.compensated(SMALL(inner), extra_bits=8))
   values, params, state = train(tx, 12)
   assert stored(state)
   assert np.isfinite(values).all()
   master = mpo.master_params(params, state)
   chex.assert_trees_all_equal(mpo.cast(master), params)
-  want, _, _ = train(WRAPPERS[wrapper](lambda inner: mpo.compensated(inner, bits=16)), 12)
+  want, _, _ = train(WRAPPERS[wrapper](lambda inner: mpo.compensated(inner, extra_bits=16)), 12)
   np.testing.assert_allclose(values, want, rtol=0.02)
 
 
 def test_around_compensated_it_works_too():
-  _, params, state = train(SMALL(mpo.compensated(optax.adam(1e-3), bits=8)), 5)
+  _, params, state = train(SMALL(mpo.compensated(optax.adam(1e-3), extra_bits=8)), 5)
   assert stored(state)
   mpo.master_params(params, state)
 
 
 def test_sharding_rules_reach_stored_leaves():
-  tx = mpo.compensated(SMALL(optax.adamw(1e-3)), bits=8)
+  tx = mpo.compensated(SMALL(optax.adamw(1e-3)), extra_bits=8)
   _, state = mpo.init(tx, make_params())
   specs = {"a": PartitionSpec("x", None), "b": PartitionSpec(), "c": PartitionSpec("x"), "d": PartitionSpec()}
   mapped = optax.tree.map_params(tx, lambda _, spec: spec, state, specs, is_leaf=lambda x: isinstance(x, mpo.Quantized))
@@ -251,7 +251,7 @@ def test_sharding_rules_reach_stored_leaves():
 def test_stacks_of_layers_are_stepped_layer_by_layer(optimizer):
   layers = 3
   params = {"w": jnp.ones((layers, 4, 64)), "odd": jnp.ones((layers, 4, 50)), "scale": jnp.ones((layers, 64))}
-  tx = mpo.compensated(SMALL(optimizer), bits=8)
+  tx = mpo.compensated(SMALL(optimizer), extra_bits=8)
   params, state = mpo.init(
     tx, jax.tree.map(lambda p: p * jnp.broadcast_to(jnp.linspace(0.1, 1, p.shape[-1]), p.shape), params)
   )
@@ -283,7 +283,7 @@ def test_stacks_of_layers_are_stepped_layer_by_layer(optimizer):
 def test_sharded_state_equals_that_of_one_device_without_gathering(spec):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, spec)
-  tx = mpo.compensated(SMALL(optax.adamw(1e-2)), bits=8)
+  tx = mpo.compensated(SMALL(optax.adamw(1e-2)), extra_bits=8)
   master = jax.random.normal(jax.random.key(0), (16, 512))
 
   def step(params, state, grads):
@@ -309,7 +309,7 @@ def test_sharded_state_equals_that_of_one_device_without_gathering(spec):
 
 
 def test_donation_reuses_every_buffer():
-  tx = mpo.compensated(SMALL(optax.adamw(1e-3)), bits=8)
+  tx = mpo.compensated(SMALL(optax.adamw(1e-3)), extra_bits=8)
   held = jax.tree.map(jnp.array, mpo.init(tx, make_params()))
 
   def step(params, state, x, y):
@@ -328,7 +328,7 @@ PARAMS = {"w": jnp.ones((2, 64))}
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"bits": 16}, r"bits has to be one of \(4, 8\), but it is 16"),
+    ({"state_bits": 16}, r"state_bits has to be one of \(4, 8\), but it is 16"),
     ({"block_size": 48}, "block_size has to be a power of two, 2 or more, but it is 48"),
     ({"block_size": 1}, "block_size has to be a power of two"),
     ({"block_size": 32.0}, "block_size has to be a power of two"),
@@ -351,8 +351,8 @@ def test_refused_inner_transformations_and_states():
     ValueError, match=r"state.inner_state\[0\].trace\['w'\] has values of shape \[2, 64\] and scales of"
   ):
     tx.update(PARAMS, other, PARAMS)
-  other = SMALL(optax.sgd(1e-3, momentum=0.9), bits=4).init(PARAMS)
-  with pytest.raises(ValueError, match="is stored as int4, but bits=8"):
+  other = SMALL(optax.sgd(1e-3, momentum=0.9), state_bits=4).init(PARAMS)
+  with pytest.raises(ValueError, match="is stored as int4, but state_bits=8"):
     tx.update(PARAMS, other, PARAMS)
 
 

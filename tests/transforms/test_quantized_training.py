@@ -26,23 +26,23 @@ from tests.transforms.test_quantized import SMALL, stored, train
 )
 @pytest.mark.few(1)
 def test_training_is_that_with_f32_state(optimizer):
-  want, _, _ = train(mpo.compensated(optimizer(), bits=16), 300)
-  got, _, state = train(mpo.compensated(SMALL(optimizer()), bits=8), 300)
+  want, _, _ = train(mpo.compensated(optimizer(), extra_bits=16), 300)
+  got, _, state = train(mpo.compensated(SMALL(optimizer()), extra_bits=8), 300)
   assert stored(state)
   assert np.mean(want[-50:]) < 0.75 * np.mean(want[:10])
   assert np.mean(got[-50:]) == pytest.approx(np.mean(want[-50:]), rel=0.05)
 
 
 def test_four_bits_train_too():
-  want, _, _ = train(mpo.compensated(optax.adamw(3e-3), bits=16), 300)
-  got, _, state = train(mpo.compensated(SMALL(optax.adamw(3e-3), bits=4), bits=8), 300)
+  want, _, _ = train(mpo.compensated(optax.adamw(3e-3), extra_bits=16), 300)
+  got, _, state = train(mpo.compensated(SMALL(optax.adamw(3e-3), state_bits=4), extra_bits=8), 300)
   assert {q.values.dtype.name for q in stored(state).values()} == {"int4", "uint4"}
   assert np.mean(got[-50:]) == pytest.approx(np.mean(want[-50:]), rel=0.25)
 
 
 def test_one_bad_gradient_passes():
   """A gradient that is not finite leaves its block's moments unchanged, and training continues."""
-  tx = mpo.compensated(SMALL(optax.adamw(3e-3)), bits=8)
+  tx = mpo.compensated(SMALL(optax.adamw(3e-3)), extra_bits=8)
   _, params, state = train(tx, 20)
   grads = jax.tree.map(jnp.ones_like, params)
   grads["a"] = grads["a"].at[0, 0].set(jnp.nan).at[5, 5].set(jnp.inf)

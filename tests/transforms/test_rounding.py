@@ -17,7 +17,7 @@ LESS_THAN_16 = (0, 4, 8)
 
 
 def train(bits: int, steps: int, *, seed: int = 0, rounding="stochastic", size: float = 1e-6, shape=(64, 64)):
-  tx = mpo.compensated(optax.sgd(size), bits=bits, rounding=rounding, seed=seed)
+  tx = mpo.compensated(optax.sgd(size), extra_bits=bits, rounding=rounding, seed=seed)
   params, state = mpo.init(tx, {"w": jnp.full(shape, 1.5)})
 
   @jax.jit
@@ -93,12 +93,12 @@ def test_random_bits_are_random_in_every_direction():
 
 def test_the_state_of_nearest_rounding_is_as_ever_and_the_other_counts():
   params = {"w": jnp.ones(3)}
-  _, nearest = mpo.init(mpo.compensated(optax.adam(1e-3), bits=8), params)
+  _, nearest = mpo.init(mpo.compensated(optax.adam(1e-3), extra_bits=8), params)
   assert not isinstance(nearest.inner_state, mpo.RoundingState)
   _, state = train(8, 3)
   assert int(state.inner_state.step) == 3
   chex.assert_trees_all_equal_structs(
-    mpo.init(mpo.compensated(optax.adam(1e-3), bits=8, rounding="stochastic"), params)[1].inner_state.inner_state,
+    mpo.init(mpo.compensated(optax.adam(1e-3), extra_bits=8, rounding="stochastic"), params)[1].inner_state.inner_state,
     nearest.inner_state,
   )
 
@@ -108,7 +108,7 @@ def test_the_state_of_nearest_rounding_is_as_ever_and_the_other_counts():
 def test_shards_round_as_the_whole_does(spec):
   mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, spec)
-  tx = mpo.compensated(optax.sgd(1e-3), bits=0, rounding="stochastic", seed=7)
+  tx = mpo.compensated(optax.sgd(1e-3), extra_bits=0, rounding="stochastic", seed=7)
   master = jax.random.normal(jax.random.key(0), (16, 32))
 
   def step(params, state):
@@ -128,7 +128,7 @@ def test_shards_round_as_the_whole_does(spec):
 def test_layers_round_as_their_stack_does():
   layers = 4
   params = {"w": jax.random.normal(jax.random.key(0), (layers, 8, 16))}
-  tx = mpo.compensated(optax.sgd(1e-3), bits=4, rounding="stochastic")
+  tx = mpo.compensated(optax.sgd(1e-3), extra_bits=4, rounding="stochastic")
   params, state = mpo.init(tx, params)
   grads = {"w": jax.random.normal(jax.random.key(1), (layers, 8, 16))}
   updates, want_state = tx.update(grads, state, params)
@@ -159,7 +159,7 @@ def test_bad_options_and_states():
   with pytest.raises(
     ValueError, match="made with rounding='stochastic', but this transformation has rounding='nearest'"
   ):
-    mpo.compensated(optax.sgd(1e-3), bits=8).update(params, state, params)
+    mpo.compensated(optax.sgd(1e-3), extra_bits=8).update(params, state, params)
   params, state = train(8, 1, rounding="nearest")
   with pytest.raises(ValueError, match="made with rounding='nearest', but"):
-    mpo.compensated(optax.sgd(1e-3), bits=8, rounding="stochastic").update(params, state, params)
+    mpo.compensated(optax.sgd(1e-3), extra_bits=8, rounding="stochastic").update(params, state, params)

@@ -65,7 +65,7 @@ STEPS = {
 }
 OPTIMIZERS = {
   "exact": lambda: mpo.compensated(optax.sgd(1e-1, momentum=0.9)),
-  "compact": lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), min_size=1), bits=8),
+  "compact": lambda: mpo.compensated(mpo.quantized_state(optax.adamw(1e-2), min_size=1), extra_bits=8),
   "float8": lambda: mpo.compensated(optax.adam(1e-2)),
 }
 

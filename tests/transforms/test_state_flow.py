@@ -312,7 +312,7 @@ def largest_updates(tx, grads) -> np.ndarray:
 
 def assert_as_tame(tx, seed: int, steps: int = 100, bits: int = 8, factor: float = 10) -> None:
   grads = gradients(seed, steps)
-  plain, wrapped = (largest_updates(t, grads) for t in (tx, mpo.quantized_state(tx, bits=bits, min_size=1)))
+  plain, wrapped = (largest_updates(t, grads) for t in (tx, mpo.quantized_state(tx, state_bits=bits, min_size=1)))
   assert np.isfinite(plain).all(), "a bad example: f32 state blows up"
   # Second moments have a floor and momenta are rounded. Together these change the ratio by less than the factor.
   assert (wrapped <= factor * np.maximum.accumulate(plain)).all(), (wrapped.max(), plain.max())

@@ -111,7 +111,7 @@ def test_masters_come_back_through_every_wrapper(name):
   for a, b in zip(jax.tree.leaves(mpo.master_params(other, other_state)), jax.tree.leaves(masters), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   chex.assert_trees_all_equal(mpo.convert(tx, new, new_state), (new, new_state))
-  lost = mpo.lost_updates(new, jax.tree.map(lambda m: 1e-6 * m, masters), bits=8, opt_state=new_state)
+  lost = mpo.lost_updates(new, jax.tree.map(lambda m: 1e-6 * m, masters), extra_bits=8, opt_state=new_state)
   assert {k: float(v) > 0.5 for k, v in lost.items()} == {k: k not in "cz" for k in params}
 
 
