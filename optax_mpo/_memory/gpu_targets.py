@@ -30,6 +30,7 @@ class Target:
     bandwidth: memory bandwidth, in bytes per second.
     clock: in GHz.
     flops: operations per second of dense bf16 products, summed in f32. XLA does not read it.
+    bus: what connects the card to its host, at best: "PCIe 4", "PCIe 5" or "NVLink-C2C". XLA does not read it either.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Target:
   bandwidth: int
   clock: float
   flops: float
+  bus: str = "PCIe 4"
 
   @property
   def config(self) -> str:
@@ -68,8 +70,8 @@ class Target:
     """
 
 
-def _hopper(name: str, memory: int, bandwidth: int, l2: int = 52428800) -> Target:
-  return Target(name, (9, 0), 132, memory, l2, 233472, 232448, 2048, 128, bandwidth, 1.98, 989.4e12)
+def _hopper(name: str, memory: int, bandwidth: int, l2: int = 52428800, bus: str = "PCIe 5") -> Target:
+  return Target(name, (9, 0), 132, memory, l2, 233472, 232448, 2048, 128, bandwidth, 1.98, 989.4e12, bus)
 
 
 def _a100(name: str, memory: int, bandwidth: int) -> Target:
@@ -79,17 +81,18 @@ def _a100(name: str, memory: int, bandwidth: int) -> Target:
 def _gddr(
   name: str, compute: tuple[int, int], cores: int, memory: int, l2: int, bandwidth: int, clock: float, flops: float
 ) -> Target:
-  shared = 131072 if compute == (12, 0) else 102400
-  return Target(name, compute, cores, memory, l2, shared, 101376, 1536, 128, bandwidth, clock, flops)
+  shared, bus = (131072, "PCIe 5") if compute == (12, 0) else (102400, "PCIe 4")
+  return Target(name, compute, cores, memory, l2, shared, 101376, 1536, 128, bandwidth, clock, flops, bus)
 
 
 MIB = 2**20
 TARGETS = {
   "h100": _hopper("NVIDIA H100 80GB HBM3", 84942979072, 3352320000000),
   "h200": _hopper("NVIDIA H200", 143156 * MIB, 4800000000000),
-  "gh200": _hopper("NVIDIA GH200 480GB", 96768 * MIB, 4022784000000, 62914560),
+  "gh200": _hopper("NVIDIA GH200 480GB", 96768 * MIB, 4022784000000, 62914560, "NVLink-C2C"),
   "b200": Target(
-    "NVIDIA B200", (10, 0), 148, 191514411008, 132644864, 233472, 232448, 2048, 128, 7672320000000, 1.965, 2250e12
+    *("NVIDIA B200", (10, 0), 148, 191514411008, 132644864, 233472, 232448, 2048, 128),
+    *(7672320000000, 1.965, 2250e12, "PCIe 5"),
   ),
   "a100-80gb": _a100("NVIDIA A100-SXM4-80GB", 85100068864, 2039040000000),
   "a100-40gb": _a100("NVIDIA A100-SXM4-40GB", 42331013120, 1555200000000),
