@@ -1,4 +1,4 @@
-"""A function lowered for a card: what `gpu_memory` compiles, and what names the result, so that it can be remembered."""
+"""A function lowered for a card: what `gpu_memory` compiles, and a key by which the result can be remembered."""
 
 import dataclasses
 import hashlib

@@ -103,9 +103,9 @@ def held_bytes(tree: PyTree) -> tuple[int, int]:
 
 def figures_of(step: Step, limits: Limits, remembered: Remembered) -> Figures:
   """Returns the figures of a step, remembered or compiled."""
-  if step.asked and (found := remembered.get(step.asked)):
-    if found.peak is not None or found.held > limits.device or not limits.fit_on_host(found):
-      return found
+  found = remembered.get(step.asked) if step.asked else None
+  if found and (found.peak is not None or found.held > limits.device or not limits.fit_on_host(found)):
+    return found
   fn, args, held, options = step.make()
   figures = Figures(0, 0) if held is None else Figures(*held_bytes(held))
   if figures.held <= limits.device and limits.fit_on_host(figures):

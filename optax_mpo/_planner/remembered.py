@@ -3,7 +3,7 @@
 Why: XLA takes some seconds for a step, and tracing takes some too. Both are deterministic.
 
 How: a file for each key. A key is a hash of all that decides the figures: of the lowered program (`Lowered.key`); or,
-for the package's own decoder, of what was asked, the package's source and the versions of what compiles, so that nothing
+for the package's own decoder, of what was asked, the package's source and the versions of what compiles. Then nothing
 has to be traced.
 """
 

@@ -71,10 +71,11 @@ def transfers(
         text = f"{devices * tokens:,}"
       columns += f"{text:>14}"
     lines.append(f"{label:{_LABEL}}{figures.to_device / GIB:>9.1f}{figures.to_host / GIB:>8.1f}{columns}")
-  lines.append(
-    f"* the bus of this card. From so many tokens per step, computing takes as long as moving, if it reaches "
-    f"{utilization:.0%}\n  of the card's speed and the bus {hidden.REACHED:.0%} of its own (docs/offload.md). Nothing of it is measured."
-  )
+  lines += [
+    f"* the bus of this card. Computed, not measured: with {utilization:.0%} of the card's speed and "
+    f"{hidden.REACHED:.0%} of the bus's,",
+    "  computing takes as long as moving from so many tokens per step on (docs/offload.md).",
+  ]
   return lines
 
 
