@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -10,7 +11,6 @@ import tempfile
 from typing import Any
 
 import jax
-import jaxlib
 
 from optax_mpo._memory import bus, compiling, gpu_targets, xla_dump
 from optax_mpo._memory.report import MemoryReport
@@ -43,7 +43,7 @@ class Lowered:
   @property
   def key(self) -> str:
     """A hash of all that decides the report: the program, the card, options, the versions of JAX and its compiler."""
-    versions = (jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS", ""))
+    versions = (jax.__version__, importlib.metadata.version("jaxlib"), os.environ.get("XLA_FLAGS", ""))
     rest = json.dumps([self.request, self.captured, self.devices, *versions], sort_keys=True)
     return hashlib.sha256(self.module + rest.encode()).hexdigest()
 

@@ -135,8 +135,9 @@ def row_of(row: Row, limits: Limits, remembered: Remembered) -> dict[int, Figure
   found: dict[int, Figures | None] = {}
   fits = True
   for batch, step in row.steps.items():
-    found[batch] = figures_of(step, limits, remembered) if fits else None
-    fits = fits and limits.fit(found[batch])
+    figures = figures_of(step, limits, remembered) if fits else None
+    fits = figures is not None and limits.fit(figures)
+    found[batch] = figures
   return found
 
 
