@@ -61,6 +61,14 @@ def fits(row: dict[str, Any], card: int) -> bool:
   return row["peak"] + GIB <= MEMORY[card]
 
 
+def _least(both: Sequence[dict[str, Any] | None], card: int) -> str:
+  """What has to be on the host: the state alone, or the layers' weights too; or that neither fits."""
+  for row, name in zip(both, ("state", "layers too"), strict=True):
+    if row and fits(row, card):
+      return name
+  return "no" if both[1] else "?"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
   """The table in docs/offload.md."""
   found = {(row["model"], row["storage"]): row for row in rows}
@@ -70,9 +78,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   ]
   for model in MODELS:
     for form, storage in FORMS.items():
-      state, both = (found[model, name] for name in (storage, f"{storage}-weights"))
-      sizes = [f"{row['peak'] / GIB:.1f} + {row['host'] / GIB:.0f} GiB" for row in (state, both)]
-      columns = ["state" if fits(state, card) else "layers too" if fits(both, card) else "no" for card in MEMORY]
+      both = [found.get((model, name)) for name in (storage, f"{storage}-weights")]
+      sizes = [f"{row['peak'] / GIB:.1f} + {row['host'] / GIB:.0f} GiB" if row else "not compiled" for row in both]
+      columns = [_least(both, card) for card in MEMORY]
       lines.append(f"| {' | '.join([f'{model}, {form}', *sizes, *columns])} |")
   return "\n".join(lines)
 

@@ -21,6 +21,7 @@ bytes are exactly those of lowering directly for the target's devices (tested).
 import dataclasses
 import inspect
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -151,7 +152,10 @@ def lower(
     "options": options,
     "config": {name: getattr(jax.config, name) for name in _COMPILE_CONFIG if hasattr(jax.config, name)},
   }
-  return Lowered(bytes(exported.serialize()), request, names, captured, count, target.lower(), card, devices)
+  text = re.sub(r"^#loc.*\n| loc\((?:[^()]|\([^()]*\))*\)", "", exported.mlir_module(), flags=re.MULTILINE)
+  program = "\n".join(map(str, (text, *exported.in_avals, *exported.out_avals)))
+  module = bytes(exported.serialize())
+  return Lowered(module, program, request, names, captured, count, target.lower(), card, devices)
 
 
 def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Lowered:
 
   Attributes:
     module: the function, as `jax.export` serializes it.
+    program: its text, without the places in the source that it comes from.
     request: what else decides how it is compiled; see `worker`.
     names: the names of its arguments.
     captured: the bytes of the arrays that it captured.
@@ -32,6 +33,7 @@ class Lowered:
   """
 
   module: bytes
+  program: str
   request: dict[str, Any]
   names: list[str]
   captured: int
@@ -45,7 +47,7 @@ class Lowered:
     """A hash of all that decides the report: the program, the card, options, the versions of JAX and its compiler."""
     versions = (jax.__version__, importlib.metadata.version("jaxlib"), os.environ.get("XLA_FLAGS", ""))
     rest = json.dumps([self.request, self.captured, self.devices, *versions], sort_keys=True)
-    return hashlib.sha256(self.module + rest.encode()).hexdigest()
+    return hashlib.sha256((self.program + rest).encode()).hexdigest()
 
   def compile(self, host_memory: int | None = None, dump_to: str | pathlib.Path | None = None) -> MemoryReport:
     """Compiles it in a process of its own. Arguments and errors are those of `gpu_memory`."""
