@@ -126,6 +126,7 @@ def test_the_table_of_70b_is_that_of_the_committed_json():
 
 def test_the_table_of_what_fits_is_that_of_the_committed_json():
   rows = json.loads((ROOT / "benchmarks/results/what_fits.json").read_text())["rows"]
+  assert len(rows) == 4 * len(what_fits.MODELS)
   page = (ROOT / "docs/offload.md").read_text()
   assert page.split("<!-- benchmarks/results/what_fits.json -->\n")[1].split("\n\n")[0] == what_fits.table(rows)
 
