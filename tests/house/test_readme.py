@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, clipping
+from benchmarks import accuracy, clipping, what_fits
 from benchmarks.modes import MODES
 from tests.helpers import ROOT, relaxed
 
@@ -111,6 +111,31 @@ def test_the_table_of_sharded_steps_is_that_of_the_committed_json():
       each = f"{r['total_bytes'] / 2**30:.1f} GiB{'' if r['fits'] else ', does not fit'}"
       want += [f"{total:.2f} ({held:.2f})", each]
     assert cells == want, label
+
+
+def test_the_table_of_70b_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): r for r in rows if r["target"] == "h100"}
+  page = (ROOT / "docs/offload.md").read_text()
+  lines = page.split("<!-- benchmarks/results/peak_memory.json, 70B -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 4
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    label, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    want = []
+    for model in ("lm-70b-h100", "lm-70b-fsdp8"):
+      r = {key: size / 2**30 for key, size in found[modes[label], model].items() if key.endswith("bytes")}
+      fits = "" if found[modes[label], model]["fits"] else ", does not fit"
+      want += [f"{r['total_bytes']:.1f} + {r['host_bytes']:.0f} GiB{fits}"]
+      want += [f"{r['to_device_bytes']:.0f}, {r['to_host_bytes']:.0f} GiB"]
+    assert cells == want, label
+
+
+def test_the_table_of_what_fits_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/what_fits.json").read_text())["rows"]
+  assert len(rows) == 4 * len(what_fits.MODELS)
+  page = (ROOT / "docs/offload.md").read_text()
+  assert page.split("<!-- benchmarks/results/what_fits.json -->\n")[1].split("\n\n")[0] == what_fits.table(rows)
 
 
 def test_the_table_of_host_memory_is_that_of_the_committed_json():

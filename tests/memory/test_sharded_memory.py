@@ -15,9 +15,10 @@ import jax
 import pytest
 
 import optax_mpo as mpo
-from benchmarks import fsdp, peak_memory
+from benchmarks import peak_memory
 from benchmarks.models import language_model
 from benchmarks.modes import MODES
+from optax_mpo._planner import fsdp
 
 pytestmark = pytest.mark.full
 
@@ -40,6 +41,16 @@ def test_bytes_of_the_1_3b_model(mode, model):
   row = peak_memory.measure(model, mode, "adamw", "h200")
   assert not row.error, row.error
   assert row.per_parameter(row.total_bytes) <= AT_MOST[mode, model]
+
+
+@pytest.mark.parametrize(("mode", "again"), {"mpo-16-host": 0.0, "mpo-16-host-weights": 2.0}.items())
+def test_each_card_fetches_its_part_of_what_its_host_holds(mode, again):
+  """Once each way, and the weights of layers a second time, since they are recomputed. No host has a second copy."""
+  row = peak_memory.measure("lm-1.3b-fsdp8", mode, "adamw", "h100")
+  assert not row.error, row.error
+  layers = sum(p.size for p in jax.tree.leaves(language_model("1.3b").params["blocks"]) if p.size > 2**16)
+  assert row.to_host_bytes == row.host_bytes
+  assert row.to_device_bytes == row.host_bytes + again * layers / 8
 
 
 @pytest.mark.slow
