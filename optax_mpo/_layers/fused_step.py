@@ -108,8 +108,8 @@ def fused_value_and_update(
     _check_all_used(context)
     rest = [i for i in range(len(leaves)) if i not in context.stepped]
     fused_call.step_unreached(context, rest)
-    new_states = [shared_states[j] if j in shared_states else jax.freeze(context.states[j]) for j in range(len(states))]
-    new_params = [jax.freeze(ref) for ref in context.params]
+    new_params, own = context.results()
+    new_states = [shared_states[j] if j in shared_states else own[j] for j in range(len(states))]
     new_states = late.finish(states, new_states, update.program.constants)
     return value, treedef.unflatten(new_params), state_treedef.unflatten(new_states[: len(old)])
 
