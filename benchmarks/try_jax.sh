@@ -6,7 +6,8 @@
 #
 # Tiers: fast (what `python -m pytest` runs) and gpu (tests/memory and tests/backends with `-m full`: steps compiled for a
 # GPU, without one). Default: both. The counts, and the names of what failed, go to benchmarks/results/jax_versions.json,
-# an entry for each JAX, Python and tier. Exits with 1 if anything failed. WORKERS=2 runs two tests at a time (default 1).
+# an entry for each JAX, Python and tier. If pytest is stopped (SIGINT), what has run until then counts as incomplete.
+# Exits with 1 if anything failed. WORKERS=2 runs two tests at a time (default 1).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=${1:?usage: benchmarks/try_jax.sh VERSION|newest [PYTHON] [TIER...]}
@@ -29,7 +30,9 @@ for tier in "${tiers[@]}"; do
     gpu) chosen=(tests/memory tests/backends -m "full and not slow") ;;
     *) echo "there is no tier $tier" >&2; exit 2 ;;
   esac
-  "$work/venv/bin/python" -m pytest -q -n "${WORKERS:-1}" --junitxml "$work/$tier.xml" "${chosen[@]}" || status=1
-  "$work/venv/bin/python" benchmarks/jax_versions.py "$work/$tier.xml" "$tier" "$results"
+  code=0  # of pytest: 1 if a test failed, 2 if it was stopped
+  "$work/venv/bin/python" -m pytest -q -n "${WORKERS:-1}" --junitxml "$work/$tier.xml" "${chosen[@]}" || code=$?
+  [ $code = 0 ] || status=1
+  "$work/venv/bin/python" benchmarks/jax_versions.py "$work/$tier.xml" "$tier" "$results" "$code"
 done
 exit $status
