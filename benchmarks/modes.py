@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import optax_mpo as mpo
 from benchmarks.models import Model
@@ -196,7 +196,8 @@ def automatic(
 
 def on_host(build: Callable[[Model, str], Training], weights: bool = False) -> Callable[[Model, str], Training]:
   """The same step with its state in host memory, and with `weights` also the stacks of weights."""
-  mesh = AbstractMesh((1,), ("device",))
+  # Automatic axes, as `state_sharding` gives real arrays on one device: weights without a mesh mix with them.
+  mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,))
 
   def moved(tree: PyTree) -> PyTree:
     like = jax.tree.map(
