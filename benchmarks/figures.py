@@ -230,7 +230,7 @@ def clipping() -> Svg:
 
 
 FIGURES: dict[str, Callable[[], Svg]] = {
-  "bytes_per_parameter": bytes_per_parameter,
+  "memory": bytes_per_parameter,
   "codec": codec,
   "losses": losses,
   "clipping": clipping,

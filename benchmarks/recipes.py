@@ -152,8 +152,8 @@ def measure(name: str, way: str, target: str) -> dict[str, Any]:
   module = load(case.recipe or name, plain=way == "before")
   with mock.patch.object(mpo, "exact", mpo.compact if way == "compact" else mpo.exact):
     program = case.make(module, module.Config(**case.sizes))
-    donated = {} if program.donated is None else {"donate_argnums": program.donated}
-    report = mpo.gpu_memory(program.step, *program.args, target=target, **donated)
+    options: dict[str, Any] = {} if program.donated is None else {"donate_argnums": program.donated}
+    report = mpo.gpu_memory(program.step, *program.args, target=target, **options)
   return {
     "recipe": name,
     "way": way,
@@ -179,7 +179,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   for name, case in CASES.items():
     changed = "".join(line[0] for line in changes(case.recipe or name))
     of = [found.get((name, way)) for way in WAYS]
-    peaks = [r and [r[key] / r["parameters"] for key in ("total_bytes", "argument_bytes")] for r in of]
+    peaks = [[r[key] / r["parameters"] for key in ("total_bytes", "argument_bytes")] if r else None for r in of]
     cells = [f"{peak[0]:.2f} ({peak[1]:.2f})" if peak else "not compiled" for peak in peaks]
     count = f"{of[0]['parameters'] / 1e6:.0f}M" if of[0] else ""
     lines.append(

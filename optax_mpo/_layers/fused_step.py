@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mpo._backends import step_weight
 from optax_mpo._core import host, modules, trees, wrapping
 from optax_mpo._layers import fused_call, handles
 from optax_mpo._updates import by_leaf
@@ -91,7 +92,7 @@ def fused_value_and_update(
     shared, shared_states = update.run_shared()
     leaves, treedef = jax.tree.flatten(params)
     old, state_treedef = jax.tree.flatten(opt_state)
-    if any(host.is_on_host(x) and not isinstance(x, jax.core.Tracer) for x in (*leaves, *old)):
+    if any(host.is_on_host(x) and not step_weight.is_traced([x]) for x in (*leaves, *old)):
       raise ValueError(
         "fused_value_and_update: params or state are in host memory, from which only compiled steps fetch them. Run "
         "the step under jax.jit."

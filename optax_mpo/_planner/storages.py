@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from optax_mpo._codecs.apply import apply_updates
 from optax_mpo._planner.decoder import Model
@@ -150,7 +150,8 @@ def automatic(
 
 def on_host(build: Callable[[Model, str], Training], weights: bool = False) -> Callable[[Model, str], Training]:
   """The same step with its state in host memory, and with `weights` also the stacks of weights."""
-  mesh = AbstractMesh((1,), ("device",))
+  # Automatic axes, as `state_sharding` gives real arrays on one device: weights without a mesh mix with them.
+  mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,))
 
   def moved(tree: PyTree) -> PyTree:
     like = jax.tree.map(

@@ -16,7 +16,7 @@ such leaves, small arrays of a single leaf are links, too.
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ SMALL = 1024  # elements of an array that may be kept for every leaf
 
 
 def links_of(
-  program: Program, given: set[int], inputs: tuple[list[int], list[int], list[int]], deps: dict[int, int]
+  program: Program, given: Set[int], inputs: tuple[list[int], list[int], list[int]], deps: dict[int, int]
 ) -> set[int]:
   """The links of an update.
 
@@ -45,7 +45,7 @@ def links_of(
 
 
 def _made_between(
-  program: Program, given: set[int], inputs: tuple[list[int], list[int], list[int]], deps: dict[int, int]
+  program: Program, given: Set[int], inputs: tuple[list[int], list[int], list[int]], deps: dict[int, int]
 ) -> set[int]:
   """The variables that can be made from weights, state and small arrays of single leaves."""
   _, params, states = inputs
