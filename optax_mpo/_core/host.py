@@ -6,11 +6,16 @@ memory, as can the weights.
 How: JAX has the memory space of an array in its type. What lies on the host is moved to the device by an operation of
 the program that uses it, and so is what replaces it, back. To `_program` these moves are elementwise operations like
 others: done for one layer of a stack, they move one layer. XLA makes asynchronous copies of them.
+
+A `jax.Ref` reads as an array on the device, whatever it was made from. So what a fused step keeps in refs is typed as
+if it were there, and typed by its memory again after each read: `untyped` and `typed` change no array.
 """
 
 from typing import Any
 
 import jax
+
+from optax_mpo._core import primitives
 
 PyTree = Any
 
@@ -37,3 +42,26 @@ def stored_like(new: PyTree, old: PyTree) -> PyTree:
   if not any(map(is_on_host, jax.tree.leaves(old))):
     return new
   return jax.tree.map(lambda x, y: jax.device_put(x, jax.memory.Space.Host) if is_on_host(y) else x, new, old)
+
+
+def untyped(x: Any) -> Any:
+  """The array with a type that says it is on the device; it stays where it is. Only inside of `jit`."""
+  return _typed.bind(x, space=jax.memory.Space.Device) if is_on_host(x) else x
+
+
+def typed(x: Any, on_host: bool) -> Any:
+  """Undoes `untyped`, for an array that is in host memory."""
+  return _typed.bind(x, space=jax.memory.Space.Host) if on_host else x
+
+
+def _aval(x: Any, *, space: Any) -> Any:
+  return x.update(memory_space=space)
+
+
+def _same(x: Any, **_: Any) -> Any:
+  return x
+
+
+_typed = primitives.make(
+  "typed_memory", _aval, _same, {None: lambda lower, *_, **__: lower(_same)}, multiple_results=False
+)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from optax_mpo._core import order, trees, types
+from optax_mpo._core import host, order, trees, types
 from optax_mpo._layers import handles
-from optax_mpo._program import jax_forms
+from optax_mpo._program import jax_forms, recompute
+from optax_mpo._program.program import Program
 from optax_mpo._stepping import evaluate
 from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
@@ -157,6 +158,7 @@ class Refs:
   def __init__(self, step: handles.Step, leaves: Sequence[int], groups: Sequence[by_leaf.Group]):
     self.leaves, self.groups, self._kernels = leaves, groups, step.update.kernels
     self._states = [j for group in groups for j in group.states]
+    self._on_host = [i in step.params_on_host for i in leaves], [j in step.states_on_host for j in self._states]
     self._shared = sorted({v for group in groups for v in group.shared})
     self.arguments = (
       [step.params[i] for i in leaves],
@@ -165,8 +167,8 @@ class Refs:
     )
 
   def weights(self, arguments: Any) -> list[Any]:
-    """Reads the weights."""
-    return [ref[...] for ref in arguments[0]]
+    """Reads the weights, of which some may be in host memory."""
+    return [host.typed(ref[...], flag) for ref, flag in zip(arguments[0], self._on_host[0], strict=True)]
 
   def update(self, arguments: Any, grads: dict[int, Any], onward: PyTree) -> PyTree:
     """Updates all weights. Returns `onward`, which XLA cannot use before that is done.
@@ -177,10 +179,14 @@ class Refs:
       onward: what the backward pass goes on with.
     """
     store, shared = self._read(arguments)
-    none = dict.fromkeys(self.leaves)
-    steps = [site.step for site in self._sites(none, none)]
-    gradients = [[_or_zeros(grads.get(i), store.leaves[i]) for i in group.leaves] for group in self.groups]
-    store.step(range(len(steps)), steps, gradients, shared, ())
+    weights = [store.leaves[i] for i in self.leaves]
+    gradients = [_or_zeros(grads.get(i), w) for i, w in zip(self.leaves, weights, strict=True)]
+    program = Program()
+    program.inputs += [program.new(jax.typeof(x)) for x in (*weights, *gradients)]
+    count = len(self.leaves)
+    old, made = program.inputs[:count], program.inputs[count:]
+    sites = self._sites(dict(zip(self.leaves, made, strict=True)), dict(zip(self.leaves, old, strict=True)))
+    evaluate.run(program, sites, [*weights, *gradients], [], store, shared)
     return self._write(arguments, store, onward)
 
   def update_within(
@@ -225,6 +231,7 @@ class Refs:
     count = len(onward)
     wanted = [i >= count for i in range(count + len(self.leaves))]
     program = jax_forms.flatten_towards(closed, wanted, FOLLOWED)
+    program = recompute.fetched_for_each_use(program, program.inputs[: len(self.leaves)])
     gradients = dict(zip(self.leaves, program.outputs[count:], strict=True))
     sites = self._sites(gradients, dict(zip(self.leaves, program.inputs, strict=False)))
     out = evaluate.run(program, sites, jax.tree.leaves(inputs), program.outputs[:count], store, shared, at_least)
@@ -238,7 +245,8 @@ class Refs:
 
   def _read(self, arguments: Any) -> tuple[evaluate.Whole, list[list[Any]]]:
     """Reads weights and states. Returns them, and the values that each group shares with others."""
-    params, states = ([ref[...] for ref in refs] for refs in arguments[:2])
+    pairs = zip(arguments[:2], self._on_host, strict=True)
+    params, states = ([host.typed(r[...], f) for r, f in zip(refs, flags, strict=True)] for refs, flags in pairs)
     shared = dict(zip(self._shared, arguments[2], strict=True))
     leaves, states = dict(zip(self.leaves, params, strict=True)), dict(zip(self._states, states, strict=True))
     return evaluate.Whole(leaves, states, self.groups), [[shared[v] for v in group.shared] for group in self.groups]
@@ -248,7 +256,7 @@ class Refs:
     new = [*(store.leaves[i] for i in self.leaves), *(store.states[j] for j in self._states)]
     new, onward = order.barrier((new, onward))
     for ref, value in zip([*arguments[0], *arguments[1]], new, strict=True):
-      ref[...] = value
+      ref[...] = host.untyped(value)
     return onward
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._core import modules, trees, wrapping
+from optax_mpo._core import host, modules, trees, wrapping
 from optax_mpo._layers import fused_call, handles
 from optax_mpo._updates import by_leaf
 from optax_mpo._updates.late import take
@@ -91,6 +91,11 @@ def fused_value_and_update(
     shared, shared_states = update.run_shared()
     leaves, treedef = jax.tree.flatten(params)
     old, state_treedef = jax.tree.flatten(opt_state)
+    if any(host.is_on_host(x) and not isinstance(x, jax.core.Tracer) for x in (*leaves, *old)):
+      raise ValueError(
+        "fused_value_and_update: params or state are in host memory, from which only compiled steps fetch them. Run "
+        "the step under jax.jit."
+      )
     states = late.with_parts([*old, *jax.tree.leaves(extra)])
     own = {j: s for j, s in enumerate(states) if j not in shared_states}
     context = handles.Step(update, leaves, own, shared)
@@ -108,8 +113,8 @@ def fused_value_and_update(
     _check_all_used(context)
     rest = [i for i in range(len(leaves)) if i not in context.stepped]
     fused_call.step_unreached(context, rest)
-    new_states = [shared_states[j] if j in shared_states else jax.freeze(context.states[j]) for j in range(len(states))]
-    new_params = [jax.freeze(ref) for ref in context.params]
+    new_params, own = context.results()
+    new_states = [shared_states[j] if j in shared_states else own[j] for j in range(len(states))]
     new_states = late.finish(states, new_states, update.program.constants)
     return value, treedef.unflatten(new_params), state_treedef.unflatten(new_states[: len(old)])
 

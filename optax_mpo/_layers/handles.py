@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from optax_mpo._core import trees
+from optax_mpo._core import host, trees
 from optax_mpo._updates import by_leaf
 
 PyTree = Any
@@ -41,6 +41,8 @@ class Step:
     shared: the values that all groups of leaves share.
     params: a ref for every leaf of the params.
     states: a ref for every leaf of the state that belongs to leaves of the params, by index.
+    params_on_host: which leaves of the params are in host memory.
+    states_on_host: likewise, of the state.
     token: f32[], the scalar that is differentiated, so that there is a backward pass.
     stepped: the leaves whose update has been traced.
     values: the arrays that `fused_value` has returned, by leaf.
@@ -48,8 +50,10 @@ class Step:
 
   def __init__(self, update: by_leaf.Update, params: Sequence[Any], states: Mapping[int, Any], shared: Any):
     self.update, self.shared = update, shared
-    self.params = [jax.new_ref(p) for p in params]
-    self.states = {j: jax.new_ref(s) for j, s in states.items()}
+    self.params = [jax.new_ref(host.untyped(p)) for p in params]
+    self.states = {j: jax.new_ref(host.untyped(s)) for j, s in states.items()}
+    self.params_on_host = {i for i, p in enumerate(params) if host.is_on_host(p)}
+    self.states_on_host = {j for j, s in states.items() if host.is_on_host(s)}
     self.token: Any = None
     self.stepped: set[int] = set()
     self.values: dict[int, Any] = {}
@@ -129,6 +133,11 @@ class Step:
     """Sets whose function is being traced, and returns whose was traced before."""
     before, self._inside = self._inside, who
     return before
+
+  def results(self) -> tuple[list[Any], dict[int, Any]]:
+    """Takes the new params out of the refs, and the new leaves of the state by index."""
+    params = [host.typed(jax.freeze(ref), i in self.params_on_host) for i, ref in enumerate(self.params)]
+    return params, {j: host.typed(jax.freeze(ref), j in self.states_on_host) for j, ref in self.states.items()}
 
   def unused(self) -> list[int]:
     """The leaves that no layer and no `fused_value` uses."""

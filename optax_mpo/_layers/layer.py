@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import modules, order, types
+from optax_mpo._core import host, modules, order, types
 from optax_mpo._layers import fused_call, handles, microbatch
 from optax_mpo._layers.fused_call import Remat
 from optax_mpo._program import pullbacks
@@ -225,10 +225,10 @@ def _read(handle: handles.Handle) -> PyTree:
 def _hook(step: handles.Step, refs: fused_call.Refs) -> Callable[..., list[Any]]:
   @jax.custom_vjp
   def hook(token: Any, arguments: Any) -> list[Any]:
-    return refs.weights(arguments)
+    return host.fetched(refs.weights(arguments))
 
   def hook_fwd(token: Any, arguments: Any) -> tuple[list[Any], Any]:
-    return refs.weights(arguments), arguments
+    return host.fetched(refs.weights(arguments)), arguments
 
   def hook_bwd(arguments: Any, cotangents: list[Any]) -> tuple[Any, None]:
     step.stepped.update(refs.leaves)
@@ -251,12 +251,12 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
 
   @jax.custom_vjp
   def layer(token: Any, arguments: Any, inputs: list[Any]) -> PyTree:
-    return fun(refs.weights(arguments), [], inputs)
+    return fun(host.fetched(refs.weights(arguments)), [], inputs)
 
   def layer_fwd(token: Any, arguments: Any, inputs: list[Any]) -> tuple[PyTree, Any]:
     arguments = fused_call.values(arguments)
     inputs, active = fused_call.perturbed(inputs)
-    weights = refs.weights(arguments)
+    weights = host.fetched(refs.weights(arguments))
     pullback = pullbacks.trace(fun, weights, [], inputs, (trained, [], active))
     traced[:] = [pullback]
     out, kept = pullback.forward(weights, [], inputs)
@@ -270,7 +270,8 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
     real = fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=fused_call.is_zero), pullback.out_avals)
 
     def backward(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], dict[int, Any]]:
-      grads, _, onward = pullback.backward(weights, [], kept, fused_call.all_cotangents(real, pullback.out_avals))
+      cotangents = fused_call.all_cotangents(real, pullback.out_avals)
+      grads, _, onward = pullback.backward(host.fetched(weights), [], kept, cotangents)
       return onward, fused_call.grads_by_leaf(refs.leaves, trained, grads)
 
     onward = refs.update_within(arguments, backward, kept, real, fused_call.WORTH_A_BARRIER)
@@ -312,7 +313,11 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
 
   @jax.custom_vjp
   def stack(token: Any, arguments: Any, carry: list[Any], xs: list[Any], constants: list[Any]) -> PyTree:
-    return scan(lambda c, layer: fun(layer[0], constants, [*c, *layer[1]]), carry, (refs.weights(arguments), xs))
+    def body(carry: list[Any], layer: Any) -> PyTree:
+      weights, x = layer
+      return fun(host.fetched(weights), constants, [*carry, *x])
+
+    return scan(body, carry, (refs.weights(arguments), xs))
 
   def stack_fwd(token: Any, arguments: Any, carry: Any, xs: Any, constants: Any) -> tuple[PyTree, Any]:
     arguments, carry = fused_call.values(arguments), fused_call.values(carry)
@@ -325,7 +330,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
 
     def body(carry: list[Any], layer: Any) -> tuple[list[Any], Any]:
       weights, x = layer
-      out, kept = pullback.forward(weights, constants, [*carry, *x])
+      out, kept = pullback.forward(host.fetched(weights), constants, [*carry, *x])
       return out[:count], (out[count:], kept)
 
     carry, (ys, kept) = scan(body, carry, (refs.weights(arguments), xs))
@@ -356,9 +361,8 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
         (ct_carry, sums), (weights, kept, ct_ys) = state, layer
         ys = [types.zeros(a) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
         real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if fused_call.is_float(a))]
-        grads, more, onward = pullback.backward(
-          weights, constants, order.in_order(kept), fused_call.all_cotangents(real, avals)
-        )
+        cotangents = fused_call.all_cotangents(real, avals)
+        grads, more, onward = pullback.backward(host.fetched(weights), constants, order.in_order(kept), cotangents)
         sums = [a + b for a, b in zip(sums, more, strict=True)]
         return (onward[: len(ct_carry)], sums), (onward[len(ct_carry) :], grads)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import types
+from optax_mpo._core import host, types
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -22,6 +22,19 @@ _SMALL = 2**14  # elements up to which an array is kept
 _LARGER = 8  # an array is made again if it is this many times as large as all that it is made from
 _LOOPS = frozenset("scan while cond".split())
 _MOVES = frozenset("transpose reshape squeeze expand_dims convert_element_type".split())
+
+
+def fetched_for_each_use(program: Program, weights: Iterable[int], scales: Iterable[int] = ()) -> Program:
+  """The program, where each use of a weight in host memory fetches it, and each use of one with scales decodes it.
+
+  Args:
+    program: the program of a loss, or of a backward pass.
+    weights: the inputs that are weights.
+    scales: the inputs that are scales of weights.
+  """
+  sources = {*(v for v in weights if host.is_on_host(program.aval(v))), *scales}
+  reading = [o for o in program.operations if any(isinstance(a, int) and a in sources for a in o.inputs)]
+  return for_each_use(program, [v for o in reading if o.name != "scan" for v in o.outputs])
 
 
 def for_each_use(program: Program, variables: Iterable[int]) -> Program:

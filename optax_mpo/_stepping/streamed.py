@@ -60,9 +60,7 @@ def streamed(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     program, out = jax_forms.trace(fetching, params, args, kwargs)
     weights = program.inputs[: len(jax.tree.leaves(params))]
-    on_host = {v for v in weights if host.is_on_host(program.aval(v))}
-    fetches = [o for o in program.operations if any(isinstance(a, int) and a in on_host for a in o.inputs)]
-    program = recompute.for_each_use(program, [v for o in fetches for v in o.outputs])
+    program = recompute.fetched_for_each_use(program, weights)
     inputs = jax.tree.leaves((params, args, kwargs))
     results = evaluate.run(program, [], inputs, program.outputs, evaluate.Whole([], [], []), [], weights=weights)
     return jax.tree.structure(out).unflatten(results)

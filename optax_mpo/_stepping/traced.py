@@ -99,9 +99,7 @@ class Traced:
     program = jax_forms.flatten_towards(closed, [i >= outputs - count for i in range(outputs)], FOLLOWED)
     beside = program.inputs[len(program.inputs) - len(scales) :]
     program = residuals.without_weights(program, [*program.inputs[:count], *beside])
-    on_host = [v for v in program.inputs[:count] if host.is_on_host(program.aval(v))]
-    decodes = [o for o in program.operations if any(isinstance(a, int) and a in (*beside, *on_host) for a in o.inputs)]
-    self.program = recompute.for_each_use(program, [v for o in decodes if o.name != "scan" for v in o.outputs])
+    self.program = recompute.fetched_for_each_use(program, program.inputs[:count], beside)
     self.results, self.grads = self.program.outputs[: outputs - count], self.program.outputs[outputs - count :]
 
   def forward(self) -> Program:

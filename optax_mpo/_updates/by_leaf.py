@@ -124,14 +124,6 @@ class Update:
         f"{caller}: fused layers read weights without the scales that float8 needs, and {trees.listed(scaled)} have "
         "that dtype. Train with value_and_update, which decodes them, or keep these leaves in bfloat16 or float16."
       )
-    named = zip([*self.names, *self.state_names], [*self._params, *self._state], strict=True)
-    streamed = [name for name, leaf in named if host.is_on_host(leaf)]
-    if caller == _BY_LAYERS and streamed:
-      raise ValueError(
-        f"{caller}: fused layers keep weights and state on the device, and {trees.listed(streamed)} are in host "
-        "memory. Train with value_and_update, which streams them, or move them there: "
-        "jax.device_put(x, jax.memory.Space.Device)."
-      )
     with step_weight.left_out() as met:
       grads = [formats.gradient_like(leaf) for leaf in self._params]
       self.program, out = jax_forms.trace(self._whole(tx), grads, self._params, self._state, self._extra)

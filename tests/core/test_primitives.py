@@ -45,6 +45,7 @@ EXAMPLES = {
   "row_major": ([array(0)], {}),
   "as_weights_lie": ([array(0)], {}),
   "laid_out": ([array(0)], {}),
+  "typed_memory": ([array(0)], {"space": jax.memory.Space.Device}),
   "tie": ([array(0), number(1), jnp.int32(2)], {}),
   "step_weight": ([jnp.int32(0), array(0), array(1), array(2), number(0)], STEP),
   "step_weights": ([array(0), array(1), array(2), number(0), array(3), array(4), array(5), number(0)], TOGETHER),

@@ -7,7 +7,7 @@ import pytest
 
 import optax_mpo as mpo
 from benchmarks import peak_memory
-from benchmarks.modes import MODES
+from benchmarks.modes import MODES, fused_layers, on_host
 from tests.helpers import relaxed
 
 pytestmark = pytest.mark.full
@@ -19,7 +19,14 @@ AT_MOST = {
   ("lm-8.8b", "mpo-16-host"): 2.30,
   ("lm-8.8b", "mpo-16-host-weights"): 0.60,
   ("lm-8.8b", "mpo-compact-host-weights"): 0.60,
+  ("lm-1.3b", "mpo-16-layer-host"): 2.50,
+  ("lm-1.3b", "mpo-16-layer-host-weights"): 0.70,
 }
+BUILDS = {name: mode.build for name, mode in MODES.items()} | {
+  "mpo-16-layer-host": on_host(fused_layers(16)),
+  "mpo-16-layer-host-weights": on_host(fused_layers(16), weights=True),
+}
+WEIGHTS = {"lm-1.3b": 1.805, "lm-8.8b": 1.77}  # bytes per parameter of the layers' weights
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def compiled():
     key = model, mode, dump_to
     if key not in cache:
       made = peak_memory.MODELS[model]()
-      training = relaxed(MODES[mode].build)(made, "adamw")
+      training = relaxed(BUILDS[mode])(made, "adamw")
       args = training.params, training.opt_state, made.batch
       options = {"donate_argnums": (0, 1), "target": "h200", "params": training.params, "dump_to": dump_to}
       cache[key] = relaxed(mpo.gpu_memory)(training.step, *args, **options)
@@ -45,8 +52,8 @@ def test_the_device_holds_weights_and_a_layer(compiled, model, mode):
   assert report.bytes_per_parameter <= AT_MOST[model, mode]
   assert report.host_temporary_bytes == 0
   assert report.host_aliased_bytes == report.host_argument_bytes == report.host_output_bytes
-  state = {"mpo-16": 10.0, "mpo-compact": 3.125}[mode.split("-host")[0]]
-  weights = 1.77 if mode.endswith("weights") else 0.0  # the layers of the 8.8B model
+  state = 3.125 if "compact" in mode else 10.0
+  weights = WEIGHTS[model] if mode.endswith("weights") else 0.0
   assert report.per_parameter(report.host_bytes) == pytest.approx(state + weights, abs=0.01)
   assert "on the host" in str(report)
 

@@ -16,7 +16,7 @@ HOST = jax.sharding.NamedSharding(
   jax.sharding.PartitionSpec(),
   memory_kind="pinned_host",
 )
-WIDTH, LAYERS = 320, 3
+WIDTH, LAYERS, STEPS = 320, 3, 20
 X = jax.random.normal(jax.random.key(2), (8, WIDTH), jnp.bfloat16)
 
 
@@ -37,6 +37,13 @@ def loss_fn(params, x):
   return jnp.mean((x @ params["head"]).astype(jnp.float32) ** 2)
 
 
+def fused_loss(params, x, **options):
+  """The same loss with fused layers; `options` are those of the stack."""
+  stack = mpo.fused_scan(lambda p, x, _: (jnp.tanh(x @ p["w"] + p["b"][None]), None), **{"remat": True} | options)
+  head = mpo.fused_layer(lambda p, x: jnp.mean((x @ p).astype(jnp.float32) ** 2))
+  return head(params["head"], stack(params["layers"], x @ mpo.fused_value(params["embedding"]))[0])
+
+
 def kinds(tree):
   return jax.tree.map(lambda x: x.sharding.memory_kind, tree)
 
@@ -50,7 +57,7 @@ def on_host(tree):
   return jax.tree.map(move, tree)
 
 
-def trained(tx, state=lambda s: s, params=lambda p: p, steps=4, make=mpo.value_and_update, **options):
+def trained(tx, state=lambda s: s, params=lambda p: p, steps=STEPS, make=mpo.value_and_update, **options):
   low, opt_state = mpo.init(tx, masters())
   low, opt_state = params(low), state(opt_state)
   before = kinds((low, opt_state))
@@ -81,6 +88,13 @@ OPTIMIZERS = {
   "lion": (lambda: optax.lion(1e-4), {}),
   "8-bit adamw": (lambda: mpo.quantized_state(optax.adamw(1e-3)), {}),
   "schedule": (lambda: optax.adamw(optax.linear_schedule(1e-3, 0.0, 10)), {}),
+  "adafactor": (lambda: optax.adafactor(1e-3, min_dim_size_to_factor=128), {}),
+  "adafactor per layer": (
+    lambda: mpo.per_layer(optax.adafactor(1e-3, min_dim_size_to_factor=128), lambda path, leaf: leaf.ndim == 3),
+    {"two_pass": True},
+  ),
+  "8-bit sgd": (lambda: mpo.quantized_state(optax.sgd(1e-2, momentum=0.9)), {}),
+  "8-bit lion": (lambda: mpo.quantized_state(optax.lion(1e-4)), {}),
   "norms": (lambda: optax.chain(mpo.record_norms(), mpo.clip_by_delayed_norm(0.1), optax.adamw(1e-3)), {}),
   "clip in two passes": (lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-3)), {"two_pass": True}),
   "per layer": (lambda: mpo.per_layer(optax.lamb(1e-3), lambda path, leaf: leaf.ndim == 3), {"two_pass": True}),
@@ -103,7 +117,7 @@ def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, eleme
   make, options = OPTIMIZERS[name]
   tx = mpo.compensated(make())
   # On CPUs, 8-bit state on the device is updated by rows, and the ordinary step, too, has other last bits than that.
-  reference = {"make": ordinary} if name == "8-bit adamw" else options
+  reference = {"make": ordinary} if name.startswith("8-bit") else options
   device = trained(tx, **reference)
   assert_equal(trained(tx, on_host, on_host if weights == "weights too" else lambda p: p, **options), device)
 
@@ -193,14 +207,35 @@ def test_what_reads_state_takes_it_from_there():
   assert_equal(mpo.lost_updates(params, large, 8, opt_state=state), mpo.lost_updates(low, large, 8, opt_state=plain))
 
 
-def test_fused_layers_refuse_it_with_advice_that_works():
+def fused(loss_fn, tx, **options):
+  return mpo.fused_value_and_update(functools.partial(fused_loss, **options), tx)
+
+
+FUSED = {
+  **{name: OPTIMIZERS[name] for name in ("adamw", "sgd", "lion", "8-bit adamw", "schedule")},
+  "delayed clip": (lambda: optax.chain(mpo.record_norms(), mpo.clip_by_delayed_norm(0.1), optax.adamw(1e-3)), {}),
+  "per layer": (lambda: mpo.per_layer(optax.lamb(1e-3), lambda path, leaf: leaf.ndim == 3), {}),
+  "microbatches": (lambda: optax.adamw(1e-3), {"microbatches": 2, "in_axes": (0, None)}),
+  "activations kept": (lambda: optax.adamw(1e-3), {"remat": False, "reverse": True}),
+}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_layers_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):
+  make, options = FUSED[name]
+  run = functools.partial(trained, mpo.compensated(make()), make=fused, **options)
+  # On CPUs, 8-bit state on the device is updated by rows, as above.
+  device = trained(mpo.compensated(make()), make=ordinary) if name == "8-bit adamw" else run()
+  assert_equal(run(on_host, on_host if weights == "weights too" else lambda p: p), device)
+
+
+def test_fused_layers_outside_of_jit_say_what_to_do():
   tx = mpo.compensated(optax.adamw(1e-3))
   params, state = mpo.init(tx, masters(), state_memory="pinned_host")
-  dense = mpo.fused_layer(lambda p, x: loss_fn(p, x))
-  step = mpo.fused_value_and_update(lambda p, x: dense(p, x), tx)
-  with pytest.raises(ValueError, match="value_and_update, which streams them"):
-    step(params, state, X)
-  step(params, jax.device_put(state, jax.memory.Space.Device), X)
+  with pytest.raises(ValueError, match="the step under jax"):
+    fused(None, tx)(params, state, X)
 
 
 def test_init_with_a_memory_inside_jit_says_what_to_do():
