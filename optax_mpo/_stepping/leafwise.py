@@ -1,10 +1,12 @@
-"""Updates the leaves of an ordinary `tx.update` one by one, where `step_weight` has a better backend than XLA.
+"""Updates the leaves of an ordinary `tx.update` one by one, where `step_weight` has a better backend, or state streams.
 
-Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree.
+Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree. And where state is in host
+memory, XLA would fetch that of the whole tree at once.
 
 How: the update is computed as it is. It is also taken apart into leaves as in fused steps: by `by_leaf`, or by
 `coupled` where small arrays couple the leaves, such as the norm for clipping. Where `step_weight` is better, its
-results replace those of the update, and XLA drops what is then unused.
+results replace those of the update, and XLA drops what is then unused. So do those of `evaluate` where state is on the
+host: it runs a program that only has the gradients as inputs, and takes large leaves by rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +18,10 @@ from jax import lax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import formats, known_weights
-from optax_mpo._core import overwritten, trees
-from optax_mpo._stepping.site import apply_all, of_groups
+from optax_mpo._core import host, overwritten, trees
+from optax_mpo._program.program import Program
+from optax_mpo._stepping import evaluate
+from optax_mpo._stepping.site import Site, Taken, apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
 
@@ -36,8 +40,8 @@ def replaced(
 
   Args:
     tx: the transformation. If its update has side effects or cannot be taken apart, `new` is returned as it is.
-    inputs: what its update was given.
-    new: what its update returned.
+    inputs: what its update was given; state and params may be in host memory.
+    new: what its update returned, in the same memory.
     caller: the caller's name, for errors.
     kernels: whether a GPU may update weights with kernels of this package.
   """
@@ -62,10 +66,11 @@ def replaced(
   ]
   sites = of_groups(groups, gradients, leaves, kernels)
   several = sum(site.step.backend.together is not None for site in sites) > 1
+  streamed = {k for k, site in enumerate(sites) if any(map(host.is_on_host, site.step.states))}
   chosen = [
     k
     for k, site in enumerate(sites)
-    if site.step.backend.is_special or (several and site.step.backend.together is not None)
+    if k in streamed or site.step.backend.is_special or (several and site.step.backend.together is not None)
   ]
   if not chosen:
     return new
@@ -75,7 +80,13 @@ def replaced(
     (i,) = group.leaves
     own = [states[j] for j in group.states]
     taken_by.append(lax.stop_gradient(([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])))
-  for k, ((weight,), own) in zip(chosen, apply_all([sites[k].step for k in chosen], taken_by), strict=True):
+  given = dict(zip(chosen, taken_by, strict=True))
+  here = [k for k in chosen if k not in streamed]
+  stepped = dict(zip(here, apply_all([sites[k].step for k in here], [given[k] for k in here]), strict=True))
+  there = sorted(streamed)
+  stepped |= zip(there, _streamed([groups[k] for k in there], [given[k] for k in there]), strict=True)
+  for k in chosen:
+    (weight,), own = stepped[k]
     (i,) = groups[k].leaves
     plain = known_weights.new_weights(steps[i], leaves[i])
     weight = weight if plain is None else _instead(plain, weight)
@@ -85,6 +96,25 @@ def replaced(
     for j, value in zip(groups[k].states, own, strict=True):
       new_states[j] = _instead(new_states[j], value)
   return treedef.unflatten(steps), state_treedef.unflatten(new_states)
+
+
+def _streamed(
+  groups: Sequence[by_leaf.Group], given: Sequence[Taken]
+) -> list[tuple[list[Any], list[Any]]]:
+  """Updates leaves with state in host memory, each fetched when its turn comes, and by rows where it is large."""
+  program, gradients, weights = Program(), {}, {}
+  inputs, leaves, states = [], {}, {}
+  for group, (grads, params, own, _) in zip(groups, given, strict=True):
+    (i,) = group.leaves
+    gradients[i], weights[i] = (program.new(jax.typeof(x)) for x in (*grads, *params))
+    program.inputs += [gradients[i], weights[i]]
+    inputs += [*grads, *params]
+    leaves[i] = params[0]
+    states |= zip(group.states, own, strict=True)
+  store = evaluate.Whole(leaves, states, groups)
+  sites: list[Site] = of_groups(groups, gradients, weights)
+  evaluate.run(program, sites, inputs, [], store, [shared for *_, shared in given])
+  return [store.get(k) for k in range(len(groups))]
 
 
 def _groups(
