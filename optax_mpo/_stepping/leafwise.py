@@ -1,4 +1,4 @@
-"""Updates the leaves of an ordinary `tx.update` one by one, where `step_weight` has a better backend, or state streams.
+"""Updates the leaves of an ordinary `tx.update` one by one: by a better backend, or streaming state.
 
 Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree. And where state is in host
 memory, XLA would fetch that of the whole tree at once.
@@ -26,6 +26,9 @@ from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
 
 PyTree = Any
+
+_Known = tuple[dict[int, Any], dict[int, Any], dict[int, Any]]
+"""Values by variable that updates share; and the new weights and states, by index, that are made with them."""
 
 
 def replaced(
@@ -57,16 +60,18 @@ def replaced(
   states = jax.tree.leaves(state)
   new_states, state_treedef = jax.tree.flatten(new[1])
   found, values_of = _groups(taken, caller)
-  groups = [
-    group
-    for group in found
-    if formats.is_low(leaves[group.leaves[0]])
-    and not isinstance(steps[group.leaves[0]], overwritten.NewValue)
-    and gradients[group.leaves[0]].dtype == leaves[group.leaves[0]].dtype
-  ]
+
+  def is_known(i: int) -> bool:
+    """Whether a leaf is updated as it was when the update was taken apart, by the same gradient."""
+    same = not isinstance(steps[i], overwritten.NewValue) and gradients[i].dtype == leaves[i].dtype
+    return formats.is_low(leaves[i]) and same
+
+  groups = [group for group in found if is_known(group.leaves[0])]
   sites = of_groups(groups, gradients, leaves, kernels)
   several = sum(site.step.backend.together is not None for site in sites) > 1
-  streamed = {k for k, site in enumerate(sites) if any(map(host.is_on_host, site.step.states))}
+  # All or none: beside leaves that are updated elsewhere, XLA:CPU rounds the rest in another way.
+  is_streamed = any(host.is_on_host(x) for site in sites for x in site.step.states)
+  streamed = set(range(len(sites))) if is_streamed else set()
   chosen = [
     k
     for k, site in enumerate(sites)
@@ -74,7 +79,7 @@ def replaced(
   ]
   if not chosen:
     return new
-  values = values_of(gradients, leaves, states)
+  values, made, made_states = values_of(gradients, leaves, states)
   taken_by = []
   for group in (groups[k] for k in chosen):
     (i,) = group.leaves
@@ -85,22 +90,26 @@ def replaced(
   stepped = dict(zip(here, apply_all([sites[k].step for k in here], [given[k] for k in here]), strict=True))
   there = sorted(streamed)
   stepped |= zip(there, _streamed([groups[k] for k in there], [given[k] for k in there]), strict=True)
+  weights, own = {}, {}
   for k in chosen:
-    (weight,), own = stepped[k]
     (i,) = groups[k].leaves
+    weights[i] = stepped[k][0][0]
+    own |= zip(groups[k].states, stepped[k][1], strict=True)
+  if is_streamed:
+    weights |= {i: lax.stop_gradient(w) for i, w in made.items() if is_known(i)}
+    own |= {j: lax.stop_gradient(x) for j, x in made_states.items()}
+  for i, weight in weights.items():
     plain = known_weights.new_weights(steps[i], leaves[i])
     weight = weight if plain is None else _instead(plain, weight)
-    steps[i] = _instead(steps[i], formats.difference(leaves[i], weight))
+    steps[i] = _instead(steps[i], formats.difference(host.fetched(leaves[i]), host.fetched(weight)))
     if plain is not None:
       known_weights.remember(steps[i], leaves[i], weight)
-    for j, value in zip(groups[k].states, own, strict=True):
-      new_states[j] = _instead(new_states[j], value)
+  for j, value in own.items():
+    new_states[j] = _instead(new_states[j], value)
   return treedef.unflatten(steps), state_treedef.unflatten(new_states)
 
 
-def _streamed(
-  groups: Sequence[by_leaf.Group], given: Sequence[Taken]
-) -> list[tuple[list[Any], list[Any]]]:
+def _streamed(groups: Sequence[by_leaf.Group], given: Sequence[Taken]) -> list[tuple[list[Any], list[Any]]]:
   """Updates leaves with state in host memory, each fetched when its turn comes, and by rows where it is large."""
   program, gradients, weights = Program(), {}, {}
   inputs, leaves, states = [], {}, {}
@@ -119,8 +128,8 @@ def _streamed(
 
 def _groups(
   taken: by_leaf.Update, caller: str
-) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], dict[int, Any]]]:
-  """Returns the updates of single leaves, and a function `(gradients, weights, states)` of the values that they share.
+) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], _Known]]:
+  """Returns the updates of single leaves, and a function `(gradients, weights, states)` of what is known before them.
 
   Leaves that depend on each other through more than small arrays are left out.
   """
@@ -131,13 +140,13 @@ def _groups(
       pass
     else:
 
-      def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
+      def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> _Known:
         known = passes.known(taken.run_shared()[0], leaves, states)
-        return passes.links(passes.parts_of(gradients, known), known)[0]
+        return passes.links(passes.parts_of(gradients, known), known)
 
       return passes.groups, linked
   alone = [leaves for leaves in taken.components(range(len(taken.names))) if len(leaves) == 1]
-  return [taken.group(leaves, caller) for leaves in alone], lambda *_: taken.run_shared()[0]
+  return [taken.group(leaves, caller) for leaves in alone], lambda *_: (taken.run_shared()[0], {}, {})
 
 
 @jax.custom_jvp
