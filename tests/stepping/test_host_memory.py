@@ -169,7 +169,7 @@ def test_derivatives_of_a_step_are_refused_with_advice_that_works():
   differentiated = jax.jit(jax.grad(loss_after))
   with pytest.raises(NotImplementedError, match="cannot be differentiated"):
     differentiated(1.0, state)
-  advised = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), state)
+  advised = jax.device_put(state, jax.memory.Space.Device)
   expected = differentiated(1.0, mpo.init(tx, masters())[1])
   assert_equal(differentiated(1.0, advised), expected)
   assert jnp.isfinite(expected)
@@ -227,7 +227,7 @@ def test_a_memory_that_the_device_does_not_have_is_refused_by_name():
 def test_a_platform_without_host_memory_says_so():
   memories = [types.SimpleNamespace(kind="device")]
   device = types.SimpleNamespace(device_kind="a card", addressable_memories=lambda: memories)
-  with pytest.raises(ValueError, match="a card has no memory 'pinned_host', but 'device'.*leave memory_kind out"):
+  with pytest.raises(ValueError, match=r"a card has no memory 'pinned_host', but 'device'.*leave memory_kind out"):
     sharding._check_memory(types.SimpleNamespace(device_set=[device]), "pinned_host")
 
 
