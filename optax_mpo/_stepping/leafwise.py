@@ -1,6 +1,6 @@
 """Updates the leaves of an ordinary `tx.update` one by one: by a better backend, or streaming state.
 
-Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree. And where state is in host
+Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree. Where state is in host
 memory, XLA would fetch that of the whole tree at once.
 
 How: the update is computed as it is. It is also taken apart into leaves as in fused steps: by `by_leaf`, or by
