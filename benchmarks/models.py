@@ -1,13 +1,11 @@
 """Models for the memory benchmarks, in plain JAX: decoder language models, a ResNet-50-like net, ViTs.
 
-All of them exist as shapes only (`Model.params` holds ShapeDtypeStructs), so that a laptop can measure a 70B model.
-Weights are used in their own dtype; normalisations and losses compute in f32, as training code does.
+All of them exist as shapes only (`Model.params` holds ShapeDtypeStructs), so that a laptop can measure a 70B model. The
+decoder is that of `python -m optax_mpo plan`.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,153 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 import optax_mpo as mpo
+from optax_mpo._planner import decoder
+from optax_mpo._planner.decoder import LM_SIZES as LM_SIZES
+from optax_mpo._planner.decoder import LMConfig, Model, Shapes, along_last, f32, lm_block, lm_head, rms_norm, stacked
 
 PyTree = Any
-Shapes = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A model to measure.
-
-  Attributes:
-    name: such as `lm-350m-scan`.
-    params: a tree of f32 ShapeDtypeStructs.
-    loss: `loss(params, batch) -> f32[]`.
-    batch: a tree of ShapeDtypeStructs.
-    fused_loss: the same loss with fused layers, called with handles; None if there is none.
-  """
-
-  name: str
-  params: PyTree
-  loss: Callable[[PyTree, PyTree], jax.Array]
-  batch: PyTree
-  fused_loss: Callable[[PyTree, PyTree], jax.Array] | None = None
-
-  @property
-  def count(self) -> int:
-    """The number of parameters."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(self.params))
-
-
-def f32(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def stacked(shapes: Shapes, layers: int, axis: int = 0) -> Shapes:
-  return jax.tree.map(lambda s: f32(*s.shape[:axis], layers, *s.shape[axis:]), shapes)
-
-
-# --- Decoder language models ------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LMConfig:
-  """A decoder: RMSNorm, causal attention (grouped-query if kv_heads < heads), SwiGLU.
-
-  `axis` is that of the layers in stacked weights, 1 as `nn.scan` of MaxText has it. With `groups`, layers are
-  rematerialised in two levels. With `experts`, each token goes to one of several SwiGLU blocks, by `lax.ragged_dot`.
-  """
-
-  layers: int
-  width: int
-  heads: int
-  hidden: int
-  vocab: int = 32_000
-  kv_heads: int | None = None
-  tied: bool = False
-  scan: bool = True
-  remat: bool = True
-  axis: int = 0
-  groups: int = 0
-  experts: int = 0
-
-
-LM_SIZES = {
-  "125m": LMConfig(layers=12, width=768, heads=12, hidden=2048),
-  "350m": LMConfig(layers=24, width=1024, heads=16, hidden=2816),
-  "1.3b": LMConfig(layers=24, width=2048, heads=16, hidden=5504),
-  "moe-500m": LMConfig(layers=12, width=768, heads=12, hidden=2048, experts=8),
-  "llama3-8b": LMConfig(layers=32, width=4096, heads=32, hidden=14_336, vocab=128_256, kv_heads=8),
-  "8.8b": LMConfig(layers=32, width=4096, heads=32, hidden=14_336, vocab=128_256),
-  "70b": LMConfig(layers=80, width=8192, heads=64, hidden=28_672, vocab=128_256, kv_heads=8),
-}
-
-
-def along_last(p: jax.Array, x: jax.Array) -> jax.Array:
-  """Returns the vector `p` in f32, with leading axes so that it broadcasts over the last axis of `x`."""
-  return jnp.expand_dims(p.astype(jnp.float32), range(x.ndim - 1))
-
-
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-  x32 = x.astype(jnp.float32)
-  norm = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + 1e-6)
-  return (norm * along_last(scale, x)).astype(x.dtype)
-
-
-def lm_block(config: LMConfig, p: PyTree, x: jax.Array) -> jax.Array:
-  """One decoder layer on `x: [batch, context, width]`."""
-  heads, kv_heads = config.heads, config.kv_heads or config.heads
-  depth = config.width // heads
-  batch, context, _ = x.shape
-  h = rms_norm(x, p["attention_norm"])
-  q = (h @ p["q"]).reshape(batch, context, kv_heads, heads // kv_heads, depth)
-  k = (h @ p["k"]).reshape(batch, context, kv_heads, depth)
-  v = (h @ p["v"]).reshape(batch, context, kv_heads, depth)
-  scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k).astype(jnp.float32) * depth**-0.5
-  causal = jnp.arange(context)[:, None] >= jnp.arange(context)[None]
-  weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1).astype(x.dtype)
-  x = x + jnp.einsum("bhgqk,bkhd->bqhgd", weights, v).reshape(batch, context, config.width) @ p["out"]
-  h = rms_norm(x, p["mlp_norm"])
-  if config.experts:
-    return x + routed(config, p, h.reshape(-1, config.width)).reshape(x.shape)
-  return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
-
-
-def routed(config: LMConfig, p: PyTree, x: jax.Array) -> jax.Array:
-  """Sends each token of `x: [tokens, width]` to its best expert, all tokens of an expert in one block of rows."""
-  weights = jax.nn.softmax((x @ p["router"]).astype(jnp.float32))
-  chosen = jnp.argmax(weights, -1)
-  order, sizes = jnp.argsort(chosen), jnp.bincount(chosen, length=config.experts).astype(jnp.int32)
-  rows = x[order]
-  hidden = jax.nn.silu(lax.ragged_dot(rows, p["gate"], sizes)) * lax.ragged_dot(rows, p["up"], sizes)
-  out = jnp.zeros_like(x).at[order].set(lax.ragged_dot(hidden, p["down"], sizes))
-  return out * jnp.max(weights, -1, keepdims=True).astype(x.dtype)
-
-
-def lm_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
-  """The mean next-token loss of `batch: i32[batch, context + 1]`."""
-  tokens, targets = batch[:, :-1], batch[:, 1:]
-  block = functools.partial(lm_block, config)
-  block = jax.checkpoint(block) if config.remat else block
-  x = params["embedding"][tokens]
-  if config.scan:
-    blocks = jax.tree.map(lambda p: jnp.moveaxis(p, config.axis, 0), params["blocks"])
-    x = scan_layers(block, blocks, x, config.groups)
-  else:
-    for p in params["blocks"]:
-      x = block(p, x)
-  head = params["embedding"].T if config.tied else params["head"]
-  return lm_head(params["norm"], head, x, targets)
-
-
-def scan_layers(block: Callable[..., Any], blocks: PyTree, x: jax.Array, groups: int) -> jax.Array:
-  """Applies stacked layers, each rematerialised; with `groups`, groups of them too."""
-
-  def scan(x: jax.Array, blocks: PyTree) -> tuple[jax.Array, None]:
-    return lax.scan(lambda x, p: (block(p, x), None), x, blocks)[0], None
-
-  if not groups:
-    return scan(x, blocks)[0]
-  grouped = jax.tree.map(lambda p: p.reshape(groups, -1, *p.shape[1:]), blocks)
-  return lax.scan(jax.checkpoint(scan), x, grouped)[0]
-
-
-def lm_head(norm: jax.Array, head: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
-  """The mean next-token loss from the last layer's output."""
-  logits = (rms_norm(x, norm) @ head).astype(jnp.float32)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
 def lm_fused_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
@@ -184,42 +40,11 @@ def lm_fused_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Arr
 
 
 def language_model(size: str, *, batch: int = 1, context: int = 1024, **changes: Any) -> Model:
-  """Returns a decoder of one of LM_SIZES. `changes` replace fields of its LMConfig."""
+  """Returns a decoder of one of LM_SIZES, also with fused layers. `changes` replace fields of its LMConfig."""
   config = dataclasses.replace(LM_SIZES[size], **changes)
-  width, kv_width = config.width, config.width // config.heads * (config.kv_heads or config.heads)
-  lead = (config.experts,) if config.experts else ()
-  block = {
-    "attention_norm": f32(width),
-    "q": f32(width, width),
-    "k": f32(width, kv_width),
-    "v": f32(width, kv_width),
-    "out": f32(width, width),
-    "mlp_norm": f32(width),
-    "gate": f32(*lead, width, config.hidden),
-    "up": f32(*lead, width, config.hidden),
-    "down": f32(*lead, config.hidden, width),
-  }
-  if config.experts:
-    block["router"] = f32(width, config.experts)
-  params: Shapes = {
-    "embedding": f32(config.vocab, width),
-    "blocks": stacked(block, config.layers, config.axis) if config.scan else [block] * config.layers,
-    "norm": f32(width),
-  }
-  if not config.tied:
-    params["head"] = f32(width, config.vocab)
-  name = "-".join(
-    ["lm", size, "scan" if config.scan else "unrolled"]
-    + ["tied"] * config.tied
-    + ["noremat"] * (not config.remat)
-    + [f"axis{config.axis}"] * bool(config.axis)
-    + [f"{config.groups}groups"] * bool(config.groups)
-    + [f"{batch}x{context}"] * ((batch, context) != (1, 1024))
-  )
-  tokens = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
+  model = decoder.language_model(config, size, batch=batch, context=context)
   has_layers = not (config.axis or config.groups or config.experts)  # as `fused_scan` takes them
-  fused = functools.partial(lm_fused_loss, config) if has_layers else None
-  return Model(name, params, functools.partial(lm_loss, config), tokens, fused)
+  return dataclasses.replace(model, fused_loss=functools.partial(lm_fused_loss, config)) if has_layers else model
 
 
 def layers(count: int, width: int, *, scan: bool = True, batch: int = 8) -> Model:

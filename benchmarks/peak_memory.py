@@ -37,9 +37,9 @@ import optax_mpo as mpo
 if __name__ == "__main__":  # a script does not have the root of the repository on its path
   sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import fsdp
 from benchmarks.models import Model, language_model, layers, resnet50, vit
 from benchmarks.modes import MODES, OPTIMIZERS
+from optax_mpo._planner import fsdp
 
 GIB = 2**30
 
@@ -57,6 +57,7 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-1.3b-batch8": lambda: language_model("1.3b", batch=8),
   "lm-8.8b": lambda: language_model("8.8b"),
   "lm-70b": lambda: language_model("70b"),
+  "lm-70b-h100": lambda: language_model("70b"),
   "lm-1.3b-fsdp8": lambda: language_model("1.3b", batch=8),
   "lm-1.3b-fsdp8-columns": lambda: language_model("1.3b", batch=8),
   "lm-1.3b-fsdp8-largest": lambda: language_model("1.3b", batch=8),
@@ -71,10 +72,11 @@ DEVICES: dict[str, int] = dict.fromkeys(
   ("lm-1.3b-fsdp8", "lm-1.3b-fsdp8-columns", "lm-1.3b-fsdp8-largest", "lm-70b-fsdp8"), 8
 )
 SPLITS = {"lm-1.3b-fsdp8-columns": "columns", "lm-1.3b-fsdp8-largest": "largest"}  # the others are split by rows
-TARGETS = {"lm-70b-fsdp8": "h100"}
+TARGETS = {"lm-70b-fsdp8": "h100", "lm-70b-h100": "h100"}
 # The modes for sharded models. flashoptim-jax ravels its state, which then cannot be sharded like the params.
 SHARDED_MODES = ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
-ON_HOST = ("lm-1.3b", "lm-8.8b", "lm-70b")
+_STREAMED = ("mpo-16-host", "mpo-16-host-weights", "mpo-compact-host", "mpo-compact-host-weights")
+ON_HOST = ("lm-1.3b", "lm-8.8b", "lm-70b", "lm-70b-h100", "lm-70b-fsdp8")
 # The other optimizers run on models where they are used, such as the paper's SGD on a ResNet.
 MODELS_OF = {
   "adamw": tuple(MODELS),
@@ -105,6 +107,8 @@ class Row:
   error: str = ""
   devices: int = 1
   host_bytes: int = 0
+  to_device_bytes: int = 0
+  to_host_bytes: int = 0
 
   def per_parameter(self, device_bytes: int) -> float:
     return device_bytes * self.devices / self.parameters
@@ -136,6 +140,8 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
     temporary_bytes=report.temporary_bytes,
     total_bytes=report.total_bytes,
     host_bytes=report.host_bytes,
+    to_device_bytes=report.to_device_bytes,
+    to_host_bytes=report.to_host_bytes,
     fits=report.fits,
     seconds=round(time.perf_counter() - started, 1),
   )
@@ -144,7 +150,9 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
 def _modes_of(model: str) -> Sequence[str]:
   """The modes of a model, unless they are named: of the large ones alone those with state on the host."""
   if model in DEVICES:
-    return SHARDED_MODES
+    return [*SHARDED_MODES, *(_STREAMED if model in ON_HOST else ())]
+  if model == "lm-70b-h100":  # too large for a card with anything else
+    return _STREAMED
   return [mode for mode in MODES if model in ON_HOST or not MODES[mode].is_on_host]
 
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.shard_alike import shard_alike
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from optax_mpo._core import primitives, types
 
@@ -58,11 +60,10 @@ def in_order(values: PyTree) -> list[Any]:
 
 
 def as_weights_lie(grads: Sequence[Any]) -> list[Any]:
-  """Returns gradients; on one GPU, with their axes in order in memory, as those of the weights that they are for.
+  """Returns gradients; on GPUs, with their axes in order in memory, as those of the weights that they are for.
 
-  XLA:GPU would choose what suits the product that makes a gradient, and lay out what is updated with it alike: for a
-  scan it would copy whole stacks of weights and state, before it and after it. On several devices XLA does not split
-  such a constraint, and would gather each gradient.
+  XLA:GPU would choose what suits the product that makes a gradient, or the sum of its parts over devices, and lay out
+  what is updated with it alike: for a scan it would copy whole stacks of weights and state, before it and after it.
   """
   return [_as_weights_lie.bind(x) if x.ndim > 1 else x for x in grads]
 
@@ -125,9 +126,22 @@ def row_major(x: Any) -> Any:
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def _row_major_parts(x: Any) -> Any:
+  """`row_major` for an array that may be split over devices.
+
+  XLA would gather the array first, as it does for any call that it does not know. It splits a call along the batch
+  dimensions that it declares, which cannot be all: hence the axis of one element at the end. Without `shard_alike`, XLA
+  may decide to split the gradient in another way, and send activations instead.
+  """
+  with set_xla_metadata(num_batch_dims=str(x.ndim)):
+    y = row_major(x[..., None])[..., 0]
+  return shard_alike(x, y)[1]
+
+
 _after = primitives.make_hint("after", {None: by_devices(after_values, _changed)})
 _hidden = primitives.make_hint("hidden", {None: by_devices(_hide, first)})
 _row_major = primitives.make_hint("row_major", {None: by_devices(row_major, first)})
 _as_weights_lie = primitives.make_hint(
-  "as_weights_lie", {None: everywhere(first), "cuda": by_devices(row_major, first)}
+  "as_weights_lie", {None: everywhere(first), "cuda": by_devices(row_major, _row_major_parts)}
 )
+jax.ffi.register_ffi_target_as_batch_partitionable("LayoutConstraint")  # what `with_layout_constraint` calls

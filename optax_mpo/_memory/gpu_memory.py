@@ -21,8 +21,7 @@ bytes are exactly those of lowering directly for the target's devices (tested).
 import dataclasses
 import inspect
 import pathlib
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,8 @@ from jax import export
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._core import host, modules, trees
-from optax_mpo._memory import compiling, gpu_targets, parameters, xla_dump
+from optax_mpo._memory import compiling, gpu_targets, parameters
+from optax_mpo._memory.lowered import Lowered
 from optax_mpo._memory.report import MemoryReport
 
 # JAX settings that change how a lowered function is compiled. All others are already part of the lowered function.
@@ -54,6 +54,7 @@ def gpu_memory(
   params_argnum: int | None = None,
   params: Any = None,
   compiler_options: Mapping[str, Any] | None = None,
+  host_memory: int | None = None,
   dump_to: str | pathlib.Path | None = None,
 ) -> MemoryReport:
   """Compiles `fn` for a GPU, without needing one, and reports the memory it takes.
@@ -68,8 +69,8 @@ def gpu_memory(
     *args: the arguments of `fn`: trees of arrays or of `jax.ShapeDtypeStruct`. Only shapes, dtypes and shardings are
       read.
     donate_argnums: as in `jax.jit`. For plain functions only.
-    target: `"h100"` (80 GB SXM), `"h200"`, `"a100-80gb"`, `"a100-40gb"`, `"l40s"`, `"rtx4090"`, `"a10"`, or `"local"`
-      for the card in this machine.
+    target: `"h100"` (80 GB SXM), `"h200"`, `"gh200"` (96 GB), `"b200"`, `"a100-80gb"`, `"a100-40gb"`, `"l40s"`, `"l4"`,
+      `"rtx5090"`, `"rtx4090"`, `"rtx3090"`, `"a10"`, or `"local"` for the card in this machine.
     devices: how many of these cards `fn` runs on. Arguments are laid out by a `NamedSharding` over a mesh of this size:
       a `jax.sharding.AbstractMesh`, or a mesh of any devices, such as CPU devices. The target's devices replace them in
       order. Arguments without a sharding are replicated.
@@ -80,6 +81,7 @@ def gpu_memory(
     params: the parameters themselves, where those rules do not find them: a tree, or a function of `*args` that returns
       one, such as `lambda run, batch: run["weights"]`. All arrays in it are counted.
     compiler_options: XLA options, as in `jax.jit`. XLA_FLAGS in the environment apply too.
+    host_memory: the bytes of host memory that all `devices` share. If given, `fits` asks for it too.
     dump_to: a folder that receives XLA's dump, for a closer look. The file that ends in `gpu_after_optimizations.txt`
       is the optimized program; files that end in `.ptx` hold the instructions of its kernels. The folder is created if
       it does not exist, and has to be empty.
@@ -97,7 +99,7 @@ def gpu_memory(
   Memory: the report leaves out what the GPU's libraries choose at run time: workspace of matrix products and
   convolutions (up to 32 MiB where XLA measures and picks another algorithm), CUDA's context, fragmentation. It counts
   arguments that `fn` does not use, since they exist. Arguments whose sharding has the memory kind "pinned_host" are
-  counted as `host_bytes`, apart from the card's.
+  counted as `host_bytes`, apart from the card's; `to_device_bytes` and `to_host_bytes` are what crosses the bus.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax_mpo as mpo
@@ -106,51 +108,54 @@ def gpu_memory(
     >>> report.total_bytes, report.bytes_per_parameter, report.fits
     (8388608, 8.0, True)
   """
+  if host_memory is not None and (not isinstance(host_memory, int) or host_memory < 1):
+    raise ValueError(f"gpu_memory: host_memory is a number of bytes, such as 128 * 2**30, but it is {host_memory!r}.")
+  if dump_to is not None:
+    _check_empty(pathlib.Path(dump_to))
+  lowered = lower(
+    fn,
+    *args,
+    donate_argnums=donate_argnums,
+    target=target,
+    devices=devices,
+    params_argnum=params_argnum,
+    params=params,
+    compiler_options=compiler_options,
+  )
+  return lowered.compile(host_memory, dump_to)
+
+
+def lower(
+  fn: Callable[..., Any],
+  *args: Any,
+  donate_argnums: int | Sequence[int] = (),
+  target: str = "h100",
+  devices: int = 1,
+  params_argnum: int | None = None,
+  params: Any = None,
+  compiler_options: Mapping[str, Any] | None = None,
+) -> Lowered:
+  """Lowers a function for a GPU: the first half of `gpu_memory`, which has the arguments and errors."""
   card = gpu_targets.find(target)
   if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
     raise ValueError(f"gpu_memory: devices has to be a number of devices, 1 or more, but it is {devices!r}.")
   compiling.check_toolchain()
   options = _checked_options(compiler_options)
-  if dump_to is not None:
-    _check_empty(pathlib.Path(dump_to))
   jitted = _jitted(fn, donate_argnums)
   structs = _structs(fn, args, devices, static=jitted is fn)
   count = _parameter_count(args, params_argnum, params)
   exported, donated, names, captured = _lower(fn, jitted, structs, devices)
-
-  with tempfile.TemporaryDirectory(prefix="optax_mpo_") as folder:
-    request = {
-      "target": card and card.config,
-      "topology": f"1x{devices // 8}x8" if devices % 8 == 0 else f"1x1x{devices}",  # hosts of 8 cards
-      "donated": donated,
-      "options": options,
-      "kernels": dump_to is not None,
-      "config": {name: getattr(jax.config, name) for name in _COMPILE_CONFIG if hasattr(jax.config, name)},
-    }
-    sizes = compiling.run(pathlib.Path(folder), request, exported.serialize(), card)
-    dump = pathlib.Path(folder, "dump")
-    if dump_to is not None:
-      shutil.copytree(dump, dump_to, dirs_exist_ok=True)
-    buffers = xla_dump.read(dump, sizes["temp"], names)
-    device, device_bytes = (card.name, card.memory) if card else xla_dump.read_device(dump)
-  return MemoryReport(
-    target=target.lower(),
-    device=device,
-    devices=devices,
-    device_bytes=device_bytes,
-    argument_bytes=sizes["argument"] + captured,
-    output_bytes=sizes["output"],
-    aliased_bytes=sizes["alias"],
-    temporary_bytes=sizes["temp"],
-    host_argument_bytes=sizes["host_argument"],
-    host_output_bytes=sizes["host_output"],
-    host_aliased_bytes=sizes["host_alias"],
-    host_temporary_bytes=sizes["host_temp"],
-    parameter_count=count,
-    jax_version=jax.__version__,
-    buffers=buffers,
-    without_triton=bool(sizes["without_triton"]),
-  )
+  request = {
+    "target": card and card.config,
+    "topology": f"1x{devices // 8}x8" if devices % 8 == 0 else f"1x1x{devices}",  # hosts of 8 cards
+    "donated": donated,
+    "options": options,
+    "config": {name: getattr(jax.config, name) for name in _COMPILE_CONFIG if hasattr(jax.config, name)},
+  }
+  text = re.sub(r"^#loc.*\n| loc\((?:[^()]|\([^()]*\))*\)", "", exported.mlir_module(), flags=re.MULTILINE)
+  program = "\n".join(map(str, (text, *exported.in_avals, *exported.out_avals)))
+  module = bytes(exported.serialize())
+  return Lowered(module, program, request, names, captured, count, target.lower(), card, devices)
 
 
 def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

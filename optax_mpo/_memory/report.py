@@ -59,6 +59,10 @@ class MemoryReport:
     host_output_bytes: likewise, the results.
     host_aliased_bytes: likewise, results that reuse the memory of donated arguments.
     host_temporary_bytes: likewise, everything else.
+    to_device_bytes: what crosses the bus from the host to one device while the function runs once, as read from the
+      compiled program (`_memory/bus.py`). What moves arguments that are in host memory.
+    to_host_bytes: likewise, from one device to the host.
+    host_memory: the host memory that all devices share, if the caller named it.
     without_triton: whether all matrix products were left to cuBLAS. Without a GPU to measure on, XLA uses default tiles
       for Triton, and these may not fit a shape. Temporaries then differ by some percent. For a fair comparison compile
       all functions with `compiler_options={"xla_gpu_enable_triton_gemm": False}`.
@@ -80,6 +84,9 @@ class MemoryReport:
   host_output_bytes: int = 0
   host_aliased_bytes: int = 0
   host_temporary_bytes: int = 0
+  to_device_bytes: int = 0
+  to_host_bytes: int = 0
+  host_memory: int | None = None
 
   @property
   def total_bytes(self) -> int:
@@ -98,12 +105,16 @@ class MemoryReport:
 
   @property
   def fits(self) -> bool:
-    """Whether the total is at most the card's memory.
+    """Whether the total is at most the card's memory, and `host_bytes` of all devices at most `host_memory`, if given.
 
     Leave a margin of about 1 GiB: CUDA's context and its libraries take memory too. JAX takes 75% of the card by
     default. For more, set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 where the function runs.
     """
-    return self.total_bytes <= self.device_bytes
+    return self.total_bytes <= self.device_bytes and self._fits_on_host
+
+  @property
+  def _fits_on_host(self) -> bool:
+    return self.host_memory is None or self.host_bytes * self.devices <= self.host_memory
 
   @property
   def bytes_per_parameter(self) -> float | None:
@@ -151,11 +162,19 @@ class MemoryReport:
         line += f"{self.per_parameter(size):>9.2f} bytes/parameter"
       lines.append(line)
     share = self.total_bytes / self.device_bytes
-    verdict = "fits" if self.fits else "does not fit"
+    verdict = "fits" if self.total_bytes <= self.device_bytes else "does not fit"
     lines.append(f"  {verdict}: {share:.1%} of {_human(self.device_bytes)}")
     if self.host_bytes:
       each = f", {self.per_parameter(self.host_bytes):.2f} bytes/parameter" if self.parameter_count else ""
-      lines.append(f"  and {_human(self.host_bytes)} of memory on the host{each}")
+      line = f"  and {_human(self.host_bytes)} of memory on the host{each}"
+      if self.host_memory is not None:
+        count = f"times {self.devices}, " if self.devices > 1 else ""
+        line += f" ({count}{'fits' if self._fits_on_host else 'does not fit'}: {_human(self.host_memory)})"
+      lines.append(line)
+    if self.to_device_bytes or self.to_host_bytes:
+      lines.append(
+        f"  across the bus: {_human(self.to_device_bytes)} to the device, {_human(self.to_host_bytes)} to the host"
+      )
     if self.without_triton:
       lines.append("  (with cuBLAS for all matrix products: XLA's default tiles for Triton do not fit)")
     if not self.buffers:

@@ -24,6 +24,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir import ir
 
+jax.ffi.register_ffi_target_as_batch_partitionable("LayoutConstraint")  # as in _core/order.py, in this process too
+
 SIZES = tuple(f"{memory}{size}" for memory in ("", "host_") for size in ("argument", "output", "alias", "temp"))
 
 

@@ -18,6 +18,7 @@ import pathlib
 import re
 import sysconfig
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from optax_mpo._memory.report import Buffer
 
@@ -31,6 +32,13 @@ _LINE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
 _HOST = re.compile(r"\bcolor 5\b")
 _WORKER = "_memory/worker.py"
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+
+
+class Dump(NamedTuple):
+  """What `read` finds: the buffers, and the text of the optimized program."""
+
+  buffers: tuple[Buffer, ...]
+  text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +62,8 @@ class _Allocation:
     return int(found[1]) if found else None
 
 
-def read(folder: pathlib.Path, temporary_bytes: int, argument_names: Sequence[str]) -> tuple[Buffer, ...]:
-  """Returns the buffers of the program in a dump, the largest first.
+def read(folder: pathlib.Path, temporary_bytes: int, argument_names: Sequence[str]) -> Dump:
+  """Returns the program in a dump, and its buffers, the largest first.
 
   Args:
     folder: XLA's dump.
@@ -64,15 +72,18 @@ def read(folder: pathlib.Path, temporary_bytes: int, argument_names: Sequence[st
     argument_names: one name for each parameter of the program.
 
   Returns:
-    Arguments, outputs and temporaries. Empty if the dump has an unknown format.
+    The text of the optimized program, and its arguments, outputs and temporaries. Empty if the dump has an unknown
+    format.
   """
   programs = [(path, _allocations(path)) for path in sorted(folder.glob("*-buffer-assignment.txt"))]
   if not programs:
-    return ()
+    return Dump((), "")
   path, allocations = min(programs, key=lambda p: abs(_temporaries(p[1]) - temporary_bytes))
   prefix = path.name.removesuffix("-buffer-assignment.txt")
   live = _live_at_peak(folder / f"{prefix}-live-range.txt")
-  describe = _Descriptions(folder / f"{prefix}.txt")
+  program = folder / f"{prefix}.txt"
+  text = program.read_text(errors="replace") if program.exists() else ""
+  describe = _Descriptions(text)
   buffers = []
   for allocation in allocations:
     values, number = allocation.values, allocation.parameter
@@ -97,7 +108,7 @@ def read(folder: pathlib.Path, temporary_bytes: int, argument_names: Sequence[st
         )
         for value, size, alive in _shares(allocation, live, describe)
       ]
-  return tuple(sorted(buffers, key=lambda b: (-b.bytes, b.kind, b.name)))
+  return Dump(tuple(sorted(buffers, key=lambda b: (-b.bytes, b.kind, b.name))), text)
 
 
 def read_device(folder: pathlib.Path) -> tuple[str, int]:
@@ -189,11 +200,11 @@ class _Free:
 class _Descriptions:
   """Finds an instruction's JAX operation, such as `transpose(jvp())/dot_general`, and its line in the user's code."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, text: str):
     self._instructions: dict[str, str] = {}
     tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
     rows: dict[int, str] | None = None
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in text.splitlines():
       if line in tables:
         rows = tables[line]
       elif not line.strip():

@@ -7,19 +7,20 @@ import dataclasses
 import functools
 import heapq
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 
-def dependencies(program: Program, inputs: Sequence[int]) -> dict[int, int]:
+def dependencies(program: Program, inputs: Sequence[int], known: Collection[int] = ()) -> dict[int, int]:
   """Returns, for every variable, the union of the bit sets of the inputs it depends on.
 
   Args:
     program: the program.
     inputs: a bit set for each input of the program.
+    known: variables that count as depending on nothing.
   """
   deps = dict.fromkeys(program.constants, 0)
   deps.update(zip(program.inputs, inputs, strict=True))
@@ -27,7 +28,7 @@ def dependencies(program: Program, inputs: Sequence[int]) -> dict[int, int]:
     found = [deps[a] if isinstance(a, int) else 0 for a in operation.inputs]
     for var, bits in zip(operation.outputs, _output_dependencies(operation, found), strict=True):
       if var >= 0:
-        deps[var] = bits
+        deps[var] = 0 if var in known else bits
   return deps
 
 

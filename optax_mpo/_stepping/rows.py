@@ -4,7 +4,8 @@ Why: a leaf outside of scans, such as an embedding, or a leaf of one layer, is f
 AdamW 10 bytes per parameter, and as much again for the new values.
 
 How: rows are to the leaf what layers are to a stack. So `layered` makes the update of some rows from that of the leaf,
-if the update keeps rows apart, and the rows become a `Rest` of the plan: layers whose gradients no scan makes.
+if the update keeps rows apart, and the rows become a `Rest` of the plan: layers whose gradients no scan makes. Over
+several devices a leaf stays whole: where its rows are split over them, XLA gathers all of it for each group of rows.
 """
 
 import math
@@ -27,11 +28,14 @@ that of rows: their loop begins when the gradient is complete."""
 def rest_of(program: Program, site: Site, index: int, in_scan: bool) -> tuple[Rest | None, str]:
   """Returns how a site is updated by rows; or None where it need not be, or cannot be, with the reason."""
   step, limit = site.step, _ELEMENTS_OF_LAYER if in_scan else _ELEMENTS
-  if not any(map(host.is_on_host, step.states)) or not step.params or step.grads[0].size <= limit:
+  devices = max((state.sharding.mesh.size for state in step.states if host.is_on_host(state)), default=0)
+  if not devices or not step.params or step.grads[0].size <= limit * devices:
     return None, ""
   grad, *others = step.grads
   size = _most_rows(grad, limit)
-  if others:
+  if devices > 1:
+    why = "over several devices each one fetches its part, since the rows may be split over the devices"
+  elif others:
     why = "several leaves depend on each other"
   elif not size:
     why = f"{grad.shape[0]} rows do not divide into equal parts of a fitting size: pad them"

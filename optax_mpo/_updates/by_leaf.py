@@ -376,10 +376,13 @@ class Update:
     """Raises ValueError, which names two sets of leaves and the operation that couples them."""
     ours = dataflow.union([1 << i for i in inside])
     theirs = dataflow.union([1 << i for i in outside])
+    # What the new weights need couples them; other operations, such as norms for the logs, only if nothing else does.
+    weights = [self.program.outputs[i] for i in (*inside, *outside)]
+    needed = dataflow.slice_of(self.program, weights, self.given)
     by = next(
       (
         jax_forms.where(operation)
-        for operation in self.program.operations
+        for operation in (*needed, *self.program.operations)
         for var in operation.outputs
         if var >= 0 and self._deps[var] & ours and self._deps[var] & theirs
       ),

@@ -29,6 +29,39 @@ from optax_mpo._updates import by_leaf
 SMALL = 1024  # elements of an array that may be kept for every leaf
 
 
+def links_of(
+  program: Program, given: set[int], inputs: tuple[list[int], list[int], list[int]], deps: dict[int, int]
+) -> set[int]:
+  """The links of an update.
+
+  Args:
+    program: the update.
+    given: variables that no slice computes.
+    inputs: the variables of the gradients, the weights and the state.
+    deps: the leaves that each variable depends on, as bit sets.
+  """
+  made = _made_between(program, given, inputs, deps)
+  return {v for v in made if v in deps and is_small(program, v) and deps[v] & (deps[v] - 1)}
+
+
+def _made_between(
+  program: Program, given: set[int], inputs: tuple[list[int], list[int], list[int]], deps: dict[int, int]
+) -> set[int]:
+  """The variables that can be made from weights, state and small arrays of single leaves."""
+  _, params, states = inputs
+  made = {*given, *params, *states}
+  made |= {v for v, leaves in deps.items() if is_small(program, v) and not leaves & (leaves - 1)}
+  for operation in program.operations:
+    if all(a in made for a in operation.inputs if isinstance(a, int)):
+      made.update(operation.outputs)
+  return made
+
+
+def is_small(program: Program, var: int) -> bool:
+  """Whether a variable may be kept for every leaf."""
+  return math.prod(program.aval(var).shape) <= SMALL
+
+
 @dataclasses.dataclass
 class Part:
   """What the first pass makes of one leaf.
@@ -84,29 +117,19 @@ class TwoPass:
     self._gradients = dataflow.dependencies(program, [*bits, *([0] * len([*bits, *owned]))])
     self._free = self._made_of_free_states()
     self._given |= self._free
-    self._small = {v for v in self._deps if self._size(v) <= SMALL}
+    self._small = {v for v in self._deps if is_small(program, v)}
     self.middle = [i for i in range(count) if self._grads[i] in self._small]
-    self._links = self._small & self._made_between(self._deps, self._small)
+    self._links = self._small & _made_between(program, self._given, self._update.inputs, self._deps)
     self.groups = [self._group(i) for i in range(count) if i not in self.middle]
     self._between()
 
   def _size(self, var: int) -> int:
     return math.prod(self.program.aval(var).shape)
 
-  def _made_between(self, deps: dict[int, int], small: set[int]) -> set[int]:
-    """The variables that can be made from weights, state and small arrays of single leaves."""
-    made = {*self._given, *self._params, *self._states}
-    made |= {v for v in small if not deps[v] & (deps[v] - 1)}
-    for operation in self.program.operations:
-      if all(a in made for a in operation.inputs if isinstance(a, int)):
-        made.update(operation.outputs)
-    return made
-
   def _own_states(self, deps: dict[int, int]) -> None:
     """Finds the leaf that each state belongs to: the only one, links aside, that its new value is made from."""
     program, count = self.program, len(self._grads)
-    small = {v for v in deps if self._size(v) <= SMALL}
-    links = {v for v in small & self._made_between(deps, small) if deps[v] & (deps[v] - 1)}
+    links = links_of(program, self._given, self._update.inputs, deps)
     leaf_of = {v: i for part in (self._grads, self._params) for i, v in enumerate(part)}
     made_of: list[set[int]] = []  # the inputs that each output is made from, links aside
     for output in program.outputs:
@@ -122,7 +145,7 @@ class TwoPass:
     # Large state that is made from itself alone, such as initial weights to compare with, belongs to its only reader.
     for j, owner in enumerate(self._owners):
       readers = {i for i in range(count) if self._states[j] in made_of[i]}
-      if owner is None and len(readers) == 1 and self._size(self._states[j]) > SMALL:
+      if owner is None and len(readers) == 1 and not is_small(program, self._states[j]):
         self._owners[j] = readers.pop()
 
   def _made_of_free_states(self) -> set[int]:

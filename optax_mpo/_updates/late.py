@@ -5,18 +5,20 @@ Why: such state couples all leaves, although each weight could be updated alone.
 How: by dataflow. The new values of this *late* state are taken out of the update, so that nothing couples its leaves.
 What a leaf gives to them, such as the sum of its squares, is a small array: its *part*. Parts become state of their
 leaf, which the update of that leaf makes. After the step, the new values are made of the parts.
+
+In two passes, the *links* of `coupled` are known before any weight is updated. So state is late there only if it needs
+more of several leaves than links: the norm of the updates after clipping by the norm of the gradients.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from optax_mpo._core import types
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Operation
 from optax_mpo._updates import by_leaf
-from optax_mpo._updates.coupled import SMALL
+from optax_mpo._updates.coupled import is_small, links_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +65,41 @@ class Late:
 
 
 def take(update: by_leaf.Update) -> Late:
-  """Takes late state out of an update. If its leaves would be coupled all the same, the update is returned as it is."""
+  """Takes late state out of an update. If there is none that can be, the update is returned as it is.
+
+  Its leaves may be coupled all the same, by what two passes make between them.
+  """
   if not update.is_coupled:
     return Late(update, update)
+  late = _taken(update, set())
+  if late.update.is_coupled:
+    bits = [1 << i for i in range(len(update.names))]
+    deps = dataflow.dependencies(update.program, [*bits, *bits, *([0] * len(update.inputs[2]))])
+    given = update.given | set(update.program.constants)
+    late = _taken(update, links_of(update.program, given, update.inputs, deps))
+  return late
+
+
+def _taken(update: by_leaf.Update, links: Collection[int]) -> Late:
+  """Takes out the state that depends on several leaves by more than `links`."""
   program, count = update.program, len(update.names)
   bits = [1 << i for i in range(count)]
   states = update.inputs[2]
-  of_leaves = dataflow.output_bits(program, dataflow.dependencies(program, [*bits, *bits, *([0] * len(states))]))
+  of_leaves = dataflow.output_bits(program, dataflow.dependencies(program, [*bits, *bits, *([0] * len(states))], links))
   late = [j for j, leaves in enumerate(of_leaves[count:]) if leaves & (leaves - 1)]
   kept = {count + j: states[j] for j in late}
   outputs = [kept.get(k, atom) for k, atom in enumerate(program.outputs)]
   rest = update.rewritten(dataclasses.replace(program, outputs=outputs))
-  if rest.is_coupled:
+  if not late or (rest.is_coupled and not links):
     return Late(update, update)
 
-  owners = {j: i for i in range(count) for j in rest.states_of(i)}
+  if links:
+    owners = {j: leaves.bit_length() - 1 for j, leaves in enumerate(of_leaves[count:]) if leaves and j not in late}
+  else:
+    owners = {j: i for i in range(count) for j in rest.states_of(i)}
   of_states = [1 << owners[j] if j in owners else 0 for j in range(len(states))]
-  deps = dataflow.dependencies(program, [*bits, *bits, *of_states])
-  single = {v for v, leaves in deps.items() if leaves and not leaves & (leaves - 1) and _is_small(program.aval(v))}
+  deps = dataflow.dependencies(program, [*bits, *bits, *of_states], links)
+  single = {v for v, leaves in deps.items() if leaves and not leaves & (leaves - 1) and is_small(program, v)}
   made = [program.outputs[count + j] for j in late]
   known = {*program.constants, *(v for j, v in enumerate(states) if j not in owners)}
   operations = dataflow.slice_of(program, made, known | single)
@@ -94,7 +113,3 @@ def take(update: by_leaf.Update) -> Late:
   whole = dataclasses.replace(program, inputs=inputs, outputs=[*outputs, *parts], avals=avals)
   names = [f"a part of {update.names[deps[v].bit_length() - 1]}" for v in parts]
   return Late(rest, update.rewritten(whole, names), tuple(late), tuple(parts), tuple(operations), tuple(made))
-
-
-def _is_small(aval: Any) -> bool:
-  return math.prod(aval.shape) <= SMALL

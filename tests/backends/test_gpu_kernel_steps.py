@@ -14,9 +14,10 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from benchmarks import fsdp, hlo
+from benchmarks import hlo
 from benchmarks.modes import Training
 from optax_mpo._backends import gpu_kernel
+from optax_mpo._planner import fsdp
 from tests.backends.test_gpu_kernel import EXACT, STORAGES, bits, compact
 
 LAYERS, WIDTH, HIDDEN = 3, 128, 384

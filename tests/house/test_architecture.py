@@ -22,8 +22,10 @@ FLOORS = {
   "_transforms": ({"_stepping", "_backends", "_program", "_codecs"} | GROUND, {"jax", "numpy", "optax"}),
   "_flax": ({"_layers", "_stepping", "_transforms", "_codecs"} | GROUND, {"flax", "jax", "optax"}),
   "_memory": (GROUND, {"jax", "numpy", "matplotlib", "jaxlib"}),
+  "_planner": ({"_memory", "_stepping", "_transforms", "_codecs"} | GROUND, {"jax", "optax"}),
 }
-DOORS = {  # what users import
+DOORS = {  # what users import or run
+  "__main__": ({"_planner"}, set()),
   "flax": ({"_flax"}, set()),
   "checkpoint": (GROUND, {"jax", "numpy", "orbax"}),
   "export": ({"_transforms"} | GROUND, {"jax", "numpy", "optax", "safetensors"}),

@@ -6,10 +6,10 @@ import math
 import jax
 import pytest
 
-from benchmarks import fsdp, peak_memory
+from benchmarks import peak_memory
 from benchmarks.models import Model
 from benchmarks.modes import MODES, OPTIMIZERS
-from examples import memory_plan
+from optax_mpo._planner import fsdp
 
 pytestmark = pytest.mark.full
 
@@ -108,19 +108,6 @@ def test_a_row_that_does_not_compile_says_why(tmp_path, monkeypatch):
   assert peak_memory.describe(row) == "does not compile"
 
 
-def test_memory_plan(tmp_path, capsys):
-  arguments = ["--model", "125m", "--target", "a10", "--context", "256", "--batches", "8"]
-  assert memory_plan.main([*arguments, "--storages", "mpo-16", "--output-dir", str(tmp_path)]) == 0
-  assert "fits" in capsys.readouterr().out
-  assert (tmp_path / "memory_plan.png").stat().st_size > 10_000
-  # 8 B parameters of 12 bytes do not fit on an A10, which is known without compiling.
-  args = memory_plan.argparse.Namespace(
-    model="llama3-8b", target="a10", devices=1, optimizer="adamw", context=256, batches=[1], storages=["mpo-16"]
-  )
-  cell = memory_plan.plan(args, "mpo-16", 1, memory=22 * 2**30)
-  assert (cell.peak, cell.fits) == (None, False)
-
-
 def test_steps_are_sharded_over_devices():
   model = peak_memory.MODELS["lm-125m"]()
   training = MODES["mpo-4"].build(model, "adamw")
@@ -130,9 +117,3 @@ def test_steps_are_sharded_over_devices():
   assert batch.sharding.spec == jax.sharding.PartitionSpec()  # one sequence cannot be split over eight devices
   whole, shared = (fsdp.held_bytes(x) for x in ((training.params, training.opt_state), (params, opt_state)))
   assert math.isclose(shared, whole / 8, rel_tol=2e-3)  # norms do not split, so they are replicated
-
-
-def test_memory_plan_names_the_targets_there_are(capsys):
-  with pytest.raises(SystemExit):
-    memory_plan.main(["--target", "h900"])
-  assert "no target 'h900'. Known are h100" in capsys.readouterr().err

@@ -1,11 +1,6 @@
 """explain reports products that run in f32 because a low-precision weight meets an f32 input, and no others."""
 
-import doctest
-import importlib
-
 import flax.linen as nn
-import flax.linen.dtypes
-import flax.nnx.nn.dtypes
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,8 +9,6 @@ from flax import nnx
 from jax import lax
 
 import optax_mpo as mpo
-from tests.helpers import ROOT
-from tests.house.test_readme import blocks
 
 X = jnp.ones((4, 8))
 F32 = jnp.float32
@@ -134,53 +127,3 @@ def test_layers_of_flax(dtype):
   graphdef, params = nnx.split(model)
   names, _ = found(lambda p, x: square(nnx.merge(graphdef, p)(x)), params)
   assert len(names) == (0 if dtype else 2)
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = ["flax", "_stepping.value_and_update", "_stepping.explain", "_layers.fused_step", "_layers.layer"]
-MODULES += ["_transforms.with_kernels", "_transforms.compensated", "_transforms.loss_scale"]
-
-
-@pytest.fixture
-def no_promotion(monkeypatch):
-  """Raises if a product has a low-precision and an f32 operand, or if Flax promotes one to the other."""
-  bind = lax.dot_general_p.bind
-
-  def checked_bind(x, y, **params):
-    assert not mixed(x, y), (x, y)
-    return bind(x, y, **params)
-
-  monkeypatch.setattr(lax.dot_general_p, "bind", checked_bind)
-  for module in (flax.linen.dtypes, flax.nnx.nn.dtypes):
-    canonicalize = module.canonicalize_dtype
-
-    def checked(*args, canonicalize=canonicalize, **options):
-      dtype = canonicalize(*args, **options)
-      assert dtype != F32 or not mixed(*args), args
-      return dtype
-
-    monkeypatch.setattr(module, "canonicalize_dtype", checked)
-
-
-def mixed(*arrays):
-  return {"bfloat16", "float32"} <= {x.dtype.name for x in arrays if x is not None}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-@pytest.mark.few(1)
-def test_the_examples_of_the_docs_run_and_compute_in_low_precision(page, no_promotion):
-  names = {}
-  for code in blocks("python", page.read_text()):
-    code = code.replace(
-      "params, opt_state, x, y, target", "params, opt_state, jnp.ones((8, 4)), jnp.ones((8, 1)), target"
-    )
-    exec(compile(code, page.name, "exec"), names)
-  if page.stem == "memory":
-    assert names["report"].devices == 8
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_the_examples_of_docstrings_compute_in_low_precision(module, no_promotion):
-  found = doctest.testmod(importlib.import_module(f"optax_mpo.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE)
-  assert found.attempted
-  assert not found.failed

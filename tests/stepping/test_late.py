@@ -206,3 +206,18 @@ def test_explain_says_how_many_passes_there_are():
     wrapped = mpo.compensated(tx)
     table = mpo.explain(loss, wrapped, *mpo.init(wrapped, params), jnp.ones((4, D)), two_pass=True)
     assert (table.passes, str(table).count("in two backward passes")) == (count, count - 1)
+
+
+@pytest.mark.parametrize(
+  "wrap", [lambda tx: tx, lambda tx: mpo.quantized_state(tx, min_size=1)], ids=["", "8-bit state"]
+)
+def test_norms_after_clipping_by_the_global_norm_in_two_passes(wrap):
+  """The norm of the updates needs all of them, and each needs the norm of the gradients."""
+  norms = mpo.record_norms("grad_norm"), mpo.record_norms("update_norm", groups=group)
+  loss, params = with_others("first axis")
+  tx = mpo.compensated(wrap(optax.chain(norms[0], optax.clip_by_global_norm(0.05), optax.adamw(1e-2), norms[1])))
+  found = mpo.recorded(same(loss, params, tx, two_pass=True))
+  assert list(found) == ["grad_norm", "update_norm", "update_norm/others", "update_norm/stacks"]
+  assert found["update_norm"] ** 2 == pytest.approx(found["update_norm/others"] ** 2 + found["update_norm/stacks"] ** 2)
+  with pytest.raises(ValueError, match=r"in clip_by_global_norm.*two_pass=True"):
+    mpo.value_and_update(loss, tx)(*mpo.init(tx, params), jnp.ones((4, D)))

@@ -1,4 +1,4 @@
-"""Fully sharded training steps (FSDP) for the memory benchmarks: weights, state and batch are split over all devices.
+"""Fully sharded training steps (FSDP): weights, state and batch are split over all devices.
 
 Each matrix is split by rows, also in a stack of layers, since 8-bit blocks run along the columns; or by columns, or
 along its largest axis, as many trainers do. XLA gathers a weight where the model uses it and scatters its gradient. No
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-import optax_mpo as mpo
-from benchmarks.modes import Training
+from optax_mpo._planner.storages import Training
+from optax_mpo._transforms.sharding import state_sharding
 
 PyTree = Any
 
@@ -39,6 +39,8 @@ def split_of(leaf: Any, mesh: AbstractMesh, split: str) -> NamedSharding:
 def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") -> tuple[Any, PyTree, PyTree, PyTree]:
   """Shards a training over `devices`, with each matrix split as one of SPLITS says.
 
+  Leaves in host memory stay in the memory of their hosts.
+
   Returns:
     The jitted step, which donates params and state and keeps their shardings; and its arguments, ShapeDtypeStructs with
     shardings: params, optimizer state and batch. A batch that does not split is replicated.
@@ -49,8 +51,14 @@ def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") 
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   replicated, over_batch = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+
+  def within_memory(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    on_host = leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host"
+    return placed(leaf, sharding.with_memory_kind("pinned_host") if on_host else sharding)
+
   params = jax.tree.map(lambda leaf: placed(leaf, split_of(leaf, mesh, split)), training.params)
-  opt_state = jax.tree.map(placed, training.opt_state, mpo.state_sharding(params, training.opt_state))
+  opt_state = jax.tree.map(within_memory, training.opt_state, state_sharding(params, training.opt_state))
+  params = jax.tree.map(lambda leaf, split: within_memory(leaf, split.sharding), training.params, params)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
   step = jax.jit(training.step, donate_argnums=(0, 1), out_shardings=(replicated, *shardings))
   batch = jax.tree.map(lambda leaf: placed(leaf, replicated if leaf.shape[0] % devices else over_batch), batch)
