@@ -1,10 +1,12 @@
-"""Updates the leaves of an ordinary `tx.update` one by one, where `step_weight` has a better backend than XLA.
+"""Updates the leaves of an ordinary `tx.update` one by one: by a better backend, or streaming state.
 
-Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree.
+Why: the backends of `step_weight` update one weight, but `tx.update` computes the whole tree. Where state is in host
+memory, XLA would fetch that of the whole tree at once.
 
 How: the update is computed as it is. It is also taken apart into leaves as in fused steps: by `by_leaf`, or by
 `coupled` where small arrays couple the leaves, such as the norm for clipping. Where `step_weight` is better, its
-results replace those of the update, and XLA drops what is then unused.
+results replace those of the update, and XLA drops what is then unused. So do those of `evaluate` where state is on the
+host: it runs a program that only has the gradients as inputs, and takes large leaves by rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +18,17 @@ from jax import lax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import formats, known_weights
-from optax_mpo._core import overwritten, trees
-from optax_mpo._stepping.site import apply_all, of_groups
+from optax_mpo._core import host, overwritten, trees
+from optax_mpo._program.program import Program
+from optax_mpo._stepping import evaluate
+from optax_mpo._stepping.site import Site, Taken, apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
 
 PyTree = Any
+
+_Known = tuple[dict[int, Any], dict[int, Any], dict[int, Any]]
+"""Values by variable that updates share; and the new weights and states, by index, that are made with them."""
 
 
 def replaced(
@@ -36,8 +43,8 @@ def replaced(
 
   Args:
     tx: the transformation. If its update has side effects or cannot be taken apart, `new` is returned as it is.
-    inputs: what its update was given.
-    new: what its update returned.
+    inputs: what its update was given; state and params may be in host memory.
+    new: what its update returned, in the same memory.
     caller: the caller's name, for errors.
     kernels: whether a GPU may update weights with kernels of this package.
   """
@@ -53,44 +60,76 @@ def replaced(
   states = jax.tree.leaves(state)
   new_states, state_treedef = jax.tree.flatten(new[1])
   found, values_of = _groups(taken, caller)
-  groups = [
-    group
-    for group in found
-    if formats.is_low(leaves[group.leaves[0]])
-    and not isinstance(steps[group.leaves[0]], overwritten.NewValue)
-    and gradients[group.leaves[0]].dtype == leaves[group.leaves[0]].dtype
-  ]
+
+  def is_known(i: int) -> bool:
+    """Whether a leaf is updated as it was when the update was taken apart, by the same gradient."""
+    same = not isinstance(steps[i], overwritten.NewValue) and gradients[i].dtype == leaves[i].dtype
+    return formats.is_low(leaves[i]) and same
+
+  groups = [group for group in found if is_known(group.leaves[0])]
   sites = of_groups(groups, gradients, leaves, kernels)
   several = sum(site.step.backend.together is not None for site in sites) > 1
+  # All or none: beside leaves that are updated elsewhere, XLA:CPU rounds the rest in another way.
+  is_streamed = any(host.is_on_host(x) for site in sites for x in site.step.states)
+  streamed = set(range(len(sites))) if is_streamed else set()
   chosen = [
     k
     for k, site in enumerate(sites)
-    if site.step.backend.is_special or (several and site.step.backend.together is not None)
+    if k in streamed or site.step.backend.is_special or (several and site.step.backend.together is not None)
   ]
   if not chosen:
     return new
-  values = values_of(gradients, leaves, states)
+  values, made, made_states = values_of(gradients, leaves, states)
   taken_by = []
   for group in (groups[k] for k in chosen):
     (i,) = group.leaves
     own = [states[j] for j in group.states]
     taken_by.append(lax.stop_gradient(([gradients[i]], [leaves[i]], own, [values[v] for v in group.shared])))
-  for k, ((weight,), own) in zip(chosen, apply_all([sites[k].step for k in chosen], taken_by), strict=True):
+  given = dict(zip(chosen, taken_by, strict=True))
+  here = [k for k in chosen if k not in streamed]
+  stepped = dict(zip(here, apply_all([sites[k].step for k in here], [given[k] for k in here]), strict=True))
+  there = sorted(streamed)
+  stepped |= zip(there, _streamed([groups[k] for k in there], [given[k] for k in there]), strict=True)
+  weights, own = {}, {}
+  for k in chosen:
     (i,) = groups[k].leaves
+    weights[i] = stepped[k][0][0]
+    own |= zip(groups[k].states, stepped[k][1], strict=True)
+  if is_streamed:
+    weights |= {i: lax.stop_gradient(w) for i, w in made.items() if is_known(i)}
+    own |= {j: lax.stop_gradient(x) for j, x in made_states.items()}
+  for i, weight in weights.items():
     plain = known_weights.new_weights(steps[i], leaves[i])
     weight = weight if plain is None else _instead(plain, weight)
-    steps[i] = _instead(steps[i], formats.difference(leaves[i], weight))
+    steps[i] = _instead(steps[i], formats.difference(host.fetched(leaves[i]), host.fetched(weight)))
     if plain is not None:
       known_weights.remember(steps[i], leaves[i], weight)
-    for j, value in zip(groups[k].states, own, strict=True):
-      new_states[j] = _instead(new_states[j], value)
+  for j, value in own.items():
+    new_states[j] = _instead(new_states[j], value)
   return treedef.unflatten(steps), state_treedef.unflatten(new_states)
+
+
+def _streamed(groups: Sequence[by_leaf.Group], given: Sequence[Taken]) -> list[tuple[list[Any], list[Any]]]:
+  """Updates leaves with state in host memory, each fetched when its turn comes, and by rows where it is large."""
+  program, gradients, weights = Program(), {}, {}
+  inputs, leaves, states = [], {}, {}
+  for group, (grads, params, own, _) in zip(groups, given, strict=True):
+    (i,) = group.leaves
+    gradients[i], weights[i] = (program.new(jax.typeof(x)) for x in (*grads, *params))
+    program.inputs += [gradients[i], weights[i]]
+    inputs += [*grads, *params]
+    leaves[i] = params[0]
+    states |= zip(group.states, own, strict=True)
+  store = evaluate.Whole(leaves, states, groups)
+  sites: list[Site] = of_groups(groups, gradients, weights)
+  evaluate.run(program, sites, inputs, [], store, [shared for *_, shared in given])
+  return [store.get(k) for k in range(len(groups))]
 
 
 def _groups(
   taken: by_leaf.Update, caller: str
-) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], dict[int, Any]]]:
-  """Returns the updates of single leaves, and a function `(gradients, weights, states)` of the values that they share.
+) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], _Known]]:
+  """Returns the updates of single leaves, and a function `(gradients, weights, states)` of what is known before them.
 
   Leaves that depend on each other through more than small arrays are left out.
   """
@@ -101,13 +140,13 @@ def _groups(
       pass
     else:
 
-      def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
+      def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> _Known:
         known = passes.known(taken.run_shared()[0], leaves, states)
-        return passes.links(passes.parts_of(gradients, known), known)[0]
+        return passes.links(passes.parts_of(gradients, known), known)
 
       return passes.groups, linked
   alone = [leaves for leaves in taken.components(range(len(taken.names))) if len(leaves) == 1]
-  return [taken.group(leaves, caller) for leaves in alone], lambda *_: taken.run_shared()[0]
+  return [taken.group(leaves, caller) for leaves in alone], lambda *_: (taken.run_shared()[0], {}, {})
 
 
 @jax.custom_jvp

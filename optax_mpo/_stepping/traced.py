@@ -186,6 +186,11 @@ def differentiated_as(
     return released(treedef.unflatten(leaves))
 
   def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Results, Results]:
+    if any(map(host.is_on_host, primals)):  # JAX has no tangents of integers there, such as bits
+      raise NotImplementedError(
+        f"{CALLER}: a step with params or state in host memory cannot be differentiated (jax.grad, jvp, linearize, or "
+        "remat under one of them). Move them to the device: jax.device_put(opt_state, jax.memory.Space.Device)."
+      )
     return primitives.jvp_of(lambda *leaves: ordinary(treedef.unflatten(leaves)), primals, tangents)
 
   step.defjvp(jvp, symbolic_zeros=True)

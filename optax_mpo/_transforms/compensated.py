@@ -147,12 +147,12 @@ def compensated(
     def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
       return update_all(updates, state, params, **extra_args)
 
-    old, state, params = state, host.fetched(state), host.fetched(params)
-    new = plain(updates, state, params)
-    if _is_slow_on_cpus(state, params):
+    steps, new_state = plain(updates, host.fetched(state), host.fetched(params))
+    new = steps, host.stored_like(new_state, state)
+    if any(map(host.is_on_host, jax.tree.leaves(state))) or _is_slow_on_cpus(state, params):
       taken = optax.GradientTransformation(init, plain)
       new = leafwise.replaced(taken, (updates, state, params), new, "compensated", kernels=False)
-    return new[0], host.stored_like(new[1], old)
+    return new
 
   def update_all(
     updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any

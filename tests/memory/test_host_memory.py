@@ -7,7 +7,7 @@ import pytest
 
 import optax_mpo as mpo
 from benchmarks import peak_memory
-from benchmarks.modes import MODES, fused_layers, on_host
+from benchmarks.modes import MODES, OPTIMIZERS, fused_layers, on_host
 from tests.helpers import relaxed
 
 pytestmark = pytest.mark.full
@@ -78,6 +78,24 @@ def test_layers_are_fetched_one_by_one_while_gradients_are_computed(tmp_path, co
       between = lines[started[found[1]] : i]
       overlapped += any("gemm" in x or "custom-call(" in x or "dot(" in x for x in between)
   assert overlapped >= 1
+
+
+def test_an_ordinary_step_holds_weights_gradients_and_some_rows_of_state():
+  """Fetched together, the state would take 10 bytes per parameter more."""
+  model = peak_memory.MODELS["lm-1.3b"]()
+  tx = mpo.compensated(OPTIMIZERS["adamw"]())
+
+  def step(params, opt_state, batch):
+    loss, grads = jax.value_and_grad(model.loss)(params, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return loss, mpo.apply_updates(params, updates), opt_state
+
+  training = relaxed(MODES["mpo-16-host"].build)(model, "adamw")
+  args, options = (training.params, training.opt_state, model.batch), {"target": "h200", "params": training.params}
+  report = relaxed(mpo.gpu_memory)(step, *args, donate_argnums=(0, 1), **options)
+  assert report.bytes_per_parameter <= 4.30  # weights and gradients are 4
+  assert report.host_temporary_bytes == 0
+  assert report.host_aliased_bytes == report.host_argument_bytes == report.host_output_bytes
 
 
 def test_evaluation_holds_a_layer(compiled):

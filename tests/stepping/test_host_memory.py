@@ -1,6 +1,7 @@
 """Steps whose state, or weights too, are in host memory: the same bits as with everything on the device."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 import optax_mpo as mpo
 from optax_mpo._stepping import rows
+from optax_mpo._transforms import sharding
 
 HOST = jax.sharding.NamedSharding(
   jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]),
@@ -122,18 +124,69 @@ def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, eleme
   assert_equal(trained(tx, on_host, on_host if weights == "weights too" else lambda p: p, **options), device)
 
 
-@pytest.mark.parametrize("weights", [False, True])
-def test_ordinary_steps_too(weights):
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "clip"])
+def test_ordinary_steps_too(name, elements):
+  make = OPTIMIZERS[name][0] if name in OPTIMIZERS else OPTIMIZERS["clip in two passes"][0]
+  tx = mpo.compensated(make())
+  assert_equal(trained(tx, on_host, make=ordinary), trained(tx, make=ordinary))
+
+
+def test_the_ordinary_update_takes_weights_there_too():
   tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)))
-  device = trained(tx, make=ordinary)
-  if not weights:
-    assert_equal(trained(tx, on_host, make=ordinary), device)
-  params = masters()
-  low, state = mpo.init(tx, params)
-  if weights:  # the update, since a loss cannot read weights there by itself
-    grads = jax.tree.map(jnp.ones_like, low)
-    step = jax.jit(lambda grads, state, low: ordinary_update(tx, grads, state, low))
-    assert_equal(jax.device_get(step(grads, on_host(state), on_host(low))), jax.device_get(step(grads, state, low)))
+  low, state = mpo.init(tx, masters())
+  grads = jax.tree.map(jnp.ones_like, low)
+  step = jax.jit(lambda grads, state, low: ordinary_update(tx, grads, state, low))
+  assert_equal(jax.device_get(step(grads, on_host(state), on_host(low))), jax.device_get(step(grads, state, low)))
+
+
+@pytest.mark.parametrize("make", ["value_and_update", "ordinary", "fused"])
+def test_a_state_half_on_the_host_is_streamed(make):
+  """The bits on the device and the moments on the host, and one of the two moments."""
+  make = {"value_and_update": mpo.value_and_update, "ordinary": ordinary, "fused": fused}[make]
+  tx = mpo.compensated(optax.adamw(1e-3))
+
+  def bits_here(state):
+    return on_host(state)._replace(compensation=state.compensation)
+
+  def one_moment_here(state):
+    adam, *rest = state.inner_state
+    return on_host(state)._replace(inner_state=(on_host(adam)._replace(mu=adam.mu), *on_host(rest)))
+
+  device = trained(tx, make=make, steps=3)
+  for half in (bits_here, one_moment_here):
+    assert_equal(trained(tx, half, make=make, steps=3), device)
+
+
+def test_derivatives_of_a_step_are_refused_with_advice_that_works():
+  tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9))
+  params, state = mpo.init(tx, masters(), state_memory="pinned_host")
+
+  def loss_after(scale, state):
+    _, new, _ = mpo.value_and_update(lambda p, x: loss_fn(p, x) * scale, tx)(params, state, X)
+    return loss_fn(new, X)
+
+  differentiated = jax.jit(jax.grad(loss_after))
+  with pytest.raises(NotImplementedError, match="cannot be differentiated"):
+    differentiated(1.0, state)
+  advised = jax.device_put(state, jax.memory.Space.Device)
+  expected = differentiated(1.0, mpo.init(tx, masters())[1])
+  assert_equal(differentiated(1.0, advised), expected)
+  assert jnp.isfinite(expected)
+
+
+def test_derivatives_of_an_ordinary_step_are_those_on_the_device():
+  tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9))
+  params, state = mpo.init(tx, masters())
+
+  def loss_after(scale, state):
+    _, new, _ = ordinary(lambda p, x: loss_fn(p, x) * scale, tx)(params, state, X)
+    return loss_fn(new, X)
+
+  differentiated = jax.jit(jax.grad(loss_after))
+  expected = differentiated(1.0, state)
+  assert expected != 0
+  assert_equal(differentiated(1.0, on_host(state)), expected)
 
 
 def ordinary_update(tx, grads, state, params):
@@ -169,6 +222,13 @@ def test_a_memory_that_the_device_does_not_have_is_refused_by_name():
   tx = mpo.compensated(optax.adamw(1e-3))
   with pytest.raises(ValueError, match="has no memory 'hbm2', but 'device', 'pinned_host'"):
     mpo.init(tx, masters(), state_memory="hbm2")
+
+
+def test_a_platform_without_host_memory_says_so():
+  memories = [types.SimpleNamespace(kind="device")]
+  device = types.SimpleNamespace(device_kind="a card", addressable_memories=lambda: memories)
+  with pytest.raises(ValueError, match=r"a card has no memory 'pinned_host', but 'device'.*leave memory_kind out"):
+    sharding._check_memory(types.SimpleNamespace(device_set=[device]), "pinned_host")
 
 
 def test_streamed_evaluates_the_same_loss():
