@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.experimental.shard_alike import shard_alike
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from optax_mpo._core import primitives, types
@@ -130,12 +129,13 @@ def _row_major_parts(x: Any) -> Any:
   """`row_major` for an array that may be split over devices.
 
   XLA would gather the array first, as it does for any call that it does not know. It splits a call along the batch
-  dimensions that it declares, which cannot be all: hence the axis of one element at the end. Without `shard_alike`, XLA
-  may decide to split the gradient in another way, and send activations instead.
+  dimensions that it declares, which cannot be all: hence the axis of one element at the end. XLA decides
+  how to split a result first by elementwise operations, so that one connects both: without it, XLA may split the gradient
+  in another way, and send activations instead. It goes when XLA sees that both are the same.
   """
   with set_xla_metadata(num_batch_dims=str(x.ndim)):
     y = row_major(x[..., None])[..., 0]
-  return shard_alike(x, y)[1]
+  return jnp.where(x == x, y, x)  # x, also where it is NaN
 
 
 _after = primitives.make_hint("after", {None: by_devices(after_values, _changed)})
