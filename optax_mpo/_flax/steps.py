@@ -137,8 +137,8 @@ def metrics(opt_state: optax.OptState, loss: Any) -> dict[str, jax.Array]:
   """What there is to log of a step: recorded norms, learning rates among hyperparameters, and the loss if given."""
   found: dict[str, jax.Array] = {} if loss is None else {"loss": loss}
   found |= norms.recorded(opt_state)
-  rates = optax.tree.get_all_with_path(opt_state, "learning_rate")
-  return found | {"learning_rate" if not i else f"learning_rate_{i}": rate for i, (_, rate) in enumerate(rates)}
+  rates = [rate for _, rate in optax.tree.get_all_with_path(opt_state, "learning_rate") if trees.is_array(rate)]
+  return found | {"learning_rate" if not i else f"learning_rate_{i}": rate for i, rate in enumerate(rates)}
 
 
 def _warn(tx: optax.GradientTransformation, error: Exception, caller: str) -> None:

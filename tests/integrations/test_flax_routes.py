@@ -290,14 +290,15 @@ def test_runs_that_do_not_fit():
     Optimizer.from_nnx(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), optimizer)
 
 
-def test_metrics_and_extra_arguments():
+@pytest.mark.parametrize("rate", [0.125, optax.constant_schedule(0.125)], ids=["number", "schedule"])
+def test_metrics_and_extra_arguments(rate):
   """Norms, learning rate and loss of the last step, and the loss as `value`, on both objects and by each route."""
 
   def make():
     return mpo.compensated(
       optax.chain(
         mpo.record_norms(),
-        optax.inject_hyperparams(optax.sgd)(learning_rate=0.125),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=rate),
         optax.contrib.reduce_on_plateau(patience=1, factor=0.5),
         mpo.record_norms("update_norm"),
       )
