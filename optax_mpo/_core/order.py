@@ -129,9 +129,9 @@ def _row_major_parts(x: Any) -> Any:
   """`row_major` for an array that may be split over devices.
 
   XLA would gather the array first, as it does for any call that it does not know. It splits a call along the batch
-  dimensions that it declares, which cannot be all: hence the axis of one element at the end. XLA decides
-  how to split a result first by elementwise operations, so that one connects both: without it, XLA may split the gradient
-  in another way, and send activations instead. It goes when XLA sees that both are the same.
+  dimensions that it declares, which cannot be all: hence the axis of one element at the end. XLA decides how to split a
+  result first by elementwise operations, so that one connects both: without it, XLA may split the gradient in another
+  way, and send activations instead. It goes when XLA sees that both are the same.
   """
   with set_xla_metadata(num_batch_dims=str(x.ndim)):
     y = row_major(x[..., None])[..., 0]
