@@ -101,7 +101,7 @@ def test_two_passes_with_state_that_belongs_to_no_leaf(optimizer, small, monkeyp
 def test_two_passes_find_an_overflow_in_a_stack_of_layers(storage, monkeypatch):
   monkeypatch.setattr(coupled, "SMALL", 1)
   params, loss, _ = CASES["scanned_remat"]
-  options = {"bits": 8, "rounding": "stochastic"} if storage == "stochastic" else {}
+  options = {"extra_bits": 8, "rounding": "stochastic"} if storage == "stochastic" else {}
   tx = mpo.loss_scaled(mpo.compensated(OPTIMIZERS["momentum"](), **options), **SCALED)
   tx = mpo.with_kernels(tx) if storage == "kernels" else tx
   want = got = (None, *mpo.init(tx, params))
