@@ -27,7 +27,7 @@ STEPS = 3
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.few(3)
+@pytest.mark.full
 def test_a_recipe_runs_and_its_loss_falls(name, capsys):
   path = ROOT / f"examples/recipes/{name}.py"
   assert len(path.read_text().splitlines()) <= 80
@@ -156,7 +156,7 @@ def plain_openpi():
 
 
 @pytest.mark.parametrize("name", STATES)
-@pytest.mark.few(3)
+@pytest.mark.full
 def test_a_recipe_equals_training_with_f32_masters(name, with_cast):
   train, before, after = STATES[name]
   want, want_losses = train(recipes.load(name, plain=True))
@@ -170,6 +170,7 @@ def test_a_recipe_equals_training_with_f32_masters(name, with_cast):
     assert_same_bits(losses, want_losses)
 
 
+@pytest.mark.full
 def test_the_recipe_with_microbatches_trains_as_with_f32_masters():
   """Not bit for bit: each part is a mean here, and a sum there, and the norm over stacks may differ in the last bit."""
   (want, before), (got, after) = (trained(recipes.load("maxtext_linen", plain)) for plain in (True, False))
@@ -179,6 +180,7 @@ def test_the_recipe_with_microbatches_trains_as_with_f32_masters():
     np.testing.assert_allclose(one, other, atol=3e-3)  # three steps of AdamW at a rate of at most 2e-3
 
 
+@pytest.mark.full
 def test_keras_equals_training_with_f32_masters():
   """Against the ordinary step of Optax for the loss of the same Keras model."""
   module = recipes.load("keras_fit")
