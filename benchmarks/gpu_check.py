@@ -315,6 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{time.perf_counter() - started:5.0f} s  {' '.join(key_of(row))}: {figures(row)}", soft_wrap=True, markup=False
       )
   console.print(make_table(report))
+  if not parts:
+    for reason in {row["error"]: None for row in report["rows"] if "error" in row}:
+      console.print(reason, soft_wrap=True, markup=False)  # whole: in the table it is broken into lines
   return 1 if not rows or any("error" in row for row in rows.values()) else 0
 
 

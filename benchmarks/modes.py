@@ -115,7 +115,9 @@ MODES = {
   "mpo-8-auto": Mode("optax_mpo, 8 bits, value_and_update", automatic(8)),
   "mpo-compact-auto": STORAGES["mpo-compact-auto"],
   "mpo-compact-layer": Mode("optax_mpo, 8 bits, 8-bit state, fused layers", fused_layers(8, compact=True)),
-  "optax-f32-host": Mode("Optax, f32 master, state on the host, moved whole", on_host(optax_f32_whole), exact=True),
+  "optax-f32-host": Mode(
+    "Optax, f32 master, state on the host, moved whole", on_host(optax_f32_whole), exact=True, is_on_host=True
+  ),
   "mpo-16-host": STORAGES["mpo-16-host"],
   "mpo-16-host-weights": STORAGES["mpo-16-host-weights"],
   "mpo-compact-host": STORAGES["mpo-compact-host"],

@@ -38,6 +38,7 @@ class Optimizer(nnx.Pytree):
       None: the average is f32 as it is.
     dtype: of the params, as in `optax_mpo.init`; not float8, since the model computes with its params as they are.
     where: which params are cast, as in `optax_mpo.init`.
+    state_memory: "pinned_host" makes the state in the memory of the host, as in `optax_mpo.init`.
 
   Attributes:
     step: i32[], in a variable: the number of steps done.
@@ -80,11 +81,13 @@ class Optimizer(nnx.Pytree):
     ema_bits: int | None = 8,
     dtype: Any = jnp.bfloat16,
     where: Where | None = None,
+    state_memory: str | None = None,
     _run: tuple[PyTree, optax.OptState, jax.Array] | None = None,  # params, state and steps of a run under way
   ):
     check_options(fused, ema_decay, ema_bits, "Optimizer")
     if _run is None:
-      made = compensated.init(tx, nnx.as_pure(nnx.state(model, wrt)), dtype=dtype, where=where)
+      pure = nnx.as_pure(nnx.state(model, wrt))
+      made = compensated.init(tx, pure, dtype=dtype, where=where, state_memory=state_memory)
       _run = *made, jnp.zeros([], jnp.int32)
     params, opt_state, step = _run
     if any(formats.is_scaled(leaf) for leaf in jax.tree.leaves(params)):

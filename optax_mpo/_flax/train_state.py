@@ -89,6 +89,7 @@ class TrainState(struct.PyTreeNode):
     ema_bits: int | None = None,
     dtype: Any = jnp.bfloat16,
     where: Where | None = None,
+    state_memory: str | None = None,
     **kwargs: Any,
   ) -> "TrainState":
     """Makes a state from f32 params, with `optax_mpo.init`.
@@ -106,6 +107,7 @@ class TrainState(struct.PyTreeNode):
       ema_bits: see the class.
       dtype: of the params, as in `optax_mpo.init`.
       where: which params are cast, as in `optax_mpo.init`.
+      state_memory: "pinned_host" makes the optimizer's state in the memory of the host, as in `optax_mpo.init`.
       **kwargs: fields of a subclass.
 
     Returns:
@@ -118,7 +120,7 @@ class TrainState(struct.PyTreeNode):
     given, rest = (params, variables, kwargs), dict(variables or {})
     if overwritten.KEY in rest and not overwritten.is_in(params):
       params = {"params": params, overwritten.KEY: rest.pop(overwritten.KEY)}
-    low, opt_state = compensated.init(tx, params, dtype=dtype, where=where)
+    low, opt_state = compensated.init(tx, params, dtype=dtype, where=where, state_memory=state_memory)
     options = {"fused": fused, "two_pass": two_pass, "ema_decay": ema_decay, "ema_bits": ema_bits}
     return cls._made(
       given, jnp.zeros([], jnp.int32), low, opt_state, rest, apply_fn=apply_fn, tx=tx, **options, **kwargs

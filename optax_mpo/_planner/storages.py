@@ -67,16 +67,19 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-  """A training mode: `build(model, optimizer)` returns a Training. `exact`: equals f32-master Optax bit for bit."""
+  """A training mode.
+
+  Attributes:
+    label: its name in tables.
+    build: `build(model, optimizer)` returns a Training.
+    exact: whether it equals f32-master Optax bit for bit.
+    is_on_host: whether its state is in host memory.
+  """
 
   label: str
   build: Callable[[Model, str], Training]
   exact: bool = False
-
-  @property
-  def is_on_host(self) -> bool:
-    """Whether its state is in host memory."""
-    return "on the host" in self.label
+  is_on_host: bool = False
 
 
 def to_bf16(params: PyTree) -> PyTree:
@@ -177,12 +180,19 @@ STORAGES = {
   "mpo-8": Mode("optax_mpo, 8 bits", compensated(8)),
   "mpo-16-auto": Mode("optax_mpo, 16 bits, value_and_update", automatic(16), exact=True),
   "mpo-compact-auto": Mode("optax_mpo, 8 bits, 8-bit state, value_and_update", automatic(8, compact=True)),
-  "mpo-16-host": Mode("optax_mpo, 16 bits, state on the host", on_host(automatic(16)), exact=True),
+  "mpo-16-host": Mode("optax_mpo, 16 bits, state on the host", on_host(automatic(16)), exact=True, is_on_host=True),
   "mpo-16-host-weights": Mode(
-    "optax_mpo, 16 bits, state and layers on the host", on_host(automatic(16), weights=True), exact=True
+    "optax_mpo, 16 bits, state and layers on the host",
+    on_host(automatic(16), weights=True),
+    exact=True,
+    is_on_host=True,
   ),
-  "mpo-compact-host": Mode("optax_mpo, 8 bits, 8-bit state, on the host", on_host(automatic(8, compact=True))),
+  "mpo-compact-host": Mode(
+    "optax_mpo, 8 bits, 8-bit state, on the host", on_host(automatic(8, compact=True)), is_on_host=True
+  ),
   "mpo-compact-host-weights": Mode(
-    "optax_mpo, 8 bits, 8-bit state and layers on the host", on_host(automatic(8, compact=True), weights=True)
+    "optax_mpo, 8 bits, 8-bit state and layers on the host",
+    on_host(automatic(8, compact=True), weights=True),
+    is_on_host=True,
   ),
 }

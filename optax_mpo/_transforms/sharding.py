@@ -8,6 +8,7 @@ has the same shape. That holds for moments, compensation bits, 8-bit codes and a
 wrapper, without a list of wrappers.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,12 @@ def state_sharding(
   if memory_kind is not None:
     _check_memory(replicated, memory_kind)
     chosen = where or (lambda _, leaf: leaf.size > _SMALL)
+    if where is None and not any(leaf.size > _SMALL for leaf in jax.tree.leaves(opt_state)):
+      warnings.warn(
+        f"state_sharding: no leaf has more than {_SMALL} elements, so that all of them stay on the device. To move "
+        "them, pass where=lambda path, leaf: True.",
+        stacklevel=2,
+      )
     shardings = jax.tree_util.tree_map_with_path(
       lambda path, leaf, s: s.with_memory_kind(memory_kind) if chosen(path, leaf) else s, opt_state, shardings
     )

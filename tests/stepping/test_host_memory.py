@@ -12,6 +12,7 @@ import pytest
 import optax_mpo as mpo
 from optax_mpo._stepping import rows
 from optax_mpo._transforms import sharding
+from tests.helpers import assert_same_bits
 
 HOST = jax.sharding.NamedSharding(
   jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]),
@@ -343,3 +344,45 @@ def test_explain_says_where_a_state_is_fetched_whole(monkeypatch):
   rows_of = {row.name: row for row in mpo.explain(loss, tx, low, state, jnp.ones((2, 331), jnp.bfloat16))}
   assert "331 rows do not divide into equal parts" in rows_of["params['prime']"].why
   assert "fetched whole" not in rows_of["params['w']"].why
+
+
+def test_a_state_of_small_leaves_stays_with_a_warning():
+  tx = mpo.exact(optax.adamw(1e-3))
+  params, state = mpo.init(tx, {"w": jnp.ones((8, 8))})
+  with pytest.warns(UserWarning, match=r"no leaf has more than 65536 elements.*where=lambda path, leaf: True"):
+    shardings = mpo.state_sharding(params, state, memory_kind="pinned_host")
+  assert {s.memory_kind for s in jax.tree.leaves(shardings)} == {"device"}
+  moved = mpo.state_sharding(params, state, memory_kind="pinned_host", where=lambda path, leaf: True)
+  assert {s.memory_kind for s in jax.tree.leaves(moved)} == {"pinned_host"}
+
+
+@pytest.mark.usefixtures("default_promotion")
+@pytest.mark.parametrize("flax", ["linen", "nnx"])
+def test_objects_of_flax_keep_their_state_there(flax):
+  import flax.linen as nn
+  from flax import nnx
+
+  from optax_mpo.flax import Optimizer, TrainState
+
+  x = jnp.linspace(-1.0, 1.0, 2 * 320).reshape(2, 320)
+
+  def linen(memory):
+    model = nn.Dense(320, dtype=jnp.bfloat16)
+    params = model.init(jax.random.key(0), x)["params"]
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=mpo.exact(optax.adamw(1e-2)), state_memory=memory)
+    step = jax.jit(lambda s: s.step_with(lambda v: jnp.mean(model.apply(v, x).astype(jnp.float32) ** 2))[0])
+    return (done := step(step(state))).params, done.opt_state
+
+  def in_nnx(memory):
+    model = nnx.Linear(320, 320, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    optimizer = Optimizer(model, mpo.exact(optax.adamw(1e-2)), state_memory=memory)
+    step = nnx.jit(lambda m, o: o.step_with(m, lambda m: jnp.mean(m(x).astype(jnp.float32) ** 2)))
+    step(model, optimizer)
+    step(model, optimizer)
+    return nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(optimizer))["opt_state"]
+
+  made = {"linen": linen, "nnx": in_nnx}[flax]
+  want, got = made(None), made("pinned_host")
+  kinds = {leaf.size > 2**16: leaf.sharding.memory_kind for leaf in jax.tree.leaves(got[1])}
+  assert kinds == {True: "pinned_host", False: "device"}
+  assert_same_bits(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, want))
