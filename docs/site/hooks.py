@@ -2,7 +2,7 @@
 
 Why: the pages are read in the repository too, where `../benchmarks/results/peak_memory.json` is a link to the file. The
 site has only what is in docs/. So each file that such a link names is copied to files/, and the link is changed. The
-changelog, which lies at the root, becomes a page.
+changelog, which lies at the root, becomes a page. Docstrings name pages as files of docs/; on the site these are links.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ _SPEC: Any = importlib.util.spec_from_file_location("notebooks", Path(__file__).
 notebooks = importlib.util.module_from_spec(_SPEC)  # MkDocs loads this file alone, without its folder
 _SPEC.loader.exec_module(notebooks)
 _LINK = re.compile(r"(\]\()((?!https?:|#)[^)\s]+)(\))")
+_NAMED = re.compile(r"\bdocs/(\w+)\.md\b")
 _PAGES = {"CHANGELOG.md": "changelog.md", "README.md": "index.md"}  # files at the root: their pages
 
 
@@ -68,3 +69,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return f"{match[1]}{posixpath.relpath(new, posixpath.dirname(here) or '.')}{match[3]}"
 
   return _LINK.sub(changed, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+  """Makes links of the pages that docstrings name, as in "(docs/numerics.md)"."""
+  if not page.file.src_uri.startswith("api/"):
+    return html
+
+  def linked(match: re.Match[str]) -> str:
+    file = files.get_file_from_path(f"{match[1]}.md")
+    return f'<a href="{file.url_relative_to(page.file)}">{match[1].replace("_", " ")}</a>' if file else match[0]
+
+  return _NAMED.sub(linked, html)

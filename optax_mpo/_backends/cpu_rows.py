@@ -115,7 +115,7 @@ class Rows:
     env = update.constants | dict(zip(update.shared, shared, strict=True))
     env |= dict(zip(update.inputs, [grad, *values], strict=True))
     if self.count == length:  # all rows at once, which the update may mix
-      jax_forms.run(update.program, update.operations, env)
+      self._run(env)
       return [jax_forms.value(a, env) for a in update.outputs]
     rows = Entries(self.axis, size=self.count)
     where: dict[int, Entries | None] = dict.fromkeys(update.inputs, rows)
@@ -147,6 +147,23 @@ class Rows:
         raise NotByRowsError("the update moves the rows")
       results.append(env[atom])
     return results
+
+
+  def _run(self, env: dict[int, Any]) -> None:
+    """Runs the whole update, reading and writing `env`."""
+    filled: set[Atom] = set()  # arrays filled with one scalar
+
+    def is_number(atom: Atom) -> bool:
+      return isinstance(atom, int) and not self.update.program.aval(atom).shape
+
+    for operation in self.update.operations:
+      values = [jax_forms.operand(a, env) for a in operation.inputs]
+      if operation.name == "broadcast_in_dim" and is_number(operation.inputs[0]):
+        filled.update(operation.outputs)
+      elif operation.name == "div" and (operation.inputs[1] in filled or is_number(operation.inputs[1])):
+        values = xla_cpu.kept_division(*values)
+      results = jax_forms.run_operation(operation, values)
+      env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
 
 
 def of_weight(update: Slice) -> Rows | None:

@@ -41,7 +41,8 @@ def check_size(leaves: list[Any], axes: list[int | None], count: int, who: str, 
   if len(sizes) != 1:
     raise ValueError(
       f"{who}: with microbatches, the inputs have to share one batch axis, but in_axes={in_axes!r} finds the sizes "
-      f"{list(sizes)}. Give None to what has none. (Typed keys, jax.random.key, need none.)"
+      f"{list(sizes)}. Give None to what has none. A random key from jax.random.PRNGKey counts as data, of size 2: "
+      "make it with jax.random.key, which is split without an axis."
     )
   (size,) = sizes
   if size % count:

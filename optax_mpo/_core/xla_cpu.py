@@ -73,6 +73,17 @@ def on_all_cores(i: jax.Array) -> jax.Array:
   return lax.sort(jnp.stack([i, i + 1]))[0]
 
 
+def kept_division(x: jax.Array, divisor: jax.Array) -> list[jax.Array]:
+  """Returns the operands of `x / divisor`, f32[*s] each, so that XLA does divide by `divisor`, a scalar or filled with one.
+
+  Where a scalar is read once in a loop or a branch, XLA multiplies by its inverse, which may differ in the last bit.
+  The scalars of an update, such as those of Adam's bias correction, are read by several leaves, and so do divide. So
+  they have to where rows of a leaf are updated in a loop of their own.
+  """
+  divisor = jnp.broadcast_to(divisor, x.shape)
+  return [x, jnp.where(x == x, divisor, divisor + 1)]  # for NaN, either gives NaN
+
+
 # --- The primitives ---------------------------------------------------------------------------------------------------
 
 

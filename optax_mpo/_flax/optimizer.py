@@ -11,6 +11,7 @@ from flax import nnx
 from optax_mpo._codecs import formats
 from optax_mpo._core import buffers, trees
 from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
+from optax_mpo._stepping import explain
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
 
@@ -301,6 +302,52 @@ class Optimizer(nnx.Pytree):
       nnx.update(model, new_params)
     self._keep(new_params, new_state)
     return (loss, aux) if has_aux else loss
+
+  def explain(
+    self,
+    model: nnx.Module,
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    has_aux: bool = False,
+    tx_args: Mapping[str, Any] | None = None,
+  ) -> explain.Explanation:
+    """Tells how `step_with` updates each parameter with gradient release, as `optax_mpo.explain` does. Nothing runs.
+
+    Args:
+      model: the model that this object was made with.
+      loss_fn: as for `step_with`; so are the other arguments.
+
+    Returns:
+      An `Explanation`. Print it to see it as a table.
+
+    Raises:
+      ValueError: where the update does not allow gradient release, with the reason.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_mpo as mpo
+      >>> from flax import nnx
+      >>> from optax_mpo.flax import Optimizer
+      >>> model = nnx.Linear(4, 2, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+      >>> optimizer = Optimizer(model, mpo.compensated(optax.adam(1e-3)))
+      >>> optimizer.explain(model, lambda model, x: jnp.mean(model(x).astype(jnp.float32) ** 2), jnp.ones((8, 4)))
+      leaf              shape   stepped  gradient held  why
+      params['kernel']  [4, 2]  at once  16 B
+      8 parameters; the largest gradient held is 16 B
+    """
+    leaves, treedef = jax.tree.flatten(args, is_leaf=_is_node)
+    graph, _, rest = nnx.split(model, self.wrt, ...)
+    nodes_graph, nodes = nnx.split([x for x in leaves if _is_node(x)])
+
+    def whole(params: PyTree, rest: PyTree, nodes: PyTree, *others: Any) -> Any:
+      given = iter(nnx.merge(nodes_graph, nodes))
+      values = zip(leaves, treedef.flatten_up_to(others), strict=True)
+      args = treedef.unflatten([next(given) if _is_node(x) else other for x, other in values])
+      out = loss_fn(nnx.merge(graph, params, rest), *args)
+      return out[0] if has_aux else out
+
+    others = treedef.unflatten([None if _is_node(x) else x for x in leaves])
+    state = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
+    return explain.explain(whole, self.tx, *state, rest, nodes, *others, two_pass=self.two_pass, tx_args=tx_args)
 
   def _keep(self, params: PyTree, opt_state: optax.OptState) -> None:
     """Takes the new state, counts the step and moves the average."""

@@ -147,6 +147,6 @@ def _warn(tx: optax.GradientTransformation, error: Exception, caller: str) -> No
   _told.add(tx.update)
   warnings.warn(
     f"{caller}: this step makes a tree of gradients, 2 to 4 bytes per parameter, because gradient release is not "
-    f'possible. {error} To have such steps without this warning, pass fused="off".',
+    f'possible; fused="off" keeps it so, without this warning. {error}',
     stacklevel=4,
   )

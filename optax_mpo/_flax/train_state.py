@@ -12,6 +12,7 @@ from flax.training import train_state
 from optax_mpo._codecs import masters
 from optax_mpo._core import buffers, overwritten
 from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
+from optax_mpo._stepping import explain
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
 
@@ -274,31 +275,44 @@ class TrainState(struct.PyTreeNode):
 
     With `fused=None`, it warns when it is traced, once for each transformation, if it has to be an ordinary step.
     """
-
-    def whole(params: PyTree, variables: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
-      trained = params if overwritten.is_in(params) else {"params": params}
-      out = loss_fn({**trained, **variables}, *args)
-      rest: Any
-      loss, rest = out if has_aux or mutable else (out, None)
-      aux: Any = None
-      updates: Any = {}
-      if has_aux and mutable:
-        aux, updates = rest
-      elif has_aux:
-        aux = rest
-      elif mutable:
-        updates = rest
-      unknown = set(updates) - set(variables)
-      if unknown:
-        raise ValueError(
-          f"TrainState.step_with: loss_fn returns the collections {sorted(unknown)}, and the state has "
-          f"{sorted(variables)}. Pass them to TrainState.create as variables=..."
-        )
-      return loss, (aux, {**variables, **updates})
-
+    whole = _pure(loss_fn, has_aux, mutable)
     step = make_step(whole, self.tx, self.fused, self.two_pass, "TrainState.step_with", tx_args, microbatches)
     (loss, (aux, variables)), params, opt_state = step(self.params, self.opt_state, self.variables, *args)
     return self._next(params, opt_state, variables=variables), (loss, aux) if has_aux else loss
+
+  def explain(
+    self,
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    has_aux: bool = False,
+    mutable: bool = False,
+    tx_args: Mapping[str, Any] | None = None,
+  ) -> explain.Explanation:
+    """Tells how `step_with` updates each parameter with gradient release, as `optax_mpo.explain` does. Nothing runs.
+
+    Args:
+      loss_fn: as for `step_with`; so are the other arguments.
+      *args: arrays or ShapeDtypeStructs.
+
+    Returns:
+      An `Explanation`. Print it to see it as a table.
+
+    Raises:
+      ValueError: where the update does not allow gradient release, with the reason.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_mpo as mpo
+      >>> from optax_mpo.flax import TrainState
+      >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones((4, 2))}, tx=mpo.compensated(optax.adam(1e-3)))
+      >>> loss_fn = lambda variables, x: jnp.mean((x @ variables["params"]["w"]).astype(jnp.float32) ** 2)
+      >>> state.explain(loss_fn, jnp.ones((8, 4), jnp.bfloat16))
+      leaf         shape   stepped  gradient held  why
+      params['w']  [4, 2]  at once  16 B
+      8 parameters; the largest gradient held is 16 B
+    """
+    whole = _pure(loss_fn, has_aux, mutable)
+    given = self.params, self.opt_state, self.variables, *args
+    return explain.explain(whole, self.tx, *given, has_aux=True, two_pass=self.two_pass, tx_args=tx_args)
 
   def apply_gradients(self, *, grads: PyTree, tx_args: Mapping[str, Any] | None = None, **kwargs: Any) -> "TrainState":
     """Does one ordinary step with a tree of gradients, as Flax's `TrainState.apply_gradients`.
@@ -333,3 +347,32 @@ class TrainState(struct.PyTreeNode):
     if self.ema_decay is not None:
       new = new.replace(ema=average.moved(self.ema, new.masters(), self.ema_decay, self.ema_bits, new.step))
     return new.replace(**fields)
+
+
+def _pure(
+  loss_fn: Callable[..., Any], has_aux: bool, mutable: bool
+) -> Callable[..., tuple[jax.Array, tuple[Any, PyTree]]]:
+  """Returns `whole(params, variables, *args) -> (loss, (aux, variables))` for a loss as `step_with` takes it."""
+
+  def whole(params: PyTree, variables: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
+    trained = params if overwritten.is_in(params) else {"params": params}
+    out = loss_fn({**trained, **variables}, *args)
+    rest: Any
+    loss, rest = out if has_aux or mutable else (out, None)
+    aux: Any = None
+    updates: Any = {}
+    if has_aux and mutable:
+      aux, updates = rest
+    elif has_aux:
+      aux = rest
+    elif mutable:
+      updates = rest
+    unknown = set(updates) - set(variables)
+    if unknown:
+      raise ValueError(
+        f"TrainState.step_with: loss_fn returns the collections {sorted(unknown)}, and the state has "
+        f"{sorted(variables)}. Pass them to TrainState.create as variables=..."
+      )
+    return loss, (aux, {**variables, **updates})
+
+  return whole

@@ -146,10 +146,12 @@ def _plan(args: argparse.Namespace, card: str) -> None:
   host = args.host_memory and args.host_memory * GIB // args.devices
   limits = cells.Limits(target.memory, host)
   print(f"{what}, on {_where(target, args.devices)}", flush=True)
+  jobs = args.jobs or cells.default_jobs()
+  print(f"{len(rows)} rows of {len(rows[0].steps)}, {jobs} compiled at a time; a second time they are remembered")
   print(table.head(list(rows[0].steps)), flush=True)
   remembered = Remembered(None if args.no_cache else folder())
   done: dict[str, table.Cells] = {}
-  for row, found in cells.rows_of(rows, limits, remembered, args.jobs or cells.default_jobs()):
+  for row, found in cells.rows_of(rows, limits, remembered, jobs):
     done[row.label] = found
     print(table.line(row.label, found, limits), flush=True)
   lines = table.transfers(

@@ -71,18 +71,17 @@ _Result = tuple[list[Any], list[Where]]
 def rule_of(operation: Operation) -> Rule:
   """The rule of an operation. Raises NotSeparableError where there is none."""
   name = operation.name
+  if name in _RULES:
+    return _RULES[name]
   if name in ELEMENTWISE:
     return _elementwise
   if name in _REDUCTIONS:
     return _reduction
   if name in _CUMULATIVE:
     return _cumulative
-  rule = _RULES.get(name)
-  if rule is None:
-    raise NotSeparableError(
-      f"{jax_forms.where(operation)} is not known to keep layers apart: do it for one layer at a time"
-    )
-  return rule
+  raise NotSeparableError(
+    f"{jax_forms.where(operation)} is not known to keep layers apart: do it for one layer at a time"
+  )
 
 
 def _mixes(operation: Operation) -> NotSeparableError:
@@ -113,6 +112,13 @@ def _elementwise(
   changes = {"sharding": None} if operation.eqn.params.get("sharding") is not None else {}
   results = jax_forms.run_operation(operation, values, **changes)
   return results, [entries] * len(results)
+
+
+def _div(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+  if layer.is_rows and where[1] is None and isinstance(operation.inputs[1], int):
+    values, entries = _alike(operation, values, where, layer, avals)
+    values, where = xla_cpu.kept_division(*values), [entries, entries]
+  return _elementwise(operation, values, where, layer, avals)
 
 
 def _barrier(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
@@ -385,6 +391,7 @@ _RULES: dict[str, Rule] = {
   "sharding_constraint": _constraint,
   "laid_out": _laid_out,
   "bitcast_convert_type": _bitcast_convert_type,
+  "div": _div,
   "broadcast_in_dim": _broadcast_in_dim,
   "reshape": _reshape,
   "transpose": _transpose,

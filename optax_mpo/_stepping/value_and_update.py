@@ -39,7 +39,7 @@ def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
         coupled.TwoPass(update, CALLER)
       except ValueError:
         raise error from None
-      raise ValueError(f"{error} Or pass two_pass=True, which runs the backward pass twice.") from None
+      raise ValueError(f"{error} Or pass two_pass=True: exact, with a second backward pass.") from None
   return groups
 
 

@@ -392,8 +392,8 @@ class Update:
     together = "step the coupled leaves in one fused_layer, " if self._caller == _BY_LAYERS else ""
     raise ValueError(
       f"{who}: tx couples {here} to {there}, in {by}: the update of one needs the gradients of the others, which are "
-      "not there when it is stepped. Use a transformation that works on each leaf alone, as optax.clip does and "
-      f"optax.clip_by_global_norm does not, {together}or train with tx.update."
+      "not there when it is stepped. To clip, take the last step's norm (optax_mpo.clip_by_delayed_norm) or each "
+      f"leaf alone (optax.clip); {together}or train with tx.update."
     )
 
 

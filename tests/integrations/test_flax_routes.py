@@ -127,7 +127,7 @@ def test_the_default_releases_where_it_can_and_else_says_so_once(step):
   step(adam())  # no warning
   tx = clipped()
   with pytest.warns(
-    UserWarning, match=rf"{caller}.step_with: .*tree of gradients, .*couples.*two_pass=True.*\"off\""
+    UserWarning, match=rf"{caller}.step_with: .*tree of gradients, .*\"off\".*couples.*two_pass=True"
   ) as told:
     got = step(tx)
   assert told[0].filename == __file__
@@ -343,3 +343,52 @@ def test_decays_and_extra_arguments_are_checked():
     Optimizer(model, adam()).update(model, nnx.grad(nnx_loss)(model, inputs()), params=jnp.ones(2))
   state = state.apply_gradients(grads={"w": jnp.ones(2)}, tx_args={"value": jnp.float32(2)})
   assert float(optax.tree.get(state.opt_state, "best_value")) == 2.0
+
+
+@relaxed
+def test_explain_of_linen_tells_what_optax_mpo_explain_does():
+  def loss_fn(variables, x):
+    return jnp.mean((x @ variables["params"]["w"] + variables["stats"]["mean"]) ** 2), {"stats": variables["stats"]}
+
+  state = TrainState.create(
+    apply_fn=None, params={"w": jnp.ones((4, 2))}, tx=adam(), variables={"stats": {"mean": jnp.ones(2)}}
+  )
+  x = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
+  told = state.explain(loss_fn, x, mutable=True)
+
+  def pure(params, x):
+    return loss_fn({"params": params, "stats": {"mean": jnp.ones(2)}}, x)[0]
+
+  assert told == mpo.explain(pure, state.tx, state.params, state.opt_state, x)
+  assert told[0].stepped == "at once"
+  assert told.passes == 1
+  clips = TrainState.create(apply_fn=None, params={"v": jnp.ones((40, 30)), "w": jnp.ones((40, 30))}, tx=clipped())
+  with pytest.raises(ValueError, match=r"couples .*clip_by_delayed_norm.*two_pass=True"):
+    clips.explain(lambda variables: sum(jnp.sum(w) for w in variables["params"].values()))
+  twice = clips.replace(two_pass=True).explain(lambda variables: sum(jnp.sum(w) for w in variables["params"].values()))
+  assert twice.passes == 2
+
+
+@relaxed
+def test_explain_of_nnx_takes_what_step_with_takes_and_changes_nothing():
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.linear = nnx.Linear(4, 2, dtype=jnp.bfloat16, rngs=rngs)
+      self.norm = nnx.BatchNorm(2, dtype=jnp.bfloat16, rngs=rngs)
+
+  def loss_fn(model, x, rngs, teacher, scale):
+    y = model.norm(model.linear(x)) * jax.random.bernoulli(rngs.dropout(), 0.5, (8, 2)).astype(jnp.bfloat16)
+    return scale * jnp.mean((y - teacher(x)) ** 2).astype(jnp.float32), y
+
+  model, rngs = Model(nnx.Rngs(0)), nnx.Rngs(1)
+  teacher = nnx.Linear(4, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(2))
+  optimizer = Optimizer(model, adam())
+  before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state((model, rngs, optimizer))))
+  told = optimizer.explain(model, loss_fn, jnp.ones((8, 4)), rngs, teacher, 2.0, has_aux=True)
+  assert {leaf.name: leaf.stepped for leaf in told} == {
+    f"params['{layer}']['{name}']": "at once"
+    for layer, names in (("linear", ("bias", "kernel")), ("norm", ("bias", "scale")))
+    for name in names
+  }
+  jax.tree.map(assert_same_bits, nnx.as_pure(nnx.state((model, rngs, optimizer))), before)
+  optimizer.step_with(model, loss_fn, jnp.ones((8, 4)), rngs, teacher, 2.0, has_aux=True)

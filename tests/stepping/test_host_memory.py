@@ -119,9 +119,7 @@ def elements(request, monkeypatch):
 def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):
   make, options = OPTIMIZERS[name]
   tx = mpo.compensated(make())
-  # On CPUs, 8-bit state on the device is updated by rows, and the ordinary step, too, has other last bits than that.
-  reference = {"make": ordinary} if name.startswith("8-bit") else options
-  device = trained(tx, **reference)
+  device = trained(tx, **options)
   assert_equal(trained(tx, on_host, on_host if weights == "weights too" else lambda p: p, **options), device)
 
 
@@ -287,9 +285,7 @@ FUSED = {
 def test_fused_layers_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):
   make, options = FUSED[name]
   run = functools.partial(trained, mpo.compensated(make()), make=fused, **options)
-  # On CPUs, 8-bit state on the device is updated by rows, as above.
-  device = trained(mpo.compensated(make()), make=ordinary) if name == "8-bit adamw" else run()
-  assert_equal(run(on_host, on_host if weights == "weights too" else lambda p: p), device)
+  assert_equal(run(on_host, on_host if weights == "weights too" else lambda p: p), run())
 
 
 def test_fused_layers_outside_of_jit_say_what_to_do():
