@@ -148,7 +148,6 @@ class Rows:
       results.append(env[atom])
     return results
 
-
   def _run(self, env: dict[int, Any]) -> None:
     """Runs the whole update, reading and writing `env`."""
     filled: set[Atom] = set()  # arrays filled with one scalar

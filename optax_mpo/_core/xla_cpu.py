@@ -74,7 +74,7 @@ def on_all_cores(i: jax.Array) -> jax.Array:
 
 
 def kept_division(x: jax.Array, divisor: jax.Array) -> list[jax.Array]:
-  """Returns the operands of `x / divisor`, f32[*s] each, so that XLA does divide by `divisor`, a scalar or filled with one.
+  """Returns the operands of `x / divisor`, f32[*s] each, so that XLA divides by `divisor`, one number everywhere.
 
   Where a scalar is read once in a loop or a branch, XLA multiplies by its inverse, which may differ in the last bit.
   The scalars of an update, such as those of Adam's bias correction, are read by several leaves, and so do divide. So

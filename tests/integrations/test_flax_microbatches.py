@@ -56,7 +56,7 @@ def linen_loop(tx):
 @pytest.mark.parametrize(
   ("fused", "make"), [("auto", make_tx), (None, make_tx), ("off", make_tx), (None, clipped), ("off", clipped)]
 )
-@pytest.mark.few(2, full=3)
+@pytest.mark.few(1, full=3)
 @pytest.mark.filterwarnings("ignore:.*tree of gradients")
 def test_linen_equals_a_loop(fused, make):
   tx = make()
@@ -85,6 +85,7 @@ def nnx_loss(model, batch, rngs, metric):
 
 
 @pytest.mark.parametrize("fused", [None, "off"])
+@pytest.mark.few(1)
 def test_nnx_equals_a_loop(fused):
   """Batch statistics, dropout, random streams and metrics change in turn."""
   model, rngs, metric = NNXClassifier(nnx.Rngs(0)), nnx.Rngs(2), nnx.metrics.Average()

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, summing_jit
 
 LAYERS, WIDTH, BATCH, TIME = 3, 16, 12, 5
 
@@ -48,15 +48,7 @@ def batch(i):
   return jnp.asarray(np.random.default_rng(i).integers(0, 7, (BATCH, TIME)))
 
 
-# Without fusion every operation rounds separately; see layers/test_layer.py.
-jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_allow_excess_precision": False,
-    "xla_backend_optimization_level": 0,
-    "xla_disable_hlo_passes": "fusion",
-  },
-)
+jit = summing_jit  # without fusion every operation rounds separately; see layers/test_layer.py
 
 
 @pytest.mark.parametrize("count", [2, 4, 12])

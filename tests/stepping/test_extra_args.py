@@ -57,6 +57,7 @@ def is_plateau(x):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(3)
 def test_extra_arguments_give_the_bits_of_the_ordinary_step(name):
   make, extra_args, tx_args, options = CASES[name]
   loss, params = with_others("first axis")

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_mpo as mpo
 from optax_mpo._updates import coupled
-from tests.helpers import assert_same_bits, exact_jit, ordinary_step, quick_jit
+from tests.helpers import assert_same_bits, exact_jit, ordinary_step, summing_jit
 from tests.stepping.test_stack_scalars import with_others
 from tests.stepping.test_stacks import D
 
@@ -44,7 +44,7 @@ def one_pass(monkeypatch):
   monkeypatch.setattr(coupled.TwoPass, "__init__", taken)
 
 
-def same(loss, params, tx, jit=quick_jit, count=3, **options):
+def same(loss, params, tx, jit=summing_jit, count=3, **options):
   """Trains both ways, compares every bit, and returns the last state."""
   params, state = mpo.init(tx, params)
   one, other = jit(ordinary_step(loss, tx)), jit(mpo.value_and_update(loss, tx, **options))
@@ -57,6 +57,7 @@ def same(loss, params, tx, jit=quick_jit, count=3, **options):
 
 
 @pytest.mark.parametrize("way", ["first axis", "cut", "pairs", "two levels"])
+@pytest.mark.few(2)
 def test_the_recipe_of_a_real_run_takes_one_pass(way, one_pass):
   loss, params = with_others(way)
   table = mpo.explain(loss, tx := mpo.compensated(recipe()), *mpo.init(tx, params), jnp.ones((4, D)))
@@ -78,6 +79,7 @@ def test_the_recipe_of_a_real_run_takes_one_pass(way, one_pass):
   ],
   ids=["8-bit state", "8 bits", "kernels", "outside", "masked"],
 )
+@pytest.mark.few(2)
 def test_around_and_inside_other_transformations(wrap, one_pass):
   loss, params = with_others("first axis")
   assert mpo.recorded(same(loss, params, wrap(recipe())))["grad_norm"] > 0
@@ -140,7 +142,7 @@ def test_by_fused_layers(one_pass):
   params = {"first": 0.3 * jax.random.normal(keys[0], (3, D, D)), "last": 0.3 * jax.random.normal(keys[1], (D, D))}
   tx = mpo.compensated(recipe())
   params, state = mpo.init(tx, params)
-  one, other = quick_jit(ordinary_step(plain, tx)), quick_jit(mpo.fused_value_and_update(fused, tx))
+  one, other = summing_jit(ordinary_step(plain, tx)), summing_jit(mpo.fused_value_and_update(fused, tx))
   want, got = (None, params, state), (None, params, state)
   for i in range(3):
     x = jax.random.normal(jax.random.key(100 + i), (4, D))
@@ -155,7 +157,7 @@ def test_models_at_once(one_pass):
   state = jax.vmap(lambda p: mpo.init(tx, p))(models)
   x = jax.random.normal(jax.random.key(0), (4, D))
   one, other = (jax.vmap(s, (0, 0, None)) for s in (ordinary_step(loss, tx), mpo.value_and_update(loss, tx)))
-  assert_same_bits(quick_jit(other)(*state, x), quick_jit(one)(*state, x))
+  assert_same_bits(summing_jit(other)(*state, x), summing_jit(one)(*state, x))
 
 
 def test_over_eight_devices(one_pass):
@@ -166,8 +168,8 @@ def test_over_eight_devices(one_pass):
   params, state = mpo.init(tx, params)
   x = jax.device_put(jax.random.normal(jax.random.key(0), (8, D)), split)
   with jax.set_mesh(mesh):
-    want = quick_jit(ordinary_step(loss, tx))(params, state, x)
-    got = quick_jit(mpo.value_and_update(loss, tx))(params, state, x)
+    want = summing_jit(ordinary_step(loss, tx))(params, state, x)
+    got = summing_jit(mpo.value_and_update(loss, tx))(params, state, x)
   assert_same_bits(got, want)
 
 
@@ -177,7 +179,7 @@ def test_what_weights_need_at_once_still_takes_two_passes():
   params, state = mpo.init(tx, params)
   with pytest.raises(ValueError, match="two_pass=True"):
     mpo.value_and_update(loss, tx)(params, state, jnp.ones((4, D)))
-  _, _, state = quick_jit(mpo.value_and_update(loss, tx, two_pass=True))(params, state, jnp.ones((4, D)))
+  _, _, state = summing_jit(mpo.value_and_update(loss, tx, two_pass=True))(params, state, jnp.ones((4, D)))
   assert mpo.recorded(state)["grad_norm"] > 0
 
 
@@ -211,6 +213,7 @@ def test_explain_says_how_many_passes_there_are():
 @pytest.mark.parametrize(
   "wrap", [lambda tx: tx, lambda tx: mpo.quantized_state(tx, min_size=1)], ids=["", "8-bit state"]
 )
+@pytest.mark.few(1)
 def test_norms_after_clipping_by_the_global_norm_in_two_passes(wrap):
   """The norm of the updates needs all of them, and each needs the norm of the gradients."""
   norms = mpo.record_norms("grad_norm"), mpo.record_norms("update_norm", groups=group)

@@ -55,6 +55,7 @@ def same(loss, params, tx, microbatches=K, steps=3, **options):
 
 
 @pytest.mark.parametrize("way", ["first axis", "cut", "two levels"])
+@pytest.mark.few(1)
 def test_the_bits_of_a_loop_over_microbatches(way):
   loss, params = with_others(way)
   same(loss, params, mpo.compensated(optax.adamw(1e-2)))
@@ -69,6 +70,7 @@ def test_the_bits_of_a_loop_over_microbatches(way):
   ],
   ids=["8-bit state", "norms", "kernels"],
 )
+@pytest.mark.few(1)
 def test_with_other_transformations(tx):
   loss, params = with_others("first axis")
   same(loss, params, tx())
@@ -87,7 +89,7 @@ def test_sums_and_weights():
 
 @pytest.mark.parametrize("way", ["first axis", "cut", "two levels"])
 @pytest.mark.parametrize("bits", [8, 4, 0, 16])
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 def test_sums_in_low_precision(bits, way):
   loss, params = with_others(way)
   same(loss, params, mpo.compensated(optax.adamw(1e-2)), mpo.Microbatches(K, accumulator_bits=bits), bits=bits)
@@ -101,6 +103,7 @@ def test_sums_in_low_precision(bits, way):
   ],
   ids=["8-bit state", "kernels"],
 )
+@pytest.mark.few(1)
 def test_sums_in_low_precision_with_other_transformations(tx):
   loss, params = with_others("first axis")
   same(loss, params, tx(), mpo.Microbatches(K, accumulator_bits=8), bits=8)
@@ -251,6 +254,7 @@ STORED = [
 
 
 @pytest.mark.parametrize(("bits", "stored"), STORED)
+@pytest.mark.few(1)
 def test_over_eight_devices(bits, stored):
   """Each microbatch spans all devices."""
   loss, params = with_others("first axis")
@@ -270,6 +274,7 @@ def test_over_eight_devices(bits, stored):
 
 
 @pytest.mark.parametrize(("bits", "stored"), STORED)
+@pytest.mark.few(1)
 def test_models_at_once(bits, stored):
   loss, params = with_others("first axis")
   tx = stored(optax.adamw(1e-2))
