@@ -1,6 +1,10 @@
 """Steps whose state, or weights too, are in host memory: the same bits as with everything on the device."""
 
 import functools
+import os
+import signal
+import subprocess
+import sys
 import types
 
 import jax
@@ -12,7 +16,7 @@ import pytest
 import optax_mpo as mpo
 from optax_mpo._stepping import rows
 from optax_mpo._transforms import sharding
-from tests.helpers import assert_same_bits
+from tests.helpers import ROOT, assert_same_bits
 
 HOST = jax.sharding.NamedSharding(
   jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]),
@@ -264,6 +268,58 @@ def test_what_reads_state_takes_it_from_there():
   assert_equal(ordinary_update(tx, grads, state, params), ordinary_update(tx, grads, plain, low))
   large = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   assert_equal(mpo.lost_updates(params, large, 8, opt_state=state), mpo.lost_updates(low, large, 8, opt_state=plain))
+
+
+@jax.custom_vjp
+def deadly(x, step):
+  """`x`. The derivative kills the process in step 4, when the layers are updated and the embedding is not."""
+  return x
+
+
+def _kill(grad, step):
+  if step == 4:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return grad
+
+
+deadly.defvjp(
+  lambda x, step: (x, step),
+  lambda step, grad: (jax.pure_callback(_kill, jax.ShapeDtypeStruct(grad.shape, grad.dtype), grad, step), None),
+)
+
+
+def run_with_checkpoints(folder, steps, loss=loss_fn):
+  """Trains from the last checkpoint in `folder` to a number of steps, with state and weights on the host."""
+  tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=8)
+  low, state = mpo.init(tx, masters(), state_memory="pinned_host")
+  run, done = (on_host(low), state), 0
+  step = jax.jit(mpo.value_and_update(loss, tx), donate_argnums=(0, 1))
+  with mpo.checkpoint.Checkpointer(folder, max_to_keep=2) as checkpoints:
+    if checkpoints.steps():
+      done, run = checkpoints.restore(run)
+    for i in range(done + 1, steps + 1):
+      _, *run = step(*run, *((X,) if loss is loss_fn else (X, i)))
+      checkpoints.save(i, tuple(run))
+  return done, tuple(run)
+
+
+def train_until_killed(folder):
+  def loss(params, x, step):
+    return loss_fn({**params, "embedding": deadly(params["embedding"], step)}, x)
+
+  run_with_checkpoints(folder, 6, loss)
+
+
+@pytest.mark.full
+def test_a_kill_during_a_step_loses_nothing_that_a_checkpoint_had(tmp_path):
+  program = f"from {__name__} import train_until_killed; train_until_killed({str(tmp_path / 'killed')!r})"
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  killed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  done, got = run_with_checkpoints(tmp_path / "killed", 6)
+  assert done == 3
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(got) if x.size > 2**16} == {"pinned_host"}
+  assert_equal(jax.device_get(got), jax.device_get(run_with_checkpoints(tmp_path / "whole", 6)[1]))
 
 
 def fused(loss_fn, tx, **options):
