@@ -161,6 +161,31 @@ def test_a_state_half_on_the_host_is_streamed(make):
     assert_equal(trained(tx, half, make=make, steps=3), device)
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_stacks_along_any_axis_are_streamed(axis, weights):
+  def moved(tree, source, destination):
+    layers = dict(tree["layers"], w=jnp.moveaxis(tree["layers"]["w"], source, destination))
+    return tree | {"layers": layers}
+
+  def loss(params, x):
+    return loss_fn(moved(params, axis, 0), x)
+
+  tx = mpo.compensated(optax.adamw(1e-3))
+  step = jax.jit(mpo.value_and_update(loss, tx), donate_argnums=(0, 1))
+
+  def run(params, state):
+    for _ in range(3):
+      _, params, state = step(params, state, X)
+    return jax.device_get((params, state))
+
+  params, state = mpo.init(tx, moved(masters(), 0, axis))
+  there = jax.tree.map(jnp.copy, (params, state))
+  there = on_host(there) if weights == "weights too" else (there[0], on_host(there[1]))
+  assert_equal(run(*there), run(params, state))
+
+
 def test_derivatives_of_a_step_are_refused_with_advice_that_works():
   tx = mpo.compensated(optax.sgd(1e-2, momentum=0.9))
   params, state = mpo.init(tx, masters(), state_memory="pinned_host")
