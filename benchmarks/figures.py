@@ -9,6 +9,7 @@ them readable on light and dark pages. A color stands for one thing in all figur
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -229,11 +230,53 @@ def clipping() -> Svg:
   return figure
 
 
+PLACES = {
+  "mpo-16-host": ("state on the host", "#2e7d32"),
+  "mpo-16-host-weights": ("weights of the layers too", "#d81b60"),
+}
+CARDS = (8, 16, 24, 48, 80)
+
+
+def cards() -> Svg:
+  """What a card has to hold to train a model in exact mode: state on the host, and weights too. A log scale."""
+  rows = json.loads((RESULTS / "what_fits.json").read_text())["rows"]
+  figure = Svg(600, 372, "Peak on the card by model, with state or state and layers on the host, and sizes of cards")
+  figure.text(20, 30, "What fits on which card, exact AdamW", 16, bold=True)
+  x = 20.0
+  for label, color in PLACES.values():
+    figure.dot(x + 5, 52, color)
+    figure.text(x + 16, 57, label, 14)
+    x += 44 + 7.2 * len(label)
+  left, right, top, step = 60, 580, 108, 38
+
+  def at(gib: float) -> float:
+    return left + (right - left) * math.log(gib) / math.log(200)
+
+  models = list(dict.fromkeys(row["model"] for row in rows))
+  bottom = top + step * len(models) - 16
+  for size in CARDS:
+    figure.line(at(size - 1), top - 14, at(size - 1), bottom, SOFT)
+    figure.text(at(size - 1), top - 20, f"{size} GB", 12, SOFT, "middle")
+  for i, model in enumerate(models):
+    y = top + step * i + 8
+    figure.text(left - 10, y + 5, model, 14, anchor="end", bold=True)
+    peaks = {row["storage"]: row["peak"] / 2**30 for row in rows if row["model"] == model and row["storage"] in PLACES}
+    figure.line(*(at(min(peaks.values())), y, at(max(peaks.values())), y), INK)
+    for storage, gib in peaks.items():
+      figure.dot(at(gib), y, PLACES[storage][1])
+      figure.text(at(gib), y - 9, f"{gib:.1f}" if gib < 10 else f"{gib:.0f}", 12, SOFT, "middle")
+  figure.text(
+    left, bottom + 24, "GiB on the card at the peak, a log scale; a card's line is 1 GiB below its size", 13, SOFT
+  )
+  return figure
+
+
 FIGURES: dict[str, Callable[[], Svg]] = {
   "memory": bytes_per_parameter,
   "codec": codec,
   "losses": losses,
   "clipping": clipping,
+  "cards": cards,
 }
 
 
