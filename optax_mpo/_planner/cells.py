@@ -101,6 +101,15 @@ def held_bytes(tree: PyTree) -> tuple[int, int]:
   return fsdp.held_bytes([x for x in leaves if not host.is_on_host(x)]), fsdp.held_bytes(there)
 
 
+def held_of(row: Row, remembered: Remembered) -> Figures | None:
+  """What persists between steps, which is known before anything is compiled; None for a step of the user's own."""
+  step = row.steps[min(row.steps)]
+  found = remembered.get(step.asked) if step.asked else None
+  if found is None and (held := step.make()[2]) is not None:
+    found = Figures(*held_bytes(held))
+  return found
+
+
 def figures_of(step: Step, limits: Limits, remembered: Remembered) -> Figures:
   """Returns the figures of a step, remembered or compiled."""
   found = remembered.get(step.asked) if step.asked else None

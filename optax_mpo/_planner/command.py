@@ -146,10 +146,14 @@ def _plan(args: argparse.Namespace, card: str) -> None:
   host = args.host_memory and args.host_memory * GIB // args.devices
   limits = cells.Limits(target.memory, host)
   print(f"{what}, on {_where(target, args.devices)}", flush=True)
-  jobs = args.jobs or cells.default_jobs()
-  print(f"{len(rows)} rows of {len(rows[0].steps)}, {jobs} compiled at a time; a second time they are remembered")
-  print(table.head(list(rows[0].steps)), flush=True)
   remembered = Remembered(None if args.no_cache else folder())
+  if args.step is None:
+    print(f"\n{table.head([])}  weights and state alone")
+    for row in rows:
+      if (persists := cells.held_of(row, remembered)) is not None:
+        print(table.known(row.label, persists, limits), flush=True)
+  jobs = args.jobs or cells.default_jobs()
+  print(f"\n{table.head(list(rows[0].steps))}  compiled, {jobs} at a time, and remembered", flush=True)
   done: dict[str, table.Cells] = {}
   for row, found in cells.rows_of(rows, limits, remembered, jobs):
     done[row.label] = found

@@ -20,6 +20,13 @@ def head(batches: Sequence[int]) -> str:
   return f"{'GiB':{_LABEL}}{'persists':>9}{'host':>8}{columns}"
 
 
+def known(label: str, figures: Figures, limits: Limits) -> str:
+  """One storage before it is compiled: what persists, and whether that alone is too much."""
+  host = f"{figures.host / GIB:.1f}" if figures.host else "-"
+  verdict = "" if figures.held <= limits.device and limits.fit_on_host(figures) else "  too much"
+  return f"{label:{_LABEL}}{figures.held / GIB:>9.1f}{host:>8}{verdict}"
+
+
 def line(label: str, cells: Cells, limits: Limits) -> str:
   """One storage: what persists, what the host needs, and for each batch size the peak and whether it fits."""
   first = next(figures for figures in cells.values() if figures)

@@ -231,6 +231,7 @@ def test_a_plan_without_compiling(capsys):
   out = capsys.readouterr().out
   assert "llama3-8b, 8.03B parameters, adamw, context 2048, on NVIDIA A10 of 22.0 GiB" in out
   assert "Optax, f32 master" in out
+  assert "89.7       -  too much" in out.split("compiled")[0]
   assert "89.7       -            no            no            no" in out
 
 
@@ -243,7 +244,10 @@ def test_a_plan_compiles_and_remembers(capsys, monkeypatch):
   assert main(arguments) == 0
   first = capsys.readouterr().out
   assert "decoder, 0.01B parameters" in first
-  lines = [line for line in first.splitlines() if line.startswith("optax_mpo, 16 bits")]
+  at_once, compiled = first.split("compiled, ")
+  assert at_once.count("optax_mpo, 16 bits") == 2
+  assert "too much" not in at_once
+  lines = [line for line in compiled.splitlines() if line.startswith("optax_mpo, 16 bits")]
   assert [line.split()[-1] for line in lines[:2]] == ["yes", "yes"]
   assert "state and layers on the host" in lines[2]  # with what crosses the bus
   monkeypatch.setattr(cells, "lower", None)  # a repeat neither traces nor compiles
