@@ -135,7 +135,7 @@ def objective(fun, operands):
   [lambda f: f, jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))],
   ids="eager jit remat both".split(),
 )
-@pytest.mark.few(6)
+@pytest.mark.few(6, full=20)
 def test_it_is_differentiated(primitive, wrap):
   fun, plain, operands = primitive
   (got, values), (want, _) = objective(fun, operands), objective(plain, operands)

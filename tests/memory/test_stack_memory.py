@@ -130,7 +130,7 @@ NEEDS_ALL = {  # what an update needs of the whole stack, such as its norm or a 
 
 @pytest.mark.parametrize("name", list(NEEDS_ALL))
 @pytest.mark.parametrize("way", ["first axis", "in two parts"])
-@pytest.mark.few(2)
+@pytest.mark.few(2, full=6)
 def test_a_few_numbers_of_a_whole_stack_need_no_whole_gradient(name, way):
   inner, two_pass, bound = NEEDS_ALL[name]
 

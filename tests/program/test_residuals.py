@@ -91,7 +91,7 @@ def test_no_copy_of_the_weights_is_stacked(name):
 
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 3}], ids=["plain", "reverse", "unroll"])
 @pytest.mark.parametrize("name", BODIES)
-@pytest.mark.few(2)
+@pytest.mark.few(2, full=8)
 def test_steps_are_those_of_the_ordinary_step(name, options):
   tx = mpo.compensated(optax.sgd(1e-1, momentum=0.9))
   params, state = mpo.init(tx, make_params())

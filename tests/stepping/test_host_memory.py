@@ -117,7 +117,7 @@ def elements(request, monkeypatch):
     monkeypatch.setattr(rows, "_ELEMENTS_OF_LAYER", 2**14)
 
 
-@pytest.mark.few(2, full=12)
+@pytest.mark.few(2, full=10)
 @pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):

@@ -207,7 +207,7 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.few(4)
+@pytest.mark.few(4, full=10)
 def test_steps_are_those_of_the_unfused_step(name):
   params, loss, _ = CASES[name]
   tx = mpo.compensated(OPTIMIZERS["momentum"]())

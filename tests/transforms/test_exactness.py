@@ -146,7 +146,7 @@ def assert_equal_training(name, steps, **options):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@pytest.mark.few(5)
+@pytest.mark.few(5, full=10)
 def test_training_equals_f32_masters(name):
   params = assert_equal_training(name, STEPS)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
@@ -190,7 +190,7 @@ def test_training_equals_f32_masters_without_fusion(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.few(2)
+@pytest.mark.few(2, full=8)
 def test_training_equals_f32_masters_operation_by_operation(name):
   assert_equal_training(name, 4, jit=lambda fun: fun)
 

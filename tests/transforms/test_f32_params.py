@@ -87,7 +87,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.few(2)
+@pytest.mark.few(2, full=7)
 def test_f32_params_by_choice(name):
   with warnings.catch_warnings():
     warnings.simplefilter("error")

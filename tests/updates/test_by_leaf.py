@@ -148,7 +148,7 @@ def make(tx, bits, scalar=True):
 
 
 @pytest.mark.parametrize("name", APART)
-@pytest.mark.few(3)
+@pytest.mark.few(3, full=9)
 def test_leaves_stepped_alone_are_the_whole_update(name):
   tx, bits = APART[name]
   components = assert_groups_are_the_whole(*make(tx(), bits, scalar=name != "sm3"))
