@@ -8,6 +8,7 @@ How: where `by_layer` proves that the update keeps the rows of a weight apart, a
 writes them in place. What these rows need stays in the cache.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -41,12 +42,14 @@ class Rows:
     axis: the axis of the rows, layers not counted.
     count: how many rows are updated at a time.
     stacked: whether this is the update of one layer of a stack, whose first axis is that of the layers.
+    divisors: the numbers, and arrays filled with one, that divide in the plain update.
   """
 
   update: Slice
   axis: int
   count: int
-  stacked: bool = False
+  stacked: bool
+  divisors: frozenset[int]
 
   def step(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], index: Any) -> list[Any]:
     """Updates the weight and its states, or their layer at `index`, and returns the new ones.
@@ -120,7 +123,7 @@ class Rows:
     rows = Entries(self.axis, size=self.count)
     where: dict[int, Entries | None] = dict.fromkeys(update.inputs, rows)
     try:
-      by_layer.run(update.operations, update.program, env, where, start, length - self.count + 1, is_rows=True)
+      by_layer.run(update.operations, update.program, env, where, start, length - self.count + 1, True, self.divisors)
     except NotSeparableError as error:
       raise NotByRowsError(str(error)) from error
     alike: set[int] = set()  # large arrays filled with one scalar, which XLA never makes
@@ -150,16 +153,10 @@ class Rows:
 
   def _run(self, env: dict[int, Any]) -> None:
     """Runs the whole update, reading and writing `env`."""
-    filled: set[Atom] = set()  # arrays filled with one scalar
-
-    def is_number(atom: Atom) -> bool:
-      return isinstance(atom, int) and not self.update.program.aval(atom).shape
-
     for operation in self.update.operations:
       values = [jax_forms.operand(a, env) for a in operation.inputs]
-      if operation.name == "broadcast_in_dim" and is_number(operation.inputs[0]):
-        filled.update(operation.outputs)
-      elif operation.name == "div" and (operation.inputs[1] in filled or is_number(operation.inputs[1])):
+      divisor = operation.inputs[1] if operation.name == "div" else None
+      if isinstance(divisor, int) and divisor in self.divisors:
         values = xla_cpu.kept_division(*values)
       results = jax_forms.run_operation(operation, values)
       env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
@@ -212,7 +209,22 @@ def _rows_of(update: Slice, stacked: bool) -> Rows | None:
   length, size = shape[axis], math.prod(shape)
   most = min(ELEMENTS * length // size, length if stacked else length // 2)
   count = next((c for c in range(most, 0, -1) if length % c == 0), 0)
-  return Rows(update, axis, count, stacked) if count * 8 > most else None
+  return Rows(update, axis, count, stacked, _divisors(update, stacked)) if count * 8 > most else None
+
+
+def _divisors(update: Slice, stacked: bool) -> frozenset[int]:
+  """The divisors of one number that XLA divides by in the plain update: those that layers or several leaves read."""
+  program, found = update.program, set()
+  reads = collections.Counter(a for o in program.operations for a in o.inputs if isinstance(a, int))
+  filled = {o.outputs[0]: o.inputs[0] for o in update.operations if o.name == "broadcast_in_dim"}
+  for operation in update.operations:
+    divisor = operation.inputs[1] if operation.name == "div" else None
+    if not isinstance(divisor, int):
+      continue
+    number = filled.get(divisor, divisor)
+    if isinstance(number, int) and not program.aval(number).shape and (stacked or reads[number] > 1):
+      found.add(divisor)
+  return frozenset(found)
 
 
 def _carried_dtype(dtype: Any) -> Any:

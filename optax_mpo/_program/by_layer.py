@@ -34,6 +34,7 @@ def run(
   index: Any,
   count: int,
   is_rows: bool = False,
+  divisors: frozenset[int] = frozenset(),
 ) -> None:
   """Runs operations for one layer.
 
@@ -45,11 +46,12 @@ def run(
     index: i32[], which layer.
     count: the number of layers.
     is_rows: whether "layers" are rows of one weight.
+    divisors: the variables that have to divide, as for `xla_cpu.kept_division`.
 
   Raises:
     NotSeparableError: if an operation mixes layers or is not known.
   """
-  layer = Layer(index, count, is_rows, run)
+  layer = Layer(index, count, is_rows, divisors, run)
   for operation in operations:
     values = [jax_forms.operand(a, env) for a in operation.inputs]
     found = [where.get(a) if isinstance(a, int) else None for a in operation.inputs]

@@ -44,12 +44,14 @@ class Layer:
     index: i32[], which layer.
     count: the number of layers.
     is_rows: whether "layers" are rows of one weight, as for `cpu_rows`.
+    divisors: the variables that have to divide, as for `xla_cpu.kept_division`.
     run: `by_layer.run`, for operations that contain others.
   """
 
   index: Any
   count: int
   is_rows: bool
+  divisors: frozenset[int]
   run: Callable[..., None]
 
   def cut(self, value: Any, entries: Entries) -> Any:
@@ -115,7 +117,8 @@ def _elementwise(
 
 
 def _div(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
-  if layer.is_rows and where[1] is None and isinstance(operation.inputs[1], int):
+  divisor = operation.inputs[1]
+  if isinstance(divisor, int) and divisor in layer.divisors and where[1] is None:
     values, entries = _alike(operation, values, where, layer, avals)
     values, where = xla_cpu.kept_division(*values), [entries, entries]
   return _elementwise(operation, values, where, layer, avals)

@@ -135,8 +135,9 @@ def test_nothing_is_computed_twice():
   tx = compact(optax.adamw(1e-2))
   program = text(compiled(tx, *begin(tx, 1024, 1024)))
   found = collections.Counter(re.findall(r"= f32\[512,1024\]\S* (divide|sqrt|rsqrt)\(", program))
-  # Levels of two moments, codes of the first, Adam's quotient, and `xla_cpu.held` of the new master weights.
-  assert found == {"divide": 5, "sqrt": 2}
+  # Levels of two moments, codes of the first, the second by its bias correction, Adam's quotient (by that of the first,
+  # too), and `xla_cpu.held` of the new master weights.
+  assert found == {"divide": 6, "sqrt": 2}
   assert len(re.findall(r"= f32\[1024\]\S* divide\(", program)) == 2  # `xla_cpu.held` of the dither of two moments
 
 
