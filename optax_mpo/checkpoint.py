@@ -93,7 +93,7 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, tree: PyTree) -> None:
-    """Saves the arrays of `tree` as the checkpoint of `step`, and deletes the oldest one beyond `keep`.
+    """Saves the arrays of `tree` as the checkpoint of `step`, and deletes the oldest one beyond `max_to_keep`.
 
     When it returns, the checkpoint is complete. If the process is killed during a save, the one before remains.
 

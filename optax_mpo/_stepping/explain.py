@@ -108,6 +108,9 @@ def explain(
   `why` also names low-precision weights whose products run in f32, which is slow, because their input is f32. Cast the
   input, or pass `dtype=jnp.bfloat16` to the Flax layer.
 
+  With `microbatches`, weights are updated in the same places, and an accumulator of 2 to 4 bytes per parameter is held
+  besides.
+
   A loop in `loss_fn` that adds up the losses of parts of the batch keeps whole gradients; `why` says which
   `microbatches` of `value_and_update` replace it.
 

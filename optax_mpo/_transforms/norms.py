@@ -48,7 +48,7 @@ def record_norms(
   Gradient release makes them in its one backward pass.
 
   The sum of squares is made in f32, along one axis after the other, so that it has the same bits for a stack of layers
-  that a scan updates layer by layer as in the ordinary step , unless XLA fuses the two differently.
+  that a scan updates layer by layer as in the ordinary step, unless XLA fuses the two differently.
 
   Args:
     name: the name of the norm, unlike that of any other recorder in the same transformation.

@@ -67,7 +67,8 @@ def matrices(stacked: str | Iterable[str] | Mapping[str, int] = ()) -> Callable[
   """Makes a `where` that chooses matrices: leaves with two axes or more, axes of layers not counted.
 
   `leaf.ndim >= 2` takes the stacked biases and norms of a scanned model, `[layers, width]`, for matrices. This knows
-  which parts of the tree are stacks.
+  which parts of the tree are stacks. It goes by axes alone: a bias of attention, `[heads, head_dim]`, is a matrix to it.
+  Where that matters, write a `where` that goes by names: `lambda path, leaf: path[-1].key == "kernel"`.
 
   Args:
     stacked: the keys under which leaves have an axis of layers, such as "layers" or ("encoder", "decoder"). A dict says
