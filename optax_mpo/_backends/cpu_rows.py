@@ -213,7 +213,7 @@ def _rows_of(update: Slice, stacked: bool) -> Rows | None:
 
 
 def _divisors(update: Slice, stacked: bool) -> frozenset[int]:
-  """The divisors of one number that XLA divides by in the plain update: those that layers or several leaves read."""
+  """The divisors of one number that the plain update divides by: numbers that all layers or several leaves read."""
   program, found = update.program, set()
   reads = collections.Counter(a for o in program.operations for a in o.inputs if isinstance(a, int))
   filled = {o.outputs[0]: o.inputs[0] for o in update.operations if o.name == "broadcast_in_dim"}
@@ -222,7 +222,9 @@ def _divisors(update: Slice, stacked: bool) -> frozenset[int]:
     if not isinstance(divisor, int):
       continue
     number = filled.get(divisor, divisor)
-    if isinstance(number, int) and not program.aval(number).shape and (stacked or reads[number] > 1):
+    if not isinstance(number, int) or program.aval(number).shape:
+      continue
+    if number in update.shared if stacked else reads[number] > 1:
       found.add(divisor)
   return frozenset(found)
 

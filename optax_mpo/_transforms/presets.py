@@ -67,7 +67,7 @@ def matrices(stacked: str | Iterable[str] | Mapping[str, int] = ()) -> Callable[
   """Makes a `where` that chooses matrices: leaves with two axes or more, axes of layers not counted.
 
   `leaf.ndim >= 2` takes the stacked biases and norms of a scanned model, `[layers, width]`, for matrices. This knows
-  which parts of the tree are stacks. It goes by axes alone: a bias of attention, `[heads, head_dim]`, is a matrix to it.
+  which parts of the tree are stacks. It goes by axes: a bias of attention, `[heads, head_dim]`, is a matrix to it.
   Where that matters, write a `where` that goes by names: `lambda path, leaf: path[-1].key == "kernel"`.
 
   Args:
