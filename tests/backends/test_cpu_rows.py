@@ -89,6 +89,7 @@ def assert_same(a, b) -> None:
   [("adamw", (1024, 1024)), ("adamw", (3, 512, 1000)), ("adamw", (40, 130, 160)), ("adamw", (1000, 1056))]
   + [(name, (2, 512, 1024)) for name in OPTIMIZERS if name != "adamw"],
 )
+@pytest.mark.few(0, full=3)
 def test_rows_are_stepped_as_the_whole_is(name, shape, monkeypatch):
   tx = compact(OPTIMIZERS[name]())
   params, state, grads = begin(tx, *shape)
@@ -110,6 +111,7 @@ def test_rows_are_stepped_as_the_whole_is(name, shape, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", [16, 8, 0])
+@pytest.mark.few(0, full=2)
 def test_all_forms_of_weights_are(bits, dtype, monkeypatch):
   tx = compact(optax.adamw(1e-2), extra_bits=bits)
   args = begin(tx, 1024, 512, dtype=dtype)
@@ -172,6 +174,7 @@ def scanned_fused_loss(params, x):
 
 @pytest.mark.parametrize("shape", [(3, 1024, 640), (3, 40, 96)], ids=["in two pieces", "in one"])
 @pytest.mark.parametrize(("route", "name"), [("auto", "adamw"), ("layers", "lion")])
+@pytest.mark.few(0, full=1)
 def test_layers_of_a_scan_are_stepped_as_the_whole_is(route, name, shape, monkeypatch):
   tx = compact(OPTIMIZERS[name]())
   w = np.random.default_rng(0).normal(size=shape).astype(np.float32) * 0.02

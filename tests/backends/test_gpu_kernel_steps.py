@@ -71,7 +71,7 @@ def layers(stacked, width=WIDTH, hidden=HIDDEN):
 
 @pytest.mark.parametrize("storage", ["16 bits", "compact"])
 @pytest.mark.parametrize("case", LOSSES)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=3)
 def test_without_a_gpu_steps_are_what_they_are_without_kernels(case, storage):
   make, loss = LOSSES[case]
   tx = STORAGES[storage]()

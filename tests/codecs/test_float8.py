@@ -299,7 +299,7 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.few(2)
+@pytest.mark.few(2, full=1)
 def test_gradient_release_equals_the_ordinary_step(name):
   tx = TRANSFORMATIONS[name]()
   x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 64)), jnp.bfloat16)

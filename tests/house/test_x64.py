@@ -122,7 +122,7 @@ def check(run):
 
 @pytest.mark.parametrize("route", list(ROUTES)[:3])
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.few(1, full=7)
+@pytest.mark.few(1, full=3)
 def test_steps_store_in_every_way(route, stored):
   clip = optax.clip_by_global_norm(0.05) if route == "two passes" else optax.identity()
   check(lambda: train(lambda: STORED[stored](optax.chain(clip, ALIKE["rmsprop"]())), route))

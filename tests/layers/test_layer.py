@@ -148,7 +148,7 @@ def test_a_hundred_steps_equal_the_unfused_path(name, scan):
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=2)
 def test_every_rematerialisation_equals_the_unfused_path(remat, scan):
   tx = mpo.compensated(optax.adamw(1e-2), extra_bits=8)
   params, opt_state = init(tx, make_params(scan))

@@ -155,7 +155,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.few(2, full=16)
+@pytest.mark.few(2, full=9)
 def test_bytes_are_those_of_the_compiled_step(name):
   case = CASES[name]
   tx = optax.sgd(1e-3)

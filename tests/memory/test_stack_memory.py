@@ -69,7 +69,7 @@ def temporaries(loss, tx, shape, dtype=jnp.bfloat16, **options):
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("optimizer", [exact, compact], ids=["exact", "compact"])
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
-@pytest.mark.few(2, full=17)
+@pytest.mark.few(2, full=8)
 def test_temporaries(name, optimizer):
   axis, run, *bounds = CASES[name]
   shape = (4, 4, D, D) if axis == (0, 1) else (D, L, D) if axis else (L, D, D)

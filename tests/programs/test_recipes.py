@@ -28,6 +28,7 @@ STEPS = 3
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.full
+@pytest.mark.few(0, full=4)
 def test_a_recipe_runs_and_its_loss_falls(name, capsys):
   path = ROOT / f"examples/recipes/{name}.py"
   assert len(path.read_text().splitlines()) <= 80
@@ -157,6 +158,7 @@ def plain_openpi():
 
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.full
+@pytest.mark.few(0, full=3)
 def test_a_recipe_equals_training_with_f32_masters(name, with_cast):
   train, before, after = STATES[name]
   want, want_losses = train(recipes.load(name, plain=True))

@@ -68,7 +68,7 @@ def test_loops_read_gradients_in_order(route, monkeypatch):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=3)
 def test_large_models_equal_f32_masters(name, route):
   model, inner = MODELS[name](), optax.adamw(1e-2, weight_decay=0.1)
   weights, batch = given(model)

@@ -117,7 +117,7 @@ def elements(request, monkeypatch):
     monkeypatch.setattr(rows, "_ELEMENTS_OF_LAYER", 2**14)
 
 
-@pytest.mark.few(2, full=10)
+@pytest.mark.few(2, full=5)
 @pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):
@@ -127,7 +127,7 @@ def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, eleme
   assert_equal(trained(tx, on_host, on_host if weights == "weights too" else lambda p: p, **options), device)
 
 
-@pytest.mark.few(1, full=6)
+@pytest.mark.few(1, full=3)
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "clip"])
 def test_ordinary_steps_too(name, elements):
   make = OPTIMIZERS[name][0] if name in OPTIMIZERS else OPTIMIZERS["clip in two passes"][0]
@@ -360,7 +360,7 @@ FUSED = {
 }
 
 
-@pytest.mark.few(2, full=8)
+@pytest.mark.few(2, full=4)
 @pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_layers_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):

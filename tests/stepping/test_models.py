@@ -256,7 +256,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "optimizer"), list(cases()))
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=2)
 def test_fifty_steps(name, optimizer):
   params, loss, batches, has_aux = MODELS[name]()
   tx = mpo.compensated(trained(OPTIMIZERS[optimizer](), name))

@@ -96,7 +96,7 @@ def run(step, params, state, steps=3):
 
 
 @pytest.mark.parametrize(("case", "bits"), [*((case, 16) for case in STEPS), ("auto", 4), ("layers", 4)])
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=3)
 def test_they_are_stepped_as_ever(case, bits):
   unfused, make = STEPS[case]
   tx = mpo.compensated(momentum(), extra_bits=bits)

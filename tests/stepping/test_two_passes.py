@@ -79,7 +79,7 @@ def scaled_by_a_table():
 
 
 @pytest.mark.parametrize(("optimizer", "small"), [("dynamic_scale", 1), ("compact", 1), *((o, 60) for o in FREE_STATE)])
-@pytest.mark.few(1, full=7)
+@pytest.mark.few(1, full=3)
 def test_two_passes_with_state_that_belongs_to_no_leaf(optimizer, small, monkeypatch):
   """Makes four steps. The first overflows and halves the loss scale; after the third it grows."""
   monkeypatch.setattr(coupled, "SMALL", small)

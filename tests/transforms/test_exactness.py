@@ -226,7 +226,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=2)
 def test_wrappers_around_compensated(wrapper):
   """Bits are initialised and found inside other transformations, and training does not change."""
   batches = make_batches(20)

@@ -153,7 +153,7 @@ def assert_fused_equals_ordinary(loss, tx, params, steps=3):
 
 
 @pytest.mark.parametrize("name", list(WRAPPED))
-@pytest.mark.few(3)
+@pytest.mark.few(3, full=3)
 def test_stacks_are_updated_in_their_scan_as_in_the_ordinary_step(name):
   tx = mpo.compensated(WRAPPED[name](), extra_bits=8)
   assert places(scanned, tx, make_params())["params['layers']['w']"] == ("in scan", "")

@@ -141,7 +141,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("fused", "layout", "optimizer"), CASES)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=3)
 def test_fused_steps_are_those_of_the_unfused_step(fused, layout, optimizer):
   tx = OPTIMIZERS[optimizer]()
   params, state, x = put(layout, tx, jnp.float8_e4m3fn if optimizer == "float8" else jnp.bfloat16)
