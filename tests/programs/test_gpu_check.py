@@ -236,7 +236,9 @@ def test_all_parts_run_on_a_cpu_and_print_and_write(tmp_path, monkeypatch, capsy
   assert set(rows) == {(part.kind, part.model, mode) for part in parts for mode in part.modes} | rivals
   assert set(rows["exactness", "lm-tiny", "exactness"]["share_of_difference"].values()) == {0.0}
   assert all(row["violations"] == 0 for row in report["rows"] if row["part"] == "sweep")
-  assert all(row["ratio"] > 0 and row["quartiles"] for row in report["rows"] if row["part"] == "times")
+  timed = [row for row in report["rows"] if row["part"] == "times"]
+  assert all(row["quartiles"] for row in timed)
+  assert all(row["ratio"] > 0 for row in timed if gpu_check.key_of(row) not in rivals)
   assert all(row["copy_share"] > 0 for row in report["rows"] if row["model"].startswith("leaves"))
   assert all(row["bus_share"] > 0 and row["to_card_bytes"] > 0 for row in report["rows"] if row["part"] == "host")
   assert all(row["steps"] == 20 and row["last_losses_mean"] < 6 for row in report["rows"] if row["part"] == "train")
