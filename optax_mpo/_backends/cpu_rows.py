@@ -224,7 +224,8 @@ def _divisors(update: Slice, stacked: bool) -> frozenset[int]:
     number = filled.get(divisor, divisor)
     if not isinstance(number, int) or program.aval(number).shape:
       continue
-    if number in update.shared if stacked else reads[number] > 1:
+    is_read_by_others = number in update.shared if stacked else reads[number] > 1
+    if is_read_by_others:
       found.add(divisor)
   return frozenset(found)
 
