@@ -10,7 +10,7 @@ from flax import nnx
 
 from optax_mpo._codecs import formats
 from optax_mpo._core import buffers, trees
-from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
+from optax_mpo._flax.steps import Fused, Where, check_options, explain_step, make_step, metrics, updated
 from optax_mpo._stepping import explain
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
@@ -310,6 +310,7 @@ class Optimizer(nnx.Pytree):
     *args: Any,
     has_aux: bool = False,
     tx_args: Mapping[str, Any] | None = None,
+    microbatches: int | Microbatches = 1,
   ) -> explain.Explanation:
     """Tells how `step_with` updates each parameter with gradient release, as `optax_mpo.explain` does. Nothing runs.
 
@@ -338,16 +339,18 @@ class Optimizer(nnx.Pytree):
     graph, _, rest = nnx.split(model, self.wrt, ...)
     nodes_graph, nodes = nnx.split([x for x in leaves if _is_node(x)])
 
-    def whole(params: PyTree, rest: PyTree, nodes: PyTree, *others: Any) -> Any:
-      given = iter(nnx.merge(nodes_graph, nodes))
+    def whole(params: PyTree, state: tuple[PyTree, PyTree], *others: Any) -> Any:
+      given = iter(nnx.merge(nodes_graph, state[1]))
       values = zip(leaves, treedef.flatten_up_to(others), strict=True)
       args = treedef.unflatten([next(given) if _is_node(x) else other for x, other in values])
-      out = loss_fn(nnx.merge(graph, params, rest), *args)
-      return out[0] if has_aux else out
+      out = loss_fn(nnx.merge(graph, params, state[0]), *args)
+      loss, aux = out if has_aux else (out, None)
+      return loss, (aux, state)
 
     others = treedef.unflatten([None if _is_node(x) else x for x in leaves])
-    state = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
-    return explain.explain(whole, self.tx, *state, rest, nodes, *others, two_pass=self.two_pass, tx_args=tx_args)
+    pure = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
+    explained = explain_step(whole, self.tx, self.two_pass, "Optimizer.explain", tx_args, microbatches)
+    return explained(*pure, (rest, nodes), *others)
 
   def _keep(self, params: PyTree, opt_state: optax.OptState) -> None:
     """Takes the new state, counts the step and moves the average."""

@@ -13,7 +13,7 @@ import optax
 from optax_mpo._codecs import apply, masters
 from optax_mpo._core import trees, types, wrapping
 from optax_mpo._layers import fused_step
-from optax_mpo._stepping import releasable, value_and_update
+from optax_mpo._stepping import explain, releasable, value_and_update
 from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
 from optax_mpo._transforms import average, norms
 
@@ -85,6 +85,24 @@ def make_step(
     return step_of(ordinary)(params, opt_state, *args)
 
   return step_of(ordinary) if fused == "off" else step
+
+
+def explain_step(
+  loss_fn: Callable[..., Any],
+  tx: Any,
+  two_pass: bool,
+  caller: str,
+  tx_args: Mapping[str, Any] | None,
+  microbatches: int | Microbatches,
+) -> Callable[..., explain.Explanation]:
+  """Makes `explained(params, opt_state, carry, *args)`, which explains the released step of `make_step`."""
+  how = Microbatches.of(microbatches)
+  if how is None:
+    explained = functools.partial(explain.explain, loss_fn, tx, has_aux=True, two_pass=two_pass)
+  else:
+    whole = wrapping.as_transformation(tx, caller, "tx", "tx")
+    explained = explain.of_last_microbatch(loss_fn, whole, how, True, two_pass, has_carry=True)
+  return functools.partial(explained, tx_args=tx_args)
 
 
 def _keeping_the_carry(loss_fn: Callable[..., Any], caller: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from flax.training import train_state
 
 from optax_mpo._codecs import masters
 from optax_mpo._core import buffers, overwritten
-from optax_mpo._flax.steps import Fused, Where, check_options, make_step, metrics, updated
+from optax_mpo._flax.steps import Fused, Where, check_options, explain_step, make_step, metrics, updated
 from optax_mpo._stepping import explain
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
@@ -287,6 +287,7 @@ class TrainState(struct.PyTreeNode):
     has_aux: bool = False,
     mutable: bool = False,
     tx_args: Mapping[str, Any] | None = None,
+    microbatches: int | Microbatches = 1,
   ) -> explain.Explanation:
     """Tells how `step_with` updates each parameter with gradient release, as `optax_mpo.explain` does. Nothing runs.
 
@@ -311,8 +312,8 @@ class TrainState(struct.PyTreeNode):
       8 parameters; the largest gradient held is 16 B
     """
     whole = _pure(loss_fn, has_aux, mutable)
-    given = self.params, self.opt_state, self.variables, *args
-    return explain.explain(whole, self.tx, *given, has_aux=True, two_pass=self.two_pass, tx_args=tx_args)
+    explained = explain_step(whole, self.tx, self.two_pass, "TrainState.explain", tx_args, microbatches)
+    return explained(self.params, self.opt_state, self.variables, *args)
 
   def apply_gradients(self, *, grads: PyTree, tx_args: Mapping[str, Any] | None = None, **kwargs: Any) -> "TrainState":
     """Does one ordinary step with a tree of gradients, as Flax's `TrainState.apply_gradients`.

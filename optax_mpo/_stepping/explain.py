@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_mpo._core import modules, types, wrapping
+from optax_mpo._core import modules, trees, types, wrapping
 from optax_mpo._program import batch_loops, upcasts
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import held, planning, value_and_update
+from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
 from optax_mpo._stepping.site import Place
 from optax_mpo._stepping.traced import Traced
 from optax_mpo._updates import by_leaf
@@ -52,9 +53,11 @@ class Explanation(tuple[Leaf, ...]):
 
   Attributes:
     passes: how many backward passes a step takes: 2 only with `two_pass`, where new weights need all gradients first.
+    accumulator_bytes: the bytes of the sum of gradients that `microbatches` takes beside them.
   """
 
   passes: int = 1
+  accumulator_bytes: int = 0
 
   def __str__(self) -> str:
     rows = [("leaf", "shape", "stepped", "gradient held", "why")]
@@ -63,6 +66,10 @@ class Explanation(tuple[Leaf, ...]):
     lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
     total, largest = sum(x.parameters for x in self), max((x.gradient_bytes for x in self), default=0)
     lines.append(f"{total:,} parameters; the largest gradient held is {_bytes(largest)}")
+    if self.accumulator_bytes:
+      lines.append(
+        f"the gradients of earlier microbatches are held in an accumulator of {_bytes(self.accumulator_bytes)}"
+      )
     if self.passes == 2:
       lines.append("in two backward passes: the first makes what new weights need of all gradients")
     return "\n".join(lines)
@@ -86,6 +93,7 @@ def explain(
   has_aux: bool = False,
   two_pass: bool = False,
   tx_args: Mapping[str, Any] | None = None,
+  microbatches: int | Microbatches = 1,
   **kwargs: Any,
 ) -> Explanation:
   """Tells how `value_and_update(loss_fn, tx)` updates each leaf of `params`.
@@ -108,8 +116,8 @@ def explain(
   `why` also names low-precision weights whose products run in f32, which is slow, because their input is f32. Cast the
   input, or pass `dtype=jnp.bfloat16` to the Flax layer.
 
-  With `microbatches`, weights are updated in the same places, and an accumulator of 2 to 4 bytes per parameter is held
-  besides.
+  With `microbatches`, the table is that of the last one, whose backward pass updates the weights. The accumulator of
+  the others' gradients, 2 to 4 bytes per parameter, is held besides.
 
   A loop in `loss_fn` that adds up the losses of parts of the batch keeps whole gradients; `why` says which
   `microbatches` of `value_and_update` replace it.
@@ -124,6 +132,7 @@ def explain(
     tx_args: extra arguments of `tx.update`, as for the step.
     two_pass: as for `value_and_update`. The table shows the second pass; the first holds no more. `passes` says if
       there are two.
+    microbatches: as for `value_and_update`.
     **kwargs: further arguments of `loss_fn`, likewise.
 
   Returns:
@@ -155,6 +164,10 @@ def explain(
   """
   wrapping.check_loss(loss_fn, "explain", _USAGE)
   tx = wrapping.as_transformation(tx, "explain", "tx", _USAGE)
+  how = Microbatches.of(microbatches)
+  if how is not None:
+    explained = of_last_microbatch(loss_fn, tx, how, has_aux, two_pass)
+    return explained(params, opt_state, *args, tx_args=tx_args, **kwargs)
   update = take(
     by_leaf.Update(
       tx, modules.pure(params), modules.pure(opt_state), "explain", extra=wrapping.extra_args(tx_args, "explain")
@@ -185,6 +198,41 @@ def explain(
   explanation = Explanation(row for row in rows if row is not None)
   explanation.passes = 2 if passes else 1
   return explanation
+
+
+def of_last_microbatch(
+  loss_fn: Callable[..., Any],
+  tx: optax.GradientTransformationExtraArgs,
+  how: Microbatches,
+  has_aux: bool,
+  two_pass: bool,
+  has_carry: bool = False,
+) -> Callable[..., Explanation]:
+  """Makes `explained(params, opt_state, *args, tx_args=None, **kwargs)` of a step that `step_by_microbatches` makes."""
+
+  def explained(*given: Any, **kwargs: Any) -> Explanation:
+    found: list[Explanation] = []
+
+    def make(tx: optax.GradientTransformation) -> Callable[..., Any]:
+      def step(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(explain(loss_fn, tx, params, state, *args, has_aux=has_aux, two_pass=two_pass, **kwargs))
+        found[0].accumulator_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.sums))
+        return value_and_update.value_and_update(loss_fn, tx, has_aux, two_pass)(params, state, *args, **kwargs)
+
+      return step
+
+    leaves, treedef = jax.tree.flatten((given, kwargs))
+
+    def traced(arrays: list[Any]) -> Any:
+      values = iter(arrays)
+      given, kwargs = treedef.unflatten([next(values) if trees.is_array(x) else x for x in leaves])
+      out = step_by_microbatches(loss_fn, tx, has_aux, how, make, has_carry)(*given, **kwargs)
+      return [x for x in jax.tree.leaves(out) if trees.is_array(x)]
+
+    jax.eval_shape(traced, [x for x in leaves if trees.is_array(x)])
+    return found[0]
+
+  return explained
 
 
 def _upcasts(traced: Traced, program: Program) -> dict[int, str]:

@@ -362,6 +362,9 @@ def test_explain_of_linen_tells_what_optax_mpo_explain_does():
   assert told == mpo.explain(pure, state.tx, state.params, state.opt_state, x)
   assert told[0].stepped == "at once"
   assert told.passes == 1
+  in_parts = state.explain(loss_fn, x, mutable=True, microbatches=4)
+  assert in_parts == told
+  assert in_parts.accumulator_bytes == 4 * 4 * 2
   clips = TrainState.create(apply_fn=None, params={"v": jnp.ones((40, 30)), "w": jnp.ones((40, 30))}, tx=clipped())
   with pytest.raises(ValueError, match=r"couples .*clip_by_delayed_norm.*two_pass=True"):
     clips.explain(lambda variables: sum(jnp.sum(w) for w in variables["params"].values()))
@@ -390,5 +393,8 @@ def test_explain_of_nnx_takes_what_step_with_takes_and_changes_nothing():
     for layer, names in (("linear", ("bias", "kernel")), ("norm", ("bias", "scale")))
     for name in names
   }
+  in_parts = optimizer.explain(model, loss_fn, jnp.ones((16, 4)), rngs, teacher, 2.0, has_aux=True, microbatches=2)
+  assert in_parts == told
+  assert in_parts.accumulator_bytes == 4 * sum(leaf.parameters for leaf in told)
   jax.tree.map(assert_same_bits, nnx.as_pure(nnx.state((model, rngs, optimizer))), before)
   optimizer.step_with(model, loss_fn, jnp.ones((8, 4)), rngs, teacher, 2.0, has_aux=True)

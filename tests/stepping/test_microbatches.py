@@ -309,6 +309,26 @@ def test_a_step_has_its_derivative(bits):
   np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)  # cotangents are summed in another order
 
 
+def test_explain_tells_of_the_last_microbatch_and_of_the_accumulator():
+  loss, params = with_others("first axis")
+  tx = mpo.compensated(optax.adam(1e-3))
+  params, state = jax.eval_shape(functools.partial(mpo.init, tx), params)
+  x = jax.ShapeDtypeStruct((2 * K, D), jnp.float32)
+  one = mpo.explain(loss, tx, params, state, x)
+  for how, size in ((K, 4), (mpo.Microbatches(K, accumulator_bits=8), 3)):
+    told = mpo.explain(loss, tx, params, state, x, microbatches=how)
+    assert told == one
+    assert told.accumulator_bytes == size * sum(leaf.parameters for leaf in told)
+    assert "held in an accumulator of" in str(told)
+  assert not one.accumulator_bytes
+  assert "accumulator" not in str(one)
+  clipped = mpo.compensated(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))
+  state = jax.eval_shape(clipped.init, params)
+  assert mpo.explain(loss, clipped, params, state, x, microbatches=K, two_pass=True).passes == 2
+  with pytest.raises(ValueError, match="a batch of 8 does not split into 3 microbatches"):
+    mpo.explain(loss, clipped, params, state, x, microbatches=3, two_pass=True)
+
+
 def test_misuse_is_named():
   tx = mpo.compensated(optax.sgd(0.1))
   params, state = mpo.init(tx, {"w": jnp.ones(3)})
