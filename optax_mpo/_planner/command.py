@@ -162,7 +162,10 @@ def _plan(args: argparse.Namespace, card: str) -> None:
     done, target, products, remat=not args.no_remat, utilization=args.utilization, devices=args.devices
   )
   print("\n".join(lines), end="\n" if lines else "")
-  print(f"tight: less than 1 GiB is left for CUDA's context and libraries. {time.perf_counter() - started:.0f} s\n")
+  lines = [table.line(label, found, limits) for label, found in done.items()]
+  if any(table.TIGHT in line for line in lines):
+    print(f"{table.TIGHT}: less than 1 GiB is left for CUDA's context and libraries")
+  print(f"{time.perf_counter() - started:.0f} s\n")
 
 
 def _where(target: Target, devices: int) -> str:

@@ -8,10 +8,16 @@ from optax_mpo._planner.cells import Limits
 from optax_mpo._planner.remembered import Figures
 
 GIB = 2**30
-_TIGHT = GIB  # what CUDA's context and libraries may take
+TIGHT = "tight"
+_MARGIN = GIB  # what CUDA's context and libraries may take
 _LABEL = 55
 
 Cells = dict[int, Figures | None]
+
+
+def gib(size: int) -> str:
+  """Bytes in GiB, with one decimal place; with two digits below 0.1 GiB."""
+  return f"{size / GIB:.1f}" if not 0 < size / GIB < 0.1 else f"{size / GIB:.2g}"
 
 
 def head(batches: Sequence[int]) -> str:
@@ -22,17 +28,17 @@ def head(batches: Sequence[int]) -> str:
 
 def known(label: str, figures: Figures, limits: Limits) -> str:
   """One storage before it is compiled: what persists, and whether that alone is too much."""
-  host = f"{figures.host / GIB:.1f}" if figures.host else "-"
+  host = gib(figures.host) if figures.host else "-"
   verdict = "" if figures.held <= limits.device and limits.fit_on_host(figures) else "  too much"
-  return f"{label:{_LABEL}}{figures.held / GIB:>9.1f}{host:>8}{verdict}"
+  return f"{label:{_LABEL}}{gib(figures.held):>9}{host:>8}{verdict}"
 
 
 def line(label: str, cells: Cells, limits: Limits) -> str:
   """One storage: what persists, what the host needs, and for each batch size the peak and whether it fits."""
   first = next(figures for figures in cells.values() if figures)
-  host = f"{first.host / GIB:.1f}" if first.host else "-"
+  host = gib(first.host) if first.host else "-"
   columns = "".join(f"{cell(figures, limits):>14}" for figures in cells.values())
-  return f"{label:{_LABEL}}{first.held / GIB:>9.1f}{host:>8}{columns}"
+  return f"{label:{_LABEL}}{gib(first.held):>9}{host:>8}{columns}"
 
 
 def cell(figures: Figures | None, limits: Limits) -> str:
@@ -41,8 +47,8 @@ def cell(figures: Figures | None, limits: Limits) -> str:
   if not limits.fit(figures):
     verdict = "no" if figures.peak > limits.device else "no host"
   else:
-    verdict = "yes" if figures.peak + _TIGHT <= limits.device else "tight"
-  return f"{figures.peak / GIB:.1f} {verdict}"
+    verdict = "yes" if figures.peak + _MARGIN <= limits.device else TIGHT
+  return f"{gib(figures.peak)} {verdict}"
 
 
 def transfers(
@@ -77,7 +83,7 @@ def transfers(
         )
         text = f"{devices * tokens:,}"
       columns += f"{text:>14}"
-    lines.append(f"{label:{_LABEL}}{figures.to_device / GIB:>9.1f}{figures.to_host / GIB:>8.1f}{columns}")
+    lines.append(f"{label:{_LABEL}}{gib(figures.to_device):>9}{gib(figures.to_host):>8}{columns}")
   lines += [
     f"* the bus of this card. Computed, not measured: with {utilization:.0%} of the card's speed and "
     f"{hidden.REACHED:.0%} of the bus's,",

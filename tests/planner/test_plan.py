@@ -212,6 +212,8 @@ def test_lines_say_what_fits():
   ]
   row = dict(enumerate(made[:3], 1))
   assert table.line("label", row, limits).split() == "label 1.0 - 23.0 yes 24.0 tight 25.0 no".split()
+  small = {1: Figures(3 * 2**20, 0, GIB // 9)}
+  assert table.line("label", small, limits).split() == "label 0.0029 - 0.1 yes".split()
 
 
 def test_transfers_are_printed_for_rows_that_move_something():
@@ -233,6 +235,7 @@ def test_a_plan_without_compiling(capsys):
   assert "Optax, f32 master" in out
   assert "89.7       -  too much" in out.split("compiled")[0]
   assert "89.7       -            no            no            no" in out
+  assert "tight" not in out  # explained only where it is said
 
 
 SIZES = "--layers 3 --width 512 --heads 4 --hidden 1024 --vocab 2048 --context 128 --batches 2 --card l4"
