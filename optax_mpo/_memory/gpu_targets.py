@@ -7,9 +7,10 @@ Sources: for H100, H200, A100 and B200 the files under xla/backends/gpu/target_c
 other cards CUDA's deviceQuery and NVIDIA's data sheets. `memory` is what the driver reports to programs. It is less
 than the nominal size, and varies by some hundred MiB between driver versions: 143156 MiB for H200, 45373 for L40S,
 24081 for RTX 4090, 22516 for A10. For RTX 3090, RTX 5090, L4 and GH200 it is the smallest "total capacity" that errors
-of PyTorch report for these cards: 23.68, 31.34, 22.03 and 94.50 GiB. The other figures of RTX 5090 and L4, and `flops`
-of A100, L40S and RTX 4090, agree with published tables of specifications. `flops` and `bus` of the rest, and the other
-figures of RTX 3090 and GH200, are what data sheets are remembered to say. All are without sparsity.
+of PyTorch report for these cards: 23.68, 31.34, 22.03 and 94.50 GiB. The other figures of RTX 5090, RTX 3090 and L4,
+`flops` of A100, L40S and RTX 4090, and cores, bandwidth and bus of GH200 agree with published tables of
+specifications; a GeForce card sums products in f32 at half the published rate of sums in f16. `flops` and `bus` of the
+rest, and L2 cache and clock of GH200, are what data sheets are remembered to say. All are without sparsity.
 """
 
 import dataclasses

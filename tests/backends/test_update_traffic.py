@@ -86,8 +86,8 @@ def test_one_kernel_steps_a_leaf_and_reads_and_writes_each_byte_once(mode):
   assert kernels == 2
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("mode", ["mpo-16-layer", "mpo-16-auto"])
+@pytest.mark.few(0, full=1)
 def test_so_it_is_inside_the_backward_pass(mode):
   model = language_model("125m", layers=1, width=512, heads=8, hidden=1408, vocab=4096, context=256, scan=False)
   ratio, _, whole = moved(model, mode)

@@ -290,7 +290,7 @@ CASES = [
   ("loss", "route", "stored"),
   [pytest.param(*c, marks=[pytest.mark.full] * (c[1:] != ("released", "8 bits"))) for c in CASES],
 )
-@pytest.mark.few(1, full=5)
+@pytest.mark.few(1, full=3)
 def test_ensembles_are_trained_like_their_members(loss, route, stored):
   """Bit for bit, unless a sum changes its order, as in matrix products and norms, in a batch or another program."""
   check_ensemble(loss, route, stored, 3, 32)
@@ -299,7 +299,7 @@ def test_ensembles_are_trained_like_their_members(loss, route, stored):
 @pytest.mark.full
 @pytest.mark.parametrize("route", list(ROUTES)[:3])
 @pytest.mark.parametrize("loss", [scanned, unrolled])
-@pytest.mark.few(0, full=2)
+@pytest.mark.few(0, full=1)
 def test_ensembles_of_large_weights(loss, route):
   """Large weights are updated by rows on a CPU, but not under `vmap`."""
   check_ensemble(loss, route, "8 bits", 1 if loss is unrolled else 2, 736)

@@ -62,6 +62,7 @@ def report(scan, layers, route="layer", optimizer=optax.adamw, dump_to=None):
 
 @pytest.mark.parametrize("route", ["layer", "auto"])
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.few(0, full=2)
 def test_temporaries_are_two_layers_of_gradients_at_most_and_do_not_grow_with_depth(scan, route):
   """Scanned, 8 layers have 900 MB of params and state, and the gradients of 64 layers would take 1.2 GB."""
   left = {}

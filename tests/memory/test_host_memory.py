@@ -47,7 +47,7 @@ def compiled():
 
 
 @pytest.mark.parametrize(("model", "mode"), AT_MOST)
-@pytest.mark.few(0, full=3)
+@pytest.mark.few(0, full=2)
 def test_the_device_holds_weights_and_a_layer(compiled, model, mode):
   report = compiled(model, mode)
   assert report.bytes_per_parameter <= AT_MOST[model, mode]

@@ -44,6 +44,7 @@ def test_bytes_of_the_1_3b_model(mode, model):
 
 
 @pytest.mark.parametrize(("mode", "again"), {"mpo-16-host": 0.0, "mpo-16-host-weights": 2.0}.items())
+@pytest.mark.few(0, full=1)
 def test_each_card_fetches_its_part_of_what_its_host_holds(mode, again):
   """Once each way, and the weights of layers a second time, since they are recomputed. No host has a second copy."""
   row = peak_memory.measure("lm-1.3b-fsdp8", mode, "adamw", "h100")
@@ -89,6 +90,7 @@ def collectives(mode, split="rows"):
 
 
 @pytest.mark.parametrize("mode", ["mpo-16-layer", "mpo-compact-auto"])
+@pytest.mark.few(0, full=1)
 def test_no_more_goes_between_cards_than_in_the_ordinary_step(mode):
   (ordinary, ordinary_outside, _), (ours, ours_outside, _) = collectives("optax-f32"), collectives(mode)
   model = language_model("125m")

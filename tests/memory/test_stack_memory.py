@@ -69,7 +69,7 @@ def temporaries(loss, tx, shape, dtype=jnp.bfloat16, **options):
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("optimizer", [exact, compact], ids=["exact", "compact"])
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
-@pytest.mark.few(2, full=8)
+@pytest.mark.few(2, full=4)
 def test_temporaries(name, optimizer):
   axis, run, *bounds = CASES[name]
   shape = (4, 4, D, D) if axis == (0, 1) else (D, L, D) if axis else (L, D, D)
@@ -103,7 +103,7 @@ def test_float8_is_decoded_layer_by_layer(name, bits):
 
 @pytest.mark.parametrize("remat", [jax.checkpoint, lambda layer: layer], ids=["remat", "no remat"])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=1)
 def test_float8_layers_of_their_own_are_decoded_for_each_use(remat, transposed):
   tx = mpo.compensated(optax.adam(1e-3))
   params, state = jax.eval_shape(lambda: mpo.init(tx, [jnp.zeros((D, D))] * L, dtype=jnp.float8_e4m3fn))
@@ -130,7 +130,7 @@ NEEDS_ALL = {  # what an update needs of the whole stack, such as its norm or a 
 
 @pytest.mark.parametrize("name", list(NEEDS_ALL))
 @pytest.mark.parametrize("way", ["first axis", "in two parts"])
-@pytest.mark.few(2, full=6)
+@pytest.mark.few(2, full=3)
 def test_a_few_numbers_of_a_whole_stack_need_no_whole_gradient(name, way):
   inner, two_pass, bound = NEEDS_ALL[name]
 

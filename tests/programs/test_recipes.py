@@ -28,7 +28,7 @@ STEPS = 3
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.full
-@pytest.mark.few(0, full=4)
+@pytest.mark.few(0, full=1)
 def test_a_recipe_runs_and_its_loss_falls(name, capsys):
   path = ROOT / f"examples/recipes/{name}.py"
   assert len(path.read_text().splitlines()) <= 80

@@ -162,7 +162,7 @@ def test_what_is_small(sizes, length, small):
 
 @pytest.mark.parametrize("case", ["auto", "layers"])
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
-@pytest.mark.full
+@pytest.mark.few(0, full=2)
 def test_on_a_gpu_they_take_no_launch_in_a_layer(case, kernels, tmp_path):
   tx = mpo.compensated(optax.adamw(1e-3))
   tx = mpo.with_kernels(tx) if kernels else tx
