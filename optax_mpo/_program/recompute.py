@@ -102,6 +102,30 @@ def worth_keeping(program: Program, wanted: Iterable[int], data: dict[int, int])
   return sorted(kept)
 
 
+def starts(program: Program, operations: Iterable[Operation], data: dict[int, int], kept: list[int]) -> list[int]:
+  """Returns the variables that a backward pass hands to its loops and makes before any of them, for a second one.
+
+  Kept, such as the gradient of the head's input, they save a second pass the products that make them.
+
+  Args:
+    program: the program of a loss and its gradients.
+    operations: its backward pass.
+    data: by variable, not 0 if it depends on more than weights.
+    kept: what the forward pass keeps. No variable larger than all of these is returned.
+  """
+  limit = max((_bytes(program, v) for v in kept), default=0)
+  before: set[int] = set()
+  found: set[int] = set()
+  late: set[int] = set()
+  for operation in operations:
+    inputs = {a for a in operation.inputs if isinstance(a, int)}
+    if operation.name in _LOOPS:
+      found |= {v for v in inputs & before if data.get(v) and _bytes(program, v) <= limit}
+    is_late = operation.name in _LOOPS or not inputs.isdisjoint(late)
+    (late if is_late else before).update(operation.outputs)
+  return sorted(found)
+
+
 def _made_from(program: Program, variable: int, data: dict[int, int]) -> set[int] | None:
   """Much smaller variables that a variable can be made from without loops; None if there are none."""
   limit = _bytes(program, variable) // _LARGER

@@ -136,10 +136,11 @@ class Traced:
     return {i for site in sites if site.place is Place.AT_END for i in site.leaves}
 
   def after_forward(self) -> tuple["Traced", list[int]]:
-    """The program without its forward pass, and the variables that it reads of what the forward pass makes.
+    """The program without its forward pass, and the variables that it reads of what was made before.
 
     What is made of weights alone, such as casts and views, and what is much larger than what it is made from, such as
-    logits, is made again: to keep it would take more memory.
+    logits, is made again: to keep it would take more memory. With what it reads is the gradient that its first scan
+    over layers starts from.
     """
     program = self.program
     is_data = [len(self.leaves) <= i < len(program.inputs) - self._scales for i in range(len(program.inputs))]
@@ -148,6 +149,7 @@ class Traced:
     made = {v for o in program.operations[: loss + 1] for v in o.outputs if of_data.get(v)}
     read = dataflow.read_by(program.operations[loss + 1 :], program.outputs)
     kept = recompute.worth_keeping(program, made & read, of_data)
+    kept += recompute.starts(program, program.operations[loss + 1 :], of_data, kept)
     operations = dataflow.slice_of(program, program.outputs, set(kept))
     other = copy.copy(self)
     other.program = dataclasses.replace(program, inputs=[*program.inputs, *kept], operations=operations)
