@@ -58,7 +58,7 @@ def same(loss, params, tx, microbatches=K, steps=3, **options):
 @pytest.mark.few(1)
 def test_the_bits_of_a_loop_over_microbatches(way):
   loss, params = with_others(way)
-  same(loss, params, mpo.compensated(optax.adamw(1e-2)))
+  same(loss, params, mpo.compensated(optax.adamw(1e-2)), steps=30)
 
 
 @pytest.mark.parametrize(
