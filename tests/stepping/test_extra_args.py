@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_mpo as mpo
 from tests.helpers import assert_same_bits, quick_jit
@@ -73,6 +74,31 @@ def test_extra_arguments_give_the_bits_of_the_ordinary_step(name):
     assert_same_bits(got, want)
   plateau = jax.tree.leaves(got[2], is_leaf=is_plateau)[-1]
   assert not is_plateau(plateau) or plateau.scale < 1  # the learning rate has been reduced
+
+
+@pytest.mark.parametrize("around", ["8-bit state", "kernels", "eight devices", "models at once"])
+@pytest.mark.few(2)
+def test_the_loss_reaches_the_update_in_every_setting(around):
+  loss, params = with_others("first axis")
+  tx = optax.chain(optax.adamw(1e-2), PLATEAU())
+  tx = mpo.compensated(mpo.quantized_state(tx) if around == "8-bit state" else tx)
+  tx = mpo.with_kernels(tx) if around == "kernels" else tx
+  one, other = ordinary(loss, tx, lambda value: {"value": value}), mpo.value_and_update(loss, tx)
+  params, state = mpo.init(tx, params)
+  x = jax.random.normal(jax.random.key(100), (8, D))
+  if around == "eight devices":
+    mesh = jax.make_mesh((8,), ("data",))
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    params, state = jax.device_put((params, state), NamedSharding(mesh, PartitionSpec()))
+  if around == "models at once":
+    one, other = jax.vmap(one), jax.vmap(other)
+    params, state, x = jax.tree.map(lambda a: jnp.stack([a, a]), (params, state, x))
+  one, other = quick_jit(one), quick_jit(other)
+  want, got = (None, params, state), (None, params, state)
+  for _ in range(3):
+    want, got = one(*want[1:], x), other(*got[1:], x)
+  assert_same_bits(got, want)
+  assert float(jnp.max(jax.tree.leaves(got[2], is_leaf=is_plateau)[-1].scale)) < 1
 
 
 def test_stacks_are_still_updated_in_their_scan():
