@@ -155,15 +155,16 @@ def _plan(args: argparse.Namespace, card: str) -> None:
   jobs = args.jobs or cells.default_jobs()
   print(f"\n{table.head(list(rows[0].steps))}  compiled, {jobs} at a time, and remembered", flush=True)
   done: dict[str, table.Cells] = {}
+  is_tight = False
   for row, found in cells.rows_of(rows, limits, remembered, jobs):
     done[row.label] = found
+    is_tight |= any(table.TIGHT in table.cell(figures, limits) for figures in found.values())
     print(table.line(row.label, found, limits), flush=True)
   lines = table.transfers(
     done, target, products, remat=not args.no_remat, utilization=args.utilization, devices=args.devices
   )
   print("\n".join(lines), end="\n" if lines else "")
-  lines = [table.line(label, found, limits) for label, found in done.items()]
-  if any(table.TIGHT in line for line in lines):
+  if is_tight:
     print(f"{table.TIGHT}: less than 1 GiB is left for CUDA's context and libraries")
   print(f"{time.perf_counter() - started:.0f} s\n")
 
