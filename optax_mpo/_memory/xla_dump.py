@@ -14,6 +14,7 @@ It reads three files with the common prefix `...gpu_after_optimizations`:
 import bisect
 import collections
 import dataclasses
+import functools
 import pathlib
 import re
 import sysconfig
@@ -249,10 +250,15 @@ def _fields(row: str) -> dict[str, int]:
   return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", row)}
 
 
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+  paths = sysconfig.get_paths()  # takes half a millisecond
+  package = str(pathlib.Path(__file__).parent.parent)
+  return (package, *(paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")))
+
+
 def _is_library(file: str) -> bool:
-  libraries = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-  own = str(pathlib.Path(__file__).parent)
-  return file.startswith(own) or any(file.startswith(library) for library in libraries) or "site-packages" in file
+  return file.startswith(_libraries()) or "site-packages" in file
 
 
 def _short(shape: str) -> str:

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,13 @@ def test_the_buffers_explain_temporaries_and_total(remat):
   assert sum(b.bytes for b in report.buffers if b.kind == "argument") == report.argument_bytes
   assert [b.bytes for b in report.buffers] == sorted((b.bytes for b in report.buffers), reverse=True)
   assert any(b.at_peak for b in temporaries)
+
+
+def test_lines_of_the_package_and_of_libraries_are_not_the_users():
+  package = Path(mpo.__file__).parent
+  for file in (package / "_stepping" / "evaluate.py", Path(json.__file__), Path(jax.__file__)):
+    assert xla_dump._is_library(str(file)), file
+  assert not xla_dump._is_library(__file__)
 
 
 def test_buffers_are_named_by_argument_operation_and_source_line():
