@@ -55,6 +55,7 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-350m-unrolled": lambda: language_model("350m", scan=False),
   "lm-1.3b": lambda: language_model("1.3b"),
   "lm-1.3b-batch8": lambda: language_model("1.3b", batch=8),
+  "lm-1.3b-4x2048": lambda: language_model("1.3b", batch=4, context=2048),
   "lm-8.8b": lambda: language_model("8.8b"),
   "lm-70b": lambda: language_model("70b"),
   "lm-70b-h100": lambda: language_model("70b"),

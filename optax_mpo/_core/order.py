@@ -67,6 +67,11 @@ def as_weights_lie(grads: Sequence[Any]) -> list[Any]:
   return [_as_weights_lie.bind(x) if x.ndim > 1 else x for x in grads]
 
 
+def together(values: Sequence[Any]) -> list[Any]:
+  """Returns arrays that XLA:GPU makes before it uses any of them."""
+  return _together.bind(*values)
+
+
 def barrier(values: PyTree) -> PyTree:
   """`lax.optimization_barrier`, also inside a `shard_map` where only some arrays differ between devices.
 
@@ -116,6 +121,14 @@ def first(x: Any, *_: Any, **__: Any) -> Any:
   return x
 
 
+def _all(*values: Any) -> Any:
+  return list(values)
+
+
+def _all_made(*values: Any) -> Any:
+  return barrier(list(values))
+
+
 def _changed(index: Any, *_: Any, count: int) -> Any:
   return index + ((index + count) >> 30)
 
@@ -144,4 +157,5 @@ _row_major = primitives.make_hint("row_major", {None: by_devices(row_major, firs
 _as_weights_lie = primitives.make_hint(
   "as_weights_lie", {None: everywhere(first), "cuda": by_devices(row_major, _row_major_parts)}
 )
+_together = primitives.make_hint("together", {None: everywhere(_all), "cuda": everywhere(_all_made)}, all_operands=True)
 jax.ffi.register_ffi_target_as_batch_partitionable("LayoutConstraint")  # what `with_layout_constraint` calls

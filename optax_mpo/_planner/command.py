@@ -10,7 +10,7 @@ import jax
 
 from optax_mpo._memory import compiling
 from optax_mpo._memory.gpu_targets import TARGETS, Target
-from optax_mpo._planner import cells, own_step, table
+from optax_mpo._planner import cells, estimate, own_step, table
 from optax_mpo._planner.decoder import LM_SIZES, LMConfig, language_model
 from optax_mpo._planner.remembered import Remembered, folder
 from optax_mpo._planner.storages import OPTIMIZERS, STORAGES
@@ -132,7 +132,7 @@ def _plan(args: argparse.Namespace, card: str) -> None:
   started, target = time.perf_counter(), TARGETS[card]
   if args.step is not None:
     rows, products = [own_step.of_function(args.step, args.batches, args.devices, card)], None
-    what = args.step
+    what, config = args.step, None
   else:
     config, name = config_of(args)
     model = language_model(config, name)
@@ -147,11 +147,12 @@ def _plan(args: argparse.Namespace, card: str) -> None:
   limits = cells.Limits(target.memory, host)
   print(f"{what}, on {_where(target, args.devices)}", flush=True)
   remembered = Remembered(None if args.no_cache else folder())
-  if args.step is None:
-    print(f"\n{table.head([])}  weights and state alone")
-    for row in rows:
-      if (persists := cells.held_of(row, remembered)) is not None:
-        print(table.known(row.label, persists, limits), flush=True)
+  if config is not None:
+    print(f"\n{table.head(sorted(args.batches))}  about, by arithmetic")
+    for row, storage in zip(rows, args.storages, strict=True):
+      if persists := cells.held_of(row, remembered):
+        about = {n: estimate.with_peak(persists, config, storage, n, args.context, args.devices) for n in row.steps}
+        print(table.line(row.label, about, limits, "~"), flush=True)
   jobs = args.jobs or cells.default_jobs()
   print(f"\n{table.head(list(rows[0].steps))}  compiled, {jobs} at a time, and remembered", flush=True)
   done: dict[str, table.Cells] = {}

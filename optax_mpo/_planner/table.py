@@ -1,6 +1,6 @@
 """The text of a plan: a line for each storage, and what its transfers cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from optax_mpo._memory.gpu_targets import Target
 from optax_mpo._planner import hidden
@@ -12,7 +12,7 @@ TIGHT = "tight"
 _MARGIN = GIB  # what CUDA's context and libraries may take
 _LABEL = 55
 
-Cells = dict[int, Figures | None]
+Cells = Mapping[int, Figures | None]
 
 
 def gib(size: int) -> str:
@@ -26,29 +26,32 @@ def head(batches: Sequence[int]) -> str:
   return f"{'GiB':{_LABEL}}{'persists':>9}{'host':>8}{columns}"
 
 
-def known(label: str, figures: Figures, limits: Limits) -> str:
-  """One storage before it is compiled: what persists, and whether that alone is too much."""
-  host = gib(figures.host) if figures.host else "-"
-  verdict = "" if figures.held <= limits.device and limits.fit_on_host(figures) else "  too much"
-  return f"{label:{_LABEL}}{gib(figures.held):>9}{host:>8}{verdict}"
+def line(label: str, cells: Cells, limits: Limits, about: str = "") -> str:
+  """One storage: what persists, what the host needs, and for each batch size the peak and whether it fits.
 
-
-def line(label: str, cells: Cells, limits: Limits) -> str:
-  """One storage: what persists, what the host needs, and for each batch size the peak and whether it fits."""
+  Args:
+    label: its name.
+    cells: its figures.
+    limits: the memory that there is.
+    about: a sign before peaks that are estimated.
+  """
   first = next(figures for figures in cells.values() if figures)
   host = gib(first.host) if first.host else "-"
-  columns = "".join(f"{cell(figures, limits):>14}" for figures in cells.values())
+  columns = "".join(f"{cell(figures, limits, about):>14}" for figures in cells.values())
   return f"{label:{_LABEL}}{gib(first.held):>9}{host:>8}{columns}"
 
 
-def cell(figures: Figures | None, limits: Limits) -> str:
-  if figures is None or figures.peak is None:
+def cell(figures: Figures | None, limits: Limits, about: str = "") -> str:
+  """A peak, and whether it fits. A question mark if it is not known."""
+  if figures is None or figures.held > limits.device:
     return "no"
+  if figures.peak is None:
+    return "?" if limits.fit_on_host(figures) else "no host"
   if not limits.fit(figures):
     verdict = "no" if figures.peak > limits.device else "no host"
   else:
     verdict = "yes" if figures.peak + _MARGIN <= limits.device else TIGHT
-  return f"{gib(figures.peak)} {verdict}"
+  return f"{about}{gib(figures.peak)} {verdict}"
 
 
 def transfers(
@@ -94,4 +97,4 @@ def transfers(
 
 def _last(cells: Cells) -> Figures | None:
   """The figures of the largest batch that was compiled."""
-  return next((figures for figures in reversed(cells.values()) if figures and figures.peak is not None), None)
+  return next((figures for figures in reversed(list(cells.values())) if figures and figures.peak is not None), None)

@@ -10,6 +10,10 @@ from jax.extend import core
 
 Atom = Any  # an int, the number of a variable of the program, or a core.Literal
 
+PRODUCTS = frozenset("dot_general conv_general_dilated ragged_dot ragged_dot_general".split())
+MOVES = frozenset("transpose reshape squeeze expand_dims convert_element_type".split())
+"""Primitives that only move or convert elements."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operation:

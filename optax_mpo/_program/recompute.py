@@ -16,12 +16,11 @@ from jax import lax
 
 from optax_mpo._core import host, types
 from optax_mpo._program import jax_forms
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import MOVES, Atom, Operation, Program
 
 _SMALL = 2**14  # elements up to which an array is kept
 _LARGER = 8  # an array is made again if it is this many times as large as all that it is made from
 _LOOPS = frozenset("scan while cond".split())
-_MOVES = frozenset("transpose reshape squeeze expand_dims convert_element_type".split())
 
 
 def fetched_for_each_use(program: Program, weights: Iterable[int], scales: Iterable[int] = ()) -> Program:
@@ -54,7 +53,7 @@ def for_each_use(program: Program, variables: Iterable[int]) -> Program:
     return program
   operations: list[Operation] = []
   for operation in program.operations:
-    moved = operation.inputs[0] if operation.name in _MOVES else None
+    moved = operation.inputs[0] if operation.name in MOVES else None
     if isinstance(moved, int) and moved in chains:
       chains[operation.outputs[0]] = (*chains[moved], operation)
     elif operation.name != "scan":

@@ -12,9 +12,8 @@ searched.
 from collections.abc import Mapping
 
 from optax_mpo._program import jax_forms
-from optax_mpo._program.program import Atom, Program
+from optax_mpo._program.program import PRODUCTS, Atom, Program
 
-_PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"))
 # A weight is followed through these: they move or convert its elements.
 _MOVES = frozenset(
   """convert_element_type reshape transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice rev copy copy_p pad
@@ -44,7 +43,7 @@ def _follow(program: Program, known: dict[int, int], found: dict[int, str]) -> l
     weights = [weight(a) for a in operation.inputs]
     if all(w is None for w in weights):
       continue
-    if operation.name in _PRODUCTS:
+    if operation.name in PRODUCTS:
       if any(program.aval(a).dtype.itemsize >= 4 for a in operation.inputs[:2]):
         found.update((w, jax_forms.where(operation)) for w in weights if w is not None and w not in found)
     elif operation.name in _MOVES:

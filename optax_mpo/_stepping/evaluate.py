@@ -236,6 +236,8 @@ def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Seq
       _run_scan(plan, plan.scans[i], env, store, shared, begun)
     elif i not in plan.skipped:
       jax_forms.run(plan.program, [operation], env)
+    if pair := plan.pairs.get(i):
+      env.update(zip(pair, order.together([env[v] for v in pair]), strict=True))
     step_due(i)  # also after a skipped operation, which may be the last one
     for atom in (*operation.inputs, *operation.outputs):
       if isinstance(atom, int) and plan.last_use.get(atom, -1) <= i:
@@ -301,7 +303,11 @@ def _run_scan(
     ys = [body.outputs[counts[1] + j] for j in scan.kept]
     return (out, layer.arrays), [jax_forms.value(a, inner) for a in ys]
 
-  indexed = jnp.arange(scan.length, dtype=jnp.int32), xs
+  indices = jnp.arange(scan.length, dtype=jnp.int32)
+  if scan.length == 1:  # XLA takes the only iteration out of the loop, where it would know the index
+    known = [*consts, *carry, *(x for x in xs if x is not None), *(x for arrays, _ in starts.values() for x in arrays)]
+    indices = order.hidden(indices, order.first_elements(known))
+  indexed = indices, xs
   carried = carry, {index: arrays for index, (arrays, _) in starts.items()}
   (carry, new), ys = lax.scan(step, carried, indexed, **jax_forms.scan_options(operation))
   for r, handed in zip(scan.released, inner_shared, strict=True):

@@ -24,13 +24,12 @@ import jax.numpy as jnp
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import PRODUCTS, Atom, Operation, Program
 from optax_mpo._stepping.plan import FOLLOWED, Plan, Released, constant, final_bytes
 from optax_mpo._stepping.site import Place
 
 _VIEWS = frozenset("transpose reshape squeeze expand_dims copy copy_p sharding_constraint optimization_barrier".split())
 _FUSED = ELEMENTWISE | FOLLOWED | frozenset(["dynamic_slice", "expand_dims", "sharding_constraint"])
-_PRODUCTS = frozenset("dot_general conv_general_dilated ragged_dot ragged_dot_general".split())
 _IN_PLACE = frozenset(["scatter-add", "scatter_add", "scatter", "dynamic_update_slice"])
 _LOOPS = ("scan", "while")
 
@@ -141,7 +140,7 @@ class _Memory:
   def is_product(self, var: int) -> bool:
     """Whether a stored array is a product, or the cast of one."""
     operation = self.maker(var)
-    return operation.name in _PRODUCTS or self._is_cast_product(operation)
+    return operation.name in PRODUCTS or self._is_cast_product(operation)
 
   def _is_cast_product(self, operation: Operation) -> bool:
     """Whether this casts a product or a sum, which then is stored as the result of the cast alone."""
@@ -153,7 +152,7 @@ class _Memory:
     if made is None:
       return False
     name = self.program.operations[made].name
-    return name in _PRODUCTS or name.startswith("reduce_")
+    return name in PRODUCTS or name.startswith("reduce_")
 
   def _is_no_gradient(self, var: int) -> bool:
     """Whether this is a mask, a count or a fill."""
@@ -200,7 +199,7 @@ def stacks(program: Program, atom: Atom) -> set[int]:
     if operation.name == "scan":
       if operation.outputs.index(var) >= jax_forms.scan_counts(operation)[1]:
         found.add(var)
-    elif operation.name not in _PRODUCTS and not _is_call(operation) and not operation.name.startswith("reduce"):
+    elif operation.name not in PRODUCTS and not _is_call(operation) and not operation.name.startswith("reduce"):
       queue += operation.inputs
   return found
 
@@ -310,7 +309,7 @@ def _keeps_axis(program: Program, operation: Operation) -> bool:
     return 0 in batch
   if operation.name.startswith("reduce_"):
     return 0 not in operation.eqn.params.get("axes", (0,))
-  return operation.name not in _PRODUCTS
+  return operation.name not in PRODUCTS
 
 
 def _has_scan(program: Program) -> bool:

@@ -118,6 +118,7 @@ class Plan:
     skipped: the operations that are done inside such a scan, or before it.
     ties: the variables that make the rest of the program wait for the updates after an operation.
     last_use: the last operation that reads a variable.
+    pairs: what XLA makes before it uses either, after an operation.
   """
 
   program: Program
@@ -128,6 +129,7 @@ class Plan:
   skipped: set[int] = dataclasses.field(default_factory=set)
   ties: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   last_use: dict[int, int] = dataclasses.field(default_factory=dict)
+  pairs: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
   def grads_due(self, i: int) -> list[Atom]:
     """What the updates after an operation read."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
-from optax_mpo._stepping import rows
+from optax_mpo._stepping import pairs, rows
 from optax_mpo._stepping.pieces import Piece
 from optax_mpo._stepping.plan import FOLLOWED, Plan, Rest, constant, final_bytes
 from optax_mpo._stepping.scans import ScanPlacer, gradient_size
@@ -107,6 +107,7 @@ class _Planner:
         if isinstance(atom, int):
           result.last_use[atom] = max(due, result.last_use.get(atom, -1))
     self._place_ties()
+    result.pairs = pairs.find(program, result.last_use, result.skipped)
     return result
 
   def _due_rest(self, piece: Piece) -> int:

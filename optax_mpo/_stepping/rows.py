@@ -20,14 +20,14 @@ from optax_mpo._stepping.plan import Released, Rest, constant
 from optax_mpo._stepping.site import Site, Values
 
 _ELEMENTS = 2**22  # the most elements of a weight that are fetched at a time: 40 MB of AdamW's state
-_ELEMENTS_OF_LAYER = 2**26
+ELEMENTS_OF_LAYER = 2**26
 """Likewise in a scan. XLA fetches the state of a whole leaf while the gradient of the leaf before is computed, but not
 that of rows: their loop begins when the gradient is complete."""
 
 
 def rest_of(program: Program, site: Site, index: int, in_scan: bool) -> tuple[Rest | None, str]:
   """Returns how a site is updated by rows; or None where it need not be, or cannot be, with the reason."""
-  step, limit = site.step, _ELEMENTS_OF_LAYER if in_scan else _ELEMENTS
+  step, limit = site.step, ELEMENTS_OF_LAYER if in_scan else _ELEMENTS
   devices = max((state.sharding.mesh.size for state in step.states if host.is_on_host(state)), default=0)
   if not devices or not step.params or step.grads[0].size <= limit * devices:
     return None, ""

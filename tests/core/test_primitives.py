@@ -47,6 +47,7 @@ EXAMPLES = {
   "laid_out": ([array(0)], {}),
   "typed_memory": ([array(0)], {"space": jax.memory.Space.Device}),
   "tie": ([array(0), number(1), jnp.int32(2)], {}),
+  "together": ([array(0), number(1)], {}),
   "step_weight": ([jnp.int32(0), array(0), array(1), array(2), number(0)], STEP),
   "step_weights": ([array(0), array(1), array(2), number(0), array(3), array(4), array(5), number(0)], TOGETHER),
 }
@@ -69,7 +70,7 @@ def primitive(request):
     if request.param == "step_weights":
       given = (operands[:4], operands[4:])
       return [x for grad, *rest in given for x in pure(grad, rest[:2], rest[2:], jnp.int32(0))]
-    return list(operands) if request.param == "tie" else [operands[0]]
+    return list(operands) if request.param in ("tie", "together") else [operands[0]]
 
   return lambda *operands: jax.tree.leaves(made.bind(*operands, **params)), plainly, operands
 
@@ -161,7 +162,7 @@ def objectives(primitive):
   return objective(fun, operands)[0], objective(plain, operands)[0]
 
 
-@pytest.mark.parametrize("name", ["held", "row_major", "as_weights_lie", "laid_out", "tie"])
+@pytest.mark.parametrize("name", ["held", "row_major", "as_weights_lie", "laid_out", "tie", "together"])
 def test_a_hint_is_transposed(name):
   operands, params = EXAMPLES[name]
   _, *others = operands

@@ -106,8 +106,10 @@ def test_no_more_goes_between_cards_than_in_the_ordinary_step(mode):
 
 def test_along_the_largest_axis_no_more_goes_between_cards_than_in_the_ordinary_step():
   (ordinary, outside, _), (ours, ours_outside, _) = (collectives(mode, "largest") for mode in ("mpo-16", "mpo-16-auto"))
-  assert ours == ordinary
-  assert ours_outside == outside
+  for name in COLLECTIVES:
+    assert ours[name] <= ordinary[name], name
+    assert ours_outside[name] <= outside[name], name
+  assert sum(ordinary.values()) > 0, "the parser sees something"
 
 
 @pytest.mark.parametrize(("mode", "at_most"), {"mpo-16-layer": 28.0, "mpo-compact-auto": 21.15}.items())

@@ -212,6 +212,8 @@ def test_lines_say_what_fits():
   ]
   row = dict(enumerate(made[:3], 1))
   assert table.line("label", row, limits).split() == "label 1.0 - 23.0 yes 24.0 tight 25.0 no".split()
+  assert table.line("label", row, limits, "~").split() == "label 1.0 - ~23.0 yes ~24.0 tight ~25.0 no".split()
+  assert table.cell(Figures(GIB, 0), limits) == "?"
   small = {1: Figures(3 * 2**20, 0, GIB // 9)}
   assert table.line("label", small, limits).split() == "label 0.0029 - 0.1 yes".split()
 
@@ -233,8 +235,7 @@ def test_a_plan_without_compiling(capsys):
   out = capsys.readouterr().out
   assert "llama3-8b, 8.03B parameters, adamw, context 2048, on NVIDIA A10 of 22.0 GiB" in out
   assert "Optax, f32 master" in out
-  assert "89.7       -  too much" in out.split("compiled")[0]
-  assert "89.7       -            no            no            no" in out
+  assert out.count("89.7       -            no            no            no") == 2, "estimated, and then not compiled"
   assert "tight" not in out  # explained only where it is said
 
 
@@ -249,7 +250,7 @@ def test_a_plan_compiles_and_remembers(capsys, monkeypatch):
   assert "decoder, 0.01B parameters" in first
   at_once, compiled = first.split("compiled, ")
   assert at_once.count("optax_mpo, 16 bits") == 2
-  assert "too much" not in at_once
+  assert at_once.count("yes") == 2
   lines = [line for line in compiled.splitlines() if line.startswith("optax_mpo, 16 bits")]
   assert [line.split()[-1] for line in lines[:2]] == ["yes", "yes"]
   assert "state and layers on the host" in lines[2]  # with what crosses the bus

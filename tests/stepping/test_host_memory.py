@@ -66,7 +66,7 @@ def elements(request, monkeypatch):
   """The most elements of a leaf that are fetched at a time."""
   if request.param == "by rows":
     monkeypatch.setattr(rows, "_ELEMENTS", 2**14)
-    monkeypatch.setattr(rows, "_ELEMENTS_OF_LAYER", 2**14)
+    monkeypatch.setattr(rows, "ELEMENTS_OF_LAYER", 2**14)
 
 
 @pytest.mark.few(2, full=5)

@@ -4,7 +4,6 @@ Each is updated inside its scans, and equals the ordinary step bit for bit. Both
 in `test_property`. There are two stacks: where a scalar divides only one array, XLA multiplies with its reciprocal.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 import optax_mpo as mpo
+from tests import random_stacks
 from tests.helpers import assert_same_bits, ordinary_step, summing_jit
+from tests.random_stacks import alternating, layer, pairs, scan, two_levels
 
 L, D = 8, 16
 
@@ -29,32 +30,6 @@ def exact():
 
 def eight_bit():
   return mpo.compensated(mpo.quantized_state(optax.lion(1e-2), min_size=1, block_size=8), extra_bits=8)
-
-
-def layer(x, w):
-  return jnp.tanh(x @ w), None
-
-
-def scan(x, w, **options):
-  return lax.scan(layer, x, w, **options)[0]
-
-
-def pairs(x, w):
-  def body(x, w):
-    return layer(layer(x, w[0])[0], w[1])[0], None
-
-  return lax.scan(body, x, w.reshape(-1, 2, *w.shape[1:]))[0]
-
-
-def two_levels(x, w):
-  return lax.scan(jax.checkpoint(lambda x, w: (scan(x, w), None)), x, w.reshape(-1, 2, *w.shape[1:]))[0]
-
-
-def alternating(x, w):
-  def body(x, w):
-    return layer(layer(x, w[0])[0], w[1])[0], None
-
-  return lax.scan(body, x, (w[::2], w[1::2]))[0]
 
 
 def frozen(n, like):
@@ -216,56 +191,17 @@ def test_a_stack_whose_gradient_is_not_followed_says_why(name):
   assert ": " in w_why.split("; ")[0]  # what to change
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
-  """Consecutive layers. `order`: of the stack. `way`: how they are scanned."""
-
-  length: int
-  order: str
-  way: str
-  cast: bool
-
-
-segments = st.builds(
-  Segment,
-  length=st.sampled_from([2, 4, 6]),
-  order=st.sampled_from(["as stored", "reversed"]),
-  way=st.sampled_from(["scan", "reverse", "unrolled", "pairs", "two levels", "alternating"]),
-  cast=st.booleans(),
-)
-_SCANS: dict[str, Callable[[Any, Any], Any]] = {
-  "scan": scan,
-  "reverse": functools.partial(scan, reverse=True),
-  "unrolled": functools.partial(scan, unroll=2),
-  "pairs": pairs,
-  "two levels": two_levels,
-  "alternating": alternating,
-}
-
-
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(
-  st.lists(segments, min_size=1, max_size=3),
+  random_stacks.segments,
   st.sampled_from([(exact, 0), (exact, 1), (exact, 2), (eight_bit, 0), (eight_bit, 1)]),
   st.booleans(),
   st.booleans(),
 )
 @pytest.mark.full
-def test_random_stacks(parts, how, whole_reversed, shared):
+def test_random_stacks(parts, how, is_reversed, is_shared):
   optimizer, axis = how
-  length = sum(part.length for part in parts)
-
-  def run(x, w):
-    x = x.astype(jnp.bfloat16)
-    w = w[::-1] if whole_reversed else w
-    start = 0
-    for part in parts:
-      piece, start = w[start : start + part.length], start + part.length
-      piece = piece[::-1] if part.order == "reversed" else piece
-      to = jnp.float32 if part.cast else jnp.bfloat16
-      x = _SCANS[part.way](x.astype(to), piece.astype(to)).astype(jnp.bfloat16)
-    return scan(x, w) if shared else x
-
-  loss, params = _loss(run, axis), _params(length, axis)
+  loss = _loss(functools.partial(random_stacks.run, parts, is_reversed, is_shared), axis)
+  params = _params(sum(part.length for part in parts), axis)
   assert [place for place, _ in places(loss, params, optimizer())] == ["in scan"] * 2
   assert_equal_to_ordinary(loss, params, optimizer())
