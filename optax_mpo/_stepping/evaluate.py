@@ -305,8 +305,8 @@ def _run_scan(
 
   indices = jnp.arange(scan.length, dtype=jnp.int32)
   if scan.length == 1:  # XLA takes the only iteration out of the loop, where it would know the index
-    known = [*consts, *carry, *(x for x in xs if x is not None), *(x for arrays, _ in starts.values() for x in arrays)]
-    indices = order.hidden(indices, order.first_elements(known))
+    known = order.first_elements([x for arrays, _ in starts.values() for x in arrays])
+    indices = order.hidden(jnp.int32(0), known)[None]
   indexed = indices, xs
   carried = carry, {index: arrays for index, (arrays, _) in starts.items()}
   (carry, new), ys = lax.scan(step, carried, indexed, **jax_forms.scan_options(operation))

@@ -66,6 +66,7 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
   "two levels after frozen layers": lambda x, w: two_levels(x, jnp.concatenate([frozen(2, w), w])),
   "some frozen": lambda x, w: scan(x, jnp.concatenate([lax.stop_gradient(w[:2]), w[2:]])),
   "some frozen, in two scans": lambda x, w: scan(scan(x, lax.stop_gradient(w[:2])), w[2:]),
+  "a scan of one layer": lambda x, w: scan(scan(x, w[:1]), w[1:]),
   "first alone": lambda x, w: scan(layer(x, w[0])[0], w[1:]),
   "last alone": lambda x, w: layer(scan(x, w[:-1]), w[-1])[0],
   "first alone, at the end": lambda x, w: layer(scan(x, w[1:]), w[0])[0],
@@ -162,6 +163,19 @@ def test_a_stack_in_several_scans_is_updated_in_the_last_one(way):
   assert "from `scan` (scan, test_stacks.py" in w_why
   assert "is held until then: use its layers in one scan only" in w_why
   assert_equal_to_ordinary(loss, params, exact())
+
+
+def test_a_scan_of_one_layer_may_read_a_random_key():
+  def loss(params, x, key):
+    def dropped(x, w):
+      return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), layer(x, w)[0], 0), None
+
+    return jnp.mean(jnp.square(scan(lax.scan(dropped, x, params["w"][:1])[0], params["w"][1:])))
+
+  params, x, tx = {"w": _params(L, 0)["w"]}, jnp.ones((4, D)), optax.sgd(1e-2)
+  args = params, tx.init(params), x, jax.random.key(1)
+  got, want = (summing_jit(step)(*args) for step in (mpo.value_and_update(loss, tx), ordinary_step(loss, tx)))
+  assert_same_bits(got, want)
 
 
 def in_a_cond(x, w):
