@@ -8,6 +8,7 @@ has the same shape. That holds for moments, compensation bits, 8-bit codes and a
 wrapper, without a list of wrappers.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,8 @@ def state_sharding(
   """Returns shardings for `opt_state`: leaves shaped like a param get its sharding.
 
   Compensation bits, moments, 8-bit codes and other leaves with the shape of their param get its sharding. So do the
-  scales of their blocks, except along the last axis if the mesh does not divide their number. All other state (counts,
-  keys, factored moments) is replicated over the same mesh.
+  scales of their blocks; if the mesh does not divide their number, the axis before is split instead. All other state
+  (counts, keys, factored moments) is replicated over the same mesh.
 
   Args:
     params: a tree of arrays or `jax.ShapeDtypeStruct`, each with a `NamedSharding`; with `memory_kind`, they may also
@@ -162,12 +163,24 @@ def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[An
 
 
 def _per_block(codes: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-  """The sharding of scales of `shape`: that of their codes, with the last axis replicated if it does not divide."""
+  """The sharding of scales of `shape`: that of their codes.
+
+  If their last axis does not divide, the one before is split instead. Scales for which that does not divide either, and
+  small ones, are replicated along it.
+  """
   spec = list(codes.spec) + [None] * (len(shape) - len(codes.spec))
-  axes = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
-  parts = 1
-  for axis in axes:
-    parts *= codes.mesh.shape[axis]
-  if shape[-1] % parts:
-    spec[-1] = None
+  if shape[-1] % _parts(codes.mesh, spec[-1]):
+    moved, spec[-1] = _axes(spec[-1]), None
+    if len(shape) > 1 and math.prod(shape) > _SMALL:
+      both = (*_axes(spec[-2]), *moved)
+      spec[-2] = spec[-2] if shape[-2] % _parts(codes.mesh, both) else both
   return NamedSharding(codes.mesh, PartitionSpec(*spec))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+  """The mesh axes that an axis of an array is split over."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _parts(mesh: Any, entry: Any) -> int:
+  return math.prod(mesh.shape[axis] for axis in _axes(entry))

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_mpo as mpo
+from optax_mpo._transforms import sharding
 from tests.helpers import assert_same_bits, ordinary_step
 
 LAYERS, WIDTH, HIDDEN = 2, 64, 128
@@ -75,11 +76,11 @@ def put(layout, tx, dtype=jnp.bfloat16):
   shape, names, spec_of = SPECS[layout]
   mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
 
-  def sharding(path, leaf):
+  def split(path, leaf):
     return NamedSharding(mesh, spec_of(path[-1].key))
 
   params, state = mpo.init(tx, make_params(), dtype=dtype)
-  params = jax.device_put(params, jax.tree_util.tree_map_with_path(sharding, params))
+  params = jax.device_put(params, jax.tree_util.tree_map_with_path(split, params))
   state = jax.device_put(state, mpo.state_sharding(params, state))
   x = jax.random.normal(jax.random.key(1), (16, WIDTH))
   return params, state, jax.device_put(x, NamedSharding(mesh, P("data")))
@@ -143,6 +144,30 @@ CASES = [
 @pytest.mark.parametrize(("fused", "layout", "optimizer"), CASES)
 @pytest.mark.few(1, full=3)
 def test_fused_steps_are_those_of_the_unfused_step(fused, layout, optimizer):
+  assert_fused_is_unfused(fused, layout, optimizer)
+
+
+@pytest.mark.parametrize("fused", STEPS)
+@pytest.mark.few(1)
+def test_large_scales_whose_blocks_do_not_divide_are_split_along_the_axis_before(fused, monkeypatch):
+  monkeypatch.setattr(sharding, "_SMALL", 0)
+  _, state, _ = put("fsdp", OPTIMIZERS["compact"]())
+  scales = state.inner_state.inner_state[0].mu["layers"]["down"].scales
+  assert scales.shape[-1] % 8
+  assert scales.sharding.spec == P(None, "data", None)
+  assert_fused_is_unfused(fused, "fsdp", "compact")
+
+
+def test_both_axes_of_scales_may_be_split():
+  mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  codes, spec = NamedSharding(mesh, P("data", "model")), P(("data", "model"), None)
+  assert sharding._per_block(codes, (2**12, 43)).spec == spec
+  assert sharding._per_block(codes, (2**12, 44)).spec == P("data", "model")
+  assert sharding._per_block(codes, (2**12 + 2, 43)).spec == P("data", None)
+  assert sharding._per_block(NamedSharding(mesh, P("model")), (2**18 + 1,)).spec == P(None)
+
+
+def assert_fused_is_unfused(fused, layout, optimizer):
   tx = OPTIMIZERS[optimizer]()
   params, state, x = put(layout, tx, jnp.float8_e4m3fn if optimizer == "float8" else jnp.bfloat16)
   options = {
