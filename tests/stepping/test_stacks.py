@@ -160,7 +160,7 @@ def test_a_stack_in_several_scans_is_updated_in_the_last_one(way):
   loss, params = make(way, 1)
   (v_place, v_why), (w_place, w_why) = places(loss, params, exact())
   assert (v_place, v_why, w_place) == ("in scan", "", "in scan")
-  assert "from `scan` (scan, test_stacks.py" in w_why
+  assert "from `scan` (scan, random_stacks.py" in w_why
   assert "is held until then: use its layers in one scan only" in w_why
   assert_equal_to_ordinary(loss, params, exact())
 
