@@ -58,13 +58,14 @@ def in_order(values: PyTree) -> list[Any]:
   return [_row_major.bind(v) if is_float else v for v, is_float in zip(values, floating, strict=True)]
 
 
-def as_weights_lie(grads: Sequence[Any]) -> list[Any]:
-  """Returns gradients; on GPUs, with their axes in order in memory, as those of the weights that they are for.
+def as_they_lie(arrays: Sequence[Any]) -> list[Any]:
+  """Returns gradients of weights, or layers of stacks; on GPUs with their axes in order in memory, as those of weights.
 
   XLA:GPU would choose what suits the product that makes a gradient, or the sum of its parts over devices, and lay out
-  what is updated with it alike: for a scan it would copy whole stacks of weights and state, before it and after it.
+  what is updated with it alike: for a scan it would copy whole stacks of weights and state, before it and after it. And
+  it would lay out a stack as suits what reads several layers of it at once.
   """
-  return [_as_weights_lie.bind(x) if x.ndim > 1 else x for x in grads]
+  return [_as_they_lie.bind(x) if x.ndim > 1 else x for x in arrays]
 
 
 def together(values: Sequence[Any]) -> list[Any]:
@@ -154,8 +155,8 @@ def _row_major_parts(x: Any) -> Any:
 _after = primitives.make_hint("after", {None: by_devices(after_values, _changed)})
 _hidden = primitives.make_hint("hidden", {None: by_devices(_hide, first)})
 _row_major = primitives.make_hint("row_major", {None: by_devices(row_major, first)})
-_as_weights_lie = primitives.make_hint(
-  "as_weights_lie", {None: everywhere(first), "cuda": by_devices(row_major, _row_major_parts)}
+_as_they_lie = primitives.make_hint(
+  "as_they_lie", {None: everywhere(first), "cuda": by_devices(row_major, _row_major_parts)}
 )
 _together = primitives.make_hint("together", {None: everywhere(_all), "cuda": everywhere(_all_made)}, all_operands=True)
 jax.ffi.register_ffi_target_as_batch_partitionable("LayoutConstraint")  # what `with_layout_constraint` calls

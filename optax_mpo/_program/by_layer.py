@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
-from optax_mpo._program import dataflow, jax_forms
-from optax_mpo._program.entries import Where
-from optax_mpo._program.layer_rules import Layer, rule_of
+from optax_mpo._program import dataflow, jax_forms, layer_origins
+from optax_mpo._program.entries import Entries, Where
+from optax_mpo._program.layer_rules import ELEMENTWISE, Layer, rule_of
 from optax_mpo._program.layer_scans import Crossing
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -61,10 +61,37 @@ def run(
     elif all(e is None for e in found):
       results, out = jax_forms.run_operation(operation, values), [None] * len(operation.outputs)
     else:
+      if operation.name in ELEMENTWISE:
+        _cut_early(operation, program, env, values, found, layer)
       results, out = rule_of(operation)(operation, values, found, layer, [program.aval(a) for a in operation.inputs])
     for var, result, entries in zip(operation.outputs, results, out, strict=True):
       if var >= 0:
         env[var], where[var] = result, entries
+
+
+def _cut_early(
+  operation: Operation, program: Program, env: dict[int, Any], values: list[Any], found: list[Where], layer: Layer
+) -> None:
+  """Cuts operands that do not depend on the layer, before they are broadcast or moved: XLA may store the result."""
+  entries = next(e for e in found if e is not None)
+
+  def cut(atom: Atom, entries: Entries) -> Any:
+    made = program.makers.get(atom) if isinstance(atom, int) and atom not in layer.divisors else None
+    operation = program.operations[made] if made is not None else None
+    if operation is None or not layer_origins.is_move(operation):
+      return None
+    source, at = operation.inputs[0], layer_origins.before(program, atom, entries, layer.count)
+    if at is None or not isinstance(source, int) or source not in env:
+      return None
+    value = cut(source, at)
+    value = layer.cut(env[source], at) if value is None else value
+    (result,), (where,) = rule_of(operation)(operation, [value], [at], layer, [program.aval(source)])
+    return result if where == entries else None
+
+  for k, atom in enumerate(operation.inputs):
+    value = cut(atom, entries) if found[k] is None and program.aval(atom).shape else None
+    if value is not None:
+      values[k], found[k] = value, entries
 
 
 def entries_of(

@@ -10,14 +10,14 @@ How: the rules of `layer_rules` the other way round, for operations that only mo
 import itertools
 import math
 from collections.abc import Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
 
 from optax_mpo._program import dataflow, jax_forms, layer_rules
 from optax_mpo._program.entries import Entries
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import MOVES, Atom, Operation, Program
 
 SUMS = ("add", "add_any")
 
@@ -59,12 +59,38 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
     if beside := _beside(program, operation, entries, sources):
       found.update(dict.fromkeys(beside, entries))
       return follow(operation.inputs[0], entries)
-    before = _before(program, atom, entries, count) if len(operation.inputs) == 1 else None
-    return before is not None and follow(operation.inputs[0], before)
+    if len(operation.inputs) == 1:
+      at = before(program, atom, entries, count)
+      return at is not None and follow(operation.inputs[0], at)
+    if operation.name not in layer_rules.ELEMENTWISE:
+      return False
+    return all([is_small(operand, program.aval(atom)) or follow(operand, entries) for operand in operation.inputs])
+
+  def is_small(atom: Atom, result: Any) -> bool:
+    """Whether an operand is a scalar, or an array that is broadcast, such as a mask. Either is given."""
+    atom = base(program, atom)
+    small = atom not in sources and math.prod(program.aval(atom).shape) * 8 <= math.prod(result.shape)
+    given.update([atom] if small and isinstance(atom, int) else [])
+    return small
 
   if not follow(atom, Entries(0)) or not found:
     return None
   return Origin(found, tuple(sorted(given)), tuple(dataflow.slice_of(program, [atom], given | set(found))))
+
+
+def base(program: Program, atom: Atom) -> Atom:
+  """The array that another is broadcast, moved or converted from."""
+  while isinstance(atom, int) and (made := program.makers.get(atom)) is not None:
+    operation = program.operations[made]
+    if not is_move(operation):
+      break
+    atom = operation.inputs[0]
+  return atom
+
+
+def is_move(operation: Operation) -> bool:
+  """Whether an operation only broadcasts, moves or converts the elements of its first operand."""
+  return operation.name in MOVES or operation.name == "broadcast_in_dim"
 
 
 def _beside(program: Program, operation: Operation, entries: Entries, sources: Set[int]) -> tuple[int, ...]:
@@ -106,8 +132,8 @@ def _through(program: Program, atom: int, entries: Entries, count: int) -> tuple
   """The operand that has all of these entries of an array, and where."""
   operation = program.operations[program.makers[atom]]
   if not joins(operation, entries):
-    before = _before(program, atom, entries, count)
-    return None if before is None else (operation.inputs[0], before)
+    at = before(program, atom, entries, count)
+    return None if at is None else (operation.inputs[0], at)
   found = [(a, part) for a, part in parts(program, operation, entries, count) if part is not None]
   return next(((a, part) for a, part in found if part.without == entries.without), None)
 
@@ -141,8 +167,8 @@ def fill(program: Program, atom: Atom, entries: Entries, count: int) -> np.ndarr
   if name in SUMS:
     found = [fill(program, a, entries, count) for a in inputs]
     return found[0] if all(x is not None and not x for x in found) else None
-  before = _through(program, atom, entries, count)
-  found = None if before is None else fill(program, *before, count)
+  through = _through(program, atom, entries, count)
+  found = None if through is None else fill(program, *through, count)
   return None if found is None else found.astype(program.aval(atom).dtype)
 
 
@@ -156,7 +182,7 @@ def _is_padding(program: Program, operation: Operation, entries: Entries, count:
 _ALIKE = frozenset(["convert_element_type", "copy", "copy_p", "device_put", "optimization_barrier", "stop_gradient"])
 
 
-def _before(program: Program, atom: int, entries: Entries, count: int) -> Entries | None:
+def before(program: Program, atom: int, entries: Entries, count: int) -> Entries | None:
   """Where a layer lies in the first operand of what makes an array, if its `entries` are these entries of it alone."""
   operation = program.operations[program.makers[atom]]
   params, axis, name = operation.eqn.params, entries.axis, operation.name

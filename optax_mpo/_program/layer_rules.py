@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from optax_mpo._core import xla_cpu
+from optax_mpo._core import order, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Operation, Program
@@ -55,10 +55,11 @@ class Layer:
   run: Callable[..., None]
 
   def cut(self, value: Any, entries: Entries) -> Any:
-    """Slices this layer out of an array that does not depend on the layer."""
+    """Slices this layer out of an array that does not depend on the layer; several entries as they lie there."""
     if value.shape[entries.axis] == 1:  # the same for all layers, or there is only one
       return value
-    return lax.dynamic_slice_in_dim(value, entries.first(self.index), entries.size, entries.axis)
+    part = lax.dynamic_slice_in_dim(value, entries.first(self.index), entries.size, entries.axis)
+    return part if entries.size == 1 or self.is_rows else order.as_they_lie([part])[0]
 
 
 def _with(items: Sequence[Any], axis: int, item: Any) -> tuple[Any, ...]:
@@ -181,7 +182,9 @@ def reshaped(entries: Entries, old: Sequence[int], new: Sequence[int]) -> Entrie
   """Where layers lie after a reshape, which may keep their axis, join it with axes after it, or split it."""
   before, length = math.prod(old[: entries.axis]), old[entries.axis]
   starts = [i for i in range(len(new)) if math.prod(new[:i]) == before]
-  found = (_resized(entries, i, length, new[i]) for i in sorted(starts, key=lambda i: new[i] != length))
+  if entries.size < length:  # an only layer may also be the entry of an axis of one before it
+    starts.sort(key=lambda i: new[i] != length)
+  found = (_resized(entries, i, length, new[i]) for i in starts)
   return next((e for e in found if e is not None), None)
 
 

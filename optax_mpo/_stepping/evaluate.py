@@ -356,6 +356,8 @@ def _layers(own: Own, env: dict[int, Any], layer: Layer, index: Any, count: int)
       values[v] = Window.whole(env[v]).narrowed(entries, index, count).read(env[v])
     else:
       values[v] = layer.get(released)[0][leaf]
+    if entries.size > 1:
+      (values[v],) = order.as_they_lie([values[v]])
   return values
 
 

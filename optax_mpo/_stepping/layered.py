@@ -87,7 +87,7 @@ class Layered:
   def _write(
     self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Any, count: int
   ) -> list[Any]:
-    stacks, grads = list(stacks), self._as_weights_lie(grads)
+    stacks, grads = list(stacks), self._as_they_lie(grads)
 
     def read(at: Any) -> tuple[list[Any], list[Any]]:
       return self.split([window.read(s) for window, s in zip(self.windows(outer, at), stacks, strict=True)])
@@ -107,12 +107,12 @@ class Layered:
       done = put(places, run(grads, *read(at), [*shared, at]), at)
     return stacks
 
-  def _as_weights_lie(self, grads: Values) -> list[Any]:
+  def _as_they_lie(self, grads: Values) -> list[Any]:
     """Gradients of a layer, laid out as its weights are: a layer of several entries has these on their axis there."""
     axes = [e.axis if e.size > 1 and e.axis < g.ndim else 0 for g, e in zip(grads, self.gradients, strict=False)]
     if len(axes) != len(grads):  # made of several
-      return order.as_weights_lie(grads)
-    laid_out = order.as_weights_lie([jnp.moveaxis(g, 0, axis) for g, axis in zip(grads, axes, strict=True)])
+      return order.as_they_lie(grads)
+    laid_out = order.as_they_lie([jnp.moveaxis(g, 0, axis) for g, axis in zip(grads, axes, strict=True)])
     return [jnp.moveaxis(g, axis, 0) for g, axis in zip(laid_out, axes, strict=True)]
 
 

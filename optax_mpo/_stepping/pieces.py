@@ -9,7 +9,7 @@ copied from, or to the scalar that fills it.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -150,7 +150,7 @@ class Finder:
 
     # Everything after the scan has to be done inside it. What does not depend on the scan can be done before it.
     inner, later = set(sources) | set(fills), others  # what the scan's body makes, and what it cannot have
-    path, early, operations = [], [], []
+    inside, early = [], []
     for operation in dataflow.slice_of(program, site.grads, (before - sums) | inner):
       position = program.makers[next(v for v in operation.outputs if v >= 0)]
       operation = program.operations[position]
@@ -160,16 +160,17 @@ class Finder:
           f"its gradient gets another part after the scan, {jax_forms.where(operation)}: use these layers in one scan "
           "only, or make those that are used elsewhere leaves of their own"
         )
-      path.append(position)
       if read & inner:
         inner.update(operation.outputs)
-        operations.append(operation)
+        inside.append(position)
       else:
         early.append(position)
+    operations = [program.operations[i] for i in sorted([*inside, *self._moves(inside, inner)])]
     made = {v for operation in operations for v in operation.outputs}
     read = dataflow.read_by(operations, site.grads)
     sources = {v: e for v, e in sources.items() if v in read}
     given = tuple(sorted(read - made - set(sources) - set(fills) - set(program.constants)))
+    early = [program.makers[o.outputs[0]] for o in dataflow.slice_of(program, given, (before - sums) | inner)]
 
     def post(stacks: Values, values: Values) -> list[Any]:
       env = dict(program.constants) | dict(zip(given, values, strict=True))
@@ -188,7 +189,21 @@ class Finder:
       raise NotSeparableError(
         "its leaves depend on each other, and some of their layers are not in this scan: scan all"
       )
-    return Piece(scan, path, sources, released, covered[0], fill), lengths[0]
+    return Piece(scan, [*inside, *early], sources, released, covered[0], fill), lengths[0]
+
+  def _moves(self, inside: Sequence[int], inner: set[int]) -> set[int]:
+    """What moves or broadcasts the other arrays that operations read: done to one layer of these, it stores nothing.
+
+    `inner`: variables that are no such arrays.
+    """
+    program, found = self.program, set[int]()
+    queue = dataflow.read_by([program.operations[i] for i in inside]) - inner
+    while queue:
+      made = program.makers.get(queue.pop())
+      if made is not None and made not in found and layer_origins.is_move(program.operations[made]):
+        found.add(made)
+        queue |= dataflow.read_by([program.operations[made]])
+    return found
 
   def _fills(self, before: set[int], sources: dict[int, Entries], count: int) -> tuple[dict[int, Any], set[int]]:
     """The scalars that other parts of a gradient have at these layers, such as the zeros around another piece.

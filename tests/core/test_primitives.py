@@ -43,7 +43,7 @@ EXAMPLES = {
   "after_use": ([jnp.int32(2), number(0), number(1)], {}),
   "held": ([array(0), array(1, jnp.bfloat16)], {}),
   "row_major": ([array(0)], {}),
-  "as_weights_lie": ([array(0)], {}),
+  "as_they_lie": ([array(0)], {}),
   "laid_out": ([array(0)], {}),
   "typed_memory": ([array(0)], {"space": jax.memory.Space.Device}),
   "tie": ([array(0), number(1), jnp.int32(2)], {}),
@@ -162,7 +162,7 @@ def objectives(primitive):
   return objective(fun, operands)[0], objective(plain, operands)[0]
 
 
-@pytest.mark.parametrize("name", ["held", "row_major", "as_weights_lie", "laid_out", "tie", "together"])
+@pytest.mark.parametrize("name", ["held", "row_major", "as_they_lie", "laid_out", "tie", "together"])
 def test_a_hint_is_transposed(name):
   operands, params = EXAMPLES[name]
   _, *others = operands

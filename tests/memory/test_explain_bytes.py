@@ -20,7 +20,6 @@ has a single pair of layers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -203,18 +202,22 @@ def test_bytes_are_those_of_the_compiled_step(name):
 
 
 @pytest.mark.full
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
-@hypothesis.given(random_stacks.segments, st.booleans(), st.booleans())
-def test_bytes_of_random_stacks(parts, is_reversed, is_shared):
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(random_stacks.segments, st.sampled_from([0, 1]), st.booleans(), st.booleans())
+def test_bytes_of_random_stacks(parts, axis, is_reversed, is_shared):
   layers, width = sum(part.length for part in parts), 1024
-  hypothesis.assume(layers > 6)  # all of them are more than what may differ
-  hypothesis.assume(all(part.length > 2 for part in parts))
+  hypothesis.assume(layers > _A_FEW)
 
-  run = functools.partial(random_stacks.run, parts, is_reversed, is_shared)
-  leaf, stored = compiled(run, (layers, width, width))
-  others = compiled(run, (layers, width, width), trained=False)[1]
+  def run(x, w):
+    return random_stacks.run(parts, is_reversed, is_shared, x, jnp.moveaxis(w, axis, 0))
+
+  leaf, stored = compiled(run, (layers, width, width) if axis == 0 else (width, layers, width))
   layer = 2 * width**2
-  print(parts, is_reversed, is_shared, *(f"{n / layer:.2f}" for n in (leaf.gradient_bytes, stored, others)))
+  print(parts, axis, is_reversed, is_shared, *(f"{n / layer:.2f}" for n in (leaf.gradient_bytes, stored)))
   assert leaf.stepped == "in scan"
   assert leaf.gradient_bytes <= stored + layer
-  assert stored - others - leaf.gradient_bytes <= 0.1 * stored + 2 * layer
+  assert stored <= leaf.gradient_bytes + _A_FEW * layer
+
+
+_A_FEW = 6
+"""The layers that a body stores besides its gradients: two of its weights, also in f32, and those of a scan inside."""

@@ -36,6 +36,11 @@ def frozen(n, like):
   return jnp.full((n, *like.shape[1:]), 0.1, like.dtype)
 
 
+def masked(w):
+  """Trains every other layer."""
+  return jnp.where((jnp.arange(L) % 2 == 0)[:, None, None], lax.stop_gradient(w), w)
+
+
 def padded(x, w):
   """Scans two layers more than there are, which are switched off."""
   more = jnp.concatenate([w, jnp.ones((2, *w.shape[1:]), w.dtype)])
@@ -77,6 +82,12 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
   "one alone in each group": lambda x, w: lax.scan(
     lambda x, w: (scan(layer(x, w[0])[0], w[1:]), None), x, w.reshape(2, -1, *w.shape[1:])
   )[0],
+  "masked": lambda x, w: scan(x, masked(w)),
+  "masked, in pairs": lambda x, w: pairs(x, masked(w[::-1])),
+  "masked, two levels": lambda x, w: two_levels(x, masked(w)),
+  "times a number for each layer": lambda x, w: scan(x, w * (1 + jnp.arange(L, dtype=w.dtype)[:, None, None])),
+  "times a number for each column": lambda x, w: scan(x, w * (1 + jnp.arange(D, dtype=w.dtype))[None, None]),
+  "one pair": lambda x, w: scan(pairs(x, w[:2]), w[2:]),
   "some unused": lambda x, w: scan(scan(x, w[:3]), w[5:]),
   "every other unused": lambda x, w: scan(x, w[::2]),
 }
