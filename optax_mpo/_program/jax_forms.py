@@ -30,7 +30,9 @@ _PACKAGE, _JAX = pathlib.PurePath(__file__).parents[1], pathlib.PurePath(jax.__f
 _UPDATE = re.compile(r"\b((?!(?:with_extra_args_support|wrapped_transform|chain)\b)\w+)\.<locals>\.update(?:_fn)?$")
 
 # Calls that mean no more than the operations in them, once nothing is to be differentiated.
-CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "remat"})
+CALLS = frozenset(
+  {"jit", "pjit", "closed_call", "eval_jaxpr", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "remat"}
+)
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:

@@ -56,6 +56,8 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
         if not (part is not None and part.layers(count) and follow(operand, part)):
           given.add(operand)
       return all(part is not None for _, part in operands)
+    if operation.name == "optimization_barrier":
+      return follow(operation.inputs[operation.outputs.index(atom)], entries)
     if beside := _beside(program, operation, entries, sources):
       found.update(dict.fromkeys(beside, entries))
       return follow(operation.inputs[0], entries)
@@ -69,9 +71,12 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
   def is_small(atom: Atom, result: Any) -> bool:
     """Whether an operand is a scalar, or an array that is broadcast, such as a mask. Either is given."""
     atom = base(program, atom)
-    small = atom not in sources and math.prod(program.aval(atom).shape) * 8 <= math.prod(result.shape)
-    given.update([atom] if small and isinstance(atom, int) else [])
-    return small
+    if not isinstance(atom, int):
+      return True
+    if atom in sources or math.prod(program.aval(atom).shape) * 8 > math.prod(result.shape):
+      return False
+    given.add(atom)
+    return True
 
   if not follow(atom, Entries(0)) or not found:
     return None

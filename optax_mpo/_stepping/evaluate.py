@@ -9,7 +9,8 @@ state in its carry, and updates them in place. Every operation is the one that J
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from optax_mpo._core import order, types, xla_cpu
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
-from optax_mpo._stepping.plan import Own, Plan, Released, Rest, ScanPlan, constant, run_own
+from optax_mpo._stepping.plan import Own, Plan, Released, Rest, ScanPlan, Source, constant, run_own
 from optax_mpo._stepping.site import Site, Step, apply_all
 from optax_mpo._stepping.windows import Window
 
@@ -145,6 +146,8 @@ class Parts(_Stepped):
 
 
 Store = Whole | Layer | Parts
+Location = Callable[[], tuple[Any, Window]]
+"""Gives the array that a layer is a part of, as it is by then, and which part."""
 
 
 def run(
@@ -195,7 +198,13 @@ class _OnDemand(Sequence[Sequence[Any]]):
     return len(self._make())
 
 
-def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]]) -> None:
+def evaluate(
+  plan: Plan,
+  env: dict[int, Any],
+  store: Store,
+  shared: Sequence[Sequence[Any]],
+  layers: Mapping[int, Location] = MappingProxyType({}),
+) -> None:
   """Runs a program and updates the sites of its plan.
 
   Args:
@@ -203,6 +212,7 @@ def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Seq
     env: the values of the program's variables, read and written.
     store: holds the weights and the state of each site.
     shared: for each site the values that its update shares with others.
+    layers: where those variables lie that are layers of weights.
   """
 
   def step_due(i: int) -> None:
@@ -233,7 +243,7 @@ def evaluate(plan: Plan, env: dict[int, Any], store: Store, shared: Sequence[Seq
   for i, operation in enumerate(plan.program.operations):
     if i in plan.scans:
       jax_forms.run(plan.program, [plan.program.operations[k] for k in plan.scans[i].early], env)
-      _run_scan(plan, plan.scans[i], env, store, shared, begun)
+      _run_scan(plan, plan.scans[i], env, store, shared, begun, layers)
     elif i not in plan.skipped:
       jax_forms.run(plan.program, [operation], env)
     if pair := plan.pairs.get(i):
@@ -278,6 +288,7 @@ def _run_scan(
   store: Store,
   shared: Sequence[Sequence[Any]],
   begun: dict[int, _Begun],
+  layers: Mapping[int, Location],
 ) -> None:
   """Runs a scan with the stacks that it updates in its carry; `begun` are those of which scans have updated layers."""
   program, operation, body = plan.program, scan.operation, scan.body
@@ -295,10 +306,12 @@ def _run_scan(
     (carry, arrays), (index, xs) = state, inputs
     layer = Layer(scan.released, arrays, outer, index)
     xs = list(xs)
+    places = {k: _places(own, env, layers, layer, index, scan.length) for k, own in scan.own.items()}
     for k, own in scan.own.items():
-      xs[k] = run_own(own, program, _layers(own, env, layer, index, scan.length), index, scan.length)
+      xs[k] = run_own(own, program, _values(own, env, places[k]), index, scan.length)
     inner = dict(body.constants) | dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
-    evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared])
+    inner_layers = {v: next(iter(places[k].values())) for v, k in scan.layers.items()}
+    evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared], inner_layers)
     out = [jax_forms.value(a, inner) for a in body.outputs[: counts[1]]]
     ys = [body.outputs[counts[1] + j] for j in scan.kept]
     return (out, layer.arrays), [jax_forms.value(a, inner) for a in ys]
@@ -348,15 +361,31 @@ def _update_rest(
   _put_carried(r, store, new, handed, begun[r.index])
 
 
-def _layers(own: Own, env: dict[int, Any], layer: Layer, index: Any, count: int) -> dict[int, Any]:
-  """A layer of each weight, of those that the scan updates or of others where they lie, and the whole arrays."""
+def _places(
+  own: Own, env: dict[int, Any], layers: Mapping[int, Location], layer: Layer, index: Any, count: int
+) -> dict[int, Location]:
+  """Where the layer of each weight lies: in a stack that the scan updates, or in another."""
+
+  def place(v: int, source: Source) -> Location:
+    def current() -> tuple[Any, Window]:
+      if source.released is not None:
+        arrays, windows = layer.stacks(source.released)
+        return arrays[source.leaf], windows[source.leaf]
+      array, window = layers[v]() if source.in_place else (env[v], Window.whole(env[v]))
+      return array, window.narrowed(source.entries, index, count)
+
+    return current
+
+  return {v: place(v, source) for v, source in own.sources.items()}
+
+
+def _values(own: Own, env: dict[int, Any], places: dict[int, Location]) -> dict[int, Any]:
+  """A layer of each weight, and the whole arrays."""
   values = {v: env[v] for v in own.given}
-  for v, (released, leaf, entries) in own.sources.items():
-    if released is None:
-      values[v] = Window.whole(env[v]).narrowed(entries, index, count).read(env[v])
-    else:
-      values[v] = layer.get(released)[0][leaf]
-    if entries.size > 1:
+  for v, place in places.items():
+    array, window = place()
+    values[v] = window.read(array)
+    if own.sources[v].entries.size > 1:
       (values[v],) = order.as_they_lie([values[v]])
   return values
 

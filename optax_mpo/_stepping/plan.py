@@ -6,17 +6,21 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from optax_mpo._core import types
 from optax_mpo._program import by_layer
 from optax_mpo._program.entries import Entries, NotSeparableError
 from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program
-from optax_mpo._stepping.layered import Layered
+from optax_mpo._stepping.layered import Layered, type_of_layer
 from optax_mpo._stepping.site import Site
 
 FOLLOWED = ELEMENTWISE | frozenset(
   "transpose reshape squeeze broadcast_in_dim optimization_barrier pad rev slice split concatenate".split()
 )
 """Operations that a gradient is followed through, back to the scan that stacks it."""
+
+_VIEWS = frozenset("reshape squeeze slice stop_gradient copy copy_p sharding_constraint optimization_barrier".split())
+"""Operations that keep the elements of a layer and their order, if they keep their number."""
 
 
 @dataclasses.dataclass
@@ -63,11 +67,13 @@ class Source(NamedTuple):
       does not update.
     leaf: which of the site's weights; -1 for scales.
     entries: where a layer lies in the weight.
+    in_place: whether the weight is itself a layer that is read from its stack, not from a copy.
   """
 
   released: int | None
   leaf: int
   entries: Entries
+  in_place: bool = False
 
 
 @dataclasses.dataclass
@@ -86,9 +92,12 @@ class Own:
   operations: tuple[Operation, ...]
   result: int
 
-  def is_layer_of(self, released: int, leaf: int) -> bool:
-    """Whether the operand is a layer of this weight in each iteration."""
-    return [(s.released, s.leaf, s.entries.without) for s in self.sources.values()] == [(released, leaf, (0, 0))]
+  def layer_of(self, program: Program) -> Source | None:
+    """The weight of which the operand is a layer, as it lies there, in each iteration."""
+    (var, source), *others = self.sources.items()
+    layer, operand = type_of_layer(program.aval(var), source.entries), types.struct(program.aval(self.result), 0)
+    same = not others and source.leaf >= 0 and source.entries.without == (0, 0) and layer == operand
+    return source if same and all(operation.name in _VIEWS for operation in self.operations) else None
 
 
 @dataclasses.dataclass
@@ -100,6 +109,7 @@ class ScanPlan:
   plan: "Plan"
   released: list[Released]
   own: dict[int, Own]  # by the position of the scanned operand
+  layers: dict[int, int]  # by variable of the body that is a layer of a weight, the position
   kept: list[int]  # the positions of the stacked results that stay
   length: int
   early: list[int] = dataclasses.field(default_factory=list)  # operations to run before it
@@ -158,8 +168,8 @@ def constant(program: Program, atom: Atom) -> Any:
 def run_own(own: Own, program: Program, values: dict[int, Any], index: Any, count: int) -> Any:
   """Makes one entry of a scanned operand from one layer of each weight, and from the values that are given."""
   env, where = dict(values), dict.fromkeys(values, None) | {v: s.entries for v, s in own.sources.items()}
-  for v, (_, _, entries) in own.sources.items():
-    env[v] = jnp.expand_dims(values[v], entries.axis) if entries.size == 1 else values[v]
+  for v, source in own.sources.items():
+    env[v] = jnp.expand_dims(values[v], source.entries.axis) if source.entries.size == 1 else values[v]
   by_layer.run(own.operations, program, env, where, index, count)
   if where[own.result] != Entries(0):
     raise NotSeparableError("the operand is not scanned along the layers")

@@ -58,7 +58,7 @@ class _Planner:
     self.result = Plan(program, sites)
 
   def plan(self, at_least: int, weights: Sequence[int]) -> Plan:
-    placer = ScanPlacer(self.program, self.sites, self.results, self.users, make_plan, weights)
+    placer = ScanPlacer(self.program, self.sites, self.results, self.users, make_plan, weights, self.in_scan)
     placer.place()
     self.result.scans, self.result.skipped = placer.scans, placer.skipped
     program, result = self.program, self.result
@@ -161,7 +161,9 @@ class _Planner:
 
   def _last_read(self, var: int, free: Set[tuple[int, int]] = frozenset()) -> int:
     """The last operation that reads a variable, or a view of it, other than those operands of scans in `free`."""
-    last, queue, seen = -1, [var], {var}
+    scans = self.result.scans.items()
+    in_place = (i for i, scan in scans for own in scan.own.values() if var in own.sources and own.sources[var].in_place)
+    last, queue, seen = max(in_place, default=-1), [var], {var}
     while queue:
       var = queue.pop()
       for i in self.users.get(var, ()):

@@ -45,6 +45,7 @@ class ScanPlacer:
     users: dict[int, list[int]],
     make_plan: Callable[..., Plan],
     weights: Sequence[int] = (),
+    in_scan: bool = False,
   ):
     """Takes a program, its sites, its results, the operations that read each variable, and what plans a scan's body.
 
@@ -54,6 +55,8 @@ class ScanPlacer:
     self.pieces: list[Piece] = []
     self.scans: dict[int, ScanPlan] = {}
     self.skipped: set[int] = set()
+    self._in_scan = in_scan
+    self._carried = {v: k for k, site in enumerate(sites) for views in site.params for v in views}
     self._weights = dict.fromkeys(weights, 0) | {
       v: leaf for site in sites for leaf, views in enumerate(site.params) for v in views
     }
@@ -162,31 +165,38 @@ class ScanPlacer:
     consts, carry, _ = jax_forms.scan_counts(operation)
     count = jax_forms.scan_options(operation)["length"]
     released = [piece.released for piece in pieces]
-    own = self._own(operation, consts + carry, pieces, count)
-    if not released and not own:
-      return
     taken = {v for piece in pieces for v in piece.sources}
     stacked = operation.outputs[carry:]
     body = jax_forms.flatten_towards(
-      jax_forms.scan_body(operation), [False] * carry + [v in taken for v in stacked], FOLLOWED
+      jax_forms.scan_body(operation), [not pieces] * carry + [v in taken for v in stacked], FOLLOWED
     )
+    scanned = body.inputs[consts + carry :]
+    own = self._own(operation, consts + carry, pieces, count)
+    found = {scanned[i]: source for i, o in own.items() if (source := o.layer_of(self.program)) is not None}
     for piece in pieces:
       piece.released.inner.grads = tuple(body.outputs[operation.outputs.index(v)] for v in piece.sources)
     for k, r in enumerate(released):  # the sites in the body have their weights there
-      views = [
-        [body.inputs[consts + carry + i] for i, o in own.items() if o.is_layer_of(k, leaf)]
-        for leaf in range(len(r.site.leaves))
-      ]
-      r.inner.params = tuple(map(tuple, views))
-      r.inner.reads = tuple(
-        body.inputs[consts + carry + i]
-        for i, atom in enumerate(operation.inputs[consts + carry :])
-        if r.site.reads and layer_origins.origin(self.program, atom, count, set(r.site.reads))
+      r.inner.params = tuple(
+        tuple(v for v, source in found.items() if source[:2] == (k, leaf)) for leaf in range(len(r.site.leaves))
       )
+      read = [scanned[i] for i, o in own.items() if any(s.released == k for s in o.sources.values())]
+      read += [
+        v
+        for v, atom in zip(scanned, operation.inputs[consts + carry :], strict=True)
+        if r.site.reads and layer_origins.origin(self.program, atom, count, set(r.site.reads))
+      ]
+      views = {v for leaf in r.inner.params for v in leaf}
+      r.inner.reads = tuple(v for v in read if v not in views)
     kept = [j for j, v in enumerate(stacked) if v not in taken]
     results = [*body.outputs[:carry], *(body.outputs[carry + j] for j in kept)]
-    plan = self.make_plan(body, [r.inner for r in released], results, in_scan=True)
-    self.scans[scan] = ScanPlan(operation, body, plan, released, own, kept, count)
+    weights = [v for v, source in found.items() if source.released is None]
+    plan = self.make_plan(body, [r.inner for r in released], results, weights=weights, in_scan=True)
+    read_inside = {v for inner in plan.scans.values() for o in inner.own.values() for v in o.sources}
+    own = {i: o for i, o in own.items() if scanned[i] in read_inside or not _is_free(o)}
+    if not released and not own:
+      return
+    layers = {scanned[i]: i for i in own if scanned[i] in found}
+    self.scans[scan] = ScanPlan(operation, body, plan, released, own, layers, kept, count)
     for r in released:
       r.site.put(Place.IN_SCAN_BY_KERNEL if r.layered.backend.kernel else Place.IN_SCAN, r.layered.backend.no_kernel)
 
@@ -197,14 +207,7 @@ class ScanPlacer:
       found = layer_origins.origin(program, atom, count, self._weights.keys())
       if found is None:
         continue
-      sources = {
-        v: Source(
-          next((k for k, p in enumerate(pieces) if self._has(p, v, e, count)), None), self._weights.get(v, -1), e
-        )
-        for v, e in found.sources.items()
-      }
-      if all(s.released is None for s in sources.values()) and all(o.name in _FREE for o in found.operations):
-        continue  # the scan reads it where it lies anyway
+      sources = {v: self._source(operation, pieces, v, e, count) for v, e in found.sources.items()}
       entry = Own(sources, found.given, found.operations, atom)
       structs = {v: type_of_layer(program.aval(v), e) for v, e in found.sources.items()}
       structs |= {v: types.struct(program.aval(v)) for v in found.given}
@@ -219,6 +222,16 @@ class ScanPlacer:
       own[position] = entry
     return own
 
+  def _source(self, operation: Operation, pieces: list[Piece], var: int, entries: Entries, count: int) -> Source:
+    """Where a scan finds its layers of a weight."""
+    leaf, scan = self._weights.get(var, -1), self.program.makers[operation.outputs[0]]
+    for k, piece in enumerate(pieces):
+      if self._has(piece, var, entries, count):
+        return Source(k, leaf, entries)
+    site = self._carried.get(var)
+    updated = [p for p in self.pieces if p.released.index == site and p.scan is not None and p.scan <= scan]
+    return Source(None, leaf, entries, in_place=self._in_scan and not updated)
+
   def _has(self, piece: Piece, var: int, entries: Entries, count: int) -> bool:
     """Whether a scan that updates a piece has these layers of a weight in its carry, and not yet updated."""
     leaf, released = self._weights.get(var, -1), piece.released
@@ -228,3 +241,9 @@ class ScanPlacer:
     earlier = [p for p in self.pieces if p.scan is not None and piece.scan is not None and p.scan <= piece.scan]
     others = [p for p in earlier if p.released.index == released.index and p is not piece]
     return all(p.covered.isdisjoint(entries.covered(count)) for p in others)
+
+
+def _is_free(own: Own) -> bool:
+  """Whether a scan reads an operand where it lies anyway."""
+  outside = all(source.released is None and not source.in_place for source in own.sources.values())
+  return outside and all(operation.name in _FREE for operation in own.operations)

@@ -121,7 +121,7 @@ CASES = {
   ),
   "a scan of one layer": Case(lambda x, w: scan(scan(x, w[:1]), w[1:]), ONE, "in scan", frozen=scan),
   "alternating": Case(lambda x, w: lax.scan(two_layers, x, (w[::2], w[1::2]))[0], ONE, "in scan", read=2 * ONE),
-  "scans in a scan": Case(groups, ONE, "in scan", frozen=groups, read=ONE),
+  "scans in a scan": Case(groups, ONE, "in scan", frozen=groups),
   "a layer alone": Case(one_alone, ONE, "in scan", frozen=one_alone),
   "a layer alone, on the second axis": Case(
     lambda x, w: one_alone(x, jnp.moveaxis(w, 1, 0)), ONE, "in scan", frozen=one_alone, shape=(D, L, D)
@@ -142,7 +142,6 @@ CASES = {
     "in scan",
     "is held until then",
     frozen=groups,
-    read=ONE,
   ),
   "with frozen layers": Case(with_more, ONE, "in scan", frozen=with_more, read=ONE),
   "some unused": Case(lambda x, w: scan(x, w[:20]), ONE, "in scan", frozen=scan),

@@ -44,7 +44,7 @@ CASES = {  # the axis of the layers, how they are scanned, the bounds with 16 bi
   "even, then odd": (0, lambda x, w: scan(scan(x, w[::2]), w[1::2]), 0.28, 0.56),
   "alternating": (0, lambda x, w: lax.scan(two_layers, x, (w[::2], w[1::2]))[0], 0.42, 0.7),
   "pairs": (0, lambda x, w: lax.scan(two_layers, x, w.reshape(L // 2, 2, D, D))[0], 0.52, 1.1),
-  "two levels": (0, lambda x, w: lax.scan(group, x, w.reshape(4, 4, D, D))[0], 0.9, 1.2),
+  "two levels": (0, lambda x, w: lax.scan(group, x, w.reshape(4, 4, D, D))[0], 0.28, 0.56),
   "split": (0, lambda x, w: scan(scan(x, jnp.split(w, [3])[0]), jnp.split(w, [3])[1]), 0.28, 0.56),
   "after frozen layers": (0, lambda x, w: scan(x, jnp.concatenate([frozen(x), w])), 0.4, 0.68),
   "before frozen layers": (1, lambda x, w: scan(x, jnp.concatenate([w, frozen(x)])), 0.4, 0.68),
@@ -53,7 +53,7 @@ CASES = {  # the axis of the layers, how they are scanned, the bounds with 16 bi
   "first alone": (0, lambda x, w: scan(layer(x, w[0])[0], w[1:]), 0.4, 0.68),
   "last alone": (1, lambda x, w: layer(scan(x, w[:-1]), w[-1])[0], 0.4, 0.68),
   "first and last alone": (0, lambda x, w: layer(scan(layer(x, w[0])[0], w[1:-1]), w[-1])[0], 0.52, 0.8),
-  "stacks of stacks": ((0, 1), lambda x, w: lax.scan(group, x, w)[0], 1.52, 1.2),
+  "stacks of stacks": ((0, 1), lambda x, w: lax.scan(group, x, w)[0], 0.9, 0.56),
 }
 
 

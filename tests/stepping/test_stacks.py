@@ -36,6 +36,11 @@ def frozen(n, like):
   return jnp.full((n, *like.shape[1:]), 0.1, like.dtype)
 
 
+def groups(run, x, w):
+  """Runs two groups of layers, each with a checkpoint."""
+  return lax.scan(jax.checkpoint(lambda x, w: (run(x, w), None)), x, w.reshape(2, -1, *w.shape[1:]))[0]
+
+
 def masked(w):
   """Trains every other layer."""
   return jnp.where((jnp.arange(L) % 2 == 0)[:, None, None], lax.stop_gradient(w), w)
@@ -63,6 +68,14 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
   "cast": lambda x, w: scan(x.astype(jnp.float32), w.astype(jnp.float32)).astype(x.dtype),
   "unrolled scan": lambda x, w: scan(x, w, unroll=2),
   "transposed layers": lambda x, w: scan(x, jnp.swapaxes(w, 1, 2)),
+  "two levels, reversed": lambda x, w: two_levels(x, w[::-1]),
+  "two levels, reversed inside": lambda x, w: groups(lambda x, w: scan(x, w[::-1]), x, w),
+  "two levels, transposed layers": lambda x, w: two_levels(x, jnp.swapaxes(w, 1, 2)),
+  "two levels, cast": lambda x, w: two_levels(x.astype(jnp.float32), w.astype(jnp.float32)).astype(x.dtype),
+  "two levels, cast inside": lambda x, w: groups(lambda x, w: scan(x, w * jnp.bfloat16(2)), x, w),
+  "three levels": lambda x, w: groups(two_levels, x, w),
+  "shared in groups": lambda x, w: groups(lambda x, w: scan(scan(x, w), w), x, w),
+  "shared in groups, reversed": lambda x, w: groups(lambda x, w: scan(scan(x, w), w[::-1]), x, w),
   "split": lambda x, w: scan(scan(x, jnp.split(w, [3])[0]), jnp.split(w, [3])[1]),
   "padded": padded,
   "after frozen layers": lambda x, w: scan(x, jnp.concatenate([frozen(2, w), w])),
