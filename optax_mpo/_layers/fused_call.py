@@ -19,7 +19,7 @@ from optax_mpo._core import host, order, trees, types
 from optax_mpo._layers import handles
 from optax_mpo._program import jax_forms, recompute
 from optax_mpo._program.program import Program
-from optax_mpo._stepping import evaluate
+from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf
@@ -243,15 +243,15 @@ class Refs:
   def _sites(self, grads: dict[int, Any], weights: dict[int, Any]) -> list[Site]:
     return of_groups(self.groups, grads, weights, self._kernels)
 
-  def _read(self, arguments: Any) -> tuple[evaluate.Whole, list[list[Any]]]:
+  def _read(self, arguments: Any) -> tuple[stores.Whole, list[list[Any]]]:
     """Reads weights and states. Returns them, and the values that each group shares with others."""
     pairs = zip(arguments[:2], self._on_host, strict=True)
     params, states = ([host.typed(r[...], f) for r, f in zip(refs, flags, strict=True)] for refs, flags in pairs)
     shared = dict(zip(self._shared, arguments[2], strict=True))
     leaves, states = dict(zip(self.leaves, params, strict=True)), dict(zip(self._states, states, strict=True))
-    return evaluate.Whole(leaves, states, self.groups), [[shared[v] for v in group.shared] for group in self.groups]
+    return stores.Whole(leaves, states, self.groups), [[shared[v] for v in group.shared] for group in self.groups]
 
-  def _write(self, arguments: Any, store: evaluate.Whole, onward: PyTree) -> PyTree:
+  def _write(self, arguments: Any, store: stores.Whole, onward: PyTree) -> PyTree:
     """Writes weights and states. Returns `onward`, which XLA cannot use before that is done."""
     new = [*(store.leaves[i] for i in self.leaves), *(store.states[j] for j in self._states)]
     new, onward = order.barrier((new, onward))

@@ -20,7 +20,7 @@ from optax_mpo._backends import step_weight
 from optax_mpo._codecs import formats, known_weights
 from optax_mpo._core import host, overwritten, trees
 from optax_mpo._program.program import Program
-from optax_mpo._stepping import evaluate
+from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.site import Site, Taken, apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
@@ -120,7 +120,7 @@ def _streamed(groups: Sequence[by_leaf.Group], given: Sequence[Taken]) -> list[t
     inputs += [*grads, *params]
     leaves[i] = params[0]
     states |= zip(group.states, own, strict=True)
-  store = evaluate.Whole(leaves, states, groups)
+  store = stores.Whole(leaves, states, groups)
   sites: list[Site] = of_groups(groups, gradients, weights)
   evaluate.run(program, sites, inputs, [], store, [shared for *_, shared in given])
   return [store.get(k) for k in range(len(groups))]

@@ -21,7 +21,7 @@ from jax import lax
 from optax_mpo._codecs import codec, formats
 from optax_mpo._core import batches, host, modules, order, trees, types, wrapping, xla_cpu
 from optax_mpo._program import jax_forms
-from optax_mpo._stepping import evaluate
+from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.site import Site, Step, Values
 from optax_mpo._stepping.traced import CALLER, Traced, differentiated_as
 from optax_mpo._updates import by_leaf
@@ -291,7 +291,7 @@ def _site(traced: Traced, leaf: int, bits: int) -> Site:
 def _released(traced: Traced, sites: list[Site], given: Any) -> tuple[list[Any], list[Any], list[Any]]:
   inputs, sums, constants, factor = given
   traced = traced.at(inputs, constants)
-  store = evaluate.Parts(sites, [list(x) for x in sums])
+  store = stores.Parts(sites, [list(x) for x in sums])
   weights = traced.program.inputs[: len(traced.leaves)]
   shared = [[factor]] * len(sites)
   results = evaluate.run(traced.program, sites, inputs, traced.results, store, shared, weights=weights)

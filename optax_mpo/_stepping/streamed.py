@@ -13,7 +13,7 @@ import jax
 
 from optax_mpo._core import host, wrapping
 from optax_mpo._program import jax_forms, recompute
-from optax_mpo._stepping import evaluate
+from optax_mpo._stepping import evaluate, stores
 
 PyTree = Any
 
@@ -62,7 +62,7 @@ def streamed(fn: Callable[..., Any]) -> Callable[..., Any]:
     weights = program.inputs[: len(jax.tree.leaves(params))]
     program = recompute.fetched_for_each_use(program, weights)
     inputs = jax.tree.leaves((params, args, kwargs))
-    results = evaluate.run(program, [], inputs, program.outputs, evaluate.Whole([], [], []), [], weights=weights)
+    results = evaluate.run(program, [], inputs, program.outputs, stores.Whole([], [], []), [], weights=weights)
     return jax.tree.structure(out).unflatten(results)
 
   return call

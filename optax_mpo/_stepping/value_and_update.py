@@ -19,7 +19,7 @@ import optax
 
 from optax_mpo._core import modules, order, trees, wrapping
 from optax_mpo._program import jax_forms
-from optax_mpo._stepping import evaluate
+from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
 from optax_mpo._stepping.traced import CALLER, Operands, Results, Traced, differentiated_as
 from optax_mpo._updates import by_leaf, coupled
@@ -185,7 +185,7 @@ def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, ope
     return [[values[v] for v in group.shared] for group in groups]
 
   sites = traced.sites(groups, update.kernels)
-  store = evaluate.Whole(inputs[: len(traced.leaves)], list(shared.old), groups)
+  store = stores.Whole(inputs[: len(traced.leaves)], list(shared.old), groups)
   results = evaluate.run(traced.program, sites, inputs, traced.results, store, of_sites, loss=loss)
   shared.compute(results[0])  # if there was nothing to update
   for stored, new in ((store.leaves, new_weights), (store.states, shared.states)):
@@ -242,7 +242,7 @@ def _first_pass(
       "Take callbacks and prints out, or use an update that does not couple the leaves."
     )
   sites = traced.sites_of_parts(passes)
-  store = evaluate.Parts(sites)
+  store = stores.Parts(sites)
 
   def known(loss: Any) -> dict[int, Any]:
     return passes.known(shared.compute(loss), traced.leaves, shared.old)
