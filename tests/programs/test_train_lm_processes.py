@@ -66,7 +66,9 @@ def test_two_processes_have_the_losses_of_one_and_their_checkpoints_go_on_in_ano
   checkpoints = ["--checkpoint-dir", str(tmp_path / "ckpt"), "--checkpoint-every", "3"]
   first, second = two_processes(tmp_path / "two", *checkpoints)
   assert "8 x cpu in 2 processes, fsdp" in first
-  assert all("[Gloo]" in line for line in second.splitlines()), "one process does the talking"
+  for word in ("fsdp", "loss"):  # not by lines: those of Gloo, which its threads write, may be mixed up
+    assert word in first
+    assert word not in second, "one process does the talking"
   one, two = run_of(tmp_path / "one"), run_of(tmp_path / "two")
   assert len(one["losses"]) == len(two["losses"]) == 8
   assert one["losses"][0] == two["losses"][0]
