@@ -20,7 +20,7 @@ from jax import lax
 from optax_mpo._core import types
 from optax_mpo._program import by_layer, dataflow, jax_forms, layer_origins
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
-from optax_mpo._program.program import Atom, Program
+from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._stepping.layered import layer_step
 from optax_mpo._stepping.plan import Released
 from optax_mpo._stepping.site import Site, Values
@@ -152,7 +152,7 @@ class Finder:
     inner, later = set(sources) | set(fills), others  # what the scan's body makes, and what it cannot have
     inside, early = [], []
     for operation in dataflow.slice_of(program, site.grads, (before - sums) | inner):
-      position = program.makers[next(v for v in operation.outputs if v >= 0)]
+      position = self._position(operation)
       operation = program.operations[position]
       read = {a for a in operation.inputs if isinstance(a, int)}
       if read & later or operation.name == "scan":
@@ -170,7 +170,7 @@ class Finder:
     read = dataflow.read_by(operations, site.grads)
     sources = {v: e for v, e in sources.items() if v in read}
     given = tuple(sorted(read - made - set(sources) - set(fills) - set(program.constants)))
-    early = [program.makers[o.outputs[0]] for o in dataflow.slice_of(program, given, (before - sums) | inner)]
+    early = [self._position(o) for o in dataflow.slice_of(program, given, (before - sums) | inner)]
 
     def post(stacks: Values, values: Values) -> list[Any]:
       env = dict(program.constants) | dict(zip(given, values, strict=True))
@@ -190,6 +190,10 @@ class Finder:
         "its leaves depend on each other, and some of their layers are not in this scan: scan all"
       )
     return Piece(scan, [*inside, *early], sources, released, covered[0], fill), lengths[0]
+
+  def _position(self, operation: Operation) -> int:
+    """Where an operation of a slice is in the program."""
+    return self.program.makers[next(v for v in operation.outputs if v >= 0)]
 
   def _moves(self, inside: Sequence[int], inner: set[int]) -> set[int]:
     """What moves or broadcasts the other arrays that operations read: done to one layer of these, it stores nothing.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from optax_mpo._core import types
 from optax_mpo._program import dataflow, jax_forms, layer_origins
 from optax_mpo._program.entries import Entries, NotSeparableError
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping.layered import type_of_layer
 from optax_mpo._stepping.pieces import Finder, Piece
 from optax_mpo._stepping.plan import FOLLOWED, Own, Plan, ScanPlan, Source, run_own
@@ -171,7 +171,7 @@ class ScanPlacer:
       jax_forms.scan_body(operation), [not pieces] * carry + [v in taken for v in stacked], FOLLOWED
     )
     scanned = body.inputs[consts + carry :]
-    own = self._own(operation, consts + carry, pieces, count)
+    own = self._own(scan, consts + carry, pieces, count)
     found = {scanned[i]: source for i, o in own.items() if (source := o.layer_of(self.program)) is not None}
     for piece in pieces:
       piece.released.inner.grads = tuple(body.outputs[operation.outputs.index(v)] for v in piece.sources)
@@ -200,14 +200,14 @@ class ScanPlacer:
     for r in released:
       r.site.put(Place.IN_SCAN_BY_KERNEL if r.layered.backend.kernel else Place.IN_SCAN, r.layered.backend.no_kernel)
 
-  def _own(self, operation: Operation, first: int, pieces: list[Piece], count: int) -> dict[int, Own]:
+  def _own(self, scan: int, first: int, pieces: list[Piece], count: int) -> dict[int, Own]:
     """Finds the scanned operands that the body can read from weights: its own, or those that nothing here updates."""
     own, program = {}, self.program
-    for position, atom in enumerate(operation.inputs[first:]):
+    for position, atom in enumerate(program.operations[scan].inputs[first:]):
       found = layer_origins.origin(program, atom, count, self._weights.keys())
       if found is None:
         continue
-      sources = {v: self._source(operation, pieces, v, e, count) for v, e in found.sources.items()}
+      sources = {v: self._source(scan, pieces, v, e, count) for v, e in found.sources.items()}
       entry = Own(sources, found.given, found.operations, atom)
       structs = {v: type_of_layer(program.aval(v), e) for v, e in found.sources.items()}
       structs |= {v: types.struct(program.aval(v)) for v in found.given}
@@ -222,9 +222,9 @@ class ScanPlacer:
       own[position] = entry
     return own
 
-  def _source(self, operation: Operation, pieces: list[Piece], var: int, entries: Entries, count: int) -> Source:
+  def _source(self, scan: int, pieces: list[Piece], var: int, entries: Entries, count: int) -> Source:
     """Where a scan finds its layers of a weight."""
-    leaf, scan = self._weights.get(var, -1), self.program.makers[operation.outputs[0]]
+    leaf = self._weights.get(var, -1)
     for k, piece in enumerate(pieces):
       if self._has(piece, var, entries, count):
         return Source(k, leaf, entries)
