@@ -43,6 +43,10 @@ from optax_mpo._planner import fsdp
 
 GIB = 2**30
 
+# How the weights of models for several devices are split; activations as XLA likes, or by batch.
+SPLITS = {"lm-1.3b-fsdp8": "rows", "lm-1.3b-fsdp8-columns": "columns", "lm-1.3b-fsdp8-largest": "largest"}
+BY_BATCH = {f"{name}-by-batch": split for name, split in SPLITS.items()}
+
 MODELS: dict[str, Callable[[], Model]] = {
   "lm-125m": lambda: language_model("125m"),
   "lm-350m": lambda: language_model("350m"),
@@ -59,9 +63,8 @@ MODELS: dict[str, Callable[[], Model]] = {
   "lm-8.8b": lambda: language_model("8.8b"),
   "lm-70b": lambda: language_model("70b"),
   "lm-70b-h100": lambda: language_model("70b"),
-  "lm-1.3b-fsdp8": lambda: language_model("1.3b", batch=8),
-  "lm-1.3b-fsdp8-columns": lambda: language_model("1.3b", batch=8),
-  "lm-1.3b-fsdp8-largest": lambda: language_model("1.3b", batch=8),
+  **dict.fromkeys(SPLITS, lambda: language_model("1.3b", batch=8)),
+  **dict.fromkeys(BY_BATCH, lambda: language_model("1.3b", batch=8, activations=fsdp.by_batch(8))),
   "lm-70b-fsdp8": lambda: language_model("70b", batch=8),
   "layers-67m": lambda: layers(16, 2048),
   "layers-67m-unrolled": lambda: layers(16, 2048, scan=False),
@@ -69,10 +72,7 @@ MODELS: dict[str, Callable[[], Model]] = {
   "vit-l16": lambda: vit("vit-l16"),
 }
 # Models that are fully sharded over several devices, and models with another target than the rest.
-DEVICES: dict[str, int] = dict.fromkeys(
-  ("lm-1.3b-fsdp8", "lm-1.3b-fsdp8-columns", "lm-1.3b-fsdp8-largest", "lm-70b-fsdp8"), 8
-)
-SPLITS = {"lm-1.3b-fsdp8-columns": "columns", "lm-1.3b-fsdp8-largest": "largest"}  # the others are split by rows
+DEVICES: dict[str, int] = dict.fromkeys((*SPLITS, *BY_BATCH, "lm-70b-fsdp8"), 8)
 TARGETS = {"lm-70b-fsdp8": "h100", "lm-70b-h100": "h100"}
 # The modes for sharded models. flashoptim-jax ravels its state, which then cannot be sharded like the params.
 SHARDED_MODES = ("optax-f32", "mpo-16", "mpo-16-layer", "mpo-16-auto", "mpo-compact", "mpo-compact-auto")
@@ -128,7 +128,7 @@ def measure(model_name: str, mode: str, optimizer: str, target: str) -> Row:
   try:
     training = MODES[mode].build(model, optimizer)
     if devices > 1:
-      step, *args = fsdp.shard(training, model.batch, devices, SPLITS.get(model_name, "rows"))
+      step, *args = fsdp.shard(training, model.batch, devices, (SPLITS | BY_BATCH).get(model_name, "rows"))
       report = mpo.gpu_memory(step, *args, target=target, devices=devices)
     else:
       args = (training.params, training.opt_state, model.batch)

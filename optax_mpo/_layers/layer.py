@@ -330,7 +330,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
 
     def body(carry: list[Any], layer: Any) -> tuple[list[Any], Any]:
       weights, x = layer
-      out, kept = pullback.forward(host.fetched(weights), constants, [*carry, *x])
+      out, kept = pullback.forward(order.as_they_lie(host.fetched(weights)), constants, [*carry, *x])
       return out[:count], (out[count:], kept)
 
     carry, (ys, kept) = scan(body, carry, (refs.weights(arguments), xs))

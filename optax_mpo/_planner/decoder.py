@@ -55,6 +55,7 @@ class LMConfig:
 
   `axis` is that of the layers in stacked weights, 1 as `nn.scan` of MaxText has it. With `groups`, layers are
   rematerialised in two levels. With `experts`, each token goes to one of several SwiGLU blocks, by `lax.ragged_dot`.
+  `activations` is the sharding of what goes from layer to layer; None leaves it to XLA.
   """
 
   layers: int
@@ -69,6 +70,7 @@ class LMConfig:
   axis: int = 0
   groups: int = 0
   experts: int = 0
+  activations: jax.sharding.Sharding | None = None
 
   def __post_init__(self) -> None:
     """Raises a ValueError if the sizes do not go together."""
@@ -119,6 +121,8 @@ def lm_block(config: LMConfig, p: PyTree, x: jax.Array) -> jax.Array:
   heads, kv_heads = config.heads, config.kv_heads or config.heads
   depth = config.width // heads
   batch, context, _ = x.shape
+  if config.activations is not None:
+    x = lax.with_sharding_constraint(x, config.activations)
   h = rms_norm(x, p["attention_norm"])
   q = (h @ p["q"]).reshape(batch, context, kv_heads, heads // kv_heads, depth)
   k = (h @ p["k"]).reshape(batch, context, kv_heads, depth)

@@ -36,6 +36,15 @@ def split_of(leaf: Any, mesh: AbstractMesh, split: str) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def by_batch(devices: int) -> NamedSharding:
+  """The sharding of activations that keeps each sequence on one of the devices that `shard` uses."""
+  return NamedSharding(_mesh(devices), PartitionSpec("data"))
+
+
+def _mesh(devices: int) -> AbstractMesh:
+  return AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+
+
 def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") -> tuple[Any, PyTree, PyTree, PyTree]:
   """Shards a training over `devices`, with each matrix split as one of SPLITS says.
 
@@ -45,12 +54,12 @@ def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") 
     The jitted step, which donates params and state and keeps their shardings; and its arguments, ShapeDtypeStructs with
     shardings: params, optimizer state and batch. A batch that does not split is replicated.
   """
-  mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+  mesh = _mesh(devices)
 
   def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  replicated, over_batch = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+  replicated, over_batch = NamedSharding(mesh, PartitionSpec()), by_batch(devices)
 
   def within_memory(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     on_host = leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host"

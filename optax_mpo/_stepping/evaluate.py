@@ -181,10 +181,12 @@ def _run_scan(
   starts = {r.index: _carried(r, store, begun[r.index].totals) for r in scan.released}
   outer = {index: windows for index, (_, windows) in starts.items()}
 
-  def step(state: Any, inputs: Any) -> tuple[Any, list[Any]]:
-    (carry, arrays), (index, xs) = state, inputs
+  options = jax_forms.scan_options(operation)
+
+  def step(state: Any, xs: list[Any]) -> tuple[Any, list[Any]]:
+    (carry, arrays, done), xs = state, list(xs)
+    index = scan.length - 1 - done if options["reverse"] else done
     layer = Layer(scan.released, arrays, outer, index)
-    xs = list(xs)
     places = {k: _places(own, env, layers, layer, index, scan.length) for k, own in scan.own.items()}
     for k, own in scan.own.items():
       xs[k] = run_own(own, program, _values(own, env, places[k]), index, scan.length)
@@ -193,15 +195,14 @@ def _run_scan(
     evaluate(scan.plan, inner, layer, [[*s, index] for s in inner_shared], inner_layers)
     out = [jax_forms.value(a, inner) for a in body.outputs[: counts[1]]]
     ys = [body.outputs[counts[1] + j] for j in scan.kept]
-    return (out, layer.arrays), [jax_forms.value(a, inner) for a in ys]
+    return (out, layer.arrays, done + 1), [jax_forms.value(a, inner) for a in ys]
 
-  indices = jnp.arange(scan.length, dtype=jnp.int32)
+  # The index is a counter. If it came from an array, XLA:GPU would read all weights of a layer at its start.
+  done = jnp.int32(0)
   if scan.length == 1:  # XLA takes the only iteration out of the loop, where it would know the index
-    known = order.first_elements([x for arrays, _ in starts.values() for x in arrays])
-    indices = order.hidden(jnp.int32(0), known)[None]
-  indexed = indices, xs
-  carried = carry, {index: arrays for index, (arrays, _) in starts.items()}
-  (carry, new), ys = lax.scan(step, carried, indexed, **jax_forms.scan_options(operation))
+    done = order.hidden(done, order.first_elements([x for arrays, _ in starts.values() for x in arrays]))
+  carried = carry, {index: arrays for index, (arrays, _) in starts.items()}, done
+  (carry, new, _), ys = lax.scan(step, carried, xs, **options)
   for r, handed in zip(scan.released, inner_shared, strict=True):
     _put_carried(r, store, new[r.index], handed, begun[r.index])
   outputs = operation.outputs
@@ -263,9 +264,7 @@ def _values(own: Own, env: dict[int, Any], places: dict[int, Location]) -> dict[
   values = {v: env[v] for v in own.given}
   for v, place in places.items():
     array, window = place()
-    values[v] = window.read(array)
-    if own.sources[v].entries.size > 1:
-      (values[v],) = order.as_they_lie([values[v]])
+    (values[v],) = order.as_they_lie([window.read(array)])
   return values
 
 

@@ -20,8 +20,6 @@ from optax_mpo._stepping.pieces import Finder, Piece
 from optax_mpo._stepping.plan import FOLLOWED, Own, Plan, ScanPlan, Source, run_own
 from optax_mpo._stepping.site import Place, Site, small_stacks
 
-_FREE = frozenset(["reshape", "squeeze", "optimization_barrier"])  # a scan reads the result as it reads the operand
-
 
 def gradient_size(program: Program, site: Site) -> int:
   """The elements of the gradients of a site."""
@@ -191,8 +189,6 @@ class ScanPlacer:
     results = [*body.outputs[:carry], *(body.outputs[carry + j] for j in kept)]
     weights = [v for v, source in found.items() if source.released is None]
     plan = self.make_plan(body, [r.inner for r in released], results, weights=weights, in_scan=True)
-    read_inside = {v for inner in plan.scans.values() for o in inner.own.values() for v in o.sources}
-    own = {i: o for i, o in own.items() if scanned[i] in read_inside or not _is_free(o)}
     if not released and not own:
       return
     layers = {scanned[i]: i for i in own if scanned[i] in found}
@@ -241,9 +237,3 @@ class ScanPlacer:
     earlier = [p for p in self.pieces if p.scan is not None and piece.scan is not None and p.scan <= piece.scan]
     others = [p for p in earlier if p.released.index == released.index and p is not piece]
     return all(p.covered.isdisjoint(entries.covered(count)) for p in others)
-
-
-def _is_free(own: Own) -> bool:
-  """Whether a scan reads an operand where it lies anyway."""
-  outside = all(source.released is None and not source.in_place for source in own.sources.values())
-  return outside and all(operation.name in _FREE for operation in own.operations)

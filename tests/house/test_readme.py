@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, clipping, what_fits
+from benchmarks import accuracy, clipping, peak_memory, what_fits
 from benchmarks.modes import MODES
 from tests.helpers import ROOT, relaxed
 
@@ -111,6 +111,20 @@ def test_the_table_of_sharded_steps_is_that_of_the_committed_json():
       each = f"{r['total_bytes'] / 2**30:.1f} GiB{'' if r['fits'] else ', does not fit'}"
       want += [f"{total:.2f} ({held:.2f})", each]
     assert cells == want, label
+
+
+def test_the_table_of_splits_is_that_of_the_committed_json():
+  rows = json.loads((ROOT / "benchmarks/results/peak_memory.json").read_text())["rows"]
+  found = {(r["mode"], r["model"]): 8 * r["total_bytes"] / r["parameters"] for r in rows if r.get("devices", 1) == 8}
+  page = (ROOT / "docs/sharding.md").read_text()
+  lines = page.split("<!-- benchmarks/results/peak_memory.json, splits -->\n")[1].split("\n\n")[0].splitlines()[2:]
+  assert len(lines) == 5
+  modes = {mode.label: name for name, mode in MODES.items()}
+  for line in lines:
+    what, *cells = [c.strip() for c in line.split("|")[1:-1]]
+    label, activations = what.rsplit(", activations ", 1)
+    models = peak_memory.BY_BATCH if activations == "by batch" else peak_memory.SPLITS
+    assert cells == [f"{found[modes[label], model]:.2f}" for model in models], what
 
 
 def test_the_table_of_70b_is_that_of_the_committed_json():

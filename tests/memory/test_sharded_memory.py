@@ -28,9 +28,16 @@ AT_MOST = {
   ("mpo-16-auto", "lm-1.3b-fsdp8"): 14.75,
   ("mpo-16-auto", "lm-1.3b-fsdp8-columns"): 15.3,
   ("mpo-16-auto", "lm-1.3b-fsdp8-largest"): 14.5,
+  ("mpo-16-auto", "lm-1.3b-fsdp8-by-batch"): 14.7,
+  ("mpo-16-auto", "lm-1.3b-fsdp8-columns-by-batch"): 14.45,
+  ("mpo-16-layer", "lm-1.3b-fsdp8-columns-by-batch"): 14.4,
+  ("mpo-16-auto", "lm-1.3b-fsdp8-largest-by-batch"): 14.45,
   ("mpo-compact-auto", "lm-1.3b-fsdp8"): 7.9,
   ("mpo-compact-auto", "lm-1.3b-fsdp8-columns"): 8.45,
   ("mpo-compact-auto", "lm-1.3b-fsdp8-largest"): 7.65,
+  ("mpo-compact-auto", "lm-1.3b-fsdp8-by-batch"): 7.85,
+  ("mpo-compact-auto", "lm-1.3b-fsdp8-columns-by-batch"): 7.6,
+  ("mpo-compact-auto", "lm-1.3b-fsdp8-largest-by-batch"): 7.6,
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
