@@ -17,6 +17,7 @@ from optax_mpo._codecs.codec import ScaledBits as ScaledBits
 from optax_mpo._codecs.masters import CompensatedState as CompensatedState
 from optax_mpo._codecs.masters import decoded as decoded
 from optax_mpo._codecs.masters import master_params as master_params
+from optax_mpo._core.packing import PackedState as PackedState
 from optax_mpo._layers.fused_step import fused_value_and_update as fused_value_and_update
 from optax_mpo._layers.handles import FusedError as FusedError
 from optax_mpo._layers.layer import fused_layer as fused_layer
@@ -43,6 +44,8 @@ from optax_mpo._transforms.norms import RecordedNorms as RecordedNorms
 from optax_mpo._transforms.norms import clip_by_delayed_norm as clip_by_delayed_norm
 from optax_mpo._transforms.norms import record_norms as record_norms
 from optax_mpo._transforms.norms import recorded as recorded
+from optax_mpo._transforms.packed import packed as packed
+from optax_mpo._transforms.packed import unpacked as unpacked
 from optax_mpo._transforms.per_layer import PerLayerState as PerLayerState
 from optax_mpo._transforms.per_layer import per_layer as per_layer
 from optax_mpo._transforms.presets import compact as compact
@@ -59,7 +62,7 @@ __version__ = "0.1.0"
 # Public classes name this module as their own, so that pickles do not depend on the layout of the folders.
 _CLASSES = (
   *(Buffer, CompensatedState, DelayedNormState, Explanation, FusedError, LossScaleState, MemoryReport, Microbatches),
-  *(PerLayerState, Quantized, QuantizedState, RecordedNorms, RoundingState, ScaledBits),
+  *(PackedState, PerLayerState, Quantized, QuantizedState, RecordedNorms, RoundingState, ScaledBits),
 )
 _BEFORE_THE_FOLDERS = {  # pickles made before the move into folders name these modules
   "_blocks": "_codecs.blocks",

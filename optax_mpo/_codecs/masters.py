@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, codec, formats
-from optax_mpo._core import buffers, host, modules, overwritten, trees
+from optax_mpo._core import buffers, host, modules, overwritten, packing, trees
 
 PyTree = Any
 
@@ -164,5 +164,5 @@ def _check_order(params: PyTree, opt_state: optax.OptState, who: str) -> None:
 
 def states_in(tree: PyTree) -> list[CompensatedState]:
   """Returns the states of all `compensated` in a tree."""
-  found = jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, CompensatedState))
+  found = jax.tree.leaves(packing.unpack_all(tree), is_leaf=lambda s: isinstance(s, CompensatedState))
   return [s for s in found if isinstance(s, CompensatedState)]

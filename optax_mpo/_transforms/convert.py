@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import blocks, formats
-from optax_mpo._core import buffers, host, modules, overwritten, trees, wrapping
+from optax_mpo._core import buffers, host, modules, overwritten, packing, trees, wrapping
 from optax_mpo._transforms import compensated, initialise, quantized
 
 PyTree = Any
@@ -75,10 +75,10 @@ def convert(
   """
   tx = wrapping.as_transformation(tx, "convert", "tx", "tx, params, opt_state")
   given = params, opt_state
-  params, opt_state = host.fetched(modules.pure(params)), host.fetched(modules.pure(opt_state))
+  params, opt_state = host.fetched(modules.pure(params)), packing.unpack_all(host.fetched(modules.pure(opt_state)))
   trees.check_arrays(params, "convert")
   masters = _masters(params, opt_state)
-  state_form = wrapping.state_shapes(tx, masters)
+  state_form = packing.unpack_all(wrapping.state_shapes(tx, masters))
   if _nodes(state_form, compensated.CompensatedState):
     kept = _without_bits(params, opt_state)
     masters = jax.tree.map(lambda leaf, master, keep: leaf if keep else master, params, masters, kept)
@@ -86,6 +86,7 @@ def convert(
   else:
     new_params = jax.tree.map(lambda m: m.astype(jnp.float32) if formats.is_low(m) else m, masters)
     new_state = tx.init(new_params)
+  form, new_state = new_state, packing.unpack_all(new_state)
   old, new = _plain(opt_state), _plain(new_state)
   if overwritten.is_in(params):
     old = _of_all_collections(old, new)
@@ -94,7 +95,7 @@ def convert(
   values = trees.flatten_like(blank, old, "convert: opt_state", hint, "tx's state")
   names = [name for name, _ in _named(new)]
   counted = {type(state): state.step for state in reversed(_nodes(opt_state, _COUNTED))}
-  filled = _fill(new_state, iter(zip(names, values, strict=True)), counted)
+  filled = packing.pack_like(_fill(new_state, iter(zip(names, values, strict=True)), counted), form)
   new = modules.in_form_of(given[0], new_params), modules.in_variables_of(given[1], filled)
   return buffers.own(new, given)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._core import buffers, modules, overwritten, wrapping
+from optax_mpo._core import buffers, modules, overwritten, packing, wrapping
 
 PyTree = Any
 
@@ -146,7 +146,7 @@ def loss_scale(opt_state: optax.OptState) -> jax.Array:
     >>> float(mpo.loss_scale(mpo.loss_scaled(optax.sgd(0.1), 1024.0).init(jnp.ones(2))))
     1024.0
   """
-  opt_state = modules.pure(opt_state)
+  opt_state = packing.unpack_all(modules.pure(opt_state))
   leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScaleState))
   found = [x.scale for x in leaves if isinstance(x, LossScaleState)]
   if len(found) != 1:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._core import trees, wrapping
+from optax_mpo._core import packing, trees, wrapping
 
 PyTree = Any
 
@@ -120,7 +120,7 @@ def recorded(opt_state: optax.OptState) -> dict[str, jax.Array]:
     ValueError: if two recorders have the same name.
   """
   norms: dict[str, jax.Array] = {}
-  for state in jax.tree.leaves(opt_state, is_leaf=_is_recorder):
+  for state in jax.tree.leaves(packing.unpack_all(opt_state), is_leaf=_is_recorder):
     if not _is_recorder(state):
       continue
     if twice := norms.keys() & state.norms.keys():

@@ -19,7 +19,7 @@ import optax
 from jax import lax
 
 from optax_mpo._codecs import blocks, levels
-from optax_mpo._core import buffers, host, renames, trees, wrapping
+from optax_mpo._core import buffers, host, packing, renames, trees, wrapping
 from optax_mpo._transforms import state_flow, state_kinds
 
 PyTree = Any
@@ -202,7 +202,7 @@ def dequantized(opt_state: PyTree) -> PyTree:
     >>> mpo.dequantized(state).inner_state[0].trace.round(1)
     Array([0., 1., 2., 3., 4., 5., 6., 7.], dtype=float32)
   """
-  opt_state = host.fetched(opt_state)
+  opt_state = packing.unpack_all(host.fetched(opt_state))
   wide = jax.tree.map(
     lambda x: blocks.dequantize(x) if blocks.is_quantized(x) else x, opt_state, is_leaf=blocks.is_quantized
   )

@@ -150,7 +150,7 @@ def _check_memory(sharding: jax.sharding.Sharding, memory_kind: str) -> None:
 
 def _is_scaled(x: Any) -> bool:
   """Whether `x` is an array in blocks: its elements and the scales of its blocks."""
-  return isinstance(x, blocks.Quantized | codec.ScaledBits)
+  return isinstance(x, blocks.Quantized | codec.ScaledBits) and all(map(trees.is_array, x))
 
 
 def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:

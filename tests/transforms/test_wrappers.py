@@ -52,6 +52,7 @@ REAL = {
   "mechanize": lambda: optax.contrib.mechanize(compensated(adam())),
   "named_chain": lambda: optax.named_chain(("clip", optax.clip(1.0)), ("adam", compensated(adam()))),
   "selective_transform": lambda: optax.selective_transform(compensated(adam()), freeze_mask=False),
+  "packed": lambda: mpo.packed(compensated(mpo.packed(adam(), at_most=40))),
   "apply_every": lambda: optax.chain(optax.apply_every(2), compensated(adam())),
 }
 CHANGED_OUTSIDE = ("schedule_free", "sam", "mechanize")  # tests/transforms/test_probes.py tests the warning
