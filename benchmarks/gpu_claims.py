@@ -91,6 +91,7 @@ def loss_apart(mode: str) -> Callable[[Rows], float]:
 
 HOST_STEPS = ("state on the host", "state and weights on the host")
 BIT_STEPS = ("layer", "layer with kernels", "auto", "auto with kernels")
+MOSAIC = "layer with kernels in Mosaic"
 EXACT, COMPACT = "mpo-16-auto-kernels", "mpo-compact-auto-kernels"
 CLAIMS = (
   Claim("exact, 1.3B, 1 x 1024: at most 0.90 of Optax's step", ratio("lm-1.3b", EXACT), lambda x: x <= 0.90),
@@ -111,6 +112,13 @@ CLAIMS = (
   Claim(
     "value_and_update, with kernels and without: no bit differs",
     differing("auto", "auto with kernels"),
+    lambda x: x == 0,
+    "{:.2g}",
+  ),
+  Claim("fused layers, kernels in Mosaic GPU: no bit differs", differing(MOSAIC), lambda x: x == 0, "{:.2g}"),
+  Claim(
+    "8-bit state, kernels in Mosaic GPU: no bit differs",
+    differing(MOSAIC, mode="exactness-compact"),
     lambda x: x == 0,
     "{:.2g}",
   ),

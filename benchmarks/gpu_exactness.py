@@ -3,10 +3,12 @@
 import functools
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 import optax
 
 import optax_mpo as mpo
+from benchmarks.gpu_claims import MOSAIC
 from benchmarks.gpu_parts import MODELS, described, drawn, on_gpu, say
 from benchmarks.modes import MODES, OPTIMIZERS, transformation
 
@@ -27,10 +30,10 @@ _GROUP = 10
 def exactness(model_name: str, modes: Sequence[str], seconds: float) -> None:
   """The fraction of numbers that differ after ten steps.
 
-  Params and state with gradient release, with kernels and with state and weights in host memory are compared with those
-  of the ordinary step, and the masters of the ordinary step with 16 bits with f32 Optax. The programs differ around
-  their matrix products. So XLA must not choose algorithms by timing, and must sum in a fixed order: `FIXED` of
-  gpu_check.py sets both.
+  Params and state with gradient release, with kernels in Triton and in Mosaic GPU and with state and weights in host
+  memory are compared with those of the ordinary step, and the masters of the ordinary step with 16 bits with f32 Optax.
+  The programs differ around their matrix products. So XLA must not choose algorithms by timing, and must sum in a fixed
+  order: `FIXED` of gpu_check.py sets both.
   """
   for mode in modes:
     shares: dict[str, float] = {}
@@ -85,6 +88,7 @@ def differences(model_name: str, compact: bool) -> Iterator[tuple[str, Any]]:
   steps: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "layer": (mpo.fused_value_and_update(model.fused_loss, tx), here),
     "layer with kernels": (mpo.fused_value_and_update(model.fused_loss, fast), here),
+    MOSAIC: (mpo.fused_value_and_update(model.fused_loss, fast), here),
     "auto": (auto, here),
     "auto with kernels": (mpo.value_and_update(model.loss, fast), here),
     "state on the host": (auto, on_host),
@@ -97,7 +101,8 @@ def differences(model_name: str, compact: bool) -> Iterator[tuple[str, Any]]:
   for name, (step, place) in steps.items():
     try:
       params, state = place(*mpo.init(tx, masters))
-      found = ten_steps(step, params, state, tokens)
+      with mock.patch.dict(os.environ, {"OPTAX_MPO_KERNELS": "mosaic"} if name == MOSAIC else {}):
+        found = ten_steps(step, params, state, tokens)
       yield name, share_of_difference(found, ordinary)
     except Exception as error:  # the others go on
       yield name, described(error)

@@ -9,13 +9,14 @@ How: one JAX primitive. On one CUDA GPU it becomes a kernel (`gpu_kernel`), on o
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_mpo._backends import cpu_rows, gpu_kernel
+from optax_mpo._backends import cpu_rows, gpu_kernel, kernel_launch
 from optax_mpo._backends.backend import Backend
 from optax_mpo._core import primitives
 
@@ -125,10 +126,10 @@ def _pure(*operands: Any, pure: Pure, stacks: int, **_: Any) -> list[Any]:
   return list(pure(grad, rest[:stacks], rest[stacks:], index))
 
 
-def _by_kernel(*operands: Any, backend: Backend, stacks: int, **_: Any) -> list[Any]:
+def _by_kernel(*operands: Any, backend: Backend, stacks: int, language: kernel_launch.Language, **_: Any) -> list[Any]:
   index, grad, *rest = operands
   assert backend.kernel is not None
-  (new,) = gpu_kernel.call([backend.kernel], [(grad, rest[:stacks], rest[stacks:])], index)
+  (new,) = kernel_launch.call([backend.kernel], [(grad, rest[:stacks], rest[stacks:])], index, language)
   return new
 
 
@@ -159,8 +160,10 @@ def _pure_together(*operands: Any, pures: Sequence[Pure], counts: Any, **_: Any)
   return [x for pure, g in zip(pures, given, strict=True) for x in pure(*g, jnp.int32(0))]
 
 
-def _by_kernel_together(*operands: Any, kernels: Sequence[gpu_kernel.Kernel], counts: Any, **_: Any) -> list[Any]:
-  return [x for new in gpu_kernel.call(kernels, _each(operands, counts), jnp.int32(0)) for x in new]
+def _by_kernel_together(
+  *operands: Any, kernels: Sequence[gpu_kernel.Kernel], counts: Any, language: kernel_launch.Language, **_: Any
+) -> list[Any]:
+  return [x for new in kernel_launch.call(kernels, _each(operands, counts), jnp.int32(0), language) for x in new]
 
 
 def _devices(context: Any) -> int | None:
@@ -172,11 +175,21 @@ def _anywhere(pure: Callable[..., list[Any]]) -> primitives.Lowering:
 
 
 def _on_cuda(pure: Callable[..., list[Any]], by_kernel: Callable[..., list[Any]]) -> primitives.Lowering:
-  def lowering(lower: Any, context: Any, *_: Any, backend: Backend | None = None, **__: Any) -> Any:
-    if (backend is not None and backend.kernel is None) or not gpu_kernel.is_usable(_devices(context)):
+  def lowering(
+    lower: Any,
+    context: Any,
+    *_: Any,
+    backend: Backend | None = None,
+    kernels: Sequence[gpu_kernel.Kernel] = (),
+    **__: Any,
+  ) -> Any:
+    if backend is not None:
+      kernels = [backend.kernel] if backend.kernel is not None else []
+    language = kernel_launch.chosen(kernels, _devices(context)) if kernels else None
+    if language is None:
       return lower(pure)
-    with gpu_kernel.lowering():
-      return lower(by_kernel)
+    with kernel_launch.lowering():
+      return lower(functools.partial(by_kernel, language=language))
 
   return lowering
 

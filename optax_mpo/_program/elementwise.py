@@ -13,7 +13,7 @@ the same way, so that a kernel computes the same bits. Tests compare them with X
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 Kind = Literal["element", "block", "scalar"]
+Operations = Mapping[str, Callable[..., Any]]  # operations[name](node, *arrays) computes a node of that name
 
 
 class NotElementwiseError(Exception):
@@ -87,12 +88,15 @@ class Elements:
   length: int
   hoisted: tuple[Operation, ...]
 
-  def compute(self, values: Sequence[Any], shapes: dict[Kind, tuple[int, ...]]) -> list[Any]:
+  def compute(
+    self, values: Sequence[Any], shapes: dict[Kind, tuple[int, ...]], operations: Operations | None = None
+  ) -> list[Any]:
     """Computes the outputs from arrays for the sources, in the given shape for each kind.
 
-    The shapes for elements and for blocks differ in the last axis at most.
+    The shapes for elements and for blocks differ in the last axis at most. `operations` compute the nodes.
     """
     env: list[Any] = []
+    operations = operations or COMPUTE
 
     def read(i: int, kind: Kind) -> Any:
       return jnp.broadcast_to(env[i], shapes[kind])
@@ -100,13 +104,9 @@ class Elements:
     for node in self.nodes:
       if node.name == "input":
         env.append(values[node.params])
-      elif node.name == "literal":
-        env.append(jnp.full((), node.params, node.dtype))
-      elif node.name == "reduce_max":
-        env.append(jnp.max(read(node.args[0], "element"), axis=-1, keepdims=True))
       else:
-        args = [read(i, node.kind) for i in node.args]
-        env.append(_COMPUTE[node.name](node, *args))
+        kind = "element" if node.name == "reduce_max" else node.kind
+        env.append(operations[node.name](node, *(read(i, kind) for i in node.args)))
     return [read(i, "block" if self.nodes[i].kind == "block" else "element") for i in self.outputs]
 
 
@@ -125,7 +125,7 @@ def _plain(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 _PLAIN = """abs add ceil div eq exp floor ge gt le log lt max min mul ne neg rsqrt select_n shift_left
   shift_right_arithmetic shift_right_logical sqrt sub""".split()
-_COMPUTE: dict[str, Callable[..., Any]] = {
+_OPERATIONS: dict[str, Callable[..., Any]] = {
   **{name: _plain(getattr(lax, name)) for name in _PLAIN},
   **{name: _plain(getattr(lax, f"bitwise_{name}")) for name in ("and", "or", "xor", "not")},
   "bitcast_convert_type": lambda node, x: lax.bitcast_convert_type(x, node.dtype),
@@ -133,6 +133,12 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
   "is_finite": _finite,
   "sign": _sign,
 }
+COMPUTE: Operations = {
+  **_OPERATIONS,
+  "literal": lambda node: jnp.full((), node.params, node.dtype),
+  "reduce_max": lambda node, x: jnp.max(x, axis=-1, keepdims=True),
+}
+
 _NOTHING = frozenset("copy copy_p held laid_out optimization_barrier stop_gradient squeeze reshape expand_dims".split())
 
 
@@ -260,7 +266,7 @@ class _Builder:
     if operation.name == "broadcast_in_dim":
       return math.prod(self.program.aval(operation.inputs[0]).shape) == 1
     whole = all(jnp.issubdtype(self.program.aval(v).dtype, jnp.integer) for v in operation.outputs if v >= 0)
-    return whole and operation.name in _COMPUTE
+    return whole and operation.name in _OPERATIONS
 
   def _add_counted(self, sources: list[Source], operation: Operation) -> None:
     """Adds the indices of the elements of a row, or of its blocks, as a source."""
@@ -348,7 +354,7 @@ class _Builder:
     if name == "clamp":
       return self.simplified("min", (self.simplified("max", (args[1], args[0]), dtype), args[2]), dtype)
     wide = name == "bitcast_convert_type" and dtype.itemsize != self.nodes[args[0]].dtype.itemsize
-    if name not in _COMPUTE or wide or dtype == np.dtype("float64") or types.is_packed(dtype):
+    if name not in _OPERATIONS or wide or dtype == np.dtype("float64") or types.is_packed(dtype):
       raise NotElementwiseError(f"{jax_forms.where(operation)} is not known to the kernel")
     return self.simplified(name, tuple(args), dtype)
 

@@ -35,7 +35,8 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
   layers in scans why one does not.
 
   The kernels compute the same as XLA, with the instructions of XLA's own kernels: tests compare them with XLA's
-  program. They are opt-in, as only one card, an H200, has run them (docs/gpu.md).
+  program. They are opt-in, as only one card, an H200, has run them, in Triton. Where JAX has no Triton backend, cards
+  from Hopper on run them in Mosaic GPU, which no card has done yet (docs/gpu.md).
 
   Args:
     tx: an Optax transformation, with `compensated` in it.

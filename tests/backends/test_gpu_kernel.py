@@ -1,6 +1,7 @@
 """The kernel that updates a weight: where it reads and writes, and what it leaves to XLA."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import optax_mpo as mpo
-from optax_mpo._backends import gpu_kernel, step_weight
+from optax_mpo._backends import gpu_kernel, kernel_launch, step_weight
 from optax_mpo._program import elementwise, jax_forms
 from optax_mpo._updates import by_leaf
 
@@ -45,7 +46,7 @@ def exact_jit(fun, static=(), without="fusion"):
 
 
 def interpreted(kernel):
-  return lambda index, *given: gpu_kernel.call([kernel], [given], index, interpret=True)[0]
+  return lambda index, *given: kernel_launch.call([kernel], [given], index, None)[0]
 
 
 def bits(x):
@@ -108,13 +109,36 @@ def test_several_small_weights_are_stepped_in_one_launch():
   names = ["16 bits", "8 bits", "16 bits", "0 bits", "16 bits"]
   made_of = [made(STORAGES[name](), shape, stacked=False) for name, shape in zip(names, shapes, strict=True)]
   kernels, given = [m[0] for m in made_of], [m[2:] for m in made_of]
-  calls = jax.make_jaxpr(lambda given: gpu_kernel.call(kernels, given, jnp.int32(0)))(given)
+  calls = jax.make_jaxpr(lambda given: kernel_launch.call(kernels, given, jnp.int32(0), kernel_launch.Language.TRITON))(
+    given
+  )
   assert str(calls).count("pallas_call") == 1
-  together = functools.partial(gpu_kernel.call, kernels, index=jnp.int32(0), interpret=True)
+  together = functools.partial(kernel_launch.call, kernels, index=jnp.int32(0), language=None)
   new = exact_jit(together, without="fusion,algsimp")(given)  # XLA:CPU would rewrite divisions within branches
   for kernel, one, found in zip(kernels, given, new, strict=True):
     for x, expected in zip(found, computed(kernel, *one), strict=True):
       np.testing.assert_array_equal(bits(x), bits(expected))
+
+
+def test_what_is_not_for_mosaic_gpu(monkeypatch):
+  """Exponentials, whose bits differ there, and arithmetic in bf16. JAX 0.10 has an earlier form of it."""
+  monkeypatch.setenv("OPTAX_MPO_KERNELS", "mosaic")
+  there = kernel_launch.is_there(kernel_launch.Language.MOSAIC)
+  if not there:
+    monkeypatch.setattr(kernel_launch, "is_there", lambda _: False)
+  exponential = optax.stateless(lambda u, _: jax.tree.map(lambda x: -jnp.exp(x.astype(jnp.float32)), u))
+  in_bf16 = optax.chain(
+    optax.stateless(lambda u, _: jax.tree.map(lambda x: jnp.square(x.astype(jnp.bfloat16)), u)), optax.sgd(0.1)
+  )
+  cases = {name: (tx(), there) for name, tx in STORAGES.items()}
+  cases |= {"exp": (mpo.compensated(exponential), False), "bf16": (mpo.compensated(in_bf16), False)}
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "with_kernels: JAX .* has no mosaic backend")
+    found = {}
+    for name, (tx, _) in cases.items():
+      kernel, *_ = made(tx, (8, 1024), stacked=False)
+      found[name] = kernel_launch.chosen([kernel], 1) is kernel_launch.Language.MOSAIC
+  assert found == {name: expected for name, (_, expected) in cases.items()}
 
 
 def test_launches_hold_no_more_arrays_than_a_kernel_is_given():

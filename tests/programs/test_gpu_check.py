@@ -275,7 +275,7 @@ def test_all_claims_can_hold_and_each_can_fail():
       for mode in (gpu_claims.EXACT, gpu_claims.COMPACT)
     ]
     rows += [row("leaves-8x64m", mode, copy_share=share) for mode in (gpu_claims.EXACT, gpu_claims.COMPACT)]
-    names = ["optax-f32", *gpu_claims.BIT_STEPS, *gpu_claims.HOST_STEPS]
+    names = ["optax-f32", *gpu_claims.BIT_STEPS, gpu_claims.MOSAIC, *gpu_claims.HOST_STEPS]
     for mode in gpu_check.EXACTNESS:
       rows.append(row("lm-tiny", mode, share_of_difference=dict.fromkeys(names, differing)))
     rows += [row("codec", mode, violations=int(differing > 0)) for mode in gpu_check.CODEC]
