@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, clipping, peak_memory, what_fits
+from benchmarks import accuracy, clipping, packed_state, peak_memory, what_fits
 from benchmarks.modes import MODES
 from tests.helpers import ROOT, relaxed
 
@@ -228,6 +228,13 @@ def test_the_accuracy_table_is_that_of_the_committed_json():
   text = (ROOT / "docs/compact.md").read_text().split("<!-- benchmarks/results/accuracy.json -->\n")[1]
   want = ["| ".join([lm[:-2].rstrip() + " ", *digits.split("| ")[2:]]) for lm, digits in zip(*columns, strict=True)]
   assert text.split("\n\n")[0].splitlines()[2:] == want
+
+
+def test_the_table_of_packed_states_is_that_of_the_committed_json():
+  report = json.loads((ROOT / "benchmarks/results/packed_state.json").read_text())
+  assert [row["mode"] for row in report["rows"]] == list(packed_state.MODES)
+  text = (ROOT / "docs/performance.md").read_text().split("<!-- benchmarks/results/packed_state.json -->\n")[1]
+  assert text.split("\n\n")[0] == packed_state.table(report["rows"])
 
 
 def test_the_table_of_clipping_is_that_of_the_committed_json():
