@@ -155,14 +155,14 @@ def test_the_language_by_card_and_jax(monkeypatch, there, capability, expected):
     kernel_launch.chosen([], 1)
 
 
-def compiled(case, storage, folder):
+def compiled(case, storage, folder, card="h200"):
   """Compiles a step for a GPU. Returns the report, XLA's program, and params and state."""
   make, loss = LOSSES[case]
   tx = STORAGES[storage]()
   shapes = jax.eval_shape(lambda: mpo.init(tx, layers("scanned" in case, 1024, 3072)))
   x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
   step = make(loss, mpo.with_kernels(tx))
-  report = mpo.gpu_memory(step, *shapes, x, target="h200", donate_argnums=(0, 1), dump_to=folder)
+  report = mpo.gpu_memory(step, *shapes, x, target=card, donate_argnums=(0, 1), dump_to=folder)
   text = max((p.read_text() for p in folder.glob("*gpu_after_optimizations.txt")), key=len)
   return report, text, shapes
 
@@ -363,16 +363,24 @@ def test_with_8_bit_state_too_its_instructions_are_those_of_xla(language, tmp_pa
   assert found[0] == {"div.full.f32", "sqrt.approx.f32", "rsqrt.approx.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"}
 
 
+CARDS = {"h200": "sm_90a", "a100-80gb": "sm_80", "rtx4090": "sm_89"}
+
+
 @pytest.mark.parametrize("storage", ["16 bits", "compact"])
-@pytest.mark.few(2)
-def test_it_spills_no_registers(storage, language, tmp_path):
-  compiled("auto scanned", storage, tmp_path / "xla")
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.few(1, full=8)
+def test_it_spills_no_registers_and_moves_16_bytes_at_once(storage, card, language, tmp_path):
+  if language == "MOSAIC":
+    card = "h200"  # it is for Hopper and later
+  _, text, _ = compiled("auto scanned", storage, tmp_path / "xla", card)
+  ours = [k for k in hlo.kernels(text, []) if k.name.startswith(OURS)]
+  assert [k.launches for k in ours] == [LAYERS] * 2
   nvidia = importlib.util.find_spec("nvidia")
   assert nvidia is not None
   (ptxas, *_) = [p for folder in nvidia.submodule_search_locations or () for p in Path(folder).rglob("bin/ptxas")]
   found = []
   for ptx in (tmp_path / ("mosaic" if language == "MOSAIC" else "xla")).glob("*.ptx"):
-    command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "none"]
+    command = [ptxas, "-v", f"-arch={CARDS[card]}", ptx, "-o", tmp_path / "none"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found += re.findall(
       r"'step_weight\w*' for.*?(\d+) bytes spill stores, (\d+) bytes.*?Used (\d+) registers", text, re.S
@@ -381,6 +389,10 @@ def test_it_spills_no_registers(storage, language, tmp_path):
   for stores, loads, registers in found:
     assert (stores, loads) == ("0", "0")
     assert int(registers) <= 128, "16 warps and more on each multiprocessor"
+  for ptx in (tmp_path / ("mosaic" if language == "MOSAIC" else "xla")).glob("*.ptx"):
+    for entry in re.findall(r"\.entry (?=step_weight).*", ptx.read_text(), re.S):
+      assert entry.count("ld.global.v4.b32") >= 2
+      assert not re.search(r"\bld\.local|\bst\.local", entry)
 
 
 def test_a_jax_without_triton_steps_as_it_does_without_kernels_and_says_so(monkeypatch, tmp_path):
