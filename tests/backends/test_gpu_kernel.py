@@ -53,7 +53,7 @@ def bits(x):
   return np.asarray(x).view(f"u{x.dtype.itemsize}")
 
 
-def computed(kernel, grad, stacks, shared, index=None):
+def computed(kernel, grad, stacks, shared, index=None, operations=None):
   """Evaluates the kernel's nodes for a whole weight, or for one layer."""
   elements = kernel.elements
   env = dict(kernel.program.constants) | dict(zip(kernel.given, shared, strict=True))
@@ -69,7 +69,7 @@ def computed(kernel, grad, stacks, shared, index=None):
     if source.columns:  # one row, repeated for all rows
       x = jnp.tile(x.reshape(-1), grad.size // elements.length)
     values.append(x.reshape(shapes[source.kind]))
-  return [x.reshape(old.shape) for x, old in zip(elements.compute(values, shapes), stacks, strict=True)]
+  return [x.reshape(old.shape) for x, old in zip(elements.compute(values, shapes, operations), stacks, strict=True)]
 
 
 @pytest.mark.parametrize(
