@@ -18,6 +18,8 @@ import optax_mpo as mpo
 from benchmarks.gpu_claims import MOSAIC
 from benchmarks.gpu_parts import MODELS, described, drawn, on_gpu, say
 from benchmarks.modes import MODES, OPTIMIZERS, transformation
+from optax_mpo._backends import kernel_launch
+from optax_mpo._backends.kernel_launch import Language
 
 PyTree = Any
 TRANSFORMATIONS = {"mpo-16-auto": (16, False, False), "mpo-compact-auto": (8, True, False)}  # bits, compact, kernels
@@ -87,12 +89,13 @@ def differences(model_name: str, compact: bool) -> Iterator[tuple[str, Any]]:
   steps: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "layer": (mpo.fused_value_and_update(model.fused_loss, tx), here),
     "layer with kernels": (mpo.fused_value_and_update(model.fused_loss, fast), here),
-    MOSAIC: (mpo.fused_value_and_update(model.fused_loss, fast), here),
     "auto": (auto, here),
     "auto with kernels": (mpo.value_and_update(model.loss, fast), here),
     "state on the host": (auto, on_host),
     "state and weights on the host": (auto, all_on_host),
   }
+  if kernel_launch.is_there(Language.MOSAIC) and kernel_launch.is_for_this_card(Language.MOSAIC):
+    steps[MOSAIC] = steps["layer with kernels"]
   ordinary = ten_steps(unfused, *mpo.init(tx, masters), tokens)
   if not compact:
     f32 = ten_steps(plain, masters, adamw.init(masters), tokens)

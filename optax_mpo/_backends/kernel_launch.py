@@ -74,7 +74,7 @@ def chosen(kernels: Sequence[Kernel], devices: int | None) -> Language | None:
       stacklevel=2,
     )
   for language in there:
-    if _capability() >= language.value and (language is Language.TRITON or _is_for_mosaic(kernels)):
+    if is_for_this_card(language) and (language is Language.TRITON or _is_for_mosaic(kernels)):
       return language
   return None
 
@@ -90,6 +90,11 @@ def is_there(language: Language) -> bool:
   except (ImportError, AttributeError):
     return False
   return mosaic_kernel.IS_KNOWN
+
+
+def is_for_this_card(language: Language) -> bool:
+  """Whether the GPU here is recent enough for a language; without one, whether Hopper is."""
+  return _capability() >= language.value
 
 
 @contextlib.contextmanager
