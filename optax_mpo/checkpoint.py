@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from optax_mpo._core import host, renames, trees
+from optax_mpo._core import checksums, host, renames, trees
 
 PyTree = Any
 
@@ -116,7 +116,7 @@ class Checkpointer:
       "format": _FORMAT,
       "leaves": [
         {"name": name, "shape": list(x.shape), "dtype": str(x.dtype), "words": _in_words(x), "checksum": checksum}
-        for name, x, checksum in zip(names, leaves, _checksums(stored), strict=True)
+        for name, x, checksum in zip(names, leaves, checksums.of(stored), strict=True)
       ],
     }
     parts: dict[str, Any] = {"about": ocp.args.JsonSave(about)}
@@ -186,7 +186,7 @@ class Checkpointer:
     stored = [
       arrays[_key(i)] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding) for i, x in enumerate(structs)
     ]
-    for found, saved in zip(_checksums(stored), about["leaves"], strict=True):
+    for found, saved in zip(checksums.of(stored), about["leaves"], strict=True):
       if found != saved["checksum"]:
         raise _DamagedError(f"is damaged ({saved['name']} has not the checksum that it was saved with)")
     restored = [_from_stored(*each) for each in zip(stored, leaves, about["leaves"], strict=True)]
@@ -358,53 +358,3 @@ def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str]
 def _canonical(dtype: str) -> str:
   """The name of the dtype that JAX uses for a dtype, with or without x64."""
   return dtype if dtype.startswith("key<") else str(jax.dtypes.canonicalize_dtype(dtype))
-
-
-@jax.jit
-def _hashes(arrays: list[jax.Array]) -> list[jax.Array]:
-  """For each array the sum, modulo 2^32, of a hash of every element and its position."""
-
-  def hash_of(x: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(x):
-      x = jnp.stack([x.real, x.imag], axis=-1)
-    pattern = lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
-    place, stride = jnp.zeros(pattern.shape, jnp.uint32), 1
-    for axis in reversed(range(pattern.ndim)):
-      place += lax.broadcasted_iota(jnp.uint32, pattern.shape, axis) * jnp.uint32(stride & 0xFFFF_FFFF)
-      stride *= pattern.shape[axis]
-    mixed = (pattern ^ (place * jnp.uint32(0x9E37_79B1))) * jnp.uint32(0x85EB_CA6B)
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2_AE35)
-    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
-
-  return [hash_of(x) for x in arrays]
-
-
-def _hash_on_host(x: jax.Array) -> int:
-  """The same hash of an array in host memory, a few million elements at a time: the device may have no room for it."""
-  if not x.is_fully_addressable:
-    return int(_hashes([host.fetched(x)])[0])
-  flat, total, step = np.asarray(x).reshape(-1), 0, 2**22
-  for start in range(0, flat.size, step):
-    part = flat[start : start + step]
-    pattern = part.view(f"uint{8 * part.dtype.itemsize}").astype(np.uint32)
-    place = np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32)
-    mixed = (pattern ^ (place * np.uint32(0x9E37_79B1))) * np.uint32(0x85EB_CA6B)
-    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0xC2B2_AE35)
-    total += int(np.sum(mixed ^ (mixed >> np.uint32(13)), dtype=np.uint64))
-  return total % 2**32
-
-
-def _checksums(stored: list[jax.Array]) -> list[int]:
-  found = [0] * len(stored)
-  by_devices: dict[Any, list[int]] = {}
-  for i, x in enumerate(stored):
-    if host.is_on_host(x):
-      found[i] = _hash_on_host(x)
-      continue
-    mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
-    devices = mesh.devices.flat if isinstance(mesh, Mesh) else x.sharding.device_set
-    by_devices.setdefault(tuple(d.id for d in devices), []).append(i)
-  for indices in by_devices.values():  # one program cannot take arrays of several meshes
-    for i, x in zip(indices, _hashes([stored[i] for i in indices]), strict=True):
-      found[i] = int(x)
-  return found

@@ -18,8 +18,8 @@ import safetensors
 import safetensors.numpy
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from optax_mpo._codecs import masters
 from optax_mpo._core import modules, trees
-from optax_mpo._transforms import compensated
 
 PyTree = Any
 
@@ -59,7 +59,7 @@ def save_safetensors(
     `safetensors <https://huggingface.co/docs/safetensors>`_
   """
   tensors: dict[str, np.ndarray] = {}
-  for key, leaf in _named(compensated.master_params(modules.pure(params), opt_state), "save_safetensors").items():
+  for key, leaf in _named(masters.master_params(modules.pure(params), opt_state), "save_safetensors").items():
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
       raise ValueError(
         f"save_safetensors: {key} lies on devices of other processes. Save a checkpoint with Checkpointer and export "

@@ -1,7 +1,6 @@
 """Helpers for tests in all folders: compile for equal bits, compare bits, and the ordinary step to compare with."""
 
 import functools
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -39,16 +38,8 @@ def exact_jit(fun: Callable[..., Any], **options: Any) -> Any:
   return jax.jit(fun, compiler_options={"xla_allow_excess_precision": False, **options})
 
 
-unfused_jit = functools.partial(exact_jit, xla_disable_hlo_passes="fusion")
-"""Also without fusion: the vectorisation of a fused loop depends on its whole body, and can change a sum's last bit."""
-
-quick_jit = functools.partial(unfused_jit, xla_backend_optimization_level=0)
-"""Also with LLVM at its lowest optimization level, which compiles faster."""
-
-_EMITTERS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters=false" in os.environ.get("XLA_FLAGS", "") else {}
-summing_jit = functools.partial(quick_jit, **_EMITTERS)
-"""`quick_jit` for programs whose sums are compared: without XLA's emitters (tests/conftest.py) their order depends on
-the shape around them, such as that of a stack."""
+quick_jit = functools.partial(exact_jit, xla_backend_optimization_level=0)
+"""Also with LLVM at its lowest optimization level, which compiles faster, and sums in one order in every program."""
 
 
 def assert_same_bits(got: Any, want: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from optax_mpo._backends import cpu_rows, gpu_kernel
 from optax_mpo._core import order
-from optax_mpo._program import elementwise
+from optax_mpo._program.elements import NotElementwiseError
 from optax_mpo._program.entries import Entries
 from optax_mpo._program.program import Slice
 
@@ -91,5 +91,5 @@ def _kernel_of(update: Slice, stacked: bool) -> tuple[gpu_kernel.Kernel | None, 
   """Returns the kernel of an update, or None and why there is none."""
   try:
     return gpu_kernel.make(update, stacked), ""
-  except elementwise.NotElementwiseError as error:
+  except NotElementwiseError as error:
     return None, f"no kernel: {error}"

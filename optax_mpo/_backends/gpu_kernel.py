@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from optax_mpo._core import types
 from optax_mpo._program import elementwise, jax_forms
+from optax_mpo._program.elements import Elements, NotElementwiseError
 from optax_mpo._program.program import Program, Slice
 
 TILE = 1024
@@ -42,7 +43,7 @@ class Kernel:
     given: the variables of the other values that it reads.
   """
 
-  elements: elementwise.Elements
+  elements: Elements
   program: Program
   shape: tuple[int, ...]
   stacked: bool
@@ -117,21 +118,21 @@ def make(update: Slice, stacked: bool) -> Kernel:
   program, operations, inputs, given, _, outputs = update
   shape = program.aval(inputs[1]).shape if len(inputs) > 1 else ()
   if any(isinstance(c, Tracer) for c in program.constants.values()):
-    raise elementwise.NotElementwiseError("it closes over a traced value")
+    raise NotElementwiseError("it closes over a traced value")
   for var in inputs:
     dtype = program.aval(var).dtype
     if types.is_packed(dtype) or dtype.name.startswith("float8"):  # not all cards have instructions for float8
-      raise elementwise.NotElementwiseError(f"it is stored as {dtype}")
+      raise NotElementwiseError(f"it is stored as {dtype}")
   elements = elementwise.take_apart(program, operations, inputs, [*given, *program.constants], outputs, shape)
   for var, out in zip(inputs[1:], outputs, strict=True):
     aval = program.aval(out)
     if (aval.shape, aval.dtype) != (program.aval(var).shape, program.aval(var).dtype):
-      raise elementwise.NotElementwiseError("it changes the form of its state")
+      raise NotElementwiseError("it changes the form of its state")
   if math.prod(shape) >= _INDEX_LIMIT:
-    raise elementwise.NotElementwiseError(f"it has {math.prod(shape)} elements, more than 32 bits count")
+    raise NotElementwiseError(f"it has {math.prod(shape)} elements, more than 32 bits count")
   size = math.prod(shape[1:] if stacked else shape)
   divides = math.gcd(size, elements.length) if any(s.columns for s in elements.sources) else size
   tile = math.gcd(divides, TILE)
   if tile < max(_LEAST_TILE, elements.block):
-    raise elementwise.NotElementwiseError(f"{size} elements do not make tiles of {_LEAST_TILE} or more")
+    raise NotElementwiseError(f"{size} elements do not make tiles of {_LEAST_TILE} or more")
   return Kernel(elements, program, tuple(shape), stacked, tile, tuple(given))

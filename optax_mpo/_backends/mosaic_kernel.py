@@ -22,7 +22,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
 
 from optax_mpo._backends.gpu_kernel import Kernel, for_each
-from optax_mpo._program import elementwise
+from optax_mpo._program.elements import COMPUTE, Kind, Node
 
 IS_KNOWN = hasattr(plgpu, "inline_mgpu") and {"out_type", "debug"} <= {*inspect.signature(plgpu.kernel).parameters}
 """Whether this JAX has what is used here, as 0.11.2 and 0.12 have. That of 0.10 cannot be lowered within a step."""
@@ -131,7 +131,7 @@ class _Tile:
       else:
         value = plgpu.layout_cast(part(k, next(refs))[...], self.layout)
         values.append(value.astype(_held(value.dtype)))
-    shapes: dict[elementwise.Kind, tuple[int, ...]] = dict.fromkeys(("element", "block", "scalar"), (self.size,))
+    shapes: dict[Kind, tuple[int, ...]] = dict.fromkeys(("element", "block", "scalar"), (self.size,))
     new = elements.compute(values, shapes, self._operations())
     for k, (value, ref) in enumerate(zip(new, outputs, strict=True), start=1):
       if elements.sources[k].kind == "block":
@@ -148,16 +148,16 @@ class _Tile:
       "reduce_max": lambda node, x: self._block_max(x),
       **{name: self._instruction(name) for name in _PTX},
     }
-    every = {**elementwise.COMPUTE, **own}
+    every = {**COMPUTE, **own}
     return {name: lambda node, *args, f=f: _cut_to(node.dtype, f(node, *args)) for name, f in every.items()}
 
   def _instruction(self, name: str) -> Callable[..., Any]:
     def apply(_: Any, first: Any, *rest: Any) -> Any:
       return first._pointwise(first._lift_fast_instr(_PTX[name]), *rest)
 
-    def run(node: elementwise.Node, *args: Any) -> Any:
+    def run(node: Node, *args: Any) -> Any:
       if node.dtype != jnp.float32:
-        return elementwise.COMPUTE[name](node, *args)
+        return COMPUTE[name](node, *args)
       return self._inline(apply, jnp.float32, args)
 
     return run
@@ -230,7 +230,7 @@ def _cut_to(dtype: Any, x: Any) -> Any:
   return x
 
 
-def _convert(node: elementwise.Node, x: Any) -> Any:
+def _convert(node: Node, x: Any) -> Any:
   if x.dtype == jnp.bool_:
     return jnp.where(x, jnp.ones_like(x, _held(node.dtype)), jnp.zeros_like(x, _held(node.dtype)))
   return x != jnp.zeros_like(x) if node.dtype == jnp.bool_ else lax.convert_element_type(x, _held(node.dtype))

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
@@ -109,9 +110,9 @@ def asked() -> bool:
   return met is None
 
 
-def is_left_out() -> bool:
-  """Whether the primitive is left out here."""
-  return _met.get() is not None
+def is_better_by_rows(elements: int) -> bool:
+  """Whether this is a CPU, whose XLA is slow to update 8-bit state of so many elements in one piece."""
+  return _met.get() is None and jax.default_backend() == "cpu" and elements >= cpu_rows.ELEMENTS
 
 
 # --- The primitive ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from optax_mpo._backends.gpu_kernel import Kernel, for_each
-from optax_mpo._program import elementwise
+from optax_mpo._program.elements import Kind
 
 
 def launch(
@@ -62,7 +62,7 @@ def step_tile(kernel: Kernel, layer: Any, tile: Any, inputs: Sequence[Any], outp
   """Updates a tile of a layer, in the kernel. `inputs` are refs of what `flat` returns, `outputs` of the results."""
   elements, block, size = kernel.elements, kernel.elements.block, kernel.tile
   start = tile * size
-  kinds: dict[elementwise.Kind, tuple[int, ...]] = {
+  kinds: dict[Kind, tuple[int, ...]] = {
     "element": (size // block, block) if block else (size,),
     "block": (size // max(block, 1), 1),
     "scalar": (),

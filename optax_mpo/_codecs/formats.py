@@ -4,6 +4,7 @@ Each format is a module that has what `Format` lists. A format without scales ke
 format whose numbers need scales keeps a `ScaledBits`, and has `COMPUTE`, `decode` and `zero_bits` of its own.
 """
 
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -129,6 +130,13 @@ def split(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, Kept]:
 def join(low: jax.Array, kept: Kept) -> jax.Array:
   """Joins `(low[*s], kept) -> f32[*s]`."""
   return _FORMATS[low.dtype].join(low, kept)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def stored(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, Kept, jax.Array]:
+  """Splits `x: f32[*s]` into `(low: dtype[*s], kept)`, and returns them and what `join` makes of them, f32[*s]."""
+  low, kept = split(x, dtype, bits)
+  return low, kept, join(low, kept)
 
 
 def widen(low: jax.Array) -> jax.Array:

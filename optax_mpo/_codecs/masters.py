@@ -57,7 +57,7 @@ def master_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
     {'w': Array([0.33333334], dtype=float32)}
   """
   given, params, opt_state = params, host.fetched(modules.pure(params)), modules.pure(opt_state)
-  kept = _kept_of(params, opt_state, "master_params")
+  kept = kept_of(params, opt_state, "master_params")
   masters = [
     formats.join(jnp.asarray(leaf), k) if trees.is_array(leaf) and formats.is_low(leaf) and not replaced else leaf
     for leaf, k, replaced in zip(jax.tree.leaves(params), kept, overwritten.flags(params), strict=True)
@@ -118,11 +118,11 @@ def scales_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.A
   scaled = [trees.is_array(leaf) and formats.is_scaled(leaf) and not replaced for leaf, replaced in leaves]
   if not any(scaled):
     return [None] * len(scaled)
-  kept = _kept_of(params, opt_state, who)
+  kept = kept_of(params, opt_state, who)
   return [k.scales if needed else None for needed, k in zip(scaled, kept, strict=True)]
 
 
-def _kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[Any]:
+def kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[Any]:
   """Returns the bits of each leaf of `params`, or None, from all states of `compensated` in `opt_state`."""
   _check_order(params, opt_state, who)
   found = states_in(opt_state)

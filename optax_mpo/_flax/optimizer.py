@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from optax_mpo._codecs import formats
+from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import buffers, trees
 from optax_mpo._flax.steps import Fused, Where, check_options, explain_step, make_step, metrics, updated
 from optax_mpo._stepping import explain
@@ -103,9 +104,7 @@ class Optimizer(nnx.Pytree):
     self.tx, self.wrt, self.two_pass = tx, wrt, two_pass
     self.ema_decay, self.ema_bits, self.ema = ema_decay, ema_bits, None
     if ema_decay is not None:
-      ema = buffers.own(
-        average.start(params, compensated.master_params(params, opt_state), ema_bits), (params, opt_state)
-      )
+      ema = buffers.own(average.start(params, master_params(params, opt_state), ema_bits), (params, opt_state))
       self.ema = nnx.data(jax.tree.map(nnx.OptState, ema))
 
   @classmethod
@@ -169,7 +168,7 @@ class Optimizer(nnx.Pytree):
 
   def masters(self, model: nnx.Module) -> PyTree:
     """Returns the f32 master weights, as a tree like `nnx.as_pure(nnx.state(model, wrt))`."""
-    return compensated.master_params(nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state))
+    return master_params(nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state))
 
   def averages(self) -> PyTree:
     """Returns the moving average as a tree like `masters(model)`, f32[*s].
@@ -357,7 +356,7 @@ class Optimizer(nnx.Pytree):
     _set(self.opt_state, opt_state)
     self.step.set_value(self.step.get_value() + 1)
     if self.ema is not None and self.ema_decay is not None:
-      masters, step = compensated.master_params(params, opt_state), self.step.get_value()
+      masters, step = master_params(params, opt_state), self.step.get_value()
       _set(self.ema, average.moved(nnx.as_pure(self.ema), masters, self.ema_decay, self.ema_bits, step))
 
 

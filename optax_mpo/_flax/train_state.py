@@ -10,6 +10,7 @@ from flax import struct
 from flax.training import train_state
 
 from optax_mpo._codecs import masters
+from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import buffers, overwritten
 from optax_mpo._flax.steps import Fused, Where, check_options, explain_step, make_step, metrics, updated
 from optax_mpo._stepping import explain
@@ -140,7 +141,7 @@ class TrainState(struct.PyTreeNode):
     """A state that shares no buffer with the trees in `given`."""
     ema = None
     if fields["ema_decay"] is not None:
-      ema = average.start(params, compensated.master_params(params, opt_state), fields["ema_bits"])
+      ema = average.start(params, master_params(params, opt_state), fields["ema_bits"])
     made = cls(step=step, params=params, opt_state=opt_state, variables=dict(variables), ema=ema, **fields)
     return buffers.own(made, given)
 
@@ -213,7 +214,7 @@ class TrainState(struct.PyTreeNode):
 
   def masters(self) -> PyTree:
     """Returns the f32 master weights, for evaluation or export."""
-    return compensated.master_params(self.params, self.opt_state)
+    return master_params(self.params, self.opt_state)
 
   def averages(self) -> PyTree:
     """Returns the moving average as a tree like `masters()`, f32[*s], for evaluation or export.

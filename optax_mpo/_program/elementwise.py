@@ -13,131 +13,16 @@ the same way, so that a kernel computes the same bits. Tests compare them with X
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from optax_mpo._core import types
 from optax_mpo._program import dataflow, jax_forms
+from optax_mpo._program.elements import OPERATIONS, Elements, Kind, Node, NotElementwiseError, Source
 from optax_mpo._program.program import Atom, Operation, Program
-
-Kind = Literal["element", "block", "scalar"]
-Operations = Mapping[str, Callable[..., Any]]  # operations[name](node, *arrays) computes a node of that name
-
-
-class NotElementwiseError(Exception):
-  """An update that is not a function of single elements and blocks. The message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-  """A value: an "input", a "literal", or an operation on other nodes.
-
-  Attributes:
-    name: "input", "literal" or the name of the operation.
-    args: the nodes it is computed from.
-    dtype: the dtype of the value.
-    kind: per element, per block, or scalar.
-    params: the index of the input, or the value of the literal; None for an operation.
-  """
-
-  name: str
-  args: tuple[int, ...]
-  dtype: Any
-  kind: Kind
-  params: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """An input of the nodes: the values of a variable.
-
-  Attributes:
-    var: the variable.
-    kind: per element, per block, or scalar.
-    columns: whether it has entries for one row of the weight only, the same for all rows.
-    counted: whether these are their own indices in the row, 0, 1, 2 and so on, so that no array has to be read.
-  """
-
-  var: int
-  kind: Kind
-  columns: bool
-  counted: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Elements:
-  """An update of one weight.
-
-  Attributes:
-    nodes: the nodes, in an order in which they can be computed.
-    outputs: the nodes of the new weight and the new states, in their order.
-    sources: what the "input" nodes refer to: the gradient, the weight, its states, and other known values.
-    block: elements in a block; 0 if there are no blocks.
-    length: the length of the weight's last axis.
-    hoisted: operations on scalars and on values for one row, to be run before the kernel.
-  """
-
-  nodes: tuple[Node, ...]
-  outputs: tuple[int, ...]
-  sources: tuple[Source, ...]
-  block: int
-  length: int
-  hoisted: tuple[Operation, ...]
-
-  def compute(
-    self, values: Sequence[Any], shapes: dict[Kind, tuple[int, ...]], operations: Operations | None = None
-  ) -> list[Any]:
-    """Computes the outputs from arrays for the sources, in the given shape for each kind.
-
-    The shapes for elements and for blocks differ in the last axis at most. `operations` compute the nodes.
-    """
-    env: list[Any] = []
-    operations = operations or COMPUTE
-
-    def read(i: int, kind: Kind) -> Any:
-      return jnp.broadcast_to(env[i], shapes[kind])
-
-    for node in self.nodes:
-      if node.name == "input":
-        env.append(values[node.params])
-      else:
-        kind = "element" if node.name == "reduce_max" else node.kind
-        env.append(operations[node.name](node, *(read(i, kind) for i in node.args)))
-    return [read(i, "block" if self.nodes[i].kind == "block" else "element") for i in self.outputs]
-
-
-def _finite(node: Node, x: Any) -> Any:
-  return lax.abs(x) < np.array(np.inf, x.dtype)
-
-
-def _sign(node: Node, x: Any) -> Any:
-  one, zero = jnp.ones_like(x), jnp.zeros_like(x)
-  return jnp.where(x > zero, one, jnp.where(x < zero, -one, x))
-
-
-def _plain(operation: Callable[..., Any]) -> Callable[..., Any]:
-  return lambda node, *args: operation(*args)
-
-
-_PLAIN = """abs add ceil div eq exp floor ge gt le log lt max min mul ne neg rsqrt select_n shift_left
-  shift_right_arithmetic shift_right_logical sqrt sub""".split()
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-  **{name: _plain(getattr(lax, name)) for name in _PLAIN},
-  **{name: _plain(getattr(lax, f"bitwise_{name}")) for name in ("and", "or", "xor", "not")},
-  "bitcast_convert_type": lambda node, x: lax.bitcast_convert_type(x, node.dtype),
-  "convert_element_type": lambda node, x: lax.convert_element_type(x, node.dtype),
-  "is_finite": _finite,
-  "sign": _sign,
-}
-COMPUTE: Operations = {
-  **_OPERATIONS,
-  "literal": lambda node: jnp.full((), node.params, node.dtype),
-  "reduce_max": lambda node, x: jnp.max(x, axis=-1, keepdims=True),
-}
 
 _NOTHING = frozenset("copy copy_p held laid_out optimization_barrier stop_gradient squeeze reshape expand_dims".split())
 
@@ -266,7 +151,7 @@ class _Builder:
     if operation.name == "broadcast_in_dim":
       return math.prod(self.program.aval(operation.inputs[0]).shape) == 1
     whole = all(jnp.issubdtype(self.program.aval(v).dtype, jnp.integer) for v in operation.outputs if v >= 0)
-    return whole and operation.name in _OPERATIONS
+    return whole and operation.name in OPERATIONS
 
   def _add_counted(self, sources: list[Source], operation: Operation) -> None:
     """Adds the indices of the elements of a row, or of its blocks, as a source."""
@@ -354,7 +239,7 @@ class _Builder:
     if name == "clamp":
       return self.simplified("min", (self.simplified("max", (args[1], args[0]), dtype), args[2]), dtype)
     wide = name == "bitcast_convert_type" and dtype.itemsize != self.nodes[args[0]].dtype.itemsize
-    if name not in _OPERATIONS or wide or dtype == np.dtype("float64") or types.is_packed(dtype):
+    if name not in OPERATIONS or wide or dtype == np.dtype("float64") or types.is_packed(dtype):
       raise NotElementwiseError(f"{jax_forms.where(operation)} is not known to the kernel")
     return self.simplified(name, tuple(args), dtype)
 

@@ -1,5 +1,7 @@
 """Where the layers of a stack lie in an array: which entries of which axis belong to each layer."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -61,6 +63,26 @@ class Entries(NamedTuple):
   def reversed(self, length: int) -> "Entries":
     """Where they lie once an axis of this length is reversed."""
     return self._replace(start=length - self.size - self.start, stride=-self.stride)
+
+  def reshaped(self, old: Sequence[int], new: Sequence[int]) -> "Entries | None":
+    """Where they lie after a reshape, which may keep their axis, join it with axes after it, or split it."""
+    before, length = math.prod(old[: self.axis]), old[self.axis]
+    starts = [i for i in range(len(new)) if math.prod(new[:i]) == before]
+    if self.size < length:  # an only layer may also be the entry of an axis of one before it
+      starts.sort(key=lambda i: new[i] != length)
+    found = (self._resized(i, length, new[i]) for i in starts)
+    return next((e for e in found if e is not None), None)
+
+  def _resized(self, axis: int, old: int, new: int) -> "Entries | None":
+    """Where they lie once their axis of `old` entries, and those after it, are reshaped to one of `new` and others."""
+    if new >= old:
+      factor, rest = divmod(new, old)
+      found = [part * factor for part in (self.start, self.stride, self.size)]
+      return None if rest else Entries(axis, found[0], found[1], found[2], self.without)
+    factor, rest = divmod(old, new)
+    if rest or any(part % factor for part in self[1:4]):
+      return None
+    return Entries(axis, self.start // factor, self.stride // factor, self.size // factor, self.without)
 
 
 class NotSeparableError(Exception):

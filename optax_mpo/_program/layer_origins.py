@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-from optax_mpo._program import dataflow, jax_forms, layer_rules
+from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.entries import Entries
+from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import MOVES, Atom, Operation, Program
 
 SUMS = ("add", "add_any")
@@ -64,7 +65,7 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
     if len(operation.inputs) == 1:
       at = before(program, atom, entries, count)
       return at is not None and follow(operation.inputs[0], at)
-    if operation.name not in layer_rules.ELEMENTWISE:
+    if operation.name not in ELEMENTWISE:
       return False
     return all([is_small(operand, program.aval(atom)) or follow(operand, entries) for operand in operation.inputs])
 
@@ -202,7 +203,7 @@ def before(program: Program, atom: int, entries: Entries, count: int) -> Entries
     found = [a for a, to in enumerate(params["broadcast_dimensions"]) if to == axis and old[a] == new[axis]]
     return entries.on(found[0]) if found else None
   if name == "reshape" and params.get("dimensions") is None:
-    return layer_rules.reshaped(entries, new, old)
+    return entries.reshaped(new, old)
   if name == "rev":
     return entries.reversed(new[axis]) if axis in params["dimensions"] else entries
   if name == "slice":

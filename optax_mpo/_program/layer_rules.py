@@ -8,7 +8,6 @@ arrays. It returns the results for this layer, with theirs.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -171,33 +170,11 @@ def _broadcast_in_dim(
 def _reshape(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
   new, (entries,) = operation.eqn.params["new_sizes"], where
   assert entries is not None
-  found = reshaped(entries, avals[0].shape, new) if operation.eqn.params.get("dimensions") is None else None
+  found = entries.reshaped(avals[0].shape, new) if operation.eqn.params.get("dimensions") is None else None
   if found is None:
     raise _mixes(operation)
   shape = _with(new, found.axis, found.size)
   return jax_forms.run_operation(operation, values, new_sizes=shape, sharding=None), [found]
-
-
-def reshaped(entries: Entries, old: Sequence[int], new: Sequence[int]) -> Entries | None:
-  """Where layers lie after a reshape, which may keep their axis, join it with axes after it, or split it."""
-  before, length = math.prod(old[: entries.axis]), old[entries.axis]
-  starts = [i for i in range(len(new)) if math.prod(new[:i]) == before]
-  if entries.size < length:  # an only layer may also be the entry of an axis of one before it
-    starts.sort(key=lambda i: new[i] != length)
-  found = (_resized(entries, i, length, new[i]) for i in starts)
-  return next((e for e in found if e is not None), None)
-
-
-def _resized(entries: Entries, axis: int, old: int, new: int) -> Entries | None:
-  """Where a layer lies once its axis of `old` entries, and those after it, are reshaped to one of `new` and others."""
-  if new >= old:
-    factor, rest = divmod(new, old)
-    found = [part * factor for part in (entries.start, entries.stride, entries.size)]
-    return None if rest else Entries(axis, found[0], found[1], found[2], entries.without)
-  factor, rest = divmod(old, new)
-  if rest or any(part % factor for part in entries[1:4]):
-    return None
-  return Entries(axis, entries.start // factor, entries.stride // factor, entries.size // factor, entries.without)
 
 
 def _transpose(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_mpo._backends import cpu_rows, step_weight
+from optax_mpo._backends import step_weight
 from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
-from optax_mpo._codecs.masters import CompensatedState, master_params, states_in
+from optax_mpo._codecs.masters import CompensatedState, states_in
 from optax_mpo._core import host, overwritten, renames, trees, types, wrapping, xla_cpu
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
@@ -149,7 +149,7 @@ def compensated(
 
     steps, new_state = plain(updates, host.fetched(state), host.fetched(params))
     new = steps, host.stored_like(new_state, state)
-    if any(map(host.is_on_host, jax.tree.leaves(state))) or _is_slow_on_cpus(state, params):
+    if any(map(host.is_on_host, jax.tree.leaves(state))) or _is_slow_in_one_piece(state, params):
       taken = optax.GradientTransformation(init, plain)
       new = leafwise.replaced(taken, (updates, state, params), new, "compensated", kernels=False)
     return new
@@ -197,13 +197,11 @@ def compensated(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_slow_on_cpus(state: optax.OptState, params: PyTree) -> bool:
-  """Whether this is a CPU, and some 8-bit state is so large that XLA:CPU updates it slowly in one piece."""
-  if jax.default_backend() != "cpu" or step_weight.is_left_out():
-    return False
+def _is_slow_in_one_piece(state: optax.OptState, params: PyTree) -> bool:
+  """Whether this machine is slow to update the 8-bit state of an ordinary step as a whole."""
   found = jax.tree.leaves(state, is_leaf=blocks.is_quantized)
-  large = any(blocks.is_quantized(x) and x.values.size >= cpu_rows.ELEMENTS for x in found)
-  return large and not any(types.is_split(x) for x in jax.tree.leaves(params))
+  largest = max((x.values.size for x in found if blocks.is_quantized(x)), default=0)
+  return step_weight.is_better_by_rows(largest) and not any(types.is_split(x) for x in jax.tree.leaves(params))
 
 
 def _without(replaced: list[bool], leaves: Sequence[Any], treedef: Any) -> PyTree:
@@ -291,7 +289,7 @@ def init(
     new, opt_state = initialise.initialised(tx, params, dtype, where)
   else:
     new, opt_state = _on_host(tx, params, dtype, where, state_memory)
-  probes.warn_of_changes(tx, new, master_params)
+  probes.warn_of_changes(tx, new)
   return new, opt_state
 
 

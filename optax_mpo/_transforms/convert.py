@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import blocks, formats
+from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import buffers, host, modules, overwritten, packing, trees, wrapping
 from optax_mpo._transforms import compensated, initialise, quantized
 
@@ -121,7 +122,7 @@ def _of_all_collections(old: PyTree, new: PyTree) -> PyTree:
 
 def _masters(params: PyTree, opt_state: PyTree) -> PyTree:
   if _nodes(opt_state, compensated.CompensatedState) or any(map(formats.is_scaled, jax.tree.leaves(params))):
-    return compensated.master_params(params, opt_state)
+    return master_params(params, opt_state)
   return jax.tree.map(lambda p: formats.widen(p) if formats.is_low(p) else p, params)
 
 

@@ -73,8 +73,8 @@ def claimed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
       f"init: {leaf_name} is trained by two compensated(...) transformations, and each would keep bits for it. Wrap "
       "the whole chain once, or give each its own leaves with optax.masked or optax.multi_transform."
     )
-  original.low, kept = formats.split(original.master, leaf.dtype, bits)
-  return formats.join(original.low, kept), checks.bits_or_masked(kept)
+  original.low, kept, master = formats.stored(original.master, leaf.dtype, bits)
+  return master, checks.bits_or_masked(kept)
 
 
 def initialised(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, PyTree]:

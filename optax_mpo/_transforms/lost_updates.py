@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, formats
+from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import modules, overwritten, renames, trees
-from optax_mpo._transforms import compensated
 
 PyTree = Any
 
@@ -57,7 +57,7 @@ def lost_updates(
     )
   given, params, updates = params, modules.pure(params), modules.pure(updates)
   steps = trees.flatten_like(params, updates, "lost_updates: the tree of updates", "Pass updates for these params.")
-  masters = jax.tree.leaves(params if opt_state is None else compensated.master_params(params, opt_state))
+  masters = jax.tree.leaves(params if opt_state is None else master_params(params, opt_state))
   shares = []
   replaced = overwritten.flags(params)
   for (name, leaf), master, step, is_replaced in zip(trees.named_leaves(params), masters, steps, replaced, strict=True):

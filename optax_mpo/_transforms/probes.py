@@ -5,22 +5,22 @@ wrapper around `compensated` changes its updates, or freezes weights that it upd
 than the params.
 
 How: every floating-point leaf is replaced by an array with the same number of axes and one element, in the same tree,
-so that masks and labels match. The update is traced, and only the results to be checked are computed. A transformation
-that cannot be tried, because it needs extra arguments or reads concrete values, gives no warning.
+so that masks and labels match. The update is traced, and only the results to be checked are computed. A
+transformation that cannot be tried, because it needs extra arguments or reads concrete values, gives no warning.
 """
 
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.core import Tracer
 
-from optax_mpo._codecs import formats
+from optax_mpo._codecs import codec, formats, masters
 from optax_mpo._core import trees
 from optax_mpo._program import dataflow, jax_forms
 
@@ -28,6 +28,8 @@ PyTree = Any
 
 _WEIGHT = 1 + 2.0**-7  # its ulp is large relative to it; at 1 the ulps above and below differ
 _STEPS = [0, *(2**i for i in range(20))]  # steps at which schedules are tried: a warm-up starts with little decay
+
+_FEW = 8  # kinds of operations
 
 _trying: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_trying", default=False)
 
@@ -62,17 +64,18 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
       made = treedef.flatten_up_to(inner.update(zeros, state, tree)[0])
       return [made[i] for i in first.values()]
 
-    return jax.vmap(made_at)(jnp.asarray(_STEPS))
+    changes = jax.vmap(made_at)(jnp.asarray(_STEPS))
+    kept = [
+      formats.join(*formats.split(_WEIGHT + change, leaves[i].dtype, bits))
+      for i, change in zip(first.values(), changes, strict=True)
+    ]
+    return [x for pair in zip(changes, kept, strict=True) for x in pair]
 
-  def is_lost(leaf: Any, changes: jax.Array) -> bool:
-    kept = formats.join(*formats.split(_WEIGHT + changes, leaf.dtype, bits))
-    return bool((changes != 0).any() & (kept == _WEIGHT).all())
-
-  for i, u in zip(first.values(), _tried(updates, [_tiny(x, _WEIGHT, jnp.float32) for x in leaves]), strict=False):
-    with jax.ensure_compile_time_eval():
-      if not is_lost(leaves[i], u):
-        continue
-      change = float(jnp.abs(u).max())
+  tried = _tried(updates, [_tiny(x, _WEIGHT, np.float32) for x in leaves])
+  for i, changes, kept in zip(first.values(), tried[::2], tried[1::2], strict=False):
+    if not changes.any() or (kept != _WEIGHT).any():
+      continue
+    change = float(abs(changes).max())
     most = max(formats.widths(leaves[i].dtype))
     warnings.warn(
       f"compensated: without a gradient {trees.named_leaves(params)[i][0]} changes by at most {change:.1e} of itself "
@@ -84,16 +87,8 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
     return
 
 
-def warn_of_changes(
-  tx: optax.GradientTransformation, params: PyTree, masters: Callable[[PyTree, PyTree], PyTree]
-) -> None:
-  """Warns if `tx` changes the updates of the `compensated` in it before they reach the params.
-
-  Args:
-    tx: the transformation to try.
-    params: of any size.
-    masters: `masters(params, state)` joins params with their bits in the state.
-  """
+def warn_of_changes(tx: optax.GradientTransformation, params: PyTree) -> None:
+  """Warns if `tx` changes the updates of the `compensated` in it before they reach the params, of any size."""
   leaves, treedef = jax.tree.flatten(params)
 
   def updates(weights: list[Any]) -> list[Any]:
@@ -101,19 +96,17 @@ def warn_of_changes(
     before, made = tx.init(tree), []
     for _ in range(2):  # twice: a moving average returns its first input unchanged
       update, after = tx.update(tree, before, tree)
-      joined = (treedef.flatten_up_to(masters(tree, state)) for state in (before, after))
-      stepped = [old != new for old, new in zip(*joined, strict=True)]
-      made += zip(treedef.flatten_up_to(update), stepped, strict=True)
+      kept = (masters.kept_of(tree, state, "init") for state in (before, after))
+      made += zip(treedef.flatten_up_to(update), map(_have_changed, *kept), strict=True)
       before = after
     return [x for pair in made for x in pair]
 
   with _flag():
     made = _tried(updates, [_tiny(x, 1.0) for x in leaves])
   for (name, leaf), u, stepped in zip(trees.named_leaves(params) * 2, made[::2], made[1::2], strict=False):
-    with jax.ensure_compile_time_eval():
-      as_it_was = (u == 1).all() | ((u == 0) & ~stepped).all()  # all zero: gradients are accumulated, for example
-      if not formats.is_low(leaf) or bool(as_it_was):
-        continue
+    as_it_was = (u == 1).all() or ((u == 0) & ~stepped).all()  # all zero: gradients are accumulated, for example
+    if not formats.is_low(leaf) or as_it_was:
+      continue
     warnings.warn(
       f"init: something around compensated changes its update of {name}, or holds it still, so that the bits it keeps "
       "belong to other weights than those that result. Put everything that changes updates inside: "
@@ -121,6 +114,12 @@ def warn_of_changes(
       stacklevel=3,
     )
     return
+
+
+def _have_changed(old: Any, new: Any) -> jax.Array:
+  """Whether the bits of a leaf have changed: bool[1, ...], or bool[] where it has none."""
+  old, new = (x.bits if isinstance(x, codec.ScaledBits) else x for x in (old, new))
+  return jnp.zeros([], bool) if old is None else old != new
 
 
 @contextlib.contextmanager
@@ -141,18 +140,25 @@ def _is_counter(x: Any) -> bool:
 def _tiny(leaf: Any, value: float, dtype: Any = None) -> Any:
   if not trees.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
     return leaf
-  with jax.ensure_compile_time_eval():
-    return jnp.full((1,) * leaf.ndim, value, dtype if formats.is_low(leaf) and dtype else leaf.dtype)
+  return np.full((1,) * leaf.ndim, value, dtype if formats.is_low(leaf) and dtype else leaf.dtype)
 
 
-def _tried(updates: Any, weights: Sequence[Any]) -> list[Any]:
+def _tried(updates: Any, weights: Sequence[Any]) -> list[np.ndarray]:
   """The values of `updates(weights)`, or an empty list if they cannot be computed."""
   try:
-    with jax.ensure_compile_time_eval():
-      program, _ = jax_forms.trace(updates, list(weights))
-      env = dict(program.constants) | dict(zip(program.inputs, weights, strict=True))
-      jax_forms.run(program, dataflow.slice_of(program, program.outputs, {*env}), env)
-      values = [jax_forms.value(a, env) for a in program.outputs]
-      return [] if any(isinstance(x, Tracer) for x in values) else values  # such as a traced learning rate
-  except Exception:  # a transformation that cannot be tried may raise anything
+    program, _ = jax_forms.trace(updates, list(weights))
+    given = [*program.constants.values(), *weights]
+    names = [*program.constants, *program.inputs]
+    operations = dataflow.slice_of(program, program.outputs, {*names})
+
+    def run(given: list[Any]) -> list[Any]:
+      env = dict(zip(names, given, strict=True))
+      jax_forms.run(program, operations, env)
+      return [jax_forms.value(a, env) for a in program.outputs]
+
+    # JAX keeps programs of single operations; more of them than these compile faster as one.
+    run = run if len({o.name for o in operations}) <= _FEW else jax.jit(run).lower(given).compile()
+    with jax.ensure_compile_time_eval():  # also where `init` itself is traced
+      return [np.asarray(x) for x in run(given)]
+  except Exception:  # a transformation that cannot be tried may raise anything, and so may a traced learning rate
     return []

@@ -11,7 +11,6 @@ weights and its new state.
 """
 
 import copy
-import dataclasses
 import functools
 import math
 import re
@@ -27,7 +26,8 @@ from optax_mpo._codecs import apply, formats
 from optax_mpo._core import host, trees, types, wrapping
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
-from optax_mpo._program.program import Atom, Operation, Program, Slice
+from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._updates.group import Group
 
 PyTree = Any
 
@@ -36,57 +36,6 @@ _CHEAP = ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squ
 _SMALL = 1024  # elements
 _BY_LAYERS = "fused_value_and_update"  # the caller whose users can put leaves into one layer
 _MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")  # Python's message
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-  """Leaves that are updated together, and their slice of the update.
-
-  Attributes:
-    leaves: which leaves of the params.
-    states: which leaves of the optimizer state belong to them.
-    shared: the other variables that the slice reads; `Update.run_shared` computes them, or `TwoPass.links`.
-    constants: the values of the constants that it reads, by variable; the transformation closes over them.
-    operations: the slice.
-    outputs: the new weights, then the new state.
-    program: the program of the whole update.
-    inputs: the variables of the gradients, the weights and the state.
-    names: the names of the leaves of the params and of the state.
-  """
-
-  leaves: tuple[int, ...]
-  states: tuple[int, ...]
-  shared: tuple[int, ...]
-  constants: dict[int, Any]
-  operations: tuple[Operation, ...]
-  outputs: tuple[Atom, ...]
-  program: Program
-  inputs: tuple[int, ...]
-  names: tuple[str, ...]
-
-  def step(
-    self, grads: Sequence[Any], params: Sequence[Any], states: Sequence[Any], shared: Sequence[Any]
-  ) -> tuple[list[Any], list[Any]]:
-    """Returns the new weights and the new state of the group."""
-    env = self.constants | dict(zip(self.shared, shared, strict=True))
-    env |= dict(zip(self.inputs, [*grads, *params, *states], strict=True))
-    jax_forms.run(self.program, self.operations, env)
-    results = [jax_forms.value(a, env) for a in self.outputs]
-    return results[: len(self.leaves)], results[len(self.leaves) :]
-
-  @property
-  def update(self) -> Slice:
-    """The slice."""
-    return Slice(self.program, self.operations, self.inputs, self.shared, self.constants, self.outputs)
-
-  def raise_mixed(self, why: str) -> NoReturn:
-    """Raises ValueError: the leaves are stacks of layers, and one layer alone cannot be updated."""
-    raise ValueError(
-      f"the update of the stacked weights {trees.listed(self.names[: len(self.leaves)])} cannot be done layer by "
-      f"layer: {why}. Wrap the transformation in per_layer, which treats each layer as a weight of its own, give each "
-      "layer weights of its own (a list of trees, and fused_layer for each), use a transformation that treats each "
-      "element alone, or step with tx.update."
-    )
 
 
 class Update:

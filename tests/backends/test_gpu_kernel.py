@@ -11,7 +11,8 @@ import pytest
 
 import optax_mpo as mpo
 from optax_mpo._backends import gpu_kernel, kernel_launch, step_weight
-from optax_mpo._program import elementwise, jax_forms
+from optax_mpo._program import jax_forms
+from optax_mpo._program.elements import NotElementwiseError
 from optax_mpo._updates import by_leaf
 
 EXACT = functools.partial(mpo.compensated, optax.adamw(1e-3), extra_bits=16)
@@ -180,5 +181,5 @@ REFUSED = {
 @pytest.mark.few(3)
 def test_what_is_left_to_xla(case):
   make, shape, reason = REFUSED[case]
-  with pytest.raises(elementwise.NotElementwiseError, match=reason):
+  with pytest.raises(NotElementwiseError, match=reason):
     made(make(), shape, stacked=True)

@@ -212,6 +212,7 @@ def test_on_a_gpu_weights_with_8_bit_state_are_stepped_at_the_floor(case, tmp_pa
 
 
 @pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
+@pytest.mark.few(1)
 def test_on_a_gpu_ordinary_updates_of_8_bit_state_are_at_the_floor(add, tmp_path):
   tx = mpo.with_kernels(compact())
   params, state = jax.eval_shape(lambda: mpo.init(tx, {"w": jnp.zeros((2048, 1024)), "b": jnp.zeros(96)}))

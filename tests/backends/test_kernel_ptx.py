@@ -8,11 +8,11 @@ import pytest
 import optax_mpo as mpo
 from optax_mpo._backends import kernel_launch
 from optax_mpo._backends.kernel_launch import Language
-from optax_mpo._program import elementwise
+from optax_mpo._program.elements import COMPUTE
 from tests.backends import ptx
 from tests.backends.test_gpu_kernel import STORAGES, bits, computed, made
 
-ROUNDED = {**elementwise.COMPUTE, "rsqrt": lambda node, x: jnp.asarray(ptx.rsqrt(x))}  # once, as in `ptx`
+ROUNDED = {**COMPUTE, "rsqrt": lambda node, x: jnp.asarray(ptx.rsqrt(x))}  # once, as in `ptx`
 
 
 def launched(kernels, given, index, language, folder):
@@ -42,7 +42,7 @@ def _without_flags_for_cpus(monkeypatch):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_one_layer_of_a_stack(storage, language, tmp_path):
   kernel, _, grad, stacks, shared = made(STORAGES[storage](), (3, 8, 512), stacked=True)
   index = 1
@@ -54,6 +54,7 @@ def test_one_layer_of_a_stack(storage, language, tmp_path):
     assert (bits(layer) != bits(old[index])).any()
 
 
+@pytest.mark.full
 def test_several_weights_in_one_launch(language, tmp_path):
   names, shapes = ["16 bits", "8 bits", "0 bits"], [(24, 96), (128,), (640,)]
   made_of = [made(STORAGES[name](), shape, stacked=False) for name, shape in zip(names, shapes, strict=True)]

@@ -10,7 +10,7 @@ import pytest
 import optax_mpo as mpo
 from optax_mpo._codecs import codec, float8
 from tests import reference
-from tests.helpers import assert_same_bits, exact_jit, ordinary_step, unfused_jit
+from tests.helpers import assert_same_bits, exact_jit, ordinary_step, quick_jit
 
 F8 = jnp.float8_e4m3fn
 
@@ -299,14 +299,14 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.few(2, full=1)
+@pytest.mark.few(1, full=2)
 def test_gradient_release_equals_the_ordinary_step(name):
   tx = TRANSFORMATIONS[name]()
   x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 64)), jnp.bfloat16)
   want = got = mpo.init(tx, stack_params(), dtype=F8, where=lambda path, leaf: leaf.ndim > 1)
   assert {p.dtype.name for p in jax.tree.leaves(got[0])} == {"float8_e4m3fn", "float32"}
   step = mpo.value_and_update(stack_loss, tx, two_pass=name == "loss scale")
-  ordinary, released = unfused_jit(ordinary_step(stack_loss, tx)), unfused_jit(step)
+  ordinary, released = quick_jit(ordinary_step(stack_loss, tx)), quick_jit(step)
   for _ in range(4):
     value, *want = ordinary(*want, x)
     found, *got = released(*got, x)
@@ -332,7 +332,7 @@ def test_unrolled_layers_and_transposed_stacks_equal_the_ordinary_step():
     return jnp.mean(jnp.square((x @ p["tied"].T).astype(jnp.float32)))
 
   want = got = mpo.init(tx, weights, dtype=F8)
-  ordinary, released = unfused_jit(ordinary_step(loss, tx)), unfused_jit(mpo.value_and_update(loss, tx))
+  ordinary, released = quick_jit(ordinary_step(loss, tx)), quick_jit(mpo.value_and_update(loss, tx))
   for _ in range(3):
     value, *want = ordinary(*want, x)
     found, *got = released(*got, x)

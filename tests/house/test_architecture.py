@@ -28,7 +28,7 @@ DOORS = {  # what users import or run
   "__main__": ({"_planner"}, set()),
   "flax": ({"_flax"}, set()),
   "checkpoint": (GROUND, {"jax", "numpy", "orbax"}),
-  "export": ({"_transforms"} | GROUND, {"jax", "numpy", "optax", "safetensors"}),
+  "export": ({"_codecs"} | GROUND, {"jax", "numpy", "optax", "safetensors"}),
 }
 
 
@@ -105,4 +105,4 @@ def test_the_public_api_is_listed_by_name():
 
 def test_files_stay_small():
   for path in PACKAGE.rglob("*.py"):
-    assert len(path.read_text().splitlines()) <= 450, path.name
+    assert len(path.read_text().splitlines()) <= 400, path.name

@@ -176,7 +176,7 @@ def test_training_is_that_of_optax_with_f32_masters(name, route):
 
 @pytest.mark.parametrize("route", ["ordinary", "released", "fused scan"])
 @pytest.mark.parametrize("stored", ["8-bit state", "stochastic"])
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 def test_state_has_the_same_dtypes_whatever_optax_computes(stored, route):
   want = train(lambda: STORED[stored](WIDER["adamw"]()), route)
   with jax.enable_x64(True):

@@ -297,6 +297,7 @@ class QwixLayers(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # in qwix itself
 @pytest.mark.parametrize("rule", QWIX)
+@pytest.mark.few(1)
 def test_a_model_that_qwix_quantizes(rule):
   """Its statistics are variables of the forward pass, not leaves whose gradient is their value."""
   model = qwix.quantize_model(QwixLayers(), qwix.QtProvider([qwix.QtRule(module_path=".*", **QWIX[rule])]))

@@ -59,6 +59,7 @@ def test_a_platform_without_host_memory_says_so():
 
 
 @pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.few(1)
 def test_a_checkpoint_keeps_the_memory_and_is_that_of_the_device(tmp_path, bits):
   tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=bits)
   device = mpo.init(tx, masters())

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits, summing_jit
+from tests.helpers import assert_same_bits, quick_jit
 
 LAYERS, WIDTH, BATCH, TIME = 3, 16, 12, 5
 
@@ -48,7 +48,7 @@ def batch(i):
   return jnp.asarray(np.random.default_rng(i).integers(0, 7, (BATCH, TIME)))
 
 
-jit = summing_jit  # without fusion every operation rounds separately; see layers/test_layer.py
+jit = quick_jit  # without fusion every operation rounds separately; see layers/test_layer.py
 
 
 @pytest.mark.parametrize("count", [2, 4, 12])
@@ -146,6 +146,7 @@ def test_errors():
     mpo.fused_value_and_update(lambda w, x: jnp.sum(dense(w, x)), tx)(jnp.eye(3), tx.init(jnp.eye(3)), jnp.ones((4, 3)))
 
 
+@pytest.mark.full
 def test_temporaries_are_those_of_one_part_and_the_boundaries():
   """Bytes compiled by XLA:GPU. Inside, a layer is 8 times as wide as the activations between layers."""
   width, rows = 256, 4096

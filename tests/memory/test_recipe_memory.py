@@ -15,6 +15,7 @@ def loss(params, x):
   return jnp.mean(scan(x, params["w"]).astype(jnp.float32) ** 2)
 
 
+@pytest.mark.full
 def test_norms_and_delayed_clipping_take_nothing():
   plain = temporaries(loss, mpo.compensated(optax.adamw(1e-3)), (L, D, D))
   tx = optax.chain(mpo.record_norms(), mpo.clip_by_delayed_norm(1.0), optax.adamw(1e-3), mpo.record_norms("update"))
@@ -31,7 +32,7 @@ def test_microbatches_take_one_accumulator(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 0])
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 def test_an_accumulator_in_low_precision_takes_its_bytes(bits):
   tx = mpo.compensated(optax.adamw(1e-3))
   plain, how = temporaries(loss, tx, (L, D, D)), mpo.Microbatches(8, accumulator_bits=bits)
@@ -39,6 +40,7 @@ def test_an_accumulator_in_low_precision_takes_its_bytes(bits):
 
 
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
+@pytest.mark.full
 def test_an_accumulator_in_low_precision_with_8_bit_state():
   """A block of state is made of its largest value and then of each, so XLA keeps the sum of one layer in f32."""
   tx = mpo.compensated(mpo.quantized_state(optax.adamw(1e-3)), extra_bits=8)

@@ -90,7 +90,7 @@ FLOAT8 = {  # bounds; decoded whole, weights would take 2 more
 
 @pytest.mark.parametrize("name", FLOAT8)
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_float8_is_decoded_layer_by_layer(name, bits):
   run, bound = FLOAT8[name]
   tx = mpo.compensated(optax.adam(1e-3), extra_bits=bits)
@@ -103,7 +103,7 @@ def test_float8_is_decoded_layer_by_layer(name, bits):
 
 @pytest.mark.parametrize("remat", [jax.checkpoint, lambda layer: layer], ids=["remat", "no remat"])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.few(1, full=1)
+@pytest.mark.few(0, full=2)
 def test_float8_layers_of_their_own_are_decoded_for_each_use(remat, transposed):
   tx = mpo.compensated(optax.adam(1e-3))
   params, state = jax.eval_shape(lambda: mpo.init(tx, [jnp.zeros((D, D))] * L, dtype=jnp.float8_e4m3fn))
@@ -130,7 +130,7 @@ NEEDS_ALL = {  # what an update needs of the whole stack, such as its norm or a 
 
 @pytest.mark.parametrize("name", list(NEEDS_ALL))
 @pytest.mark.parametrize("way", ["first axis", "in two parts"])
-@pytest.mark.few(2, full=3)
+@pytest.mark.few(1, full=4)
 def test_a_few_numbers_of_a_whole_stack_need_no_whole_gradient(name, way):
   inner, two_pass, bound = NEEDS_ALL[name]
 
@@ -171,7 +171,7 @@ PER_LAYER = {  # one layer is 1/16 = 0.0625 of the stack; Newton-Schulz holds fo
 
 
 @pytest.mark.parametrize("name", list(PER_LAYER))
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_per_layer_takes_its_state_and_the_update_of_one_layer(name):
   inner, stored, bound = PER_LAYER[name]
   tx = mpo.compensated(mpo.per_layer(inner()))

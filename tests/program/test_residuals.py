@@ -100,6 +100,7 @@ def test_steps_are_those_of_the_ordinary_step(name, options):
   assert_same_bits(got, quick_jit(ordinary_step(loss, tx))(params, state, x))
 
 
+@pytest.mark.full
 def test_temporaries_are_those_of_a_fused_scan():
   """Bytes of the step that XLA:GPU compiled. With the casts stacked it was 6.8 bytes per parameter; now it is 2.6."""
   tx = mpo.compensated(optax.adamw(1e-3))

@@ -18,7 +18,7 @@ from flax import nnx
 
 import optax_mpo as mpo
 from benchmarks import recipes
-from tests.helpers import ROOT, assert_same_bits, summing_jit
+from tests.helpers import ROOT, assert_same_bits, quick_jit
 
 pytestmark = pytest.mark.usefixtures("default_promotion")  # JAX's defaults, as for those who write such trainers
 
@@ -41,7 +41,7 @@ def test_a_recipe_runs_and_its_loss_falls(name, capsys):
 def trained(module):
   """Trains with `step(state, batch)`; returns the last state and the losses."""
   step, state = module.make(config := module.Config())
-  step, losses = summing_jit(inspect.unwrap(step)), []
+  step, losses = quick_jit(inspect.unwrap(step)), []
   for i in range(STEPS):
     state, loss = step(state, module.make_batch(config, i))
     losses.append(loss)
@@ -58,7 +58,7 @@ def trained_in_nnx(module):
     loss = inspect.unwrap(step)(*state, batch)
     return nnx.state(state), loss
 
-  pure, losses = summing_jit(pure), []
+  pure, losses = quick_jit(pure), []
   for i in range(STEPS):
     arrays, loss = pure(arrays, module.make_batch(config, i))
     losses.append(loss)
@@ -74,7 +74,7 @@ def trained_in_equinox(module):
     loss, *state = inspect.unwrap(step)(batch, *eqx.combine(arrays, static))
     return eqx.filter(tuple(state), eqx.is_array), loss
 
-  pure, losses = summing_jit(pure), []
+  pure, losses = quick_jit(pure), []
   for i in range(STEPS):
     arrays, loss = pure(arrays, module.make_batch(config, i))
     losses.append(loss)
@@ -201,7 +201,7 @@ def test_keras_equals_training_with_f32_masters():
     updates, opt_state = tx.update(jax.grad(loss_fn)(weights, *batch), opt_state, weights)
     return optax.apply_updates(weights, updates), opt_state
 
-  ordinary, step, opt_state = summing_jit(ordinary), summing_jit(model.train_step), tx.init(masters)
+  ordinary, step, opt_state = quick_jit(ordinary), quick_jit(model.train_step), tx.init(masters)
   for _ in range(STEPS):
     batch = module.make_data(config, 1)
     masters, opt_state = ordinary(masters, opt_state, batch)

@@ -69,7 +69,7 @@ def elements(request, monkeypatch):
     monkeypatch.setattr(rows, "ELEMENTS_OF_LAYER", 2**14)
 
 
-@pytest.mark.few(2, full=5)
+@pytest.mark.few(1, full=6)
 @pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):
@@ -96,6 +96,7 @@ def test_the_ordinary_update_takes_weights_there_too():
 
 
 @pytest.mark.parametrize("make", ["value_and_update", "ordinary", "fused"])
+@pytest.mark.few(1)
 def test_a_state_half_on_the_host_is_streamed(make):
   """The bits on the device and the moments on the host, and one of the two moments."""
   make = {"value_and_update": mpo.value_and_update, "ordinary": ordinary, "fused": fused}[make]
@@ -191,7 +192,7 @@ FUSED = {
 }
 
 
-@pytest.mark.few(2, full=4)
+@pytest.mark.few(1, full=5)
 @pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_layers_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):

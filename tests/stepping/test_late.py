@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_mpo as mpo
 from optax_mpo._updates import coupled
-from tests.helpers import assert_same_bits, exact_jit, ordinary_step, summing_jit
+from tests.helpers import assert_same_bits, exact_jit, ordinary_step, quick_jit
 from tests.stepping.test_stack_scalars import with_others
 from tests.stepping.test_stacks import D
 
@@ -50,7 +50,7 @@ def assert_close(got, want):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
 
 
-def same(loss, params, tx, jit=summing_jit, count=3, check=assert_same_bits, **options):
+def same(loss, params, tx, jit=quick_jit, count=3, check=assert_same_bits, **options):
   """Trains both ways, compares every bit, and returns the last state."""
   params, state = mpo.init(tx, params)
   one, other = jit(ordinary_step(loss, tx)), jit(mpo.value_and_update(loss, tx, **options))
@@ -148,7 +148,7 @@ def test_by_fused_layers(one_pass):
   params = {"first": 0.3 * jax.random.normal(keys[0], (3, D, D)), "last": 0.3 * jax.random.normal(keys[1], (D, D))}
   tx = mpo.compensated(recipe())
   params, state = mpo.init(tx, params)
-  one, other = summing_jit(ordinary_step(plain, tx)), summing_jit(mpo.fused_value_and_update(fused, tx))
+  one, other = quick_jit(ordinary_step(plain, tx)), quick_jit(mpo.fused_value_and_update(fused, tx))
   want, got = (None, params, state), (None, params, state)
   for i in range(3):
     x = jax.random.normal(jax.random.key(100 + i), (4, D))
@@ -163,7 +163,7 @@ def test_models_at_once(one_pass):
   state = jax.vmap(lambda p: mpo.init(tx, p))(models)
   x = jax.random.normal(jax.random.key(0), (4, D))
   one, other = (jax.vmap(s, (0, 0, None)) for s in (ordinary_step(loss, tx), mpo.value_and_update(loss, tx)))
-  assert_same_bits(summing_jit(other)(*state, x), summing_jit(one)(*state, x))
+  assert_same_bits(quick_jit(other)(*state, x), quick_jit(one)(*state, x))
 
 
 def test_over_eight_devices(one_pass):
@@ -174,8 +174,8 @@ def test_over_eight_devices(one_pass):
   params, state = mpo.init(tx, params)
   x = jax.device_put(jax.random.normal(jax.random.key(0), (8, D)), split)
   with jax.set_mesh(mesh):
-    want = summing_jit(ordinary_step(loss, tx))(params, state, x)
-    got = summing_jit(mpo.value_and_update(loss, tx))(params, state, x)
+    want = quick_jit(ordinary_step(loss, tx))(params, state, x)
+    got = quick_jit(mpo.value_and_update(loss, tx))(params, state, x)
   assert_same_bits(got, want)
 
 
@@ -185,7 +185,7 @@ def test_what_weights_need_at_once_still_takes_two_passes():
   params, state = mpo.init(tx, params)
   with pytest.raises(ValueError, match="two_pass=True"):
     mpo.value_and_update(loss, tx)(params, state, jnp.ones((4, D)))
-  _, _, state = summing_jit(mpo.value_and_update(loss, tx, two_pass=True))(params, state, jnp.ones((4, D)))
+  _, _, state = quick_jit(mpo.value_and_update(loss, tx, two_pass=True))(params, state, jnp.ones((4, D)))
   assert mpo.recorded(state)["grad_norm"] > 0
 
 

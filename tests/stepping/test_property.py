@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits, ordinary_step, relaxed, summing_jit
+from tests.helpers import assert_same_bits, ordinary_step, quick_jit, relaxed
 
 WIDTH = 16
 POLICIES = {
@@ -175,7 +175,7 @@ def test_random_networks_and_optimizers(network, names, bits):
   else:
     params, state = mpo.init(tx, make_params(network), where=lambda path, leaf: leaf.dtype != jnp.float32 or bits != 4)
   fused = mpo.value_and_update(loss, tx, has_aux=network.aux, two_pass=bool(COUPLED & set(names)))
-  one, other = summing_jit(ordinary_step(loss, tx, has_aux=network.aux)), summing_jit(fused)
+  one, other = quick_jit(ordinary_step(loss, tx, has_aux=network.aux)), quick_jit(fused)
   want, got = (None, params, state), (None, params, state)
   for i in range(3):
     x = jax.random.normal(jax.random.key(100 + i), (4, WIDTH))

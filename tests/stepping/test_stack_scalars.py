@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits, ordinary_step, summing_jit
+from tests.helpers import assert_same_bits, ordinary_step, quick_jit
 from tests.stepping.test_stacks import WAYS, D, L, make, places, scan
 
 ROUTES = [
@@ -70,7 +70,7 @@ def with_others(way, axis=0):
 def steps(loss, params, tx, nan_in=(), **options):
   """Three steps both ways; the batches `nan_in` make NaNs."""
   params, state = mpo.init(tx, params)
-  one, other = summing_jit(ordinary_step(loss, tx)), summing_jit(mpo.value_and_update(loss, tx, **options))
+  one, other = quick_jit(ordinary_step(loss, tx)), quick_jit(mpo.value_and_update(loss, tx, **options))
   want, got = (None, params, state), (None, params, state)
   for i in range(3):
     x = jax.random.normal(jax.random.key(100 + i), (4, D))
@@ -161,8 +161,8 @@ def test_fused_scan_updates_them_too():
   fused = loss(lambda w, x: mpo.fused_scan(layer)(w, x)[0])
   plain = loss(lambda w, x: lax.scan(lambda x, w: layer(w, x, None), x, w)[0])
   x = jax.random.normal(jax.random.key(3), (4, D), jnp.bfloat16)
-  got = summing_jit(mpo.fused_value_and_update(fused, tx))(params, state, x)
-  assert_same_bits(got, summing_jit(ordinary_step(plain, tx))(params, state, x))
+  got = quick_jit(mpo.fused_value_and_update(fused, tx))(params, state, x)
+  assert_same_bits(got, quick_jit(ordinary_step(plain, tx))(params, state, x))
 
 
 def clip_by_largest(limit):
@@ -192,7 +192,7 @@ NEED_ALL = {  # what the reason says in one pass; the bound on the difference, s
 
 @pytest.mark.parametrize("name", list(NEED_ALL))
 @pytest.mark.parametrize("way", ["first axis", "cut", "two levels", "alternating"])
-@pytest.mark.few(3, full=2)
+@pytest.mark.few(2, full=3)
 def test_what_weights_need_of_all_gradients_takes_two_passes(name, way):
   make_inner, why, bound = NEED_ALL[name]
   loss, params = with_others(way)

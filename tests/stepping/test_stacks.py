@@ -18,7 +18,7 @@ from jax import lax
 
 import optax_mpo as mpo
 from tests import random_stacks
-from tests.helpers import assert_same_bits, ordinary_step, summing_jit
+from tests.helpers import assert_same_bits, ordinary_step, quick_jit
 from tests.random_stacks import alternating, layer, pairs, scan, two_levels
 
 L, D = 8, 16
@@ -133,7 +133,7 @@ def make(way, axis, dtype=jnp.bfloat16):
 
 def assert_equal_to_ordinary(loss, params, tx, steps=3):
   params, state = mpo.init(tx, params)
-  one, other = summing_jit(ordinary_step(loss, tx)), summing_jit(mpo.value_and_update(loss, tx))
+  one, other = quick_jit(ordinary_step(loss, tx)), quick_jit(mpo.value_and_update(loss, tx))
   want, got = (None, params, state), (None, params, state)
   for i in range(steps):
     x = jax.random.normal(jax.random.key(100 + i), (4, D))
@@ -198,7 +198,7 @@ def test_a_scan_of_one_layer_may_read_a_random_key():
 
   params, x, tx = {"w": _params(L, 0)["w"]}, jnp.ones((4, D)), optax.sgd(1e-2)
   args = params, tx.init(params), x, jax.random.key(1)
-  got, want = (summing_jit(step)(*args) for step in (mpo.value_and_update(loss, tx), ordinary_step(loss, tx)))
+  got, want = (quick_jit(step)(*args) for step in (mpo.value_and_update(loss, tx), ordinary_step(loss, tx)))
   assert_same_bits(got, want)
 
 

@@ -17,7 +17,7 @@ from jax import lax
 
 import optax_mpo as mpo
 from optax_mpo._program import jax_forms
-from tests.helpers import assert_same_bits, exact_jit, ordinary_step, summing_jit
+from tests.helpers import assert_same_bits, exact_jit, ordinary_step, quick_jit
 
 WIDTH, LAYERS = 8, 3
 
@@ -192,7 +192,7 @@ def batch(i, dtype=jnp.float32):
   return jax.random.normal(jax.random.key(100 + i), (4, WIDTH)).astype(dtype)
 
 
-def assert_equal_steps(loss, tx, params, state, steps=3, jit=summing_jit, make=mpo.value_and_update):
+def assert_equal_steps(loss, tx, params, state, steps=3, jit=quick_jit, make=mpo.value_and_update):
   dtype = jax.tree.leaves(params)[0].dtype
   want, got = (None, params, state), (None, params, state)
   one, other = jit(ordinary_step(loss, tx)), jit(make(loss, tx))
@@ -274,7 +274,7 @@ def test_aux_keywords_and_static_arguments():
 def test_switching_to_the_unfused_step_and_back():
   params, loss, _ = CASES["scanned"]
   tx = mpo.compensated(OPTIMIZERS["adamw"]())
-  one, other = summing_jit(ordinary_step(loss, tx)), summing_jit(mpo.value_and_update(loss, tx))
+  one, other = quick_jit(ordinary_step(loss, tx)), quick_jit(mpo.value_and_update(loss, tx))
   want = got = (None, *mpo.init(tx, params))
   for i in range(4):
     want, got = one(*want[1:], batch(i)), (one if i % 2 else other)(*got[1:], batch(i))
@@ -297,8 +297,8 @@ def test_sharded():
     return loss(p, lax.with_sharding_constraint(x, spec))
 
   x = jax.device_put(jnp.concatenate([batch(0), batch(1)]), spec)
-  want = summing_jit(ordinary_step(sharded_loss, tx))(params, tx.init(params), x)
-  assert_same_bits(summing_jit(mpo.value_and_update(sharded_loss, tx))(params, tx.init(params), x), want)
+  want = quick_jit(ordinary_step(sharded_loss, tx))(params, tx.init(params), x)
+  assert_same_bits(quick_jit(mpo.value_and_update(sharded_loss, tx))(params, tx.init(params), x), want)
 
 
 # --- Two passes -------------------------------------------------------------------------------------------------------

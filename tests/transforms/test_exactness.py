@@ -20,7 +20,7 @@ import pytest
 from optax import contrib
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits, exact_jit, unfused_jit
+from tests.helpers import assert_same_bits, exact_jit, quick_jit
 
 STEPS = 200
 WIDTHS = (6, 16, 9, 4)
@@ -186,7 +186,7 @@ def test_large_leaves_equal_f32_masters(name):
 @pytest.mark.parametrize("name", ["lamb", "lars", "schedule_free"])
 @pytest.mark.full
 def test_training_equals_f32_masters_without_fusion(name):
-  assert_equal_training(name, STEPS, jit=unfused_jit)
+  assert_equal_training(name, STEPS, jit=quick_jit)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -232,7 +232,7 @@ def test_wrappers_around_compensated(wrapper):
   batches = make_batches(20)
   tx = WRAPPERS[wrapper](mpo.compensated)
 
-  @unfused_jit
+  @quick_jit
   def step(params, state, x, y):
     value, grads = jax.value_and_grad(loss_fn)(params, x, y)
     # The branches of apply_if_finite must have one dtype. compensated's updates are f32, so gradients are f32 too.
@@ -240,6 +240,6 @@ def test_wrappers_around_compensated(wrapper):
     return value, mpo.apply_updates(params, updates), state
 
   values, params, state = run(step, *mpo.init(tx, make_params()), batches)
-  want_values, want, _ = train_masters(WRAPPERS[wrapper](lambda tx: tx), make_params(), batches, unfused_jit)
+  want_values, want, _ = train_masters(WRAPPERS[wrapper](lambda tx: tx), make_params(), batches, quick_jit)
   np.testing.assert_array_equal(values, want_values)
   assert_same_bits(mpo.master_params(params, state), want)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits, exact_jit, unfused_jit
+from tests.helpers import assert_same_bits, exact_jit, quick_jit
 from tests.transforms.test_exactness import OPTIMIZERS, loss_fn, make_batches, make_params
 
 
@@ -173,7 +173,7 @@ def test_sharded_params_have_sharded_bits(bits):
   sharded = jax.jit(lambda p: mpo.init(tx, p))(jax.device_put(master, sharding))
   whole = mpo.init(tx, master)
   # Without fusion: a loop over a shard may have its multiply-adds in other places than a loop over the whole array.
-  step = unfused_jit(step)
+  step = quick_jit(step)
   for _ in range(5):
     sharded, whole = step(*sharded), step(*whole)
   assert sharded[1].compensation.sharding.is_equivalent_to(sharding, 2)

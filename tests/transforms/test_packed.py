@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import optax_mpo as mpo
 import optax_mpo.checkpoint
 import optax_mpo.flax
-from tests.helpers import assert_same_bits, ordinary_step, unfused_jit
+from tests.helpers import assert_same_bits, ordinary_step, quick_jit
 
 adamw = optax.adamw(1e-2)
 clipped = optax.chain(optax.clip_by_global_norm(0.1), optax.add_decayed_weights(1e-2), optax.adam(1e-2))
@@ -44,7 +44,7 @@ def loss_fn(params, x):
 X = jnp.linspace(-1, 1, 8 * 128).reshape(8, 128).astype(jnp.bfloat16)
 
 
-def trained(make, tx, steps=3, jit=unfused_jit):
+def trained(make, tx, steps=3, jit=quick_jit):
   params, state = mpo.init(tx, make_params())
   step = jit(make(loss_fn, tx))
   for _ in range(steps):
@@ -55,7 +55,7 @@ def trained(make, tx, steps=3, jit=unfused_jit):
 
 @pytest.mark.parametrize("make", [ordinary_step, mpo.value_and_update], ids=["ordinary", "value_and_update"])
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_training_has_the_bits_that_it_has_without(storage, make):
   store = STORAGES[storage]
   params, state = trained(make, mpo.packed(store(adamw)))

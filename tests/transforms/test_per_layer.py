@@ -18,10 +18,10 @@ from optax import contrib
 
 import optax_mpo as mpo
 from optax_mpo.checkpoint import Checkpointer
-from tests.helpers import assert_same_bits, ordinary_step, summing_jit
+from tests.helpers import assert_same_bits, ordinary_step, quick_jit
 
 L, D = 3, 16
-quick = functools.partial(summing_jit, xla_disable_hlo_passes="fusion,algsimp")
+quick = functools.partial(quick_jit, xla_disable_hlo_passes="fusion,algsimp")
 INNER = {
   "muon": lambda: contrib.muon(1e-2),
   "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
@@ -145,7 +145,7 @@ def places(loss, tx, params):
 
 def assert_fused_equals_ordinary(loss, tx, params, steps=3):
   params, state = mpo.init(tx, params)
-  one, other = summing_jit(mpo.value_and_update(loss, tx)), summing_jit(ordinary_step(loss, tx))
+  one, other = quick_jit(mpo.value_and_update(loss, tx)), quick_jit(ordinary_step(loss, tx))
   got = want = (None, params, state)
   for i in range(steps):
     got, want = one(*got[1:], batch(i)), other(*want[1:], batch(i))
@@ -246,7 +246,7 @@ def test_sharded_steps(spec):
   state = jax.device_put(whole[1], of_state)
   step = mpo.value_and_update(scanned, tx)
   got = jax.jit(step, out_shardings=(None, shardings, of_state))(params, state, batch(0))
-  want = summing_jit(step)(*whole, batch(0))
+  want = quick_jit(step)(*whole, batch(0))
   assert_close(mpo.master_params(*got[1:]), mpo.master_params(*want[1:]))
   for have, wanted in zip(jax.tree.leaves(got[2]), jax.tree.leaves(of_state), strict=True):
     assert have.sharding.is_equivalent_to(wanted, have.ndim)
@@ -285,14 +285,14 @@ def test_fused_layers_take_stacks_too():
     return jnp.mean(jnp.square((x @ head).astype(jnp.float32)))
 
   params, state = mpo.init(tx, make_params())
-  got = summing_jit(mpo.fused_value_and_update(loss, tx))(params, state, batch(0))
-  assert_same_bits(got, summing_jit(ordinary_step(scanned, tx))(params, state, batch(0)))
+  got = quick_jit(mpo.fused_value_and_update(loss, tx))(params, state, batch(0))
+  assert_same_bits(got, quick_jit(ordinary_step(scanned, tx))(params, state, batch(0)))
 
 
 def test_convert_keeps_the_state_of_each_layer():
   tx = mpo.compensated(mpo.per_layer(eight_bit(muon()), is_stack), extra_bits=8)
   params, state = mpo.init(tx, make_params())
-  _, params, state = summing_jit(mpo.value_and_update(scanned, tx))(params, state, batch(0))
+  _, params, state = quick_jit(mpo.value_and_update(scanned, tx))(params, state, batch(0))
   assert_same_bits(mpo.convert(tx, params, state), (params, state))
   plain = mpo.per_layer(muon(), is_stack)
   masters, wide = mpo.convert(plain, params, state)

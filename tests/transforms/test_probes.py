@@ -193,3 +193,14 @@ def test_a_traced_hyperparameter_gives_no_warning():
     return mpo.init(tx, {"w": jnp.ones((4, 4))})[0]["w"].sum()
 
   jax.jit(jax.grad(init))(1e-4)
+
+
+@pytest.mark.parametrize("make", [mpo.exact, mpo.compact])
+def test_init_compiles_three_programs_for_each_shape(make, compiled):
+  """Optax's zeros among them, and a few more in all, however many leaves there are and whatever is tried."""
+  params = {f"w{i}": jnp.ones((2, 3 + i % 5)) for i in range(20)}
+  tx = make(optax.adamw(1e-1, weight_decay=0.1))
+  jax.clear_caches()
+  before = compiled.count
+  mpo.init(tx, params)
+  assert compiled.count - before <= 3 * 5 + 8
