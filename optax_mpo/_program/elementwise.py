@@ -6,9 +6,6 @@ where blocks of state get a scale from their largest element. There it reads and
 How: follow the operations of an update from its inputs. Each value is per *element* of the weight, per *block* of
 elements along the last axis, or a *scalar* for the whole weight. Reshapes that keep the kind do nothing. The result is
 a list of nodes without shapes. Anything else is refused by name.
-
-XLA rewrites divisions and constants before it compiles, for example (a / b) / c to a / (b * c). The nodes are rewritten
-the same way, so that a kernel computes the same bits. Tests compare them with XLA's own program.
 """
 
 import dataclasses
@@ -21,8 +18,9 @@ import numpy as np
 
 from optax_mpo._core import types
 from optax_mpo._program import dataflow, jax_forms
-from optax_mpo._program.elements import OPERATIONS, Elements, Kind, Node, NotElementwiseError, Source
+from optax_mpo._program.elements import OPERATIONS, Elements, Kind, NotElementwiseError, Source
 from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._program.simplified import Nodes
 
 _NOTHING = frozenset("copy copy_p held laid_out optimization_barrier stop_gradient squeeze reshape expand_dims".split())
 
@@ -63,9 +61,7 @@ class _Builder:
     if len(counts) > 1 or any(self.length % count for count in counts):
       raise NotElementwiseError("its state has blocks of several sizes, or ones that are not full")
     self.block = self.length // counts.pop() if counts else 0
-    self.nodes: list[Node] = []
-    self.known: dict[Node, int] = {}
-    self.joined: set[int] = set()  # nodes that XLA joins with another one
+    self.nodes = Nodes()
     self.env: dict[int, int] = {}  # variable -> node
 
   def _is_by_block(self, shape: tuple[int, ...]) -> bool:
@@ -121,7 +117,7 @@ class _Builder:
         self._add_source(sources, var)
       self._operation(operation)
     results = [self._atom(a) for a in outputs]
-    found = Elements(tuple(self.nodes), tuple(results), tuple(sources), self.block, self.length, tuple(hoisted))
+    found = Elements(tuple(self.nodes.listed), tuple(results), tuple(sources), self.block, self.length, tuple(hoisted))
     return self._without_unused(found, len(inputs))
 
   def _without_unused(self, elements: Elements, inputs: int) -> Elements:
@@ -130,7 +126,7 @@ class _Builder:
     for i in range(len(elements.nodes) - 1, -1, -1):
       if i in needed:
         needed.update(elements.nodes[i].args)
-    if needed & self.joined:
+    if needed & self.nodes.joined:
       # The XLA of JAX 0.10 joins them even so, that of JAX 0.12 does not.
       raise NotElementwiseError("XLA would join a product or quotient that is used twice with others, or would not")
     number: dict[int, int] = {}
@@ -161,7 +157,7 @@ class _Builder:
     if kind is None or shape[dimension] != math.prod(shape) or kind[0] == "scalar" or not self._is_small(var):
       raise NotElementwiseError(f"{jax_forms.where(operation)} counts something else than columns")
     sources.append(Source(var, kind[0], True, True))
-    self.env[var] = self.make("input", (), self.program.aval(var).dtype, len(sources) - 1, kind[0])
+    self.env[var] = self.nodes.make("input", (), self.program.aval(var).dtype, len(sources) - 1, kind[0])
 
   def _is_small(self, var: int) -> bool:
     """Whether a variable is a scalar, or has values for one row only."""
@@ -174,7 +170,7 @@ class _Builder:
     if kind is None:
       raise NotElementwiseError(_other_shape(aval))
     sources.append(Source(var, *kind))
-    self.env[var] = self.make("input", (), aval.dtype, len(sources) - 1, kind[0])
+    self.env[var] = self.nodes.make("input", (), aval.dtype, len(sources) - 1, kind[0])
 
   def _atom(self, atom: Atom) -> int:
     if isinstance(atom, int):
@@ -183,10 +179,7 @@ class _Builder:
       return self.env[atom]
     if np.ndim(atom.val):
       raise NotElementwiseError("a constant array is a part of it")
-    return self.literal(atom.val, atom.aval.dtype)
-
-  def literal(self, value: Any, dtype: Any) -> int:
-    return self.make("literal", (), dtype, np.asarray(value, dtype).item(), "scalar")
+    return self.nodes.literal(atom.val, atom.aval.dtype)
 
   def _operation(self, operation: Operation) -> None:
     name, eqn = operation.name, operation.eqn
@@ -200,7 +193,7 @@ class _Builder:
     elif name == "reduce_max":
       if not self.block or avals[0].shape[-1] != self.block or eqn.params["axes"] != (len(avals[0].shape) - 1,):
         raise NotElementwiseError(f"{jax_forms.where(operation)} is no maximum of a block")
-      results = [self.make("reduce_max", tuple(args), avals[0].dtype, None, "block")]
+      results = [self.nodes.make("reduce_max", tuple(args), avals[0].dtype, None, "block")]
     else:
       results = [self._elementwise(operation, args)]
     for var, node in zip(operation.outputs, results, strict=True):
@@ -232,102 +225,16 @@ class _Builder:
         raise NotElementwiseError(f"{jax_forms.where(operation)} is not known to the kernel")
       power = args[0]
       for _ in range(params["y"] - 1):
-        power = self.simplified("mul", (power, args[0]), dtype)
+        power = self.nodes.simplified("mul", (power, args[0]), dtype)
       return power
     if name == "square":
-      return self.simplified("mul", (args[0], args[0]), dtype)
+      return self.nodes.simplified("mul", (args[0], args[0]), dtype)
     if name == "clamp":
-      return self.simplified("min", (self.simplified("max", (args[1], args[0]), dtype), args[2]), dtype)
-    wide = name == "bitcast_convert_type" and dtype.itemsize != self.nodes[args[0]].dtype.itemsize
+      return self.nodes.simplified("min", (self.nodes.simplified("max", (args[1], args[0]), dtype), args[2]), dtype)
+    wide = name == "bitcast_convert_type" and dtype.itemsize != self.nodes.listed[args[0]].dtype.itemsize
     if name not in OPERATIONS or wide or dtype == np.dtype("float64") or types.is_packed(dtype):
       raise NotElementwiseError(f"{jax_forms.where(operation)} is not known to the kernel")
-    return self.simplified(name, tuple(args), dtype)
-
-  # --- As XLA writes it -----------------------------------------------------------------------------------------------
-
-  def make(self, name: str, args: tuple[int, ...], dtype: Any, params: Any = None, kind: Kind | None = None) -> int:
-    """Adds a node, or finds an equal one."""
-    if kind is None:
-      kinds = {self.nodes[a].kind for a in args}
-      kind = "element" if "element" in kinds else "block" if "block" in kinds else "scalar"
-    key = node = Node(name, args, jnp.dtype(dtype), kind, params)
-    if name == "literal":
-      key = dataclasses.replace(node, params=np.asarray(params, node.dtype).tobytes())
-    if key not in self.known:
-      self.nodes.append(node)
-      self.known[key] = len(self.nodes) - 1
-    return self.known[key]
-
-  def _number(self, i: int) -> Any:
-    """The value of a literal, or None."""
-    return self.nodes[i].params if self.nodes[i].name == "literal" else None
-
-  def simplified(self, name: str, args: tuple[int, ...], dtype: Any) -> int:
-    """Adds a node as XLA's algebraic simplifier leaves it."""
-    rule = getattr(self, f"_simplified_{name}", None) if jnp.issubdtype(dtype, jnp.floating) else None
-    found = rule(args, dtype) if rule is not None else None
-    if found is None and name == "convert_element_type" and self.nodes[args[0]].dtype == dtype:
-      found = args[0]
-    return self.make(name, args, dtype) if found is None else found
-
-  def _simplified_add(self, args: tuple[int, ...], dtype: Any) -> int | None:
-    for one, other in (args, args[::-1]):
-      if self._number(other) == 0:
-        return one
-    return self._joined("add", args, dtype)
-
-  def _simplified_sub(self, args: tuple[int, ...], dtype: Any) -> int | None:
-    return args[0] if self._number(args[1]) == 0 else None
-
-  def _simplified_mul(self, args: tuple[int, ...], dtype: Any) -> int | None:
-    for one, other in (args, args[::-1]):
-      if self._number(other) == 1:
-        return one
-      if self._number(other) == -1:
-        return self.simplified("neg", (one,), dtype)
-    return self._joined("mul", args, dtype)
-
-  def _joined(self, name: str, args: tuple[int, ...], dtype: Any) -> int | None:
-    """Rewrites (a op c) op d, with literals c and d, to a op (c op d)."""
-    for one, other in (args, args[::-1]):
-      inner = self.nodes[one]
-      if self._number(other) is None or inner.name != name:
-        continue
-      for a, c in (inner.args, inner.args[::-1]):
-        if self._number(c) is not None:
-          # Exact either way: a sum of whole numbers, and a product of normal numbers with a power of two.
-          if not (self.nodes[a].name in ("floor", "min") if name == "add" else self._is_power_of_two(c)):
-            self.joined.add(one)
-          c, d = np.asarray(self._number(c), dtype), np.asarray(self._number(other), dtype)
-          return self.simplified(name, (a, self.literal(c * d if name == "mul" else c + d, dtype)), dtype)
-    return None
-
-  def _is_power_of_two(self, i: int) -> bool:
-    return math.frexp(abs(self._number(i)))[0] == 0.5
-
-  def _simplified_div(self, args: tuple[int, ...], dtype: Any) -> int | None:
-    above, below = (self.nodes[a] for a in args)
-    number = self._number(args[1])
-    if number == 1:
-      return args[0]
-    if below.name == "sqrt":
-      return self.simplified("mul", (args[0], self.simplified("rsqrt", below.args, dtype)), dtype)
-    if number:
-      inverse = self.literal(np.asarray(1, dtype) / np.asarray(number, dtype), dtype)
-      return self.simplified("mul", (args[0], inverse), dtype)
-    self.joined |= {a for a in args if self.nodes[a].name == "div"}
-    if above.name == "div" and below.name == "div":
-      top = self.simplified("mul", (above.args[0], below.args[1]), dtype)
-      return self.simplified("div", (top, self.simplified("mul", (above.args[1], below.args[0]), dtype)), dtype)
-    if above.name == "div":
-      return self.simplified("div", (above.args[0], self.simplified("mul", (above.args[1], args[1]), dtype)), dtype)
-    if below.name == "div":
-      return self.simplified("div", (self.simplified("mul", (args[0], below.args[1]), dtype), below.args[0]), dtype)
-    return None
-
-  def _simplified_neg(self, args: tuple[int, ...], dtype: Any) -> int | None:
-    inner = self.nodes[args[0]]
-    return inner.args[0] if inner.name == "neg" else None
+    return self.nodes.simplified(name, tuple(args), dtype)
 
 
 def _other_shape(aval: Any) -> str:

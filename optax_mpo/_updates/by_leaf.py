@@ -13,9 +13,8 @@ weights and its new state.
 import copy
 import functools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from optax_mpo._core import host, trees, types, wrapping
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._updates import refusals
 from optax_mpo._updates.group import Group
 
 PyTree = Any
@@ -34,8 +34,6 @@ PyTree = Any
 # Each slice computes large results of these itself: keeping them would cost more.
 _CHEAP = ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
 _SMALL = 1024  # elements
-_BY_LAYERS = "fused_value_and_update"  # the caller whose users can put leaves into one layer
-_MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")  # Python's message
 
 
 class Update:
@@ -48,6 +46,8 @@ class Update:
     shared: the variables that `run_shared` computes.
     shared_states: the leaves of the state that `run_shared` updates.
     kernels: whether GPU kernels are allowed, by the caller or by `with_kernels` around `tx` or in it.
+    caller: the name of the function that takes it apart, for errors.
+    dependencies: for each variable the leaves, then the states, that it depends on, as bits.
   """
 
   def __init__(
@@ -60,7 +60,7 @@ class Update:
     extra: Mapping[str, Any] | None = None,
   ):
     """Traces and takes apart an update. `extra` are extra arguments of `tx.update`, which become state of no leaf."""
-    self._caller = caller
+    self.caller = caller
     self._extra, self._extra_treedef = jax.tree.flatten(dict(extra or {}))
     self._params, self._treedef = jax.tree.flatten(params)
     self._state, self._state_treedef = jax.tree.flatten(opt_state)
@@ -68,7 +68,7 @@ class Update:
     self.state_names = [name for name, _ in trees.named_leaves(opt_state, "opt_state")]
     wrapping.check_state(tx, params, opt_state, caller)
     scaled = [name for name, leaf in zip(self.names, self._params, strict=True) if formats.is_scaled(leaf)]
-    if caller == _BY_LAYERS and scaled:
+    if caller == refusals.BY_LAYERS and scaled:
       raise ValueError(
         f"{caller}: fused layers read weights without the scales that float8 needs, and {trees.listed(scaled)} have "
         "that dtype. Train with value_and_update, which decodes them, or keep these leaves in bfloat16 or float16."
@@ -77,7 +77,8 @@ class Update:
       grads = [formats.gradient_like(leaf) for leaf in self._params]
       self.program, out = jax_forms.trace(self._whole(tx), grads, self._params, self._state, self._extra)
     self.kernels = kernels or bool(met)
-    self._check_result(out)
+    refusals.check_state(caller, self.state_names, self._state, self._state_treedef, out[1])
+    refusals.check_effects(caller, self.program)
     self._state += self._extra
     self.state_names += [name for name, _ in trees.named_leaves(extra or {}, "tx_args")]
     self._own()
@@ -90,52 +91,13 @@ class Update:
       try:
         updates, new_state = wrapping.update(tx, *given, extra_args)
       except TypeError as error:
-        missing = _MISSING.search(str(error))
-        if missing is None:
-          raise
-        names = re.findall(r"'(\w+)'", missing[1])
-        self._raise_missing(names, error)
+        refusals.raise_if_missing(error, self.caller)
+        raise
       if jax.tree.structure(new_state) == self._state_treedef:  # checked later
         new_state = host.stored_like(new_state, old_state)
       return host.stored_like(apply.apply_updates(weights, updates), tree), new_state, extra
 
     return whole
-
-  def _raise_missing(self, names: Sequence[str], error: TypeError) -> NoReturn:
-    needs = f"{self._caller}: tx.update needs the extra argument {' and '.join(map(repr, names))}"
-    if not {"grad", "value_fn"}.isdisjoint(names):
-      names = list(dict.fromkeys(["value", *names]))
-      raise TypeError(
-        f"{needs}: it evaluates the loss again, or needs all gradients at once, and a step with gradient release has "
-        "neither. Train with jax.value_and_grad and tx.update(grads, opt_state, params, "
-        f"{', '.join(f'{name}={name}' for name in names)})."
-      ) from error
-    given = ", ".join(f"{name!r}: ..." for name in names)
-    loss = " value_and_update hands on the loss as value by itself." if "value" in names else ""
-    raise TypeError(f"{needs}. Pass it to the step: step(..., tx_args={{{given}}}).{loss}") from error
-
-  def _check_result(self, out: tuple[PyTree, PyTree, Any]) -> None:
-    _, new_state, _ = out
-    if jax.tree.structure(new_state) != self._state_treedef:
-      raise ValueError(
-        f"{self._caller}: tx.update changes the structure of its state, from {self._state_treedef} to "
-        f"{jax.tree.structure(new_state)}. A fused step writes the state in place and needs it to keep its form."
-      )
-    for name, old, new in zip(self.state_names, self._state, jax.tree.leaves(new_state), strict=True):
-      if (jnp.shape(old), jnp.result_type(old)) != (new.shape, new.dtype):
-        raise ValueError(
-          f"{self._caller}: tx.update changes {name} from {jnp.result_type(old)}{list(jnp.shape(old))} to "
-          f"{new.dtype}{list(new.shape)}. A fused step writes the state in place and needs it to keep its form. "
-          "Where the params are bfloat16, compensated(tx) shows tx f32 params and gradients, and keeps its state f32."
-        )
-
-    # The name of an axis, which a collective needs, counts as an effect in JAX, but it cannot be lost.
-    effects = {o.name for o in self.program.operations for e in o.eqn.effects if type(e).__name__ != "NamedAxisEffect"}
-    if effects:
-      raise ValueError(
-        f"{self._caller}: tx.update has side effects ({trees.listed(sorted(effects))}), which steps of single leaves "
-        "would lose or repeat. Take them out (jax.debug.print, callbacks), or train with tx.update."
-      )
 
   def _own(self) -> None:
     """Finds which state is shared, and which leaves and states belong together."""
@@ -143,8 +105,8 @@ class Update:
     states = self.inputs[2]
     leaf_bits = [1 << i for i in range(count)]
     state_bits = [1 << (count + j) for j in range(len(states))]
-    self._deps = dataflow.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
-    new = dataflow.output_bits(program, self._deps)
+    self.dependencies = dataflow.dependencies(program, [*leaf_bits, *leaf_bits, *state_bits])
+    new = dataflow.output_bits(program, self.dependencies)
     own = (1 << count) - 1  # the leaves; the loop adds the states that are not shared
     while True:
       found = dataflow.union([bit for bit, bits in zip(state_bits, new[count:], strict=True) if bits & own])
@@ -166,7 +128,7 @@ class Update:
       if node < count or state_bits[node - count] & own:
         self._members.setdefault(self._root(node), []).append(node)
 
-    given = [v for v, bits in self._deps.items() if not bits & own and self._is_given(v)]
+    given = [v for v, bits in self.dependencies.items() if not bits & own and self._is_given(v)]
     self.shared = tuple(v for v in given if v not in program.constants)
     self.given = frozenset(given)
 
@@ -271,7 +233,7 @@ class Update:
     wanted = set(leaves)
     members = sorted({node for leaf in leaves for node in self._members[self._root(leaf)]})
     if outside := [node for node in members if node < count and node not in wanted]:
-      self.raise_coupled(sorted(wanted), outside, who)
+      refusals.raise_coupled(self, sorted(wanted), outside, who)
     owned = [node - count for node in members if node >= count]
     outputs = [program.outputs[i] for i in leaves] + [program.outputs[count + j] for j in owned]
     grads, params, states = self.inputs
@@ -279,7 +241,7 @@ class Update:
     operations = dataflow.slice_of(program, outputs, self.given | set(inputs))
     read = dataflow.read_by(operations, outputs)
     if foreign := read & set(program.inputs) - set(inputs) - self.given:
-      self._raise_foreign(leaves, min(foreign), operations, who)
+      refusals.raise_foreign(self, leaves, min(foreign), operations, who)
     return self.make_group(leaves, owned, inputs, outputs, operations, sorted(read & self.given))
 
   def make_group(
@@ -308,41 +270,6 @@ class Update:
       program=program,
       inputs=tuple(inputs),
       names=(*(self.names[i] for i in leaves), *(self.state_names[j] for j in states)),
-    )
-
-  def _raise_foreign(self, leaves: Sequence[int], var: int, operations: Sequence[Operation], who: str) -> None:
-    """Raises ValueError: an operation that updates independent leaves together cannot be cut."""
-    grads, params, states = self.inputs
-    name = [*self.names, *self.names, *self.state_names][[*grads, *params, *states].index(var)]
-    by = next((jax_forms.where(o) for o in operations if var in o.inputs), "its state")
-    advice = "Step these leaves in one fused_layer, or train" if self._caller == _BY_LAYERS else "Train"
-    raise ValueError(
-      f"{who}: tx computes the update of {trees.listed(self.names[i] for i in leaves)} together with that of {name}, "
-      f"in {by}, which cannot be taken apart. {advice} with tx.update."
-    )
-
-  def raise_coupled(self, inside: Sequence[int], outside: Sequence[int], who: str) -> NoReturn:
-    """Raises ValueError, which names two sets of leaves and the operation that couples them."""
-    ours = dataflow.union([1 << i for i in inside])
-    theirs = dataflow.union([1 << i for i in outside])
-    # What the new weights need couples them; other operations, such as norms for the logs, only if nothing else does.
-    weights = [self.program.outputs[i] for i in (*inside, *outside)]
-    needed = dataflow.slice_of(self.program, weights, self.given)
-    by = next(
-      (
-        jax_forms.where(operation)
-        for operation in (*needed, *self.program.operations)
-        for var in operation.outputs
-        if var >= 0 and self._deps[var] & ours and self._deps[var] & theirs
-      ),
-      "its state",
-    )
-    here, there = (trees.listed(self.names[i] for i in leaves) for leaves in (inside, outside))
-    together = "step the coupled leaves in one fused_layer, " if self._caller == _BY_LAYERS else ""
-    raise ValueError(
-      f"{who}: tx couples {here} to {there}, in {by}: the update of one needs the gradients of the others, which are "
-      "not there when it is stepped. To clip, take the last step's norm (optax_mpo.clip_by_delayed_norm) or each "
-      f"leaf alone (optax.clip); {together}or train with tx.update."
     )
 
 

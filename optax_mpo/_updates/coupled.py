@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from optax_mpo._core import trees
 from optax_mpo._program import branches, dataflow, jax_forms
 from optax_mpo._program.program import Operation, Program
-from optax_mpo._updates import by_leaf
+from optax_mpo._updates import by_leaf, refusals
 
 SMALL = 1024  # elements of an array that may be kept for every leaf
 
@@ -140,7 +140,7 @@ class TwoPass:
       leaves = {leaf_of[a] for a in made_of[count + j] if a in leaf_of}
       if len(leaves) > 1:
         first, *others = sorted(leaves)
-        self._update.raise_coupled([first], others, f"{self._caller}, two_pass")
+        refusals.raise_coupled(self._update, [first], others, f"{self._caller}, two_pass")
       self._owners.append(leaves.pop() if leaves else None)
     # Large state that is made from itself alone, such as initial weights to compare with, belongs to its only reader.
     for j, owner in enumerate(self._owners):
@@ -182,7 +182,7 @@ class TwoPass:
     """Raises ValueError where the update of a leaf reads more than small arrays of other leaves."""
     others = {i for v in found for i in range(len(self._grads)) if self._deps[v] >> i & 1} - {leaf}
     if others:
-      self._update.raise_coupled([leaf], sorted(others), f"{self._caller}, two_pass")
+      refusals.raise_coupled(self._update, [leaf], sorted(others), f"{self._caller}, two_pass")
 
   def _between(self) -> None:
     """Finds what is made between the passes, and from which parts."""

@@ -103,6 +103,22 @@ def test_the_public_api_is_listed_by_name():
     assert (getattr(optax_mpo, name).__doc__ or "").strip(), name
 
 
-def test_files_stay_small():
+def test_only_backends_know_which_machine_it_is():
+  """And `_memory`, which compiles for another one."""
+  assert {name.split("/")[0] for name in modules_with("default_backend")} == {"_backends", "_memory"}
+
+
+def test_files_and_classes_stay_small():
   for path in PACKAGE.rglob("*.py"):
-    assert len(path.read_text().splitlines()) <= 400, path.name
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, path.name
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.ClassDef):
+        assert _lines(node) <= 200, node.name
+
+
+def _lines(node: ast.ClassDef) -> int:
+  """The lines of a class without docstrings."""
+  documented = [n for n in ast.walk(node) if isinstance(n, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(n)]
+  inside = sum(n.body[0].end_lineno - n.body[0].lineno + 1 for n in documented)
+  return node.end_lineno - node.lineno + 1 - inside
