@@ -78,7 +78,7 @@ class Block:
 
 
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), 1e-45, -1e-40, 3.4028235e38, -3.3961777e38, 1.00390625, 1 / 3]
-shapes = st.lists(st.sampled_from([0, 1, 2, 3, 7]), max_size=3).map(tuple)
+shapes = st.sampled_from([(), (0,), (1,), (7,), (3, 2), (7, 3), (0, 2), (1, 1), (2, 3, 7), (3, 1, 2)])  # few to compile
 seeds = st.integers(0, 2**31)
 
 
@@ -104,7 +104,7 @@ trees = st.recursive(
 ).map(lambda tree: {"tree": tree})
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(params=trees, bits=st.sampled_from(BITS))
 def test_any_tree_is_stored_as_the_reference_rounds_it(params, bits):
   tx = mpo.compensated(optax.identity(), extra_bits=bits)
@@ -126,7 +126,7 @@ def test_any_tree_is_stored_as_the_reference_rounds_it(params, bits):
   jax.tree.map(check, params, mpo.master_params(low, state))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(params=trees, bits=st.sampled_from(BITS))
 def test_updates_of_zero_change_nothing(params, bits):
   # No subnormal weights: XLA:CPU flushes them in the inner transformation's own addition, as in plain f32 Optax.
