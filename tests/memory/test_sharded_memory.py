@@ -86,14 +86,33 @@ def collectives(mode, split="rows"):
     report = mpo.gpu_memory(step, *args, target="h200", devices=8, dump_to=folder)
     texts = [path.read_text() for path in Path(folder).glob("*gpu_after_optimizations.txt")]
   (text,) = (t for t in texts if "num_partitions=8" in t)
+  computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE))
+  loops = _called([name for body in computations.values() for name in _named(body, "body|condition")], computations)
   inside, outside = Counter(), Counter()
-  for computation in re.split(r"\n(?=(?:ENTRY )?%?[\w.-]+ \([^\n]*\{\n)", text):
-    counts = outside if computation.startswith("ENTRY") else inside
-    for shapes, name, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", computation):
+  for computation, body in computations.items():
+    counts = inside if computation in loops else outside
+    for shapes, name, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", body):
       arrays = [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
       # The result of a -start operation contains its operands, followed by its real results.
       counts[name] += sum(arrays[len(arrays) // 2 :] if start and name == "all-gather" else arrays)
   return inside, outside, 8 * report.total_bytes / model.count
+
+
+def _named(body, fields):
+  """The computations that the operations of one name in these fields."""
+  lists = re.findall(rf"\b(?:{fields})=\{{?(%[\w.-]+(?:, %[\w.-]+)*)", body)
+  return [name.strip("% ") for listed in lists for name in listed.split(",")]
+
+
+def _called(names, computations):
+  """These computations, and all that they call: a collective may be in one of its own, in a loop or not."""
+  found, left = set(), list(names)
+  while left:
+    name = left.pop()
+    if name in computations and name not in found:
+      found.add(name)
+      left += _named(computations[name], "body|condition|calls|to_apply|branch_computations|called_computations")
+  return found
 
 
 @pytest.mark.parametrize("mode", ["mpo-16-layer", "mpo-compact-auto"])
