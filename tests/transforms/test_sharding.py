@@ -148,7 +148,7 @@ def test_fused_steps_are_those_of_the_unfused_step(fused, layout, optimizer):
 
 
 @pytest.mark.parametrize("fused", STEPS)
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 def test_large_scales_whose_blocks_do_not_divide_are_split_along_the_axis_before(fused, monkeypatch):
   monkeypatch.setattr(sharding, "_SMALL", 0)
   _, state, _ = put("fsdp", OPTIMIZERS["compact"]())
