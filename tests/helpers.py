@@ -1,6 +1,7 @@
 """Helpers for tests in all folders: compile for equal bits, compare bits, and the ordinary step to compare with."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,10 @@ def exact_jit(fun: Callable[..., Any], **options: Any) -> Any:
 
 quick_jit = functools.partial(exact_jit, xla_backend_optimization_level=0)
 """Also with LLVM at its lowest optimization level, which compiles faster, and sums in one order in every program."""
+
+_EMITTERS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters=false" in os.environ.get("XLA_FLAGS", "") else {}
+unfused_jit = functools.partial(quick_jit, xla_disable_hlo_passes="fusion", **_EMITTERS)
+"""Also with XLA's fusion off, as the documentation advises for comparisons. It compiles a kernel for each operation."""
 
 
 def assert_same_bits(got: Any, want: Any) -> None:

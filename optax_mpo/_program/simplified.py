@@ -41,6 +41,7 @@ class Nodes:
     return self._known[key]
 
   def literal(self, value: Any, dtype: Any) -> int:
+    """Adds a number."""
     return self.make("literal", (), dtype, np.asarray(value, dtype).item(), "scalar")
 
   def _number(self, i: int) -> Any:

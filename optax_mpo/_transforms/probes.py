@@ -5,8 +5,8 @@ wrapper around `compensated` changes its updates, or freezes weights that it upd
 than the params.
 
 How: every floating-point leaf is replaced by an array with the same number of axes and one element, in the same tree,
-so that masks and labels match. The update is traced, and only the results to be checked are computed. A
-transformation that cannot be tried, because it needs extra arguments or reads concrete values, gives no warning.
+so that masks and labels match. The update is traced, and only the results to be checked are computed. A transformation
+that cannot be tried, because it needs extra arguments or reads concrete values, gives no warning.
 """
 
 import contextlib

@@ -5,8 +5,7 @@ jitted.
 
 Scanned layers are updated one at a time, in a loop of another shape than that of the ordinary update. There LLVM may
 choose another product of a*b + c*d for a fused multiply-add, in plain Optax too, so moving averages can differ in the
-last bit. These cases are compared with XLA's fusion off, so that no operations are merged. So are layers of a megabyte
-and more, where weight updates divide the backward pass.
+last bit. Tests run without these instructions (tests/conftest.py), and these cases with LLVM at its lowest level.
 """
 
 import functools

@@ -48,7 +48,7 @@ def batch(i):
   return jnp.asarray(np.random.default_rng(i).integers(0, 7, (BATCH, TIME)))
 
 
-jit = quick_jit  # without fusion every operation rounds separately; see layers/test_layer.py
+jit = quick_jit
 
 
 @pytest.mark.parametrize("count", [2, 4, 12])

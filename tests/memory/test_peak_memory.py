@@ -20,7 +20,7 @@ BASELINE = {"lm-350m": 16.30, "lm-350m-unrolled": 14.59}
 # Measured bytes per parameter of our storage, rounded up to the next 0.05. More is a regression.
 AT_MOST = {"mpo-16": 14.65, "mpo-8": 13.65, "mpo-4": 13.15, "mpo-compact": 7.6}
 AT_MOST |= {"mpo-16-auto": 12.7, "mpo-compact-auto": 5.8}
-# From JAX 0.11 on, XLA copies the weights of a layer out of their stacks before the forward scan uses them.
+# XLA of JAX 0.11 and later: temporaries of one layer more, slices of weights in a scan.
 LATER = 0.05 if jax.__version_info__ >= (0, 11) else 0
 
 

@@ -91,7 +91,7 @@ def test_around_and_inside_other_transformations(wrap, one_pass):
   assert mpo.recorded(same(loss, params, wrap(recipe())))["grad_norm"] > 0
 
 
-def test_thirty_steps_with_fusions(one_pass):
+def test_thirty_steps(one_pass):
   loss, params = with_others("first axis")
   same(loss, params, mpo.compensated(recipe()), exact_jit, count=30)
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 import optax_mpo as mpo
-from tests.helpers import assert_same_bits, ordinary_step, quick_jit, relaxed
+from tests.helpers import assert_same_bits, ordinary_step, relaxed, unfused_jit
 
 STEPS, BATCH, CONTEXT, WIDTH, VOCAB, LAYERS = 50, 2, 4, 8, 11, 2
 
@@ -263,7 +263,7 @@ def test_fifty_steps(name, optimizer):
   two_pass = optimizer == "two_pass"
 
   def fifty(step):
-    compiled = quick_jit(step)
+    compiled = unfused_jit(step)
     state, values = mpo.init(tx, params), []
     for i in range(STEPS):
       value, *state = compiled(*state, batches(i))

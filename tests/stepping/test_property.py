@@ -1,7 +1,6 @@
 """Random networks with random optimizers: `value_and_update` equals the ordinary step bit for bit.
 
-Both sides are compiled without fusion: in a fused loop, LLVM may use either product of a*b + c*d for a fused
-multiply-add, in plain Optax too.
+Both sides are compiled without excess precision and, as all tests (tests/conftest.py), without fused multiply-adds.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Stacks of layers as people store and scan them: on any axis, reversed, cut, reshaped, shared.
 
-Each is updated inside its scans, and equals the ordinary step bit for bit. Both sides are compiled without fusion, as
-in `test_property`. There are two stacks: where a scalar divides only one array, XLA multiplies with its reciprocal.
+Each is updated inside its scans, and equals the ordinary step bit for bit. Both sides are compiled as in
+`test_property`. There are two stacks: where a scalar divides only one array, XLA multiplies with its reciprocal.
 """
 
 import functools

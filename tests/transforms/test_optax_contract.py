@@ -172,7 +172,6 @@ def test_sharded_params_have_sharded_bits(bits):
 
   sharded = jax.jit(lambda p: mpo.init(tx, p))(jax.device_put(master, sharding))
   whole = mpo.init(tx, master)
-  # Without fusion: a loop over a shard may have its multiply-adds in other places than a loop over the whole array.
   step = quick_jit(step)
   for _ in range(5):
     sharded, whole = step(*sharded), step(*whole)

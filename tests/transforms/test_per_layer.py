@@ -1,7 +1,7 @@
 """`per_layer` on a scanned model equals the transformation on a list of layers, bit for bit, inside the scan too.
 
-Both sides are compiled without fusion, as in `tests/stepping/test_stacks.py`, and without XLA's algebraic simplifier:
-it divides by a scalar that divides only one array as a product, and a list of layers shares the scalars of all layers.
+Where a list of layers is compared, both sides are compiled without XLA's fusion and its algebraic simplifier: it
+divides by a scalar that divides only one array as a product, and a list of layers shares the scalars of all layers.
 """
 
 import functools
