@@ -26,8 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._core import checksums, host, renames, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree, Values
 
 _FORMAT = 2  # in format 1, the codes of second moments stand for other levels
 _STORED_AS = {"bool": "uint8", "int2": "int8", "int4": "int8", "uint2": "uint8", "uint4": "uint8"}
@@ -231,7 +230,7 @@ def _key_impl(key: Any) -> Any:
   return found[0]
 
 
-def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[Any]]:
+def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[jax.Array]]:
   """The names of the leaves, and the leaves: JAX arrays, ShapeDtypeStructs, and everything else as NumPy arrays."""
   names, leaves = [], []
   for name, leaf in trees.named_leaves(tree, "tree"):
@@ -335,7 +334,7 @@ def _struct(name: str, leaf: Any, saved: dict[str, Any]) -> jax.ShapeDtypeStruct
   return jax.ShapeDtypeStruct(leaf.shape, _STORED_AS[saved["dtype"]], sharding=sharding)
 
 
-def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str], leaves: Sequence[Any]) -> None:
+def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str], leaves: Values) -> None:
   """Raises ValueError with the first leaf that is not in the checkpoint, or has another shape or dtype there."""
   advice = (
     "Restore it into the form that it was saved in; optax_mpo.convert takes it from there to other bits or storage."

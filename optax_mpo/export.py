@@ -20,8 +20,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from optax_mpo._codecs import masters
 from optax_mpo._core import modules, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 def save_safetensors(

@@ -8,10 +8,12 @@ How: a `Backend` holds what there is for one weight. `step_weight` lowers it. Ev
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import jax
 
 from optax_mpo._backends import cpu_rows, gpu_kernel
 from optax_mpo._core import order
+from optax_mpo._core.annotations import Values
 from optax_mpo._program.elements import NotElementwiseError
 from optax_mpo._program.entries import Entries
 from optax_mpo._program.program import Slice
@@ -66,9 +68,9 @@ def of_layers(
   update: Slice,
   entries: Sequence[Entries],
   kernels: bool,
-  one: Callable[..., list[Any]],
-  avals: Sequence[Any],
-  shared: Sequence[Any],
+  one: Callable[..., list[jax.Array]],
+  avals: Values,
+  shared: Values,
 ) -> Backend:
   """The backend of an update of one layer of stacks.
 

@@ -11,14 +11,17 @@ writes them in place. What these rows need stays in the cache.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from optax_mpo._core import types, xla_cpu
+from optax_mpo._core.annotations import Index, Values
 from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.entries import Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Slice
@@ -51,7 +54,7 @@ class Rows:
   stacked: bool
   divisors: frozenset[int]
 
-  def step(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], index: Any) -> list[Any]:
+  def step(self, grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
     """Updates the weight and its states, or their layer at `index`, and returns the new ones.
 
     Args:
@@ -67,8 +70,8 @@ class Rows:
     dtypes = [x.dtype for x in stacks]
     handed = [*shared, *[index] * layers]
 
-    def place(x: Any, k: int, start: Any) -> list[Any]:
-      starts: list[Any] = [jnp.int32(0)] * x.ndim
+    def place(x: Any, k: int, start: Any) -> list[jax.Array]:
+      starts: list[jax.Array] = [jnp.int32(0)] * x.ndim
       starts[layers + self.axis] = start
       if layers and _carried_dtype(dtypes[k]) == dtypes[k]:
         starts[0] = index
@@ -82,15 +85,15 @@ class Rows:
       piece = lax.dynamic_slice(x, place(x, k, start), sizes)
       return lax.squeeze(piece, [0]) if layers else piece
 
-    def body(i: Any, stacks: list[Any]) -> list[Any]:
+    def body(i: Any, stacks: list[jax.Array]) -> list[jax.Array]:
       start = xla_cpu.on_all_cores(i) * self.count
 
-      def new(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
+      def new(grad: Any, stacks: list[jax.Array], shared: Values) -> list[jax.Array]:
         values = [_as(cut(x, k, start), dtypes[k]) for k, x in enumerate(stacks)]
         grad = lax.dynamic_slice_in_dim(grad, start, self.count, self.axis)
         return [_carried(x) for x in self._piece(grad, values, shared, start, length)]
 
-      def old(grad: Any, stacks: list[Any], shared: Sequence[Any]) -> list[Any]:
+      def old(grad: Any, stacks: list[jax.Array], shared: Values) -> list[jax.Array]:
         return [cut(x, k, start) for k, x in enumerate(stacks)]
 
       # The first branch always runs, but XLA cannot know that. It does not fuse a branch with the writes below, for
@@ -112,7 +115,7 @@ class Rows:
       for stack, x, alone in zip(stacks, results, own, strict=True)
     ]
 
-  def _piece(self, grad: Any, values: Sequence[Any], shared: Sequence[Any], start: Any, length: int) -> list[Any]:
+  def _piece(self, grad: Any, values: Values, shared: Values, start: Any, length: int) -> list[jax.Array]:
     """Returns the new values of some rows."""
     update = self.update
     env = update.constants | dict(zip(update.shared, shared, strict=True))
@@ -151,7 +154,7 @@ class Rows:
       results.append(env[atom])
     return results
 
-  def _run(self, env: dict[int, Any]) -> None:
+  def _run(self, env: dict[int, jax.Array]) -> None:
     """Runs the whole update, reading and writing `env`."""
     for operation in self.update.operations:
       values = [jax_forms.operand(a, env) for a in operation.inputs]
@@ -167,7 +170,7 @@ def of_weight(update: Slice) -> Rows | None:
   return _rows_of(update, stacked=False) if _has_rows(update) and update.weight.size >= ELEMENTS else None
 
 
-def of_layer(run: Callable[..., Any], avals: Sequence[Any], shared: Sequence[Any]) -> Rows | None:
+def of_layer(run: Callable[..., Any], avals: Values, shared: Values) -> Rows | None:
   """Returns the update of one layer of a stack by rows, if the layer has 8-bit state.
 
   A small layer is updated in one piece. For it, only one thing matters: nothing is written before all is read.
@@ -192,7 +195,7 @@ def _has_rows(update: Slice) -> bool:
   )
 
 
-def _are_rows(avals: Sequence[Any]) -> bool:
+def _are_rows(avals: Values) -> bool:
   if len(avals) < 3:
     return False
   grad, weight, *states = avals
@@ -230,7 +233,7 @@ def _divisors(update: Slice, stacked: bool) -> frozenset[int]:
   return frozenset(found)
 
 
-def _carried_dtype(dtype: Any) -> Any:
+def _carried_dtype(dtype: DTypeLike) -> Any:
   """Integers for 16-bit floats: XLA:CPU of JAX 0.10 writes these by way of f32 arrays, of all rows each time."""
   return jnp.dtype(jnp.uint16) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 else dtype
 
@@ -239,5 +242,5 @@ def _carried(x: Any) -> Any:
   return _as(x, _carried_dtype(x.dtype))
 
 
-def _as(x: Any, dtype: Any) -> Any:
+def _as(x: Any, dtype: DTypeLike) -> Any:
   return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

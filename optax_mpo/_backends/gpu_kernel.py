@@ -16,9 +16,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax.core import Tracer
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Values
 from optax_mpo._program import elementwise, jax_forms
 from optax_mpo._program.elements import Elements, NotElementwiseError
 from optax_mpo._program.program import Program, Slice
@@ -65,7 +67,7 @@ class Kernel:
     """How many arrays the kernel reads and writes."""
     return sum(not s.counted for s in self.elements.sources) + len(self.elements.outputs)
 
-  def flat(self, grad: Any, stacks: Sequence[Any], shared: Sequence[Any]) -> list[Any]:
+  def flat(self, grad: Any, stacks: Values, shared: Values) -> list[jax.Array]:
     """Returns the arrays that the kernel reads: [layers, elements], [layers, blocks, block size] or [layers, blocks].
 
     The gradient and values by column have no layer axis; scalars are [1].
@@ -88,7 +90,7 @@ class Kernel:
     return k > 0 and not self.elements.sources[k].columns
 
 
-Given = tuple[Any, Sequence[Any], Sequence[Any]]  # a gradient; the weight and its states; the other values it reads
+Given = tuple[Any, Values, Values]  # a gradient; the weight and its states; the other values it reads
 
 
 def for_each(kernels: Sequence[Kernel], program: Any, step: Callable[[int, Any], None]) -> None:

@@ -12,12 +12,12 @@ import enum
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from optax_mpo._backends.gpu_kernel import Given, Kernel
+from optax_mpo._core.annotations import Index
 
 
 class Language(enum.Enum):
@@ -27,7 +27,9 @@ class Language(enum.Enum):
   MOSAIC = 9.0
 
 
-def call(kernels: Sequence[Kernel], given: Sequence[Given], index: Any, language: Language | None) -> list[list[Any]]:
+def call(
+  kernels: Sequence[Kernel], given: Sequence[Given], index: Index, language: Language | None
+) -> list[list[jax.Array]]:
   """Updates weights, or the layers of stacks at `index`, in one launch.
 
   Args:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,8 +21,10 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
+from jax.typing import DTypeLike
 
 from optax_mpo._backends.gpu_kernel import Kernel, for_each
+from optax_mpo._core.annotations import Index, Values
 from optax_mpo._program.elements import COMPUTE, Kind, Node
 
 IS_KNOWN = hasattr(plgpu, "inline_mgpu") and {"out_type", "debug"} <= {*inspect.signature(plgpu.kernel).parameters}
@@ -55,8 +58,8 @@ def can_run(kernel: Kernel) -> bool:
 
 
 def launch(
-  kernels: Sequence[Kernel], arrays: Sequence[Sequence[Any]], counts: Sequence[int], index: Any
-) -> list[list[Any]]:
+  kernels: Sequence[Kernel], arrays: Sequence[Values], counts: Sequence[int], index: Index
+) -> list[list[jax.Array]]:
   """Updates weights in one launch; see `triton_kernel.launch`."""
   flat = [_without_blocks(kernel, one) for kernel, one in zip(kernels, arrays, strict=True)]
   news = [tuple(one[1 : 1 + count]) for one, count in zip(flat, counts, strict=True)]
@@ -88,7 +91,7 @@ def launch(
   return [list(new) for new in pl.run_state(run)(news)]
 
 
-def _without_blocks(kernel: Kernel, arrays: Sequence[Any]) -> list[Any]:
+def _without_blocks(kernel: Kernel, arrays: Values) -> list[jax.Array]:
   """Arrays of elements without the axis of blocks."""
   sources = [s for s in kernel.elements.sources if not s.counted]
   if not kernel.elements.block:
@@ -105,7 +108,7 @@ class _Tile:
     self.layout = plgpu.Layout.WG_STRIDED((self.size,), vec_size=self.width)
     self.places = plgpu.broadcasted_iota(jnp.int32, (self.size,), 0, layout=self.layout)
 
-  def step(self, layer: Any, tile: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+  def step(self, layer: Any, tile: Any, inputs: Values, outputs: Values) -> None:
     """Updates a tile of a layer. `inputs` and `outputs` are refs."""
     kernel, elements = self.kernel, self.kernel.elements
     start = tile * self.size
@@ -162,7 +165,7 @@ class _Tile:
 
     return run
 
-  def _inline(self, fun: Callable[..., Any], dtype: Any, arrays: Sequence[Any], refs: Sequence[Any] = ()) -> Any:
+  def _inline(self, fun: Callable[..., Any], dtype: DTypeLike, arrays: Values, refs: Values = ()) -> Any:
     """Runs a function that writes MLIR, on arrays in the layout of the tile and on refs."""
     result = None if dtype is None else plgpu.ShapeDtypeStruct((self.size,), dtype, layout=self.layout)
     types = (*(self.layout for _ in arrays), *(plgpu.RefType() for _ in refs))
@@ -215,12 +218,12 @@ class _Tile:
     return arith.index_cast(ir.IndexType.get(), arith.divui(_extract(register, 0), _constant(self.block)))
 
 
-def _held(dtype: Any) -> Any:
+def _held(dtype: DTypeLike) -> Any:
   """The dtype in which the values of a dtype are held."""
   return {"int8": jnp.int32, "uint8": jnp.uint32}.get(jnp.dtype(dtype).name, dtype)
 
 
-def _cut_to(dtype: Any, x: Any) -> Any:
+def _cut_to(dtype: DTypeLike, x: Any) -> Any:
   """Cuts an integer that is held in 32 bits to 8, as arithmetic in 8 bits does."""
   if dtype == jnp.uint8:
     return x & jnp.full_like(x, 0xFF)

@@ -20,15 +20,14 @@ from jax.core import Tracer
 from optax_mpo._backends import cpu_rows, gpu_kernel, kernel_launch
 from optax_mpo._backends.backend import Backend
 from optax_mpo._core import primitives
+from optax_mpo._core.annotations import Index, Values
 
-Pure = Callable[[Any, Sequence[Any], Sequence[Any], Any], Sequence[Any]]
+Pure = Callable[[Any, Values, Values, Any], Values]
 
 _MOST_ARRAYS = 400  # in one launch: 8 bytes each, of the 4096 that every driver takes, with some left for Triton
 
 
-def step(
-  pure: Pure, backend: Backend, grad: Any, stacks: Sequence[Any], shared: Sequence[Any], index: Any
-) -> list[Any]:
+def step(pure: Pure, backend: Backend, grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
   """Updates a weight, or the layer at `index` of a stack.
 
   Args:
@@ -47,7 +46,7 @@ def step(
 
 def step_together(
   pures: Sequence[Pure], kernels: Sequence[gpu_kernel.Kernel], given: Sequence[gpu_kernel.Given]
-) -> list[list[Any]]:
+) -> list[list[jax.Array]]:
   """Updates small weights; on a GPU in as few launches as their number of arrays allows.
 
   Args:
@@ -58,7 +57,7 @@ def step_together(
   Returns:
     For each weight the new weight and states. Their derivatives are those of `pures`.
   """
-  results: list[list[Any]] = []
+  results: list[list[jax.Array]] = []
   for part in _launches(kernels):
     operands = [x for k in part for x in (given[k][0], *given[k][1], *given[k][2])]
     new = _together.bind(
@@ -122,19 +121,21 @@ def _abstract(*avals: Any, stacks: int, **_: Any) -> Any:
   return list(avals[2 : 2 + stacks])
 
 
-def _pure(*operands: Any, pure: Pure, stacks: int, **_: Any) -> list[Any]:
+def _pure(*operands: Any, pure: Pure, stacks: int, **_: Any) -> list[jax.Array]:
   index, grad, *rest = operands
   return list(pure(grad, rest[:stacks], rest[stacks:], index))
 
 
-def _by_kernel(*operands: Any, backend: Backend, stacks: int, language: kernel_launch.Language, **_: Any) -> list[Any]:
+def _by_kernel(
+  *operands: Any, backend: Backend, stacks: int, language: kernel_launch.Language, **_: Any
+) -> list[jax.Array]:
   index, grad, *rest = operands
   assert backend.kernel is not None
   (new,) = kernel_launch.call([backend.kernel], [(grad, rest[:stacks], rest[stacks:])], index, language)
   return new
 
 
-def _by_rows(*operands: Any, backend: Backend, stacks: int, **params: Any) -> list[Any]:
+def _by_rows(*operands: Any, backend: Backend, stacks: int, **params: Any) -> list[jax.Array]:
   index, grad, *rest = operands
   assert backend.rows is not None
   try:
@@ -143,7 +144,7 @@ def _by_rows(*operands: Any, backend: Backend, stacks: int, **params: Any) -> li
     return _pure(*operands, stacks=stacks, **params)
 
 
-def _each(operands: Sequence[Any], counts: Sequence[tuple[int, int]]) -> list[gpu_kernel.Given]:
+def _each(operands: Values, counts: Sequence[tuple[int, int]]) -> list[gpu_kernel.Given]:
   """Splits the operands into what each of several weights needs."""
   given, rest = [], list(operands)
   for stacks, shared in counts:
@@ -152,18 +153,18 @@ def _each(operands: Sequence[Any], counts: Sequence[tuple[int, int]]) -> list[gp
   return given
 
 
-def _abstract_together(*avals: Any, counts: Sequence[tuple[int, int]], **_: Any) -> list[Any]:
+def _abstract_together(*avals: Any, counts: Sequence[tuple[int, int]], **_: Any) -> list[jax.Array]:
   return [x for _, stacks, _ in _each(avals, counts) for x in stacks]
 
 
-def _pure_together(*operands: Any, pures: Sequence[Pure], counts: Any, **_: Any) -> list[Any]:
+def _pure_together(*operands: Any, pures: Sequence[Pure], counts: Any, **_: Any) -> list[jax.Array]:
   given = _each(operands, counts)
   return [x for pure, g in zip(pures, given, strict=True) for x in pure(*g, jnp.int32(0))]
 
 
 def _by_kernel_together(
   *operands: Any, kernels: Sequence[gpu_kernel.Kernel], counts: Any, language: kernel_launch.Language, **_: Any
-) -> list[Any]:
+) -> list[jax.Array]:
   return [x for new in kernel_launch.call(kernels, _each(operands, counts), jnp.int32(0), language) for x in new]
 
 
@@ -171,11 +172,11 @@ def _devices(context: Any) -> int | None:
   return getattr(context.module_context.axis_context, "num_devices", None)  # None inside of shard_map
 
 
-def _anywhere(pure: Callable[..., list[Any]]) -> primitives.Lowering:
+def _anywhere(pure: Callable[..., list[jax.Array]]) -> primitives.Lowering:
   return lambda lower, *_, **__: lower(pure)
 
 
-def _on_cuda(pure: Callable[..., list[Any]], by_kernel: Callable[..., list[Any]]) -> primitives.Lowering:
+def _on_cuda(pure: Callable[..., list[jax.Array]], by_kernel: Callable[..., list[jax.Array]]) -> primitives.Lowering:
   def lowering(
     lower: Any,
     context: Any,
@@ -210,6 +211,6 @@ _together = primitives.make(
 )
 
 
-def is_traced(values: Sequence[Any]) -> bool:
+def is_traced(values: Values) -> bool:
   """Whether any of the values is traced, so that there is a program to put the primitive into."""
   return any(isinstance(x, Tracer) for x in values)

@@ -11,12 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from optax_mpo._backends.gpu_kernel import Kernel, for_each
+from optax_mpo._core.annotations import Index, Values
 from optax_mpo._program.elements import Kind
 
 
 def launch(
-  kernels: Sequence[Kernel], arrays: Sequence[Sequence[Any]], counts: Sequence[int], index: Any, interpret: bool = False
-) -> list[list[Any]]:
+  kernels: Sequence[Kernel], arrays: Sequence[Values], counts: Sequence[int], index: Index, interpret: bool = False
+) -> list[list[jax.Array]]:
   """Updates weights in one launch.
 
   Args:
@@ -58,7 +59,7 @@ def launch(
   return [list(results[part]) for part in written]
 
 
-def step_tile(kernel: Kernel, layer: Any, tile: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+def step_tile(kernel: Kernel, layer: Any, tile: Any, inputs: Values, outputs: Values) -> None:
   """Updates a tile of a layer, in the kernel. `inputs` are refs of what `flat` returns, `outputs` of the results."""
   elements, block, size = kernel.elements, kernel.elements.block, kernel.tile
   start = tile * size

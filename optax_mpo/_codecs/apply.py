@@ -7,16 +7,13 @@ How: within one trace the new weights are known (`known_weights`). Otherwise `fo
 Overwritten leaves get the value that their update holds.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import checks, formats, known_weights
 from optax_mpo._core import host, overwritten, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 def apply_updates(params: PyTree, updates: optax.Updates) -> PyTree:

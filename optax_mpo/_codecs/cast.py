@@ -5,17 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import formats
 from optax_mpo._core import buffers, overwritten, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import KeyPath, PyTree
 
 
 def cast(
   params: PyTree,
-  dtype: Any = jnp.bfloat16,
-  where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
+  dtype: DTypeLike = jnp.bfloat16,
+  where: Callable[[KeyPath, jax.Array], bool] | None = None,
 ) -> PyTree:
   """Casts the f32 leaves of `params` to `dtype`, rounding half away from zero as the compensation codec does.
 
@@ -55,7 +55,9 @@ def cast(
   return buffers.own(jax.tree.structure(params).unflatten(new), params)
 
 
-def chosen(params: PyTree, dtype: Any, where: Callable[[Any, Any], bool] | None, caller: str) -> list[tuple[Any, bool]]:
+def chosen(
+  params: PyTree, dtype: DTypeLike, where: Callable[[Any, Any], bool] | None, caller: str
+) -> list[tuple[Any, bool]]:
   """Returns each leaf and whether to cast it."""
   names = [name for name in formats.NAMES if caller != "cast" or formats.compute_dtype(jnp.dtype(name)) == name]
   known = f"{', '.join(names[:-1])} or {names[-1]}"

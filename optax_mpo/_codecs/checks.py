@@ -8,13 +8,12 @@ import optax
 
 from optax_mpo._codecs import codec, formats
 from optax_mpo._core import overwritten, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 def check_update(
   updates: optax.Updates, compensation: PyTree, params: PyTree, bits: int
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[jax.Array], list[jax.Array]]:
   """Returns the checked leaves of the compensation and of the updates, in the order of the params' leaves."""
   remake = "Make the state anew with optax_mpo.init(tx, params), or pass the params it was made for."
   kept = trees.flatten_like(params, compensation, "compensated: the state's compensation", remake)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import bf16, codec, float8, fp16
 from optax_mpo._core import host, types
@@ -90,7 +91,7 @@ def is_scaled(leaf: Any) -> bool:
   return leaf.dtype in _SCALED
 
 
-def compute_dtype(dtype: Any) -> Any:
+def compute_dtype(dtype: DTypeLike) -> Any:
   """The dtype in which the loss gets params of a dtype: the same, or another if the dtype has scales."""
   return _SCALED[dtype].COMPUTE if dtype in _SCALED else dtype
 
@@ -103,12 +104,12 @@ def gradient_like(leaf: Any) -> Any:
   return leaf if dtype == jnp.result_type(leaf) else types.struct(leaf).update(dtype=dtype)
 
 
-def widths(dtype: Any) -> tuple[int, ...]:
+def widths(dtype: DTypeLike) -> tuple[int, ...]:
   """The compensation widths that a format supports."""
   return _FORMATS[jnp.dtype(dtype)].BITS
 
 
-def is_exact(dtype: Any, bits: int) -> bool:
+def is_exact(dtype: DTypeLike, bits: int) -> bool:
   """Whether `bits` compensation bits hold all that a format cuts off, in the range of its normal numbers."""
   return bits >= _FORMATS[jnp.dtype(dtype)].CUT
 
@@ -122,7 +123,7 @@ def add(x: jax.Array, step: jax.Array) -> jax.Array:
   return x.astype(wider) + step.astype(wider)
 
 
-def split(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, Kept]:
+def split(x: jax.Array, dtype: DTypeLike, bits: int) -> tuple[jax.Array, Kept]:
   """Splits `x: f32[*s]` into `(low: dtype[*s], kept)`."""
   return _FORMATS[jnp.dtype(dtype)].split(x, bits)
 
@@ -133,7 +134,7 @@ def join(low: jax.Array, kept: Kept) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def stored(x: jax.Array, dtype: Any, bits: int) -> tuple[jax.Array, Kept, jax.Array]:
+def stored(x: jax.Array, dtype: DTypeLike, bits: int) -> tuple[jax.Array, Kept, jax.Array]:
   """Splits `x: f32[*s]` into `(low: dtype[*s], kept)`, and returns them and what `join` makes of them, f32[*s]."""
   low, kept = split(x, dtype, bits)
   return low, kept, join(low, kept)

@@ -13,8 +13,7 @@ import optax
 
 from optax_mpo._codecs import checks, codec, formats
 from optax_mpo._core import buffers, host, modules, overwritten, packing, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 class CompensatedState(NamedTuple):
@@ -122,7 +121,7 @@ def scales_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.A
   return [k.scales if needed else None for needed, k in zip(scaled, kept, strict=True)]
 
 
-def kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[Any]:
+def kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.Array]:
   """Returns the bits of each leaf of `params`, or None, from all states of `compensated` in `opt_state`."""
   _check_order(params, opt_state, who)
   found = states_in(opt_state)

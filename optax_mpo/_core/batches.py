@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import overwritten, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 def spread(axes: PyTree, tree: PyTree, what: str) -> list[int | None]:
@@ -24,7 +23,7 @@ def spread(axes: PyTree, tree: PyTree, what: str) -> list[int | None]:
   return [None if a == "none" else a for a in found]
 
 
-def check_size(leaves: list[Any], axes: list[int | None], count: int, who: str, in_axes: PyTree) -> None:
+def check_size(leaves: list[jax.Array], axes: list[int | None], count: int, who: str, in_axes: PyTree) -> None:
   """Checks that leaves with a batch axis have the same batch, and that it splits into `count` microbatches.
 
   Raises:

@@ -16,8 +16,7 @@ from typing import Any
 import jax
 
 from optax_mpo._core import primitives
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 KINDS = ("pinned_host", "unpinned_host")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 def as_function(fn: Any, who: str) -> Callable[..., Any]:
@@ -52,7 +52,7 @@ def _nnx_function(module: Any, nnx: Any) -> Callable[..., Any]:
   return apply_with_state if rest else apply
 
 
-def variables(tree: PyTree) -> list[Any]:
+def variables(tree: PyTree) -> list[jax.Array]:
   """The NNX variables in a tree, such as an `nnx.State`, a module or an optimizer; each once."""
   nnx = sys.modules.get("flax.nnx")
   if nnx is None:

@@ -18,8 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from optax_mpo._core import primitives, types
-
-PyTree = Any
+from optax_mpo._core.annotations import Index, PyTree, Values
 
 SMALL = 2**16
 """Elements. All that the update of a weight of this size needs fits into the caches."""
@@ -47,18 +46,18 @@ def hidden(index: jax.Array, values: Sequence[jax.Array]) -> jax.Array:
   return _hidden.bind(index, *values[:1]) if values else index
 
 
-def first_elements(arrays: Sequence[Any]) -> list[jax.Array]:
+def first_elements(arrays: Values) -> list[jax.Array]:
   """One element of each array or ref, except empty ones and those split over devices, which JAX refuses to index."""
   return [x[(0,) * x.ndim] for x in arrays if x.size and not types.is_split(x)]
 
 
-def in_order(values: PyTree) -> list[Any]:
+def in_order(values: PyTree) -> list[jax.Array]:
   """Returns arrays; on one device, the floating-point ones are row-major, with their axes in order in memory."""
   floating = [jnp.issubdtype(v.dtype, jnp.floating) for v in values]
   return [_row_major.bind(v) if is_float else v for v, is_float in zip(values, floating, strict=True)]
 
 
-def as_they_lie(arrays: Sequence[Any]) -> list[Any]:
+def as_they_lie(arrays: Values) -> list[jax.Array]:
   """Returns gradients of weights, or layers of stacks; on GPUs with their axes in order in memory, as those of weights.
 
   XLA:GPU would choose what suits the product that makes a gradient, or the sum of its parts over devices, and lay out
@@ -68,7 +67,7 @@ def as_they_lie(arrays: Sequence[Any]) -> list[Any]:
   return [_as_they_lie.bind(x) if x.ndim > 1 else x for x in arrays]
 
 
-def together(values: Sequence[Any]) -> list[Any]:
+def together(values: Values) -> list[jax.Array]:
   """Returns arrays that XLA:GPU makes before it uses any of them."""
   return _together.bind(*values)
 
@@ -106,13 +105,13 @@ def is_for_one(context: Any) -> bool:
   return (getattr(context.module_context.axis_context, "num_devices", None) or 1) == 1  # None inside of shard_map
 
 
-def after_values(index: Any, *done: Any, count: int) -> Any:
+def after_values(index: Index, *done: Any, count: int) -> Any:
   """`index`, from an expression that XLA can compute only after `done`."""
   never = index >> 30  # zero, but XLA cannot tell
   return index + never * sum((lax.convert_element_type(x, jnp.int32) for x in done), jnp.int32(0))
 
 
-def _hide(index: Any, value: Any) -> Any:
+def _hide(index: Index, value: Any) -> Any:
   never = lax.population_count(lax.convert_element_type(value, jnp.int32)) >> 6  # zero, but XLA cannot tell
   return index + never
 
@@ -130,7 +129,7 @@ def _all_made(*values: Any) -> Any:
   return barrier(list(values))
 
 
-def _changed(index: Any, *_: Any, count: int) -> Any:
+def _changed(index: Index, *_: Any, count: int) -> Any:
   return index + ((index + count) >> 30)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from optax_mpo._core.annotations import KeyPath, PyTree
 
 KEY = "_overwrite_with_gradient"  # flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT
 
@@ -51,7 +51,7 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def is_overwritten(path: tuple[Any, ...]) -> bool:
+def is_overwritten(path: KeyPath) -> bool:
   """Whether the leaf at this key path is overwritten with its gradient."""
   return any(getattr(key, "key", None) == KEY for key in path)
 

@@ -9,15 +9,13 @@ placeholder for each packed leaf, so that large leaves keep their paths.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import host, trees, types
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree, Values
 
 
 class Elsewhere(NamedTuple):
@@ -65,9 +63,9 @@ def pack(tree: PyTree, at_most: int) -> PackedState:
   return packed_again(leaves, Layout(treedef, places))
 
 
-def packed_again(leaves: Sequence[Any], layout: Layout) -> PackedState:
+def packed_again(leaves: Values, layout: Layout) -> PackedState:
   """Packs the leaves of a tree as a layout says."""
-  arrays: dict[int, list[Any]] = {}
+  arrays: dict[int, list[jax.Array]] = {}
   for leaf, place in zip(leaves, layout.places, strict=True):
     if place is not None:
       arrays.setdefault(place[0], []).append(jnp.reshape(leaf, -1))

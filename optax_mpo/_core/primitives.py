@@ -9,7 +9,7 @@ pass straight through, and a mapped axis stays where it is.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from optax_mpo._core.annotations import Values
 
 MADE: dict[str, Primitive] = {}
 """All primitives of this package by name, for the test that covers them."""
@@ -65,7 +67,7 @@ def make(
     rule = rule_of(lowering)
     mlir.register_lowering(primitive, rule, platform=platform, cacheable=not depends_on_operands)
 
-  def batch(axis: Any, operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+  def batch(axis: Any, operands: Values, axes: Values, **params: Any) -> Any:
     if all(a is None for a in axes):
       results = primitive.bind(*operands, **params)
       return results, [None] * len(results) if multiple_results else None
@@ -74,7 +76,7 @@ def make(
     results = mapped(*operands)
     return results, [0] * len(results) if multiple_results else 0
 
-  def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+  def jvp(primals: Values, tangents: Values, **params: Any) -> Any:
     _, found = jvp_of(functools.partial(plain, **params), primals, tangents)
     found = [ad.Zero(jax.typeof(t)) if t.dtype == jax.dtypes.float0 else t for t in jax.tree.leaves(found)]
     return primitive.bind(*primals, **params), found if multiple_results else found[0]
@@ -84,7 +86,7 @@ def make(
   return primitive
 
 
-def jvp_of(fun: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+def jvp_of(fun: Callable[..., Any], primals: Values, tangents: Values) -> tuple[Any, Any]:
   """`jax.jvp` of `fun(*primals)`, where some tangents may be symbolic zeros."""
   active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero | SymbolicZero)]
 
@@ -115,17 +117,17 @@ def make_hint(
 
   primitive = make(name, same, same, lowerings, multiple_results=all_operands, depends_on_operands=depends_on_operands)
 
-  def batch(_: Any, operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+  def batch(_: Any, operands: Values, axes: Values, **params: Any) -> Any:
     if all_operands:
       return primitive.bind(*operands, **params), list(axes)
     first, *others = operands
     fitting = [_like_first(x, a, first, axes[0]) for x, a in zip(others, axes[1:], strict=True)]
     return primitive.bind(first, *fitting, **params), axes[0]
 
-  def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+  def jvp(primals: Values, tangents: Values, **params: Any) -> Any:
     return primitive.bind(*primals, **params), same(*tangents)
 
-  def transpose(cotangents: Any, *operands: Any, **_: Any) -> list[Any]:
+  def transpose(cotangents: Any, *operands: Any, **_: Any) -> list[jax.Array]:
     given = cotangents if all_operands else [cotangents, *[None] * (len(operands) - 1)]
     return [ct if ad.is_undefined_primal(x) else None for ct, x in zip(given, operands, strict=True)]
 

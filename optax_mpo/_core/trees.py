@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
-
-PyTree = Any
-KeyPath = tuple[Any, ...]
+from optax_mpo._core.annotations import KeyPath, PyTree
 
 
 def name(path: KeyPath, root: str = "params") -> str:
@@ -28,7 +26,7 @@ def is_array(x: Any) -> bool:
   return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def flatten_like(tree: PyTree, other: PyTree, what: str, hint: str, root: str = "params") -> list[Any]:
+def flatten_like(tree: PyTree, other: PyTree, what: str, hint: str, root: str = "params") -> list[jax.Array]:
   """Returns `other`'s subtrees at the leaves of `tree`.
 
   Raises:

@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from optax_mpo._core import host
+from optax_mpo._core.annotations import Shaped
 
 LOW_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float8_e4m3fn))
 """The floating-point dtypes in which weights are stored instead of float32; `_codecs/formats.py` has their codecs."""
 
 
-def is_packed(dtype: Any) -> bool:
+def is_packed(dtype: DTypeLike) -> bool:
   """Whether several elements of a dtype share a byte, such as two of `int4`."""
   info = {jnp.integer: jnp.iinfo, jnp.floating: jnp.finfo}
   return any(jnp.issubdtype(dtype, kind) and of(dtype).bits < 8 for kind, of in info.items())
@@ -35,7 +37,7 @@ def resized(x: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
   return _cut(aval, [(None, size) if i == axis else (i, n) for i, n in enumerate(aval.shape)])
 
 
-def _cut(aval: Any, axes: Sequence[tuple[int | None, int]]) -> jax.ShapeDtypeStruct:
+def _cut(aval: Shaped, axes: Sequence[tuple[int | None, int]]) -> jax.ShapeDtypeStruct:
   """The type with these axes: for each the one it comes from, whose sharding it keeps, and its size."""
   sharding, manual = _typed(aval, AxisType.Explicit, AxisType.Manual), getattr(aval, "manual_axis_type", None)
   if sharding is not None:
@@ -68,7 +70,7 @@ def _type(x: Any) -> Any:
   return getattr(aval, "inner_aval", aval)
 
 
-def _typed(aval: Any, *kinds: AxisType) -> Any:
+def _typed(aval: Shaped, *kinds: AxisType) -> Any:
   """The sharding in a type, if its mesh has axes of one of these kinds; else None."""
   sharding = getattr(aval, "sharding", None)
   axes = getattr(getattr(sharding, "mesh", None), "axis_types", ())

@@ -8,7 +8,7 @@ How: primitives that return their first operand, and are lowered for CPUs to som
 other platforms they do nothing, except `tie`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._core import order, primitives
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree, Values
 
 _HELD = 2**10  # elements; for smaller arrays, computing twice costs less than `held`
 
 
-def after_use(index: jax.Array, values: Sequence[Any]) -> jax.Array:
+def after_use(index: jax.Array, values: Values) -> jax.Array:
   """Returns `index`, i32[]; on one CPU, as a value that XLA knows only after the arrays `values`.
 
   XLA:CPU removes barriers before it orders operations. If it could write into a stack before the last read of the old

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import formats
 from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import buffers, trees
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._flax.steps import Fused, Where, check_options, explain_step, make_step, metrics, updated
 from optax_mpo._stepping import explain
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
-
-PyTree = Any
 
 _STEP = "optax_mpo.flax.Optimizer.step_with"  # the tag of the step's nnx.update_context
 
@@ -81,7 +81,7 @@ class Optimizer(nnx.Pytree):
     two_pass: bool = False,
     ema_decay: float | None = None,
     ema_bits: int | None = 8,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     where: Where | None = None,
     state_memory: str | None = None,
     _run: tuple[PyTree, optax.OptState, jax.Array] | None = None,  # params, state and steps of a run under way
@@ -118,7 +118,7 @@ class Optimizer(nnx.Pytree):
     two_pass: bool = False,
     ema_decay: float | None = None,
     ema_bits: int | None = 8,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     where: Where | None = None,
   ) -> "Optimizer":
     """Takes over a run of `nnx.Optimizer`, with f32 params, in the middle. It casts the model's params.

@@ -12,14 +12,14 @@ import optax
 
 from optax_mpo._codecs import apply, masters
 from optax_mpo._core import trees, types, wrapping
+from optax_mpo._core.annotations import KeyPath, PyTree
 from optax_mpo._layers import fused_step
 from optax_mpo._stepping import explain, releasable, value_and_update
 from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
 from optax_mpo._transforms import average, norms
 
-PyTree = Any
 Fused = Literal["auto", "layer", "off"]
-Where = Callable[[tuple[Any, ...], jax.Array], bool]
+Where = Callable[[KeyPath, jax.Array], bool]
 
 _told: "weakref.WeakSet[Any]" = weakref.WeakSet()  # the updates of transformations that a warning has named
 

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.training import train_state
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import masters
 from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import buffers, overwritten
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._flax.steps import Fused, Where, check_options, explain_step, make_step, metrics, updated
 from optax_mpo._stepping import explain
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._transforms import average, compensated, convert
-
-PyTree = Any
 
 
 class TrainState(struct.PyTreeNode):
@@ -89,7 +89,7 @@ class TrainState(struct.PyTreeNode):
     two_pass: bool = False,
     ema_decay: float | None = None,
     ema_bits: int | None = None,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     where: Where | None = None,
     state_memory: str | None = None,
     **kwargs: Any,
@@ -156,7 +156,7 @@ class TrainState(struct.PyTreeNode):
     two_pass: bool = False,
     ema_decay: float | None = None,
     ema_bits: int | None = None,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     where: Where | None = None,
     **kwargs: Any,
   ) -> "TrainState":

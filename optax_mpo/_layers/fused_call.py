@@ -16,6 +16,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from optax_mpo._core import host, order, trees, types
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._layers import handles
 from optax_mpo._program import jax_forms, recompute
 from optax_mpo._program.program import Program
@@ -24,7 +25,6 @@ from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf
 
-PyTree = Any
 Remat = bool | Callable[..., Any]
 
 
@@ -44,9 +44,9 @@ class Call:
   who: str
   step: handles.Step
   leaves: list[int]
-  arrays: list[Any]
+  arrays: list[jax.Array]
   arguments: tuple[Any, ...]
-  apply: Callable[[Sequence[Any], Sequence[Any]], PyTree]
+  apply: Callable[[Values, Values], PyTree]
   _places: list[int]  # the argument that each array is in
 
   @classmethod
@@ -74,7 +74,7 @@ class Call:
       if not handles.is_handle(leaf) and (trees.is_array(leaf) or place in parts)
     }
 
-    def apply(weights: Sequence[Any], values: Sequence[Any]) -> PyTree:
+    def apply(weights: Values, values: Values) -> PyTree:
       weights_left, values_left = iter(weights), iter(values)
       merged = []
       for i, leaf in enumerate(leaves):
@@ -95,7 +95,7 @@ class Call:
     """The types of the weights, with one axis left out if `without` names it."""
     return [types.struct(self.step.params[i], without) for i in self.leaves]
 
-  def arrays_of(self, argument: int) -> list[Any]:
+  def arrays_of(self, argument: int) -> list[jax.Array]:
     """The arrays in one of the arguments."""
     return [a for a, place in zip(self.arrays, self._places, strict=True) if place == argument]
 
@@ -166,11 +166,11 @@ class Refs:
       [step.shared[v] for v in self._shared],
     )
 
-  def weights(self, arguments: Any) -> list[Any]:
+  def weights(self, arguments: Any) -> list[jax.Array]:
     """Reads the weights, of which some may be in host memory."""
     return [host.typed(ref[...], flag) for ref, flag in zip(arguments[0], self._on_host[0], strict=True)]
 
-  def update(self, arguments: Any, grads: dict[int, Any], onward: PyTree) -> PyTree:
+  def update(self, arguments: Any, grads: dict[int, jax.Array], onward: PyTree) -> PyTree:
     """Updates all weights. Returns `onward`, which XLA cannot use before that is done.
 
     Args:
@@ -192,11 +192,11 @@ class Refs:
   def update_within(
     self,
     arguments: Any,
-    backward: Callable[[list[Any], PyTree, PyTree], tuple[list[Any], dict[int, Any]]],
+    backward: Callable[[list[jax.Array], PyTree, PyTree], tuple[list[jax.Array], dict[int, jax.Array]]],
     kept: PyTree,
     cotangents: PyTree,
     at_least: int = 0,
-  ) -> list[Any]:
+  ) -> list[jax.Array]:
     """Runs a backward pass and updates each weight as soon as its gradient is complete.
 
     Args:
@@ -222,7 +222,7 @@ class Refs:
       return self.update(arguments, grads, onward)
     store.leaves.update(zip(self.leaves, weights, strict=True))
 
-    def flat(weights: list[Any], kept: PyTree, cotangents: PyTree) -> tuple[list[Any], list[Any]]:
+    def flat(weights: list[jax.Array], kept: PyTree, cotangents: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
       onward, grads = backward(weights, kept, cotangents)
       return onward, [_or_zeros(grads.get(i), w) for i, w in zip(self.leaves, weights, strict=True)]
 
@@ -240,10 +240,10 @@ class Refs:
         group.raise_mixed(site.why)
     return self._write(arguments, store, out)
 
-  def _sites(self, grads: dict[int, Any], weights: dict[int, Any]) -> list[Site]:
+  def _sites(self, grads: dict[int, jax.Array], weights: dict[int, jax.Array]) -> list[Site]:
     return of_groups(self.groups, grads, weights, self._kernels)
 
-  def _read(self, arguments: Any) -> tuple[stores.Whole, list[list[Any]]]:
+  def _read(self, arguments: Any) -> tuple[stores.Whole, list[list[jax.Array]]]:
     """Reads weights and states. Returns them, and the values that each group shares with others."""
     pairs = zip(arguments[:2], self._on_host, strict=True)
     params, states = ([host.typed(r[...], f) for r, f in zip(refs, flags, strict=True)] for refs, flags in pairs)
@@ -271,7 +271,7 @@ def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Ca
   return jax.checkpoint(fun, policy=None if remat is True else remat, prevent_cse=prevent_cse)
 
 
-def grads_by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Sequence[Any]) -> dict[int, Any]:
+def grads_by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Values) -> dict[int, jax.Array]:
   """The gradients of the trained weights, by leaf of the params."""
   return dict(zip([i for i, flag in zip(leaves, trained, strict=True) if flag], grads, strict=True))
 
@@ -292,7 +292,7 @@ def values(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda p: hasattr(p, "perturbed"))
 
 
-def perturbed(primals: Sequence[Any]) -> tuple[list[Any], list[bool]]:
+def perturbed(primals: Values) -> tuple[list[jax.Array], list[bool]]:
   """The values of a forward rule's arguments, and whether they are differentiated."""
   return [p.value for p in primals], [p.perturbed and is_float(p.value) for p in primals]
 
@@ -302,19 +302,19 @@ def is_zero(ct: Any) -> bool:
   return isinstance(ct, SymbolicZero)
 
 
-def real_cotangents(cotangents: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+def real_cotangents(cotangents: Values, avals: Values) -> list[jax.Array]:
   """The cotangents of floating-point results, as arrays."""
   pairs = [(ct, a) for ct, a in zip(cotangents, avals, strict=True) if is_float(a)]
   return [types.zeros(a) if is_zero(ct) else ct for ct, a in pairs]
 
 
-def all_cotangents(real: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+def all_cotangents(real: Values, avals: Values) -> list[jax.Array]:
   """The cotangents of all results as `jax.vjp` takes them: float0 for integers."""
   rest = iter(real)
   return [next(rest) if is_float(a) else np.zeros(a.shape, jax.dtypes.float0) for a in avals]
 
 
-def spread(cotangents: Sequence[Any], active: Sequence[bool]) -> list[Any]:
+def spread(cotangents: Values, active: Sequence[bool]) -> list[jax.Array]:
   """Puts None where nothing was differentiated."""
   rest = iter(cotangents)
   return [next(rest) if flag else None for flag in active]

@@ -15,11 +15,10 @@ import optax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._core import host, modules, trees, wrapping
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._layers import fused_call, handles
 from optax_mpo._updates import by_leaf
 from optax_mpo._updates.late import take
-
-PyTree = Any
 
 
 def fused_value_and_update(

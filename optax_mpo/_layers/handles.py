@@ -15,9 +15,8 @@ import jax
 from jax.extend import core
 
 from optax_mpo._core import host, trees
+from optax_mpo._core.annotations import PyTree, Shaped, Values
 from optax_mpo._updates import by_leaf
-
-PyTree = Any
 
 
 class FusedError(ValueError):
@@ -29,7 +28,7 @@ class _Leaf:
 
   __slots__ = ("aval", "index")
 
-  def __init__(self, index: int, aval: Any):
+  def __init__(self, index: int, aval: Shaped):
     self.index, self.aval = index, aval
 
 
@@ -48,7 +47,7 @@ class Step:
     values: the arrays that `fused_value` has returned, by leaf.
   """
 
-  def __init__(self, update: by_leaf.Update, params: Sequence[Any], states: Mapping[int, Any], shared: Any):
+  def __init__(self, update: by_leaf.Update, params: Values, states: Mapping[int, Any], shared: Any):
     self.update, self.shared = update, shared
     self.params = [jax.new_ref(host.untyped(p)) for p in params]
     self.states = {j: jax.new_ref(host.untyped(s)) for j, s in states.items()}
@@ -56,7 +55,7 @@ class Step:
     self.states_on_host = {j for j, s in states.items() if host.is_on_host(s)}
     self.token: Any = None
     self.stepped: set[int] = set()
-    self.values: dict[int, Any] = {}
+    self.values: dict[int, jax.Array] = {}
     self._avals = [jax.typeof(p) for p in params]
     self._users: dict[int, str] = {}
     self._trace: Any = None
@@ -134,7 +133,7 @@ class Step:
     before, self._inside = self._inside, who
     return before
 
-  def results(self) -> tuple[list[Any], dict[int, Any]]:
+  def results(self) -> tuple[list[jax.Array], dict[int, jax.Array]]:
     """Takes the new params out of the refs, and the new leaves of the state by index."""
     params = [host.typed(jax.freeze(ref), i in self.params_on_host) for i, ref in enumerate(self.params)]
     return params, {j: host.typed(jax.freeze(ref), j in self.states_on_host) for j, ref in self.states.items()}
@@ -189,7 +188,7 @@ class Handle:
       raise AttributeError(f"{self._name} is a {type(node).__name__} without {name!r}.")
     return self._child(getattr(node, name), f"{self._name}.{name}")
 
-  def _values(self) -> list[Any]:
+  def _values(self) -> list[jax.Array]:
     return [self[key] for key in self.keys()]
 
   def _items(self) -> list[tuple[Any, Any]]:

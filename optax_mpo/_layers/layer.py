@@ -22,11 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._core import host, modules, order, types
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._layers import fused_call, handles, microbatch
 from optax_mpo._layers.fused_call import Remat
 from optax_mpo._program import pullbacks
-
-PyTree = Any
 
 
 def fused_layer(
@@ -222,15 +221,15 @@ def _read(handle: handles.Handle) -> PyTree:
   return handles.handle_treedef(handle).unflatten([step.values[i] for i in handles.handle_leaves(handle)])
 
 
-def _hook(step: handles.Step, refs: fused_call.Refs) -> Callable[..., list[Any]]:
+def _hook(step: handles.Step, refs: fused_call.Refs) -> Callable[..., list[jax.Array]]:
   @jax.custom_vjp
-  def hook(token: Any, arguments: Any) -> list[Any]:
+  def hook(token: Any, arguments: Any) -> list[jax.Array]:
     return host.fetched(refs.weights(arguments))
 
-  def hook_fwd(token: Any, arguments: Any) -> tuple[list[Any], Any]:
+  def hook_fwd(token: Any, arguments: Any) -> tuple[list[jax.Array], Any]:
     return host.fetched(refs.weights(arguments)), arguments
 
-  def hook_bwd(arguments: Any, cotangents: list[Any]) -> tuple[Any, None]:
+  def hook_bwd(arguments: Any, cotangents: list[jax.Array]) -> tuple[Any, None]:
     step.stepped.update(refs.leaves)
     grads = dict(zip(refs.leaves, cotangents, strict=True))
     refs.update(arguments, grads, ())
@@ -245,15 +244,15 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
   apply, closed = jax.closure_convert(call.apply, call.weights(), call.arrays)
   traced: list[pullbacks.Pullback] = []
 
-  def fun(weights: list[Any], constants: list[Any], inputs: list[Any]) -> PyTree:
+  def fun(weights: list[jax.Array], constants: list[jax.Array], inputs: list[jax.Array]) -> PyTree:
     count = len(call.arrays)
     return fused_call.checkpointed(apply, remat, prevent_cse=True)(weights, inputs[:count], *inputs[count:])
 
   @jax.custom_vjp
-  def layer(token: Any, arguments: Any, inputs: list[Any]) -> PyTree:
+  def layer(token: Any, arguments: Any, inputs: list[jax.Array]) -> PyTree:
     return fun(host.fetched(refs.weights(arguments)), [], inputs)
 
-  def layer_fwd(token: Any, arguments: Any, inputs: list[Any]) -> tuple[PyTree, Any]:
+  def layer_fwd(token: Any, arguments: Any, inputs: list[jax.Array]) -> tuple[PyTree, Any]:
     arguments = fused_call.values(arguments)
     inputs, active = fused_call.perturbed(inputs)
     weights = host.fetched(refs.weights(arguments))
@@ -269,7 +268,9 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
     step.stepped.update(refs.leaves)
     real = fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=fused_call.is_zero), pullback.out_avals)
 
-    def backward(weights: list[Any], kept: list[Any], real: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+    def backward(
+      weights: list[jax.Array], kept: list[jax.Array], real: list[jax.Array]
+    ) -> tuple[list[jax.Array], dict[int, jax.Array]]:
       cotangents = fused_call.all_cotangents(real, pullback.out_avals)
       grads, _, onward = pullback.backward(host.fetched(weights), [], kept, cotangents)
       return onward, fused_call.grads_by_leaf(refs.leaves, trained, grads)
@@ -289,9 +290,9 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
   count = len(carried)
   slices = [types.struct(x, 0) for x in scanned]
   carry_treedef = call.treedef_of(1)
-  y_treedef: list[Any] = []
+  y_treedef: list[jax.Array] = []
 
-  def one(weights: list[Any], arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+  def one(weights: list[jax.Array], arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     out = call.apply(weights, arrays)
     if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != carry_treedef:
       raise TypeError(
@@ -305,15 +306,19 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
   apply, closed = jax.closure_convert(one, call.weights(without=0), [*map(types.struct, carried), *slices])
   traced: list[pullbacks.Pullback] = []
 
-  def fun(weights: list[Any], constants: list[Any], inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+  def fun(
+    weights: list[jax.Array], constants: list[jax.Array], inputs: list[jax.Array]
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
     return fused_call.checkpointed(apply, remat, prevent_cse=False)(weights, inputs, *constants)
 
   def scan(body: Callable[..., Any], carry: Any, xs: Any, backward: bool = False) -> Any:
     return lax.scan(body, carry, xs, length=layers, reverse=reverse != backward, unroll=unroll)
 
   @jax.custom_vjp
-  def stack(token: Any, arguments: Any, carry: list[Any], xs: list[Any], constants: list[Any]) -> PyTree:
-    def body(carry: list[Any], layer: Any) -> PyTree:
+  def stack(
+    token: Any, arguments: Any, carry: list[jax.Array], xs: list[jax.Array], constants: list[jax.Array]
+  ) -> PyTree:
+    def body(carry: list[jax.Array], layer: Any) -> PyTree:
       weights, x = layer
       return fun(host.fetched(weights), constants, [*carry, *x])
 
@@ -328,7 +333,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     pullback = pullbacks.trace(fun, call.weights(without=0), constants, inputs, active)
     traced[:] = [pullback]
 
-    def body(carry: list[Any], layer: Any) -> tuple[list[Any], Any]:
+    def body(carry: list[jax.Array], layer: Any) -> tuple[list[jax.Array], Any]:
       weights, x = layer
       out, kept = pullback.forward(order.as_they_lie(host.fetched(weights)), constants, [*carry, *x])
       return out[:count], (out[count:], kept)
@@ -338,7 +343,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     static = fused_call.Static((tuple(active_constants), tuple(active_xs)))
     return (carry, ys), (arguments, constants, kept, static)
 
-  def stack_bwd(residuals: Any, cotangents: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+  def stack_bwd(residuals: Any, cotangents: tuple[list[jax.Array], list[jax.Array]]) -> tuple[Any, ...]:
     arguments, constants, kept, static = residuals
     active_constants, active_xs = static.value
     (pullback,) = traced
@@ -352,7 +357,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     ]
     sizes = [len(ct_carry), sum(active_xs), sum(active_constants)]
 
-    def backward(weights: list[Any], kept: Any, cotangents: Any) -> tuple[list[Any], dict[int, Any]]:
+    def backward(weights: list[jax.Array], kept: Any, cotangents: Any) -> tuple[list[jax.Array], dict[int, jax.Array]]:
       kept, constants = kept
       ct_carry, ct_ys = cotangents
       sums = [types.zeros(c) for c, flag in zip(constants, active_constants, strict=True) if flag]

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._core import batches, trees, types
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 def split(
@@ -50,7 +49,7 @@ def split(
     ]
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
-    def one(wide: PyTree, part: list[Any]) -> PyTree:
+    def one(wide: PyTree, part: list[jax.Array]) -> PyTree:
       narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params)
       merged = [leaf if p is None else p for leaf, p in zip(leaves, part, strict=True)]
       return fn(narrow, *treedef.unflatten(merged), **kwargs)

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import modules, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 def size(tree: PyTree) -> int:

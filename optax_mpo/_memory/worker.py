@@ -38,7 +38,7 @@ def mesh_axes(module: str) -> list[tuple[str, int]]:
   return []
 
 
-def shardings(exported: Any, devices: list[Any]) -> tuple[NamedSharding, list[NamedSharding]]:
+def shardings(exported: Any, devices: list[jax.Array]) -> tuple[NamedSharding, list[NamedSharding]]:
   """Returns the replicated sharding over the target's devices, and the argument shardings (by default replicated)."""
   axes = mesh_axes(exported.mlir_module()) if exported.nr_devices > 1 else []
   names = tuple(axis for axis, _ in axes) or ("devices",)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from optax_mpo._core import host
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._memory.gpu_memory import lower
 from optax_mpo._memory.gpu_targets import TARGETS
 from optax_mpo._memory.lowered import Lowered
@@ -23,7 +24,6 @@ from optax_mpo._planner.decoder import LMConfig, language_model
 from optax_mpo._planner.remembered import Figures, Remembered, key_of
 from optax_mpo._planner.storages import STORAGES
 
-PyTree = Any
 Made = tuple[Callable[..., Any], tuple[Any, ...], PyTree, dict[str, Any]]
 _COMPILER = 3 * 2**30  # bytes of memory that a process with XLA's compiler may take
 

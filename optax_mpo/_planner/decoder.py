@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
+
 Shapes = dict[str, Any]
 
 

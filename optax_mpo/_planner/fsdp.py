@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._planner.storages import Training
 from optax_mpo._transforms.sharding import state_sharding
-
-PyTree = Any
-
 
 SPLITS: dict[str, Callable[[Sequence[int]], int]] = {
   "rows": lambda shape: 0,

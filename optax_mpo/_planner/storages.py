@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs.apply import apply_updates
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._planner.decoder import Model
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._stepping.value_and_update import value_and_update
@@ -23,8 +25,6 @@ from optax_mpo._transforms.per_layer import per_layer
 from optax_mpo._transforms.quantized import quantized_state
 from optax_mpo._transforms.sharding import state_sharding
 from optax_mpo._transforms.with_kernels import with_kernels
-
-PyTree = Any
 
 
 def _is_stack(path: Any, leaf: Any) -> bool:
@@ -133,7 +133,11 @@ def compensated(bits: int, compact: bool = False, kernels: bool = False) -> Call
 
 
 def automatic(
-  bits: int, compact: bool = False, kernels: bool = False, accumulator: int | None = None, dtype: Any = jnp.bfloat16
+  bits: int,
+  compact: bool = False,
+  kernels: bool = False,
+  accumulator: int | None = None,
+  dtype: DTypeLike = jnp.bfloat16,
 ) -> Callable[[Model, str], Training]:
   """Our storage with automatic gradient release: `value_and_update` on the same loss function.
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Index
 from optax_mpo._program import dataflow, jax_forms, layer_origins
 from optax_mpo._program.entries import Entries, Where
 from optax_mpo._program.layer_rules import ELEMENTWISE, Layer, rule_of
@@ -29,9 +30,9 @@ from optax_mpo._program.program import Atom, Operation, Program
 def run(
   operations: Sequence[Operation],
   program: Program,
-  env: dict[int, Any],
+  env: dict[int, jax.Array],
   where: dict[int, Where],
-  index: Any,
+  index: Index,
   count: int,
   is_rows: bool = False,
   divisors: frozenset[int] = frozenset(),
@@ -70,7 +71,12 @@ def run(
 
 
 def _cut_early(
-  operation: Operation, program: Program, env: dict[int, Any], values: list[Any], found: list[Where], layer: Layer
+  operation: Operation,
+  program: Program,
+  env: dict[int, jax.Array],
+  values: list[jax.Array],
+  found: list[Where],
+  layer: Layer,
 ) -> None:
   """Cuts operands that do not depend on the layer, before they are broadcast or moved: XLA may store the result."""
   entries = next(e for e in found if e is not None)
@@ -105,7 +111,7 @@ def entries_of(
   found = dict(where)
   read = dataflow.read_by(operations) - {v for o in operations for v in o.outputs} - set(program.constants)
 
-  def trace(index: Any) -> None:
+  def trace(index: Index) -> None:
     env = dict(program.constants) | {v: types.zeros(program.aval(v)) for v in read}
     env |= {v: types.zeros(types.resized(program.aval(v), e.axis, e.size)) for v, e in where.items() if e is not None}
     run(operations, program, env, found, index, count)

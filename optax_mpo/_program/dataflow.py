@@ -10,6 +10,7 @@ import operator
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from optax_mpo._core.annotations import Values
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -131,7 +132,7 @@ def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
   )
 
 
-def _kept(items: Sequence[Any], keep: Sequence[bool]) -> tuple[Any, ...]:
+def _kept(items: Values, keep: Sequence[bool]) -> tuple[Any, ...]:
   return tuple(item for item, wanted in zip(items, keep, strict=True) if wanted)
 
 

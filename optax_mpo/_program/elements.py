@@ -4,13 +4,16 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
+from optax_mpo._core.annotations import Values
 from optax_mpo._program.program import Operation
 
 Kind = Literal["element", "block", "scalar"]
@@ -35,7 +38,7 @@ class Node:
 
   name: str
   args: tuple[int, ...]
-  dtype: Any
+  dtype: DTypeLike
   kind: Kind
   params: Any = None
 
@@ -78,13 +81,13 @@ class Elements:
   hoisted: tuple[Operation, ...]
 
   def compute(
-    self, values: Sequence[Any], shapes: dict[Kind, tuple[int, ...]], operations: Operations | None = None
-  ) -> list[Any]:
+    self, values: Values, shapes: dict[Kind, tuple[int, ...]], operations: Operations | None = None
+  ) -> list[jax.Array]:
     """Computes the outputs from arrays for the sources, in the given shape for each kind.
 
     The shapes for elements and for blocks differ in the last axis at most. `operations` compute the nodes.
     """
-    env: list[Any] = []
+    env: list[jax.Array] = []
     operations = operations or COMPUTE
 
     def read(i: int, kind: Kind) -> Any:

@@ -11,12 +11,12 @@ a list of nodes without shapes. Anything else is refused by name.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Shaped
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.elements import OPERATIONS, Elements, Kind, NotElementwiseError, Source
 from optax_mpo._program.program import Atom, Operation, Program
@@ -237,5 +237,5 @@ class _Builder:
     return self.nodes.simplified(name, tuple(args), dtype)
 
 
-def _other_shape(aval: Any) -> str:
+def _other_shape(aval: Shaped) -> str:
   return f"an array of shape {list(aval.shape)} goes into it, such as a part of a recorded norm"

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from optax_mpo._core.annotations import Index
+
 
 class Entries(NamedTuple):
   """The entries of an axis that belong to a layer: `size` consecutive ones, from `start + stride * index` on.
@@ -19,7 +21,7 @@ class Entries(NamedTuple):
   size: int = 1
   without: tuple[int, int] = (0, 0)
 
-  def first(self, index: Any) -> Any:
+  def first(self, index: Index) -> Any:
     """The first entry of the layer at `index`, i32[]."""
     scaled = index if self.stride == 1 else index * self.stride
     return scaled + self.start if self.start else scaled
@@ -28,7 +30,7 @@ class Entries(NamedTuple):
     """Which of `count` layers have entries."""
     return range(self.without[0], count - self.without[1])
 
-  def exist(self, index: Any, count: int) -> Any:
+  def exist(self, index: Index, count: int) -> Any:
     """Whether the layer at `index`, i32[], has entries: bool[], or True where all have."""
     if self.without == (0, 0):
       return True

@@ -23,6 +23,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from optax_mpo._core import order
+from optax_mpo._core.annotations import Values
 from optax_mpo._program.program import Atom, Operation, Program
 
 _PACKAGE, _JAX = pathlib.PurePath(__file__).parents[1], pathlib.PurePath(jax.__file__).parent
@@ -48,7 +49,7 @@ def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
   """Copies a jaxpr into a program, and inlines the calls named in `calls`."""
   program = Program(source=closed)
 
-  def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], caller: Any) -> list[Atom]:
+  def inline(jaxpr: Any, consts: Values, args: Sequence[Atom], caller: Any) -> list[Atom]:
     env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
     for var, const in zip(jaxpr.constvars, consts, strict=True):
       env[var] = program.new(var.aval)
@@ -82,12 +83,12 @@ def _branches(eqn: Any) -> tuple[Program, ...]:
   return tuple(flatten(_closed(b)) for b in eqn.params["branches"]) if eqn.primitive.name == "cond" else ()
 
 
-def _called(eqn: Any) -> tuple[Any, Sequence[Any]]:
+def _called(eqn: Any) -> tuple[Any, Values]:
   called = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
   return _open(called)
 
 
-def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def _open(jaxpr: Any) -> tuple[Any, Values]:
   """Returns a closed or open jaxpr as an open one, and its constants."""
   consts = getattr(jaxpr, "consts", ())
   return getattr(jaxpr, "jaxpr", jaxpr), consts
@@ -98,7 +99,7 @@ def _no_debug_info() -> Any:
   return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
-def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -> list[Any]:
+def run_operation(operation: Operation, values: Values, **changes: Any) -> list[jax.Array]:
   """Runs one operation on its operands, with some of its params changed."""
   eqn = operation.eqn
   if operation.name == "optimization_barrier":
@@ -116,33 +117,33 @@ def run_operation(operation: Operation, values: Sequence[Any], **changes: Any) -
   return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*named.values())
 
 
-def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) -> None:
+def run(program: Program, operations: Iterable[Operation], env: dict[int, jax.Array]) -> None:
   """Runs operations in order, reading and writing `env`."""
   for operation in operations:
     results = run_operation(operation, [operand(a, env) for a in operation.inputs])
     env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
 
 
-def call(program: Program, *args: Any) -> list[Any]:
+def call(program: Program, *args: Any) -> list[jax.Array]:
   """Runs a whole program on the values of its inputs."""
   env = dict(program.constants) | dict(zip(program.inputs, args, strict=True))
   run(program, program.operations, env)
   return [value(a, env) for a in program.outputs]
 
 
-def call_source(program: Program, *args: Any) -> list[Any]:
+def call_source(program: Program, *args: Any) -> list[jax.Array]:
   """The same, but differentiated as its author wrote it, with custom derivatives."""
   assert program.source is not None
   consts = list(program.constants.values())[: len(program.source.consts)]  # those of inlined calls come after these
   return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
 
 
-def operand(atom: Atom, env: dict[int, Any]) -> Any:
+def operand(atom: Atom, env: dict[int, jax.Array]) -> Any:
   """The value of an atom as an operand; a literal becomes a NumPy array of its dtype, also with `jax_enable_x64`."""
   return env[atom] if isinstance(atom, int) else np.asarray(atom.val, atom.aval.dtype)
 
 
-def value(atom: Atom, env: dict[int, Any]) -> Any:
+def value(atom: Atom, env: dict[int, jax.Array]) -> Any:
   """The value of an atom; a literal becomes a JAX array of its dtype."""
   return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, atom.aval.dtype)
 
@@ -300,7 +301,7 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
       found.update(v for v, flag in zip(eqn.invars, flags, strict=True) if flag and not isinstance(v, core.Literal))
     return found
 
-  def inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], flags: Sequence[bool], caller: Any) -> list[Atom]:
+  def inline(jaxpr: Any, consts: Values, args: Sequence[Atom], flags: Sequence[bool], caller: Any) -> list[Atom]:
     env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
     found = follow(jaxpr, flags)
     for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -349,7 +350,7 @@ def _kept_apart(eqn: Any) -> Sequence[bool]:
   return [apart] * len(eqn.invars) if isinstance(apart, bool) else list(apart)
 
 
-def _barrier(avals: Sequence[Any]) -> Any:
+def _barrier(avals: Values) -> Any:
   return jax.make_jaxpr(lax.optimization_barrier)([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]).eqns[0]
 
 

@@ -8,13 +8,14 @@ arrays. It returns the results for this layer, with theirs.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
 
 from optax_mpo._core import order, xla_cpu
+from optax_mpo._core.annotations import Index, Values
 from optax_mpo._program import jax_forms
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Operation, Program
@@ -47,7 +48,7 @@ class Layer:
     run: `by_layer.run`, for operations that contain others.
   """
 
-  index: Any
+  index: Index
   count: int
   is_rows: bool
   divisors: frozenset[int]
@@ -61,13 +62,13 @@ class Layer:
     return part if entries.size == 1 or self.is_rows else order.as_they_lie([part])[0]
 
 
-def _with(items: Sequence[Any], axis: int, item: Any) -> tuple[Any, ...]:
+def _with(items: Values, axis: int, item: Any) -> tuple[Any, ...]:
   """The items, with another one at `axis`."""
   return (*items[:axis], item, *items[axis + 1 :])
 
 
-Rule = Callable[[Operation, list[Any], list[Where], Layer, list[Any]], tuple[list[Any], list[Where]]]
-_Result = tuple[list[Any], list[Where]]
+Rule = Callable[[Operation, list[jax.Array], list[Where], Layer, list[jax.Array]], tuple[list[jax.Array], list[Where]]]
+_Result = tuple[list[jax.Array], list[Where]]
 
 
 def rule_of(operation: Operation) -> Rule:
@@ -95,8 +96,8 @@ def _takes_some(operation: Operation) -> NotSeparableError:
 
 
 def _alike(
-  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
-) -> tuple[list[Any], Entries]:
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> tuple[list[jax.Array], Entries]:
   """The operands of one shape, each for this layer, and where the layer lies in all of them."""
   entries = next(e for e in where if e is not None)
   if any(e not in (None, entries) for e in where):
@@ -108,7 +109,7 @@ def _alike(
 
 
 def _elementwise(
-  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
 ) -> _Result:
   values, entries = _alike(operation, values, where, layer, avals)
   changes = {"sharding": None} if operation.eqn.params.get("sharding") is not None else {}
@@ -116,7 +117,9 @@ def _elementwise(
   return results, [entries] * len(results)
 
 
-def _div(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _div(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   divisor = operation.inputs[1]
   if isinstance(divisor, int) and divisor in layer.divisors and where[1] is None:
     values, entries = _alike(operation, values, where, layer, avals)
@@ -124,21 +127,29 @@ def _div(operation: Operation, values: list[Any], where: list[Where], layer: Lay
   return _elementwise(operation, values, where, layer, avals)
 
 
-def _barrier(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _barrier(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   # Only CPUs update by rows, and XLA:CPU removes barriers once it has eliminated common subexpressions.
   return values if layer.is_rows else jax_forms.run_operation(operation, values), where
 
 
-def _constraint(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _constraint(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   return values, where  # the sharding of a stack says nothing about one layer
 
 
-def _laid_out(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _laid_out(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   # The backward pass makes a layer's gradient by itself; rows are sliced from a gradient that is already in order.
   return values if layer.is_rows else [xla_cpu.laid_out(*values)], where
 
 
-def _reduction(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _reduction(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   reduced = operation.eqn.params["dimensions" if operation.name == "reduce" else "axes"]
   values, entries = _alike(operation, values, where, layer, avals)
   if entries.axis in reduced:
@@ -147,7 +158,9 @@ def _reduction(operation: Operation, values: list[Any], where: list[Where], laye
   return results, [entries.on(entries.axis - sum(r < entries.axis for r in reduced))] * len(results)
 
 
-def _cumulative(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _cumulative(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   (entries,) = where
   assert entries is not None
   if operation.eqn.params["axis"] == entries.axis:
@@ -156,7 +169,7 @@ def _cumulative(operation: Operation, values: list[Any], where: list[Where], lay
 
 
 def _broadcast_in_dim(
-  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
 ) -> _Result:
   params, entries = operation.eqn.params, where[0]
   assert entries is not None
@@ -167,7 +180,9 @@ def _broadcast_in_dim(
   return jax_forms.run_operation(operation, values, shape=shape, sharding=None), [entries.on(axis)]
 
 
-def _reshape(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _reshape(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   new, (entries,) = operation.eqn.params["new_sizes"], where
   assert entries is not None
   found = entries.reshaped(avals[0].shape, new) if operation.eqn.params.get("dimensions") is None else None
@@ -177,14 +192,18 @@ def _reshape(operation: Operation, values: list[Any], where: list[Where], layer:
   return jax_forms.run_operation(operation, values, new_sizes=shape, sharding=None), [found]
 
 
-def _transpose(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _transpose(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   (entries,) = where
   assert entries is not None
   axis = operation.eqn.params["permutation"].index(entries.axis)
   return jax_forms.run_operation(operation, values), [entries.on(axis)]
 
 
-def _squeeze(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _squeeze(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   (entries,), gone = where, operation.eqn.params["dimensions"]
   assert entries is not None
   if entries.axis in gone:
@@ -193,7 +212,7 @@ def _squeeze(operation: Operation, values: list[Any], where: list[Where], layer:
 
 
 def _concatenate(
-  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
 ) -> _Result:
   dimension = operation.eqn.params["dimension"]
   if all(e is None or e.axis != dimension for e in where):
@@ -216,7 +235,9 @@ def _concatenate(
   return [value], [found._replace(without=(0, 0)).cut(0, sum(lengths), layer.count)]
 
 
-def _slice(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _slice(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   params, (entries,) = operation.eqn.params, where
   assert entries is not None
   axis, start, limit, strides = entries.axis, params["start_indices"], params["limit_indices"], params["strides"]
@@ -232,7 +253,9 @@ def _slice(operation: Operation, values: list[Any], where: list[Where], layer: L
   return jax_forms.run_operation(operation, values, **changes), [found]
 
 
-def _split(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _split(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   axis, (entries,) = operation.eqn.params["axis"], where
   assert entries is not None
   if axis != entries.axis:
@@ -245,7 +268,9 @@ def _split(operation: Operation, values: list[Any], where: list[Where], layer: L
   return [values[0]] * len(sizes), found
 
 
-def _pad(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _pad(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   entries, config = where[0], operation.eqn.params["padding_config"]
   if entries is None or where[1] is not None:
     raise _mixes(operation)
@@ -258,7 +283,9 @@ def _pad(operation: Operation, values: list[Any], where: list[Where], layer: Lay
   return jax_forms.run_operation(operation, values, padding_config=config), [moved]
 
 
-def _rev(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _rev(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   (entries,) = where
   assert entries is not None
   if entries.axis in operation.eqn.params["dimensions"]:
@@ -266,14 +293,16 @@ def _rev(operation: Operation, values: list[Any], where: list[Where], layer: Lay
   return jax_forms.run_operation(operation, values), [entries]
 
 
-def _sort(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _sort(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   if any(e is not None and e.axis == operation.eqn.params["dimension"] for e in where):
     raise _mixes(operation)
   return _elementwise(operation, values, where, layer, avals)
 
 
 def _bitcast_convert_type(
-  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
 ) -> _Result:
   # A conversion to a narrower type adds a last axis, one to a wider type removes it; the other axes stay.
   (entries,) = where
@@ -284,7 +313,7 @@ def _bitcast_convert_type(
 
 
 def _dot_general(
-  operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
 ) -> _Result:
   contracted, batch = operation.eqn.params["dimension_numbers"]
   out: set[Entries] = set()
@@ -310,14 +339,16 @@ def _dot_general(
   return jax_forms.run_operation(operation, values, out_sharding=None), [out.pop()]
 
 
-def _cond(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _cond(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   if where[0] is not None:
     raise _mixes(operation)
   branches = operation.bodies
   found: list[list[Where]] = []
 
-  def branch(program: Program, out: list[Where] | None) -> Callable[..., list[Any]]:
-    def apply(index: Any, *operands: Any) -> list[Any]:
+  def branch(program: Program, out: list[Where] | None) -> Callable[..., list[jax.Array]]:
+    def apply(index: Index, *operands: Any) -> list[jax.Array]:
       env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
       inner: dict[int, Where] = dict(zip(program.inputs, where[1:], strict=True))
       layer.run(program.operations, program, env, inner, index, layer.count, layer.is_rows)
@@ -341,7 +372,9 @@ def _cond(operation: Operation, values: list[Any], where: list[Where], layer: La
   return lax.switch(values[0], [branch(p, out) for p in branches], layer.index, *values[1:]), out
 
 
-def _scan(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _scan(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   # A scan along the axis of the layers, without a carry, does to a layer what its body does.
   scan = jax_forms.read_scan(operation)
   if scan is None or scan[1] or any(e is not None for e in where[: scan[0]]):
@@ -360,7 +393,9 @@ def _scan(operation: Operation, values: list[Any], where: list[Where], layer: La
   return results, [entries] * len(results)
 
 
-def _call(operation: Operation, values: list[Any], where: list[Where], layer: Layer, avals: list[Any]) -> _Result:
+def _call(
+  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+) -> _Result:
   (program,) = jax_forms.bodies(operation)
   env = dict(program.constants) | dict(zip(program.inputs, values, strict=True))
   inside: dict[int, Where] = dict(zip(program.inputs, where, strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax import lax
 
+from optax_mpo._core.annotations import Shaped
 from optax_mpo._program import jax_forms
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.layer_rules import Layer
@@ -70,7 +71,7 @@ def _open(new: Program, scan: Operation, consts: int, body: Program, entries: En
   def cross(atom: Atom, var: int, enters: bool) -> None:
     new.operations.append(Crossing(scan.eqn, (atom,), (var,), scan.caller, entries=entries, enters=enters))
 
-  def enter(atom: Atom, aval: Any) -> int:
+  def enter(atom: Atom, aval: Shaped) -> int:
     var = new.new(aval)
     cross(atom, var, True)
     return var

@@ -5,8 +5,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.core import Tracer
 from jax.extend import core
+
+from optax_mpo._core.annotations import Shaped
 
 Atom = Any  # an int, the number of a variable of the program, or a core.Literal
 
@@ -56,15 +59,15 @@ class Program:
   inputs: list[int] = dataclasses.field(default_factory=list)
   outputs: list[Atom] = dataclasses.field(default_factory=list)
   operations: list[Operation] = dataclasses.field(default_factory=list)
-  constants: dict[int, Any] = dataclasses.field(default_factory=dict)
-  avals: list[Any] = dataclasses.field(default_factory=list)
+  constants: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+  avals: list[jax.Array] = dataclasses.field(default_factory=list)
   source: core.ClosedJaxpr | None = None
 
   def aval(self, atom: Atom) -> Any:
     """The shape and dtype of an atom."""
     return self.avals[atom] if isinstance(atom, int) else atom.aval
 
-  def new(self, aval: Any) -> int:
+  def new(self, aval: Shaped) -> int:
     """Adds a variable, and returns its number."""
     self.avals.append(aval)
     return len(self.avals) - 1
@@ -75,11 +78,11 @@ class Program:
     return {v: i for i, operation in enumerate(self.operations) for v in operation.outputs if v >= 0}
 
   @property
-  def traced(self) -> dict[int, Any]:
+  def traced(self) -> dict[int, jax.Array]:
     """The constants that are tracers, and so may be differentiated or mapped."""
     return {v: x for v, x in self.constants.items() if isinstance(x, Tracer)}
 
-  def replaced(self, constants: dict[int, Any]) -> "Program":
+  def replaced(self, constants: dict[int, jax.Array]) -> "Program":
     """The same program with other values for some of its constants."""
     return dataclasses.replace(self, constants=self.constants | constants)
 
@@ -100,7 +103,7 @@ class Slice(NamedTuple):
   operations: Sequence[Operation]
   inputs: Sequence[int]
   shared: Sequence[int]
-  constants: dict[int, Any]
+  constants: dict[int, jax.Array]
   outputs: Sequence[Atom]
 
   @property

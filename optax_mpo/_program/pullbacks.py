@@ -15,10 +15,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Operation, Program
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +33,26 @@ class Pullback:
   out_treedef: Any
   out_avals: tuple[Any, ...]
   stored: int
-  _run: Callable[..., Sequence[Any]]
+  _run: Callable[..., Values]
   _backward: Program
   _vjp_treedef: Any
   _residuals: tuple[Any, ...]  # atoms
   _kept: dict[int, int]  # variable -> its place among the kept arrays
   _slice: tuple[Operation, ...]
 
-  def forward(self, weights: Sequence[Any], constants: Sequence[Any], inputs: Sequence[Any]) -> tuple[list[Any], Any]:
+  def forward(self, weights: Values, constants: Values, inputs: Values) -> tuple[list[jax.Array], Any]:
     """Returns the leaves of the result, and the arrays to keep."""
     results = self._run(*weights, *constants, *inputs)
     count = len(self.out_avals)
-    kept: list[Any] = [None] * self.stored
+    kept: list[jax.Array] = [None] * self.stored
     for atom, value in zip(self._residuals, results[count:], strict=True):
       if isinstance(atom, int) and atom in self._kept:
         kept[self._kept[atom]] = value
     return list(results[:count]), kept
 
   def backward(
-    self, weights: Sequence[Any], constants: Sequence[Any], kept: Sequence[Any], cotangents: Sequence[Any]
-  ) -> tuple[list[Any], list[Any], list[Any]]:
+    self, weights: Values, constants: Values, kept: Values, cotangents: Values
+  ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Returns the cotangents of the differentiated weights, constants and inputs, in their order."""
     env = dict(self._backward.constants)
     env.update(zip(self._backward.inputs, [*weights, *constants], strict=False))
@@ -66,9 +65,9 @@ class Pullback:
 
 def trace(
   fun: Callable[..., PyTree],
-  weights: Sequence[Any],
-  constants: Sequence[Any],
-  inputs: Sequence[Any],
+  weights: Values,
+  constants: Values,
+  inputs: Values,
   active: Sequence[Sequence[bool]],
 ) -> Pullback:
   """Traces `fun(weights, constants, inputs)` and its derivative.
@@ -81,13 +80,13 @@ def trace(
     active: for each of the three, which arrays are differentiated.
   """
   groups = (weights, constants, inputs)
-  structures: list[Any] = []
+  structures: list[jax.Array] = []
 
-  def whole(*flat: Any) -> tuple[list[Any], list[Any]]:
+  def whole(*flat: Any) -> tuple[list[jax.Array], list[jax.Array]]:
     full = [list(flat[: len(weights)]), list(flat[len(weights) : len(weights) + len(constants)])]
     full.append(list(flat[len(weights) + len(constants) :]))
 
-    def differentiated(*parts: list[Any]) -> PyTree:
+    def differentiated(*parts: list[jax.Array]) -> PyTree:
       merged = []
       for values, flags, part in zip(full, active, parts, strict=True):
         rest = iter(part)

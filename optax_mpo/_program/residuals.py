@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Values
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -128,12 +129,12 @@ def _reading(program: Program, operation: Operation, sources: dict[int, _Source]
   kept = [a for k, a in enumerate(operation.inputs) if k not in remade]
   added = list(dict.fromkeys(read for source in remade.values() for read in source.reads))
 
-  def scan(operands: Sequence[Any], read: Sequence[Any]) -> Any:
+  def scan(operands: Values, read: Values) -> Any:
     rest = iter(operands)
     full = [None if k in remade else next(rest) for k in range(len(operation.inputs))]
     known = dict(zip(added, read, strict=True))
 
-    def step(carried: Sequence[Any], xs: Any) -> Any:
+    def step(carried: Values, xs: Any) -> Any:
       scanned, layer = xs
       given = [*full[:consts], *carried, *scanned]
       for k, source in remade.items():

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 from jax import lax
 
 from optax_mpo._program import jax_forms
@@ -21,13 +22,13 @@ REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and 
 """Reductions that can be made in parts, which are then reduced in the same way."""
 
 
-def run(program: Program, operations: Iterable[Operation], env: dict[int, Any]) -> None:
+def run(program: Program, operations: Iterable[Operation], env: dict[int, jax.Array]) -> None:
   """Runs operations in order, reading and writing `env`, and selects after reductions.
 
   Selected arrays are made as well; nothing needs them where only their reductions are read.
   """
-  scalars: dict[int, Any] = {}  # the scalar that fills an array
-  cases: dict[int, tuple[Any, list[Any]]] = {}  # the scalar that selects an array, and what it selects from
+  scalars: dict[int, jax.Array] = {}  # the scalar that fills an array
+  cases: dict[int, tuple[Any, list[jax.Array]]] = {}  # the scalar that selects an array, and what it selects from
   for operation in operations:
     values = [jax_forms.operand(a, env) for a in operation.inputs]
     found = [cases.get(a) if isinstance(a, int) else None for a in operation.inputs]

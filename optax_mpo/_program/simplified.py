@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from optax_mpo._program.elements import Kind, Node
 
@@ -27,7 +28,9 @@ class Nodes:
     self.joined: set[int] = set()
     self._known: dict[Node, int] = {}
 
-  def make(self, name: str, args: tuple[int, ...], dtype: Any, params: Any = None, kind: Kind | None = None) -> int:
+  def make(
+    self, name: str, args: tuple[int, ...], dtype: DTypeLike, params: Any = None, kind: Kind | None = None
+  ) -> int:
     """Adds a node, or finds an equal one."""
     if kind is None:
       kinds = {self.listed[a].kind for a in args}
@@ -40,7 +43,7 @@ class Nodes:
       self._known[key] = len(self.listed) - 1
     return self._known[key]
 
-  def literal(self, value: Any, dtype: Any) -> int:
+  def literal(self, value: Any, dtype: DTypeLike) -> int:
     """Adds a number."""
     return self.make("literal", (), dtype, np.asarray(value, dtype).item(), "scalar")
 
@@ -48,7 +51,7 @@ class Nodes:
     """The value of a literal, or None."""
     return self.listed[i].params if self.listed[i].name == "literal" else None
 
-  def simplified(self, name: str, args: tuple[int, ...], dtype: Any) -> int:
+  def simplified(self, name: str, args: tuple[int, ...], dtype: DTypeLike) -> int:
     """Adds a node as XLA's algebraic simplifier leaves it."""
     rule = getattr(self, f"_simplified_{name}", None) if jnp.issubdtype(dtype, jnp.floating) else None
     found = rule(args, dtype) if rule is not None else None
@@ -56,16 +59,16 @@ class Nodes:
       found = args[0]
     return self.make(name, args, dtype) if found is None else found
 
-  def _simplified_add(self, args: tuple[int, ...], dtype: Any) -> int | None:
+  def _simplified_add(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
     for one, other in (args, args[::-1]):
       if self._number(other) == 0:
         return one
     return self._joined("add", args, dtype)
 
-  def _simplified_sub(self, args: tuple[int, ...], dtype: Any) -> int | None:
+  def _simplified_sub(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
     return args[0] if self._number(args[1]) == 0 else None
 
-  def _simplified_mul(self, args: tuple[int, ...], dtype: Any) -> int | None:
+  def _simplified_mul(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
     for one, other in (args, args[::-1]):
       if self._number(other) == 1:
         return one
@@ -73,7 +76,7 @@ class Nodes:
         return self.simplified("neg", (one,), dtype)
     return self._joined("mul", args, dtype)
 
-  def _joined(self, name: str, args: tuple[int, ...], dtype: Any) -> int | None:
+  def _joined(self, name: str, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
     """Rewrites (a op c) op d, with literals c and d, to a op (c op d)."""
     for one, other in (args, args[::-1]):
       inner = self.listed[one]
@@ -91,7 +94,7 @@ class Nodes:
   def _is_power_of_two(self, i: int) -> bool:
     return math.frexp(abs(self._number(i)))[0] == 0.5
 
-  def _simplified_div(self, args: tuple[int, ...], dtype: Any) -> int | None:
+  def _simplified_div(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
     above, below = (self.listed[a] for a in args)
     number = self._number(args[1])
     if number == 1:
@@ -111,6 +114,6 @@ class Nodes:
       return self.simplified("div", (self.simplified("mul", (args[0], below.args[1]), dtype), below.args[0]), dtype)
     return None
 
-  def _simplified_neg(self, args: tuple[int, ...], dtype: Any) -> int | None:
+  def _simplified_neg(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
     inner = self.listed[args[0]]
     return inner.args[0] if inner.name == "neg" else None

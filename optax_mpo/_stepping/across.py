@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Index
 from optax_mpo._program import by_layer, dataflow, jax_forms
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Atom, Operation, Program
@@ -44,8 +45,8 @@ class Across:
   carried: tuple[int, ...]
   wholes: tuple[int, ...] = ()
   totals: tuple[Any, ...] = ()
-  before: Callable[[Values, Values, Values], list[Any]] = lambda *_: []
-  after: Callable[[Values, Values], list[Any]] = lambda *_: []
+  before: Callable[[Values, Values, Values], list[jax.Array]] = lambda *_: []
+  after: Callable[[Values, Values], list[jax.Array]] = lambda *_: []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,19 +151,19 @@ def take_apart(update: Update) -> tuple[Update, Across]:
   operations = dataflow.slice_of(program, [*outputs, *reduced], known | own)
   early = sorted(found.early & (read_late | dataflow.read_by(operations, [*outputs, *reduced])))
 
-  def before(weights: Values, old: Values, values: Values) -> list[Any]:
+  def before(weights: Values, old: Values, values: Values) -> list[jax.Array]:
     env = dict(program.constants) | dict(zip([*params, *states, *shared], [*weights, *old, *values], strict=True))
     jax_forms.run(program, dataflow.slice_of(program, early, set(env)), env)
     return [env[v] for v in early]
 
-  def after(parts: Values, values: Values) -> list[Any]:
+  def after(parts: Values, values: Values) -> list[jax.Array]:
     env = dict(program.constants) | dict(zip([*shared, *early, *given], values, strict=True))
     for total, part in zip(totals, parts, strict=True):
       env[total.operation.outputs[0]] = total.run(part, (total.stacked.axis,))
     jax_forms.run(program, late, env)
     return [jax_forms.value(a, env) for a in new_wholes]
 
-  def rest(ys: Values, weights: Values, old: Values, values: Values, handed: Values) -> list[Any]:
+  def rest(ys: Values, weights: Values, old: Values, values: Values, handed: Values) -> list[jax.Array]:
     env = dict(program.constants) | dict(zip(stacks, ys, strict=True))
     env |= dict(zip([*params, *left], [*weights, *old[: len(left)]], strict=True))
     env |= dict(zip([*shared, *early, *given], [*values, *handed], strict=True))
@@ -170,7 +171,7 @@ def take_apart(update: Update) -> tuple[Update, Across]:
     results = [jax_forms.value(a, env) for a in outputs]
     return results + [total.run(env[v], total.rest) for total, v in zip(totals, reduced, strict=True)]
 
-  def struct(atoms: Sequence[Atom]) -> list[Any]:
+  def struct(atoms: Sequence[Atom]) -> list[jax.Array]:
     return [types.struct(program.aval(a)) for a in atoms]
 
   sums = jax.eval_shape(
@@ -197,7 +198,7 @@ def _find(update: Update) -> _Found:
   def is_small(var: int) -> bool:
     return math.prod(program.aval(var).shape) <= max(update.large, _SMALL)
 
-  def needs_all(operation: Operation, error: NotSeparableError, env: dict[int, Any]) -> None:
+  def needs_all(operation: Operation, error: NotSeparableError, env: dict[int, jax.Array]) -> None:
     """Marks the results of an operation that needs all layers."""
     for v in (v for v in operation.outputs if v >= 0):
       if is_small(v) and not of_gradients[v]:
@@ -206,7 +207,7 @@ def _find(update: Update) -> _Found:
       else:
         found.refused[v] = error
 
-  def go_through(index: Any) -> None:
+  def go_through(index: Index) -> None:
     env = dict(program.constants) | {v: types.zeros(program.aval(v)) for v in program.inputs}
     env |= {v: types.zeros(types.resized(program.aval(v), e.axis, e.size)) for v, e in layered.items() if e is not None}
     for operation in dataflow.slice_of(program, program.outputs, {*program.inputs, *program.constants}):

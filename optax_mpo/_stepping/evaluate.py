@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._core import order, types, xla_cpu
+from optax_mpo._core.annotations import Index, Values
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
@@ -32,14 +34,14 @@ Location = Callable[[], tuple[Any, Window]]
 def run(
   program: Program,
   sites: list[Site],
-  inputs: Sequence[Any],
+  inputs: Values,
   results: Sequence[Atom],
   store: Store,
-  shared: Sequence[Sequence[Any]] | Callable[[Any], Sequence[Sequence[Any]]],
+  shared: Sequence[Values] | Callable[[Any], Sequence[Values]],
   at_least: int = 0,
   weights: Sequence[int] = (),
   loss: Atom = None,
-) -> list[Any]:
+) -> list[jax.Array]:
   """Runs a program and updates weights in it, each as soon as its gradient is complete.
 
   Args:
@@ -64,13 +66,13 @@ def run(
   return [jax_forms.value(a, env) for a in results]
 
 
-class _OnDemand(Sequence[Sequence[Any]]):
+class _OnDemand(Sequence[Values]):
   """Values of the sites that are made when the first is needed: by then the loss is known."""
 
-  def __init__(self, make: Callable[[Any], Sequence[Sequence[Any]]], loss: Callable[[], Any]):
+  def __init__(self, make: Callable[[Any], Sequence[Values]], loss: Callable[[], Any]):
     self._make = functools.cache(lambda: make(loss()))
 
-  def __getitem__(self, index: Any) -> Any:
+  def __getitem__(self, index: Index) -> Any:
     return self._make()[index]
 
   def __len__(self) -> int:
@@ -79,9 +81,9 @@ class _OnDemand(Sequence[Sequence[Any]]):
 
 def evaluate(
   plan: Plan,
-  env: dict[int, Any],
+  env: dict[int, jax.Array],
   store: Store,
-  shared: Sequence[Sequence[Any]],
+  shared: Sequence[Values],
   layers: Mapping[int, Location] = MappingProxyType({}),
 ) -> None:
   """Runs a program and updates the sites of its plan.
@@ -133,7 +135,7 @@ def evaluate(
         env.pop(atom, None)  # outside jit this frees the array
 
 
-def _barrier(values: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+def _barrier(values: tuple[Any, list[jax.Array]]) -> tuple[Any, list[jax.Array]]:
   return order.barrier(values) if values[1] else values
 
 
@@ -147,12 +149,12 @@ class _Begun:
     left: the number of pieces that are still to come.
   """
 
-  early: dict[int, list[Any]]
-  totals: list[Any]
+  early: dict[int, list[jax.Array]]
+  totals: list[jax.Array]
   left: int
 
 
-def _begin(plan: Plan, index: int, store: Store, shared: Sequence[Any]) -> _Begun:
+def _begin(plan: Plan, index: int, store: Store, shared: Values) -> _Begun:
   params, states = store.get(index)
   pieces = [r for scan in plan.scans.values() for r in scan.released if r.index == index]
   pieces += [rest.released for rests in plan.rests.values() for rest in rests if rest.released.index == index]
@@ -163,9 +165,9 @@ def _begin(plan: Plan, index: int, store: Store, shared: Sequence[Any]) -> _Begu
 def _run_scan(
   plan: Plan,
   scan: ScanPlan,
-  env: dict[int, Any],
+  env: dict[int, jax.Array],
   store: Store,
-  shared: Sequence[Sequence[Any]],
+  shared: Sequence[Values],
   begun: dict[int, _Begun],
   layers: Mapping[int, Location],
 ) -> None:
@@ -183,7 +185,7 @@ def _run_scan(
 
   options = jax_forms.scan_options(operation)
 
-  def step(state: Any, xs: list[Any]) -> tuple[Any, list[Any]]:
+  def step(state: Any, xs: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
     (carry, arrays, done), xs = state, list(xs)
     index = scan.length - 1 - done if options["reverse"] else done
     layer = Layer(scan.released, arrays, outer, index)
@@ -210,8 +212,8 @@ def _run_scan(
 
 
 def _handed(
-  plan: Plan, r: Released, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]], begun: dict[int, _Begun]
-) -> list[Any]:
+  plan: Plan, r: Released, env: dict[int, jax.Array], store: Store, shared: Sequence[Values], begun: dict[int, _Begun]
+) -> list[jax.Array]:
   """The values that the update of a layer reads, without its index."""
   if r.index not in begun:
     begun[r.index] = _begin(plan, r.index, store, shared[r.index])
@@ -219,7 +221,7 @@ def _handed(
 
 
 def _update_rest(
-  plan: Plan, rest: Rest, env: dict[int, Any], store: Store, shared: Sequence[Sequence[Any]], begun: dict[int, _Begun]
+  plan: Plan, rest: Rest, env: dict[int, jax.Array], store: Store, shared: Sequence[Values], begun: dict[int, _Begun]
 ) -> None:
   """Updates layers whose gradients no scan makes."""
   r, layered = rest.released, rest.released.layered
@@ -227,7 +229,7 @@ def _update_rest(
   handed = _handed(plan, r, env, store, shared, begun)
   arrays, outer = _carried(r, store, begun[r.index].totals)
 
-  def step(arrays: list[Any], index: Any) -> tuple[list[Any], None]:
+  def step(arrays: list[jax.Array], index: Index) -> tuple[list[jax.Array], None]:
     grads = [jnp.full(g.shape, rest.fill, g.dtype) for g in layered.step.grads] if rest.fill is not None else []
     for v, e in rest.sources.items():
       grads.append(Window.whole(env[v]).narrowed(e, index, layered.count).read(env[v]))
@@ -242,7 +244,7 @@ def _update_rest(
 
 
 def _places(
-  own: Own, env: dict[int, Any], layers: Mapping[int, Location], layer: Layer, index: Any, count: int
+  own: Own, env: dict[int, jax.Array], layers: Mapping[int, Location], layer: Layer, index: Index, count: int
 ) -> dict[int, Location]:
   """Where the layer of each weight lies: in a stack that the scan updates, or in another."""
 
@@ -259,7 +261,7 @@ def _places(
   return {v: place(v, source) for v, source in own.sources.items()}
 
 
-def _values(own: Own, env: dict[int, Any], places: dict[int, Location]) -> dict[int, Any]:
+def _values(own: Own, env: dict[int, jax.Array], places: dict[int, Location]) -> dict[int, jax.Array]:
   """A layer of each weight, and the whole arrays."""
   values = {v: env[v] for v in own.given}
   for v, place in places.items():
@@ -268,14 +270,14 @@ def _values(own: Own, env: dict[int, Any], places: dict[int, Location]) -> dict[
   return values
 
 
-def _carried(r: Released, store: Store, totals: Sequence[Any]) -> tuple[list[Any], list[Window]]:
+def _carried(r: Released, store: Store, totals: Values) -> tuple[list[jax.Array], list[Window]]:
   """The arrays that a scan carries, and which part of each it updates."""
   arrays, windows = store.stacks(r.index)
   places = r.layered.across.carried
   return [*(arrays[k] for k in places), *totals], [*(windows[k] for k in places), *map(Window.whole, totals)]
 
 
-def _put_carried(r: Released, store: Store, new: Sequence[Any], shared: Sequence[Any], begun: _Begun) -> None:
+def _put_carried(r: Released, store: Store, new: Values, shared: Values, begun: _Begun) -> None:
   """Stores the arrays that a scan has carried, and after the last scan also the state that the whole stack has once."""
   across = r.layered.across
   arrays, windows = store.stacks(r.index)

@@ -13,6 +13,7 @@ import jax
 import optax
 
 from optax_mpo._core import modules, trees, types, wrapping
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._program import batch_loops, upcasts
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import held, planning, value_and_update
@@ -21,8 +22,6 @@ from optax_mpo._stepping.site import Place
 from optax_mpo._stepping.traced import Traced
 from optax_mpo._updates import by_leaf
 from optax_mpo._updates.late import take
-
-PyTree = Any
 
 _USAGE = "loss_fn, tx, params, opt_state, *args"
 
@@ -223,7 +222,7 @@ def of_last_microbatch(
 
     leaves, treedef = jax.tree.flatten((given, kwargs))
 
-    def traced(arrays: list[Any]) -> Any:
+    def traced(arrays: list[jax.Array]) -> Any:
       values = iter(arrays)
       given, kwargs = treedef.unflatten([next(values) if trees.is_array(x) else x for x in leaves])
       out = step_by_microbatches(loss_fn, tx, has_aux, how, make, has_carry)(*given, **kwargs)

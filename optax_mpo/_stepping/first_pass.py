@@ -24,7 +24,7 @@ def part_step(part: Part, program: Program, grad: int) -> Step:
   def struct(var: int) -> jax.ShapeDtypeStruct:
     return types.struct(program.aval(var))
 
-  def run(grads: Any, params: Any, states: Any, shared: Any) -> tuple[list[Any], list[Any]]:
+  def run(grads: Any, params: Any, states: Any, shared: Any) -> tuple[list[jax.Array], list[jax.Array]]:
     env = dict(program.constants) | dict(zip((grad, *part.reads, *part.shared), [*grads, *shared], strict=True))
     selects.run(program, part.operations, env)
     return [], [env[v] for v in part.outputs]

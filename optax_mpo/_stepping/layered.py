@@ -20,6 +20,7 @@ from jax import lax
 from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_layers
 from optax_mpo._core import host, order, types
+from optax_mpo._core.annotations import Index
 from optax_mpo._program import by_layer, jax_forms, layer_scans
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Program, Slice
@@ -51,21 +52,21 @@ class Layered:
   gradients: tuple[Entries, ...]
   count: int
   across: Across
-  parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[Any]], tuple[int, ...]], ...] = ()
+  parts: tuple[tuple[Callable[[Values, Values, Values, Values], list[jax.Array]], tuple[int, ...]], ...] = ()
   backend: Backend = dataclasses.field(default_factory=Backend)
 
-  def split(self, values: Values) -> tuple[list[Any], list[Any]]:
+  def split(self, values: Values) -> tuple[list[jax.Array], list[jax.Array]]:
     """Separates weights from states."""
     first = len(self.step.params)
     return list(values[:first]), list(values[first:])
 
-  def windows(self, outer: Sequence[Window], index: Any) -> list[Window]:
+  def windows(self, outer: Sequence[Window], index: Index) -> list[Window]:
     """The layer at `index` of each part `outer` of a stack."""
     return [window.narrowed(e, index, self.count) for window, e in zip(outer, self.entries, strict=True)]
 
   def write(
-    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Any, count: int
-  ) -> list[Any]:
+    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Index, count: int
+  ) -> list[jax.Array]:
     """Updates the layer at `index` of stacks of weights and states, and returns the stacks.
 
     Args:
@@ -79,20 +80,20 @@ class Layered:
     if not self.backend.is_special or not all(window.is_whole for window in outer):
       return self._write(grads, stacks, outer, shared, index, count)
 
-    def pure(grad: Any, stacks: Values, shared: Values, index: Any) -> list[Any]:
+    def pure(grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
       return self._write([grad], stacks, outer, shared, index, count)
 
     return step_weight.step(pure, self.backend, grads[0], stacks, shared, index)
 
   def _write(
-    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Any, count: int
-  ) -> list[Any]:
+    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Index, count: int
+  ) -> list[jax.Array]:
     stacks, grads = list(stacks), self._as_they_lie(grads)
 
-    def read(at: Any) -> tuple[list[Any], list[Any]]:
+    def read(at: Any) -> tuple[list[jax.Array], list[jax.Array]]:
       return self.split([window.read(s) for window, s in zip(self.windows(outer, at), stacks, strict=True)])
 
-    def put(places: Sequence[int], values: Values, at: Any) -> list[Any]:
+    def put(places: Sequence[int], values: Values, at: Any) -> list[jax.Array]:
       windows = self.windows(outer, at)
       for place, value in zip(places, values, strict=True):
         stacks[place] = windows[place].write(stacks[place], value)
@@ -107,7 +108,7 @@ class Layered:
       done = put(places, run(grads, *read(at), [*shared, at]), at)
     return stacks
 
-  def _as_they_lie(self, grads: Values) -> list[Any]:
+  def _as_they_lie(self, grads: Values) -> list[jax.Array]:
     """Gradients of a layer, laid out as its weights are: a layer of several entries has these on their axis there."""
     axes = [e.axis if e.size > 1 and e.axis < g.ndim else 0 for g, e in zip(grads, self.gradients, strict=False)]
     if len(axes) != len(grads):  # made of several
@@ -125,9 +126,9 @@ def type_of_layer(stack: Any, entries: Entries) -> jax.ShapeDtypeStruct:
 
 def layer_step(
   step: Step,
-  post: Callable[[Values, Values], list[Any]],
-  stacks: Sequence[Any],
-  given: Sequence[Any],
+  post: Callable[[Values, Values], list[jax.Array]],
+  stacks: Values,
+  given: Values,
   count: int,
 ) -> Layered:
   """Makes the step of one layer from that of a stack.
@@ -164,7 +165,7 @@ def layer_step(
   raise refused
 
 
-def _layer_of(step: Step, update: Update, stacks: Sequence[Any], gradients: Sequence[Entries]) -> Layered:
+def _layer_of(step: Step, update: Update, stacks: Values, gradients: Sequence[Entries]) -> Layered:
   """Makes the step of one layer, if the layers lie where `update` says."""
   update, across = take_apart(update)
   program, count = _opened(update), update.count
@@ -224,7 +225,7 @@ def _named(
 
 
 def entries_of_gradients(
-  step: Step, post: Callable[..., list[Any]], stacks: Sequence[Any], given: Sequence[Any], count: int
+  step: Step, post: Callable[..., list[jax.Array]], stacks: Values, given: Values, count: int
 ) -> list[Entries]:
   """Where a layer lies in each gradient, and so in each weight; arguments and errors are those of `layer_step`."""
   program, _ = jax_forms.trace(post, list(stacks), list(given))
@@ -255,15 +256,15 @@ def _entries_of_states(step: Step, gradients: Sequence[Entries], count: int, lar
   return itertools.islice(itertools.product(*guesses), _MOST_GUESSES)
 
 
-def _one(layer: Step, grad: Any, param: Any, *rest: Any) -> list[Any]:
+def _one(layer: Step, grad: Any, param: Any, *rest: Any) -> list[jax.Array]:
   """Updates a layer of a single weight; `rest` are its states and the shared values."""
   params, states = layer.run([grad], [param], rest[: len(layer.states)], rest[len(layer.states) :])
   return [*params, *states]
 
 
 def _run_whole(
-  run_part: Callable[..., list[Any]], part: by_layer.Part, count: int, ys: Values, params: Values, *rest: Any
-) -> tuple[list[Any], list[Any]]:
+  run_part: Callable[..., list[jax.Array]], part: by_layer.Part, count: int, ys: Values, params: Values, *rest: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
   results = run_part(part, ys, params, *rest)
   return results[:count], results[count:]
 
@@ -278,7 +279,7 @@ def _run_part(
   params: Values,
   states: Values,
   shared: Values,
-) -> list[Any]:
+) -> list[jax.Array]:
   """Runs a part of an update for one layer; the index is the last of `shared`."""
   *shared, index = shared
   env, where = dict(program.constants), {}

@@ -19,15 +19,14 @@ from jax import lax
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import formats, known_weights
 from optax_mpo._core import host, overwritten, trees
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.site import Site, Taken, apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
 
-PyTree = Any
-
-_Known = tuple[dict[int, Any], dict[int, Any], dict[int, Any]]
+_Known = tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]
 """Values by variable that updates share; and the new weights and states, by index, that are made with them."""
 
 
@@ -109,7 +108,7 @@ def replaced(
   return treedef.unflatten(steps), state_treedef.unflatten(new_states)
 
 
-def _streamed(groups: Sequence[by_leaf.Group], given: Sequence[Taken]) -> list[tuple[list[Any], list[Any]]]:
+def _streamed(groups: Sequence[by_leaf.Group], given: Sequence[Taken]) -> list[tuple[list[jax.Array], list[jax.Array]]]:
   """Updates leaves with state in host memory, each fetched when its turn comes, and by rows where it is large."""
   program, gradients, weights = Program(), {}, {}
   inputs, leaves, states = [], {}, {}
@@ -128,7 +127,7 @@ def _streamed(groups: Sequence[by_leaf.Group], given: Sequence[Taken]) -> list[t
 
 def _groups(
   taken: by_leaf.Update, caller: str
-) -> tuple[list[by_leaf.Group], Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], _Known]]:
+) -> tuple[list[by_leaf.Group], Callable[[Values, Values, Values], _Known]]:
   """Returns the updates of single leaves, and a function `(gradients, weights, states)` of what is known before them.
 
   Leaves that depend on each other through more than small arrays are left out.
@@ -140,7 +139,7 @@ def _groups(
       pass
     else:
 
-      def linked(gradients: Sequence[Any], leaves: Sequence[Any], states: Sequence[Any]) -> _Known:
+      def linked(gradients: Values, leaves: Values, states: Values) -> _Known:
         known = passes.known(taken.run_shared()[0], leaves, states)
         return passes.links(passes.parts_of(gradients, known), known)
 

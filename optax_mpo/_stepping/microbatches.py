@@ -10,7 +10,7 @@ joined and split where a gradient is added to it, so that no f32 copy of it is m
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,13 +20,13 @@ from jax import lax
 
 from optax_mpo._codecs import codec, formats
 from optax_mpo._core import batches, host, modules, order, trees, types, wrapping, xla_cpu
+from optax_mpo._core.annotations import Index, PyTree
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.site import Site, Step, Values
 from optax_mpo._stepping.traced import CALLER, Traced, differentiated_as
 from optax_mpo._updates import by_leaf
 
-PyTree = Any
 Sum = tuple[Any, ...]  # f32 (or wider), bf16, or bf16 and its bits
 
 _FACTOR, _LOSS = "_optax_mpo_factor", "_optax_mpo_loss"  # extra arguments of the last microbatch's update
@@ -117,7 +117,7 @@ class _Batch:
     axes += [0 if trees.is_array(x) and x.ndim else None for x in leaves[len(of_args) :]]
     batches.check_size(leaves, axes, how.count, CALLER, how.in_axes)
     self._whole = leaves
-    self.parts: list[Any] = []
+    self.parts: list[jax.Array] = []
     for x, axis in zip(leaves, axes, strict=True):
       if axis is not None and trees.is_array(x):
         self.parts.append(batches.split(x, axis, how.count, interleaved=True))
@@ -126,11 +126,11 @@ class _Batch:
       else:
         self.parts.append(None)
 
-  def slices(self, index: Any) -> list[Any]:
+  def slices(self, index: Index) -> list[jax.Array]:
     """The parts of one microbatch, or with a slice those of several."""
     return [None if p is None else p[index] for p in self.parts]
 
-  def arguments(self, part: Sequence[Any]) -> tuple[Any, Any]:
+  def arguments(self, part: Values) -> tuple[Any, Any]:
     """The arguments of the loss for the parts of one microbatch."""
     return self._treedef.unflatten([x if p is None else p for x, p in zip(self._whole, part, strict=True)])
 
@@ -165,7 +165,9 @@ def step_by_microbatches(
     scales = traced.lifted[len(_arrays((carry, first_args, first_kwargs))) :]
     sites = [_site(traced, i, how.accumulator_bits) for i in trained]
 
-    def add(so_far: tuple[list[Sum], list[Any]], part: tuple[list[Any], Any]) -> tuple[Any, list[Any]]:
+    def add(
+      so_far: tuple[list[Sum], list[jax.Array]], part: tuple[list[jax.Array], Any]
+    ) -> tuple[Any, list[jax.Array]]:
       (sums, carried), (slices, factor) = so_far, part
       inputs = [*traced.leaves, *carried, *_arrays(batch.arguments(slices)), *scales]
       results, sums, _ = differentiated_as(
@@ -206,11 +208,11 @@ def step_by_microbatches(
   return step
 
 
-def _arrays(tree: Any) -> list[Any]:
+def _arrays(tree: Any) -> list[jax.Array]:
   return [x for x in jax.tree.leaves(tree) if trees.is_array(x)]
 
 
-def _carried_on(traced: Traced, carried: list[Any], results: list[Any]) -> list[Any]:
+def _carried_on(traced: Traced, carried: list[jax.Array], results: list[jax.Array]) -> list[jax.Array]:
   """What the next microbatch gets. Frozen weights come back as they are: `lax.scan` would carry a copy of them.
 
   Args:
@@ -230,7 +232,7 @@ def _factors(how: Microbatches, batch: _Batch) -> jax.Array:
   if how.weight is not None:
     weigh = how.weight
 
-    def one(part: list[Any]) -> jax.Array:
+    def one(part: list[jax.Array]) -> jax.Array:
       args, kwargs = batch.arguments(part)
       return jnp.asarray(weigh(*args, **kwargs), jnp.float32)
 
@@ -279,7 +281,7 @@ def _added(total: Sum, gradient: Any, factor: Any, bits: int) -> Sum:
 def _site(traced: Traced, leaf: int, bits: int) -> Site:
   """Adds the gradient of a leaf to its sum, which is the only state. The weight stays as it is."""
 
-  def run(grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+  def run(grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[jax.Array], list[jax.Array]]:
     return [], list(_added(tuple(states), grads[0], shared[0], bits))
 
   grad = types.struct(traced.program.aval(traced.grads[leaf]))
@@ -288,7 +290,9 @@ def _site(traced: Traced, leaf: int, bits: int) -> Site:
   return Site((leaf,), (traced.grads[leaf],), (), step, reads=(traced.program.inputs[leaf],))
 
 
-def _released(traced: Traced, sites: list[Site], given: Any) -> tuple[list[Any], list[Any], list[Any]]:
+def _released(
+  traced: Traced, sites: list[Site], given: Any
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
   inputs, sums, constants, factor = given
   traced = traced.at(inputs, constants)
   store = stores.Parts(sites, [list(x) for x in sums])
@@ -298,7 +302,9 @@ def _released(traced: Traced, sites: list[Site], given: Any) -> tuple[list[Any],
   return results, [tuple(values) for values in store.values], []
 
 
-def _ordinary(traced: Traced, trained: list[int], bits: int, given: Any) -> tuple[list[Any], list[Any], list[Any]]:
+def _ordinary(
+  traced: Traced, trained: list[int], bits: int, given: Any
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
   inputs, sums, constants, factor = given
   out = jax_forms.call_source(traced.program.replaced(constants), *inputs)
   first = len(out) - len(traced.leaves)

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Shaped
 from optax_mpo._program import by_layer, dataflow, jax_forms, layer_origins
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Atom, Operation, Program
@@ -172,7 +173,7 @@ class Finder:
     given = tuple(sorted(read - made - set(sources) - set(fills) - set(program.constants)))
     early = [self._position(o) for o in dataflow.slice_of(program, given, (before - sums) | inner)]
 
-    def post(stacks: Values, values: Values) -> list[Any]:
+    def post(stacks: Values, values: Values) -> list[jax.Array]:
       env = dict(program.constants) | dict(zip(given, values, strict=True))
       env |= {v: _placed(x, e, program.aval(v)) for x, (v, e) in zip(stacks, sources.items(), strict=True)}
       env |= {v: jnp.full(program.aval(v).shape, x) for v, x in fills.items()}
@@ -209,7 +210,7 @@ class Finder:
         queue |= dataflow.read_by([program.operations[made]])
     return found
 
-  def _fills(self, before: set[int], sources: dict[int, Entries], count: int) -> tuple[dict[int, Any], set[int]]:
+  def _fills(self, before: set[int], sources: dict[int, Entries], count: int) -> tuple[dict[int, jax.Array], set[int]]:
     """The scalars that other parts of a gradient have at these layers, such as the zeros around another piece.
 
     Parts that are joined to those with these layers may have any.
@@ -224,7 +225,7 @@ class Finder:
         layered.update(v for v in operation.outputs if v >= 0)
         operations.append(operation)
     needed = dataflow.slice_of(dataclasses.replace(program, operations=operations), self.site.grads, before)
-    fills: dict[int, Any] = {}
+    fills: dict[int, jax.Array] = {}
     sums: set[int] = set()
     if not any(operation.name in (*layer_origins.SUMS, "concatenate") for operation in needed):
       return fills, sums
@@ -257,13 +258,13 @@ class Finder:
     return fills, sums
 
 
-def _stack(aval: Any, entries: Entries, count: int) -> Any:
+def _stack(aval: Shaped, entries: Entries, count: int) -> Any:
   """The type of some layers of an array, stacked along the first axis."""
   layer = types.struct(aval, entries.axis)
   return jax.ShapeDtypeStruct((count, *layer.shape), layer.dtype)
 
 
-def _placed(stack: Any, entries: Entries, aval: Any) -> Any:
+def _placed(stack: Any, entries: Entries, aval: Shaped) -> Any:
   """An array that has these layers where `entries` says, and zeros elsewhere."""
   axis, start, step = entries.axis, entries.start, entries.stride
   value = jnp.moveaxis(stack, 0, axis) if axis else stack

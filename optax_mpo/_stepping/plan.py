@@ -4,9 +4,11 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Index
 from optax_mpo._program import by_layer
 from optax_mpo._program.entries import Entries, NotSeparableError
 from optax_mpo._program.layer_rules import ELEMENTWISE
@@ -165,7 +167,7 @@ def constant(program: Program, atom: Atom) -> Any:
   return atom.val
 
 
-def run_own(own: Own, program: Program, values: dict[int, Any], index: Any, count: int) -> Any:
+def run_own(own: Own, program: Program, values: dict[int, jax.Array], index: Index, count: int) -> Any:
   """Makes one entry of a scanned operand from one layer of each weight, and from the values that are given."""
   env, where = dict(values), dict.fromkeys(values, None) | {v: s.entries for v, s in own.sources.items()}
   for v, source in own.sources.items():

@@ -6,12 +6,11 @@ from typing import Any
 import optax
 
 from optax_mpo._core import modules, wrapping
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import value_and_update
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
-
-PyTree = Any
 
 
 def why_not(

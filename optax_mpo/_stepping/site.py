@@ -11,14 +11,14 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_weights
 from optax_mpo._core import host, types, xla_cpu
+from optax_mpo._core.annotations import Index, Values
 from optax_mpo._program.program import Atom
-
-Values = Sequence[Any]
 
 HELD = 2**14
 """The most elements of a gradient that may be kept for a later update; in a scan, of one layer's gradient."""
@@ -39,14 +39,16 @@ class Step:
     backend: how they may be updated other than by XLA.
   """
 
-  run: Callable[[Values, Values, Values, Values], tuple[list[Any], list[Any]]]
+  run: Callable[[Values, Values, Values, Values], tuple[list[jax.Array], list[jax.Array]]]
   grads: tuple[Any, ...]
   params: tuple[Any, ...]
   states: tuple[Any, ...]
   shared: tuple[Any, ...]
   backend: Backend = dataclasses.field(default_factory=Backend)
 
-  def apply(self, grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[Any], list[Any]]:
+  def apply(
+    self, grads: Values, params: Values, states: Values, shared: Values
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Updates the leaves as `run` does, with the best backend for the machine."""
     if not self.backend.is_special:
       return self.run(grads, params, states, shared)
@@ -54,7 +56,7 @@ class Step:
     new = step_weight.step(self.pure, self.backend, grad, [*params, *states], shared, jnp.int32(0))
     return new[: len(params)], new[len(params) :]
 
-  def pure(self, grad: Any, stacks: Values, shared: Values, index: Any) -> list[Any]:
+  def pure(self, grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
     """Updates the only leaf with XLA's operations, for `step_weight`."""
     params, states = self.run([grad], stacks[: len(self.params)], stacks[len(self.params) :], shared)
     return [*params, *states]
@@ -63,7 +65,7 @@ class Step:
 Taken = tuple[Values, Values, Values, Values]  # the gradients, weights, states and shared values of a step
 
 
-def apply_all(steps: Sequence[Step], taken: Sequence[Taken]) -> list[tuple[list[Any], list[Any]]]:
+def apply_all(steps: Sequence[Step], taken: Sequence[Taken]) -> list[tuple[list[jax.Array], list[jax.Array]]]:
   """Does several steps. Small weights are updated together, all others by `Step.apply`."""
   small = [(k, kernel) for k, step in enumerate(steps) if (kernel := step.backend.together) is not None]
   if len(small) < 2:
@@ -136,7 +138,7 @@ def small_stacks(sizes: Sequence[int], length: int) -> set[int]:
   return found
 
 
-def of_groups(groups: Sequence[Any], grads: Any, weights: Any, kernels: bool = False) -> list[Site]:
+def of_groups(groups: Values, grads: Any, weights: Any, kernels: bool = False) -> list[Site]:
   """Makes sites for groups of a `by_leaf.Update`, with the atoms of gradients and variables of weights, by leaf."""
   sites = []
   for group in groups:

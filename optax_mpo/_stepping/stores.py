@@ -7,7 +7,10 @@ pass that updates no weight, but makes sums of gradients.
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from optax_mpo._core import types, xla_cpu
+from optax_mpo._core.annotations import Index, Values
 from optax_mpo._stepping.plan import Released
 from optax_mpo._stepping.site import Site, Step, apply_all
 from optax_mpo._stepping.windows import Window
@@ -16,26 +19,24 @@ from optax_mpo._stepping.windows import Window
 class _Stepped:
   """Where weights and states are read from and written to, by the index of a site."""
 
-  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+  def get(self, index: int) -> tuple[list[jax.Array], list[jax.Array]]:
     """The weights and states of a site."""
     raise NotImplementedError
 
-  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+  def put(self, index: int, params: Values, states: Values) -> None:
     """Replaces them."""
     raise NotImplementedError
 
-  def stacks(self, index: int) -> tuple[list[Any], list[Window]]:
+  def stacks(self, index: int) -> tuple[list[jax.Array], list[Window]]:
     """The arrays that hold the weights, then the states of a site, and which part of each they are."""
     arrays = [x for values in self.get(index) for x in values]
     return arrays, [Window.whole(x) for x in arrays]
 
-  def put_stacks(self, index: int, r: Released, arrays: list[Any]) -> None:
+  def put_stacks(self, index: int, r: Released, arrays: list[jax.Array]) -> None:
     """Replaces these arrays, after a scan has updated the layers of `r` in them."""
     self.put(index, *r.layered.split(arrays))
 
-  def step(
-    self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
-  ) -> None:
+  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Values, onward: Values) -> None:
     """Updates sites, each with its gradients and shared values. `Layer` waits for the values `onward` first."""
     taken = [(g, *self.get(index), s) for index, g, s in zip(indices, grads, shared, strict=True)]
     for index, new in zip(indices, apply_all(steps, taken), strict=True):
@@ -45,15 +46,15 @@ class _Stepped:
 class Whole(_Stepped):
   """The weights and the state during a training step."""
 
-  def __init__(self, leaves: Any, states: Any, groups: Sequence[Any]):
+  def __init__(self, leaves: Any, states: Any, groups: Values):
     """Takes weights and states by index, in lists or dicts that are written, and the groups of a `by_leaf.Update`."""
     self.leaves, self.states, self._groups = leaves, states, groups
 
-  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+  def get(self, index: int) -> tuple[list[jax.Array], list[jax.Array]]:
     group = self._groups[index]
     return [self.leaves[i] for i in group.leaves], [self.states[j] for j in group.states]
 
-  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+  def put(self, index: int, params: Values, states: Values) -> None:
     group = self._groups[index]
     for i, value in zip(group.leaves, params, strict=True):
       self.leaves[i] = value
@@ -75,30 +76,28 @@ class Layer(_Stepped):
   """
 
   def __init__(
-    self, released: Sequence[Released], arrays: dict[int, list[Any]], outer: dict[int, list[Window]], index: Any
+    self, released: Sequence[Released], arrays: dict[int, list[jax.Array]], outer: dict[int, list[Window]], index: Index
   ):
     self._released, self.arrays, self._outer, self._index = released, dict(arrays), outer, index
     self._ordered = 1
 
-  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+  def get(self, index: int) -> tuple[list[jax.Array], list[jax.Array]]:
     arrays, windows = self.stacks(index)
     return self._released[index].layered.split([w.read(x) for w, x in zip(windows, arrays, strict=True)])
 
-  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+  def put(self, index: int, params: Values, states: Values) -> None:
     arrays, windows = self.stacks(index)
     new = [w.write(x, y) for w, x, y in zip(windows, arrays, [*params, *states], strict=True)]
     self.arrays[self._released[index].index] = new
 
-  def stacks(self, index: int) -> tuple[list[Any], list[Window]]:
+  def stacks(self, index: int) -> tuple[list[jax.Array], list[Window]]:
     r = self._released[index]
     return list(self.arrays[r.index]), r.layered.windows(self._outer[r.index], self._index)
 
-  def put_stacks(self, index: int, r: Released, arrays: list[Any]) -> None:
+  def put_stacks(self, index: int, r: Released, arrays: list[jax.Array]) -> None:
     self.arrays[self._released[index].index] = arrays
 
-  def step(
-    self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Sequence[Any], onward: Sequence[Any]
-  ) -> None:
+  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Values, onward: Values) -> None:
     at = xla_cpu.after_use(self._index, onward)
     for index, grad, known in zip(indices, grads, shared, strict=True):
       r = self._released[index]
@@ -116,14 +115,14 @@ class Layer(_Stepped):
 class Parts(_Stepped):
   """What a backward pass that updates no weight makes of the gradients, from zeros or from values by site."""
 
-  def __init__(self, sites: Sequence[Site], values: Sequence[list[Any]] | None = None):
+  def __init__(self, sites: Sequence[Site], values: Sequence[list[jax.Array]] | None = None):
     zeros = [list(map(types.zeros, site.step.states)) for site in sites] if values is None else values
-    self.values: list[list[Any]] = list(zeros)
+    self.values: list[list[jax.Array]] = list(zeros)
 
-  def get(self, index: int) -> tuple[list[Any], list[Any]]:
+  def get(self, index: int) -> tuple[list[jax.Array], list[jax.Array]]:
     return [], self.values[index]
 
-  def put(self, index: int, params: Sequence[Any], states: Sequence[Any]) -> None:
+  def put(self, index: int, params: Values, states: Values) -> None:
     self.values[index] = list(states)
 
   def held(self, index: int) -> Any:

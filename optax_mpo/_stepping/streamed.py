@@ -12,10 +12,9 @@ from typing import Any
 import jax
 
 from optax_mpo._core import host, wrapping
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._program import jax_forms, recompute
 from optax_mpo._stepping import evaluate, stores
-
-PyTree = Any
 
 
 def streamed(fn: Callable[..., Any]) -> Callable[..., Any]:

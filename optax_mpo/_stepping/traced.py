@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from optax_mpo._codecs import formats, masters
 from optax_mpo._core import host, modules, primitives, trees
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import dataflow, jax_forms, recompute, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import first_pass, planning
@@ -21,18 +22,16 @@ from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf, coupled
 
-PyTree = Any
-
 CALLER = "value_and_update"  # whose errors these are
 
 
-Operands = tuple[list[Any], list[Any], dict[int, Any], dict[int, Any]]
+Operands = tuple[list[jax.Array], list[jax.Array], dict[int, jax.Array], dict[int, jax.Array]]
 """Params and arguments; the leaves of the state; the traced constants of the loss function, and those of the update.
 
 A step may be differentiated with respect to all of these, or mapped over them.
 """
 
-Results = tuple[list[Any], list[Any], list[Any]]
+Results = tuple[list[jax.Array], list[jax.Array], list[jax.Array]]
 """What the loss function returned, the new weights and the new leaves of the state."""
 
 
@@ -64,20 +63,20 @@ class Traced:
     self._scales = len(scales)
     self._out: Any = None
 
-    def decoded(leaves: list[Any], lifted: list[Any]) -> list[Any]:
+    def decoded(leaves: list[jax.Array], lifted: list[jax.Array]) -> list[jax.Array]:
       values = iter(lifted[len(lifted) - len(scales) :])
       pairs = zip(host.fetched(leaves), scales_of, strict=True)
       return [formats.decode(p, None if s is None else host.fetched(next(values))) for p, s in pairs]
 
-    def loss_of(trained: dict[int, Any], leaves: list[Any], lifted: list[Any]) -> Any:
+    def loss_of(trained: dict[int, jax.Array], leaves: list[jax.Array], lifted: list[jax.Array]) -> Any:
       values = iter(lifted)
       args, kwargs = rest_treedef.unflatten([next(values) if trees.is_array(x) else x for x in rest])
       return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
 
-    def arrays_of_loss(leaves: list[Any], lifted: list[Any]) -> list[Any]:
+    def arrays_of_loss(leaves: list[jax.Array], lifted: list[jax.Array]) -> list[jax.Array]:
       return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if trees.is_array(x)]
 
-    def flat(leaves: list[Any], lifted: list[Any]) -> tuple[list[Any], list[Any]]:
+    def flat(leaves: list[jax.Array], lifted: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
       leaves = decoded(leaves, lifted)
       trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
       out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained, leaves, lifted)
@@ -155,7 +154,7 @@ class Traced:
     other.program = dataclasses.replace(program, inputs=[*program.inputs, *kept], operations=operations)
     return other, kept
 
-  def at(self, inputs: Sequence[Any], constants: dict[int, Any]) -> "Traced":
+  def at(self, inputs: Values, constants: dict[int, jax.Array]) -> "Traced":
     """The same program with other values for its inputs and for constants."""
     other = copy.copy(self)
     count = len(self.leaves)
@@ -166,7 +165,7 @@ class Traced:
     )
     return other
 
-  def output(self, results: Sequence[Any]) -> Any:
+  def output(self, results: Values) -> Any:
     """Puts the arrays of the loss function's result back into its tree."""
     static, treedef = self._out
     values = iter(results)
@@ -187,7 +186,7 @@ def differentiated_as(
   def step(*leaves: Any) -> Results:
     return released(treedef.unflatten(leaves))
 
-  def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Results, Results]:
+  def jvp(primals: Values, tangents: Values) -> tuple[Results, Results]:
     if any(map(host.is_on_host, primals)):  # JAX has no tangents of integers there, such as bits
       raise NotImplementedError(
         f"{CALLER}: a step with params or state in host memory cannot be differentiated (jax.grad, jvp, linearize, or "

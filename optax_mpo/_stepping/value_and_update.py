@@ -10,7 +10,7 @@ References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) 
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._core import modules, order, trees, wrapping
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
 from optax_mpo._stepping.traced import CALLER, Operands, Results, Traced, differentiated_as
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import Late, take
-
-PyTree = Any
 
 
 def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
@@ -150,13 +149,13 @@ class _Shared:
     old: the leaves of the old state, with the loss among them where the update reads it.
   """
 
-  def __init__(self, late: Late, value: int | None, old: Sequence[Any], constants: dict[int, Any]):
+  def __init__(self, late: Late, value: int | None, old: Values, constants: dict[int, jax.Array]):
     self._late, self._value, self._constants = late, value, constants
-    self.values: dict[int, Any] | None = None
-    self.states: dict[int, Any] = {}
+    self.values: dict[int, jax.Array] | None = None
+    self.states: dict[int, jax.Array] = {}
     self.old = late.with_parts(old)
 
-  def compute(self, loss: Any) -> dict[int, Any]:
+  def compute(self, loss: Any) -> dict[int, jax.Array]:
     """Computes the values, unless that has been done, and returns them."""
     if self.values is None:
       if self._value is not None:
@@ -171,7 +170,7 @@ def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, ope
   shared = _Shared(late, value, old, constants)
   traced, update = traced.at(inputs, loss_constants), late.update.at(shared.old, constants)
   loss = None if value is None else traced.results[0]
-  new_weights: dict[int, Any] = {}
+  new_weights: dict[int, jax.Array] = {}
   passes = two_passes(traced, update, CALLER) if two_pass else None
   if passes is not None:
     traced, kept, new_weights = _first_pass(traced, passes, shared, loss)
@@ -180,7 +179,7 @@ def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, ope
     loss = None
   groups = groups_of(update) if passes is None else passes.groups
 
-  def of_sites(loss: Any) -> list[list[Any]]:
+  def of_sites(loss: Any) -> list[list[jax.Array]]:
     values = shared.compute(loss)
     return [[values[v] for v in group.shared] for group in groups]
 
@@ -229,7 +228,7 @@ def two_passes(traced: Traced, update: by_leaf.Update, caller: str) -> coupled.T
 
 def _first_pass(
   traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: Any
-) -> tuple[Traced, list[Any], dict[int, Any]]:
+) -> tuple[Traced, list[jax.Array], dict[int, jax.Array]]:
   """Runs a forward and a backward pass for the small arrays that couple the leaves, and adds them to what these share.
 
   Returns:
@@ -244,10 +243,10 @@ def _first_pass(
   sites = traced.sites_of_parts(passes)
   store = stores.Parts(sites)
 
-  def known(loss: Any) -> dict[int, Any]:
+  def known(loss: Any) -> dict[int, jax.Array]:
     return passes.known(shared.compute(loss), traced.leaves, shared.old)
 
-  def of_sites(loss: Any) -> list[list[Any]]:
+  def of_sites(loss: Any) -> list[list[jax.Array]]:
     values = known(loss)
     return [[values[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
 

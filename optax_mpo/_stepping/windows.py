@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_mpo._core.annotations import Index
 from optax_mpo._program.entries import Entries
 
 
@@ -41,7 +42,7 @@ class Window:
     """Whether no layer was chosen yet."""
     return all(isinstance(start, int) for start in self.starts)
 
-  def narrowed(self, entries: Entries, index: Any, count: int) -> "Window":
+  def narrowed(self, entries: Entries, index: Index, count: int) -> "Window":
     """The layer at `index` of this part, of `count`; one entry alone loses its axis."""
     axis = self.axes[entries.axis]
     starts, sizes = list(self.starts), list(self.sizes)
@@ -67,5 +68,5 @@ class Window:
   def _left_out(self) -> tuple[int, ...]:
     return tuple(a for a in range(len(self.sizes)) if a not in self.axes)
 
-  def _indices(self) -> list[Any]:
+  def _indices(self) -> list[jax.Array]:
     return [jnp.int32(start) if isinstance(start, int) else start for start in self.starts]

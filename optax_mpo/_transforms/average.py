@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from optax_mpo._codecs import checks, formats, stochastic_rounding
 from optax_mpo._core import overwritten
-
-PyTree = Any
+from optax_mpo._core.annotations import KeyPath, PyTree
 
 BITS = (None, 8, 16)  # None: f32, in one array
 _SEED = 0x5EED_A4E5  # not that of `compensated`, so that the two roundings are independent
@@ -50,7 +49,7 @@ def moved(average: Average | PyTree, masters: PyTree, decay: float, bits: int | 
   Leaves that are overwritten have no average, but their newest value.
   """
 
-  def mix(path: tuple[Any, ...], old: jax.Array, new: jax.Array) -> jax.Array:
+  def mix(path: KeyPath, old: jax.Array, new: jax.Array) -> jax.Array:
     return new if overwritten.is_overwritten(path) else old + (1 - decay) * (new - old)
 
   values = jax.tree_util.tree_map_with_path(mix, joined(average), masters)

@@ -11,22 +11,22 @@ expression of the two. XLA fuses it into the update, so that no f32 copy is stor
 Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arXiv:2309.12381.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
 from optax_mpo._codecs.masters import CompensatedState, states_in
 from optax_mpo._core import host, overwritten, renames, trees, types, wrapping, xla_cpu
+from optax_mpo._core.annotations import KeyPath, PyTree, Values
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
 from optax_mpo._transforms.sharding import state_sharding
-
-PyTree = Any
 
 
 class RoundingState(NamedTuple):
@@ -204,7 +204,7 @@ def _is_slow_in_one_piece(state: optax.OptState, params: PyTree) -> bool:
   return step_weight.is_better_by_rows(largest) and not any(types.is_split(x) for x in jax.tree.leaves(params))
 
 
-def _without(replaced: list[bool], leaves: Sequence[Any], treedef: Any) -> PyTree:
+def _without(replaced: list[bool], leaves: Values, treedef: Any) -> PyTree:
   """The tree of leaves as the inner transformation sees it, without those that are overwritten."""
   return treedef.unflatten(
     [optax.MaskedNode() if masked else leaf for masked, leaf in zip(replaced, leaves, strict=True)]
@@ -242,8 +242,8 @@ def init(
   tx: optax.GradientTransformation,
   params: PyTree,
   *,
-  dtype: Any = jnp.bfloat16,
-  where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
+  dtype: DTypeLike = jnp.bfloat16,
+  where: Callable[[KeyPath, jax.Array], bool] | None = None,
   state_memory: str | None = None,
 ) -> tuple[PyTree, optax.OptState]:
   """Casts f32 params to low precision and makes `tx`'s state, with the bits that the cast cuts off.
@@ -294,7 +294,7 @@ def init(
 
 
 def _on_host(
-  tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any, memory_kind: str
+  tx: optax.GradientTransformation, params: PyTree, dtype: DTypeLike, where: Any, memory_kind: str
 ) -> tuple[PyTree, optax.OptState]:
   """As `initialise.initialised`, in one compiled program that makes the state where it stays."""
   if step_weight.is_traced(jax.tree.leaves(params)):

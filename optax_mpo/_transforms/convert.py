@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import blocks, formats
 from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import buffers, host, modules, overwritten, packing, trees, wrapping
+from optax_mpo._core.annotations import KeyPath, PyTree
 from optax_mpo._transforms import compensated, initialise, quantized
-
-PyTree = Any
 
 _OURS = (compensated.CompensatedState, compensated.RoundingState, quantized.QuantizedState)
 _COUNTED = (compensated.RoundingState, quantized.QuantizedState)
@@ -30,8 +30,8 @@ def convert(
   params: PyTree,
   opt_state: optax.OptState,
   *,
-  dtype: Any = jnp.bfloat16,
-  where: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
+  dtype: DTypeLike = jnp.bfloat16,
+  where: Callable[[KeyPath, jax.Array], bool] | None = None,
 ) -> tuple[PyTree, optax.OptState]:
   """Returns the params and the state of a run as `tx` stores them.
 
@@ -101,7 +101,7 @@ def convert(
   return buffers.own(new, given)
 
 
-def _nodes(state: PyTree, kinds: type | tuple[type, ...]) -> list[Any]:
+def _nodes(state: PyTree, kinds: type | tuple[type, ...]) -> list[jax.Array]:
   """All states of the given types, outer ones first."""
   found = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
   return [y for x in found for y in (x, *_nodes(x.inner_state, kinds))]

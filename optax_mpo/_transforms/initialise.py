@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import blocks, cast, checks, formats
 from optax_mpo._core import buffers, trees, wrapping
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 @dataclasses.dataclass
@@ -77,7 +77,9 @@ def claimed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
   return master, checks.bits_or_masked(kept)
 
 
-def initialised(tx: optax.GradientTransformation, params: PyTree, dtype: Any, where: Any) -> tuple[PyTree, PyTree]:
+def initialised(
+  tx: optax.GradientTransformation, params: PyTree, dtype: DTypeLike, where: Any
+) -> tuple[PyTree, PyTree]:
   """Returns what `compensated.init` returns, without a check that nothing around `compensated` changes its updates."""
   trees.check_arrays(params, "init")
   originals: dict[int, _Original] = {}

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._core import buffers, modules, overwritten, packing, wrapping
-
-PyTree = Any
+from optax_mpo._core.annotations import KeyPath, PyTree
 
 
 class LossScaleState(NamedTuple):
@@ -103,7 +102,7 @@ def loss_scaled(
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, LossScaleState, "loss_scaled")
 
-    def unscaled(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
+    def unscaled(path: KeyPath, g: jax.Array) -> jax.Array:
       if overwritten.is_overwritten(path):
         return g  # a new value, not a gradient
       dtype = jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32

@@ -13,8 +13,7 @@ import optax
 from optax_mpo._codecs import checks, formats
 from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import modules, overwritten, renames, trees
-
-PyTree = Any
+from optax_mpo._core.annotations import PyTree
 
 
 @renames.renamed(bits="extra_bits")

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._core import packing, trees, wrapping
-
-PyTree = Any
+from optax_mpo._core.annotations import KeyPath, PyTree
 
 
 class RecordedNorms(NamedTuple):
@@ -38,7 +37,7 @@ class DelayedNormState(NamedTuple):
 
 def record_norms(
   name: str = "grad_norm",
-  groups: Callable[[tuple[Any, ...], Any], str | None] | None = None,
+  groups: Callable[[KeyPath, Any], str | None] | None = None,
   of: Literal["updates", "params"] = "updates",
 ) -> optax.GradientTransformation:
   """Records the global norm of what passes through it, and changes nothing.

@@ -13,9 +13,8 @@ import jax
 import optax
 
 from optax_mpo._core import packing, wrapping
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._core.packing import PackedState
-
-PyTree = Any
 
 
 def packed(inner: optax.GradientTransformation, at_most: int = 2**12) -> optax.GradientTransformationExtraArgs:

@@ -20,9 +20,9 @@ import optax
 from jax import lax
 
 from optax_mpo._core import trees, wrapping
+from optax_mpo._core.annotations import KeyPath, PyTree
 
-PyTree = Any
-Where = Callable[[tuple[Any, ...], Any], bool | int | None]
+Where = Callable[[KeyPath, Any], bool | int | None]
 
 _USAGE = "tx, where=lambda path, leaf: 'layers' in jax.tree_util.keystr(path)"
 _REMAKE = "Pass the state that this transformation's init made, for these params."
@@ -120,7 +120,7 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
     axes = _axes(tree, where)
     _check_states(tree, axes, states)
 
-    def run(grads: dict[int, Any], state: Any, leaves: dict[int, Any]) -> tuple[list[Any], Any]:
+    def run(grads: dict[int, jax.Array], state: Any, leaves: dict[int, jax.Array]) -> tuple[list[jax.Array], Any]:
       seen = None if params is None else _only(treedef, leaves)
       new, state = tx.update(_only(treedef, grads), state, seen, **extra_args)
       return treedef.flatten_up_to(new), state
@@ -148,12 +148,12 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _only(treedef: Any, leaves: dict[int, Any]) -> PyTree:
+def _only(treedef: Any, leaves: dict[int, jax.Array]) -> PyTree:
   """A tree with some of its leaves, by index, and `optax.MaskedNode` in place of the others."""
   return treedef.unflatten([leaves.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves)])
 
 
-def _rest(leaves: list[Any], axes: list[int | None]) -> dict[int, Any]:
+def _rest(leaves: list[jax.Array], axes: list[int | None]) -> dict[int, jax.Array]:
   """The leaves that are not stacks, by index."""
   return {i: leaf for i, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)) if axis is None}
 
@@ -196,7 +196,7 @@ def _axes(params: PyTree, where: Where | None) -> list[int | None]:
   return axes
 
 
-def _check_states(params: PyTree, axes: list[int | None], states: list[Any]) -> None:
+def _check_states(params: PyTree, axes: list[int | None], states: list[jax.Array]) -> None:
   """Raises ValueError for a state that was made with other stacks."""
   for (name, _), axis, state in zip(trees.named_leaves(params), axes, states, strict=True):
     if (axis is None) != isinstance(state, optax.MaskedNode):

@@ -12,19 +12,19 @@ that cannot be tried, because it needs extra arguments or reads concrete values,
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import codec, formats, masters
 from optax_mpo._core import trees
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import dataflow, jax_forms
-
-PyTree = Any
 
 _WEIGHT = 1 + 2.0**-7  # its ulp is large relative to it; at 1 the ulps above and below differ
 _STEPS = [0, *(2**i for i in range(20))]  # steps at which schedules are tried: a warm-up starts with little decay
@@ -54,12 +54,12 @@ def warn_of_lost_decay(inner: optax.GradientTransformation, params: PyTree, bits
   if not first:
     return
 
-  def updates(weights: list[Any]) -> list[Any]:
+  def updates(weights: list[jax.Array]) -> list[jax.Array]:
     tree = treedef.unflatten(weights)
     zeros = jax.tree.map(jnp.zeros_like, tree)
     start = inner.init(tree)
 
-    def made_at(step: jax.Array) -> list[Any]:
+    def made_at(step: jax.Array) -> list[jax.Array]:
       state = jax.tree.map(lambda x: jnp.full_like(x, step, x.dtype) if _is_counter(x) else x, start)
       made = treedef.flatten_up_to(inner.update(zeros, state, tree)[0])
       return [made[i] for i in first.values()]
@@ -91,7 +91,7 @@ def warn_of_changes(tx: optax.GradientTransformation, params: PyTree) -> None:
   """Warns if `tx` changes the updates of the `compensated` in it before they reach the params, of any size."""
   leaves, treedef = jax.tree.flatten(params)
 
-  def updates(weights: list[Any]) -> list[Any]:
+  def updates(weights: list[jax.Array]) -> list[jax.Array]:
     tree = treedef.unflatten(weights)
     before, made = tx.init(tree), []
     for _ in range(2):  # twice: a moving average returns its first input unchanged
@@ -137,13 +137,13 @@ def _is_counter(x: Any) -> bool:
   return x.dtype == jnp.int32 if x.shape else jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def _tiny(leaf: Any, value: float, dtype: Any = None) -> Any:
+def _tiny(leaf: Any, value: float, dtype: DTypeLike = None) -> Any:
   if not trees.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
     return leaf
   return np.full((1,) * leaf.ndim, value, dtype if formats.is_low(leaf) and dtype else leaf.dtype)
 
 
-def _tried(updates: Any, weights: Sequence[Any]) -> list[np.ndarray]:
+def _tried(updates: Any, weights: Values) -> list[np.ndarray]:
   """The values of `updates(weights)`, or an empty list if they cannot be computed."""
   try:
     program, _ = jax_forms.trace(updates, list(weights))
@@ -151,7 +151,7 @@ def _tried(updates: Any, weights: Sequence[Any]) -> list[np.ndarray]:
     names = [*program.constants, *program.inputs]
     operations = dataflow.slice_of(program, program.outputs, {*names})
 
-    def run(given: list[Any]) -> list[Any]:
+    def run(given: list[jax.Array]) -> list[jax.Array]:
       env = dict(zip(names, given, strict=True))
       jax_forms.run(program, operations, env)
       return [jax_forms.value(a, env) for a in program.outputs]

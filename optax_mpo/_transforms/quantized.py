@@ -20,10 +20,10 @@ from jax import lax
 
 from optax_mpo._codecs import blocks, levels
 from optax_mpo._core import buffers, host, packing, renames, trees, wrapping
+from optax_mpo._core.annotations import KeyPath, PyTree
 from optax_mpo._transforms import state_flow, state_kinds
 
-PyTree = Any
-Where = Callable[[tuple[Any, ...], Any], state_kinds.Kind | None]
+Where = Callable[[KeyPath, Any], state_kinds.Kind | None]
 
 _SHORTEST = 8  # a shorter last axis saves little: each block has a scale of two bytes
 
@@ -122,7 +122,7 @@ def quantized_state(
       by_flow = [k is not None and of[k] == jnp.shape(leaf) for k, (_, leaf, _) in zip(whose, found, strict=True)]
       owned = [other if flag is None else flag for flag, other in zip(owned, by_flow, strict=True)]
     large = [bool(flag) for flag in owned]
-    kinds: list[Any] = [kind for _, _, kind in found]
+    kinds: list[jax.Array] = [kind for _, _, kind in found]
     if any(flag and kind is None for flag, kind in zip(large, kinds, strict=True)):
       seen = state_flow.kinds(inner, params, state, large)
       kinds = [other if kind is None else kind for kind, other in zip(kinds, seen, strict=True)]
@@ -147,7 +147,7 @@ def quantized_state(
       _check_stored(name, leaf, state_bits, block_size)
     like = _dtypes(inner, updates if params is None else params, len(old))
 
-    def run(stored: list[Any]) -> tuple[optax.Updates, list[jax.Array]]:
+    def run(stored: list[jax.Array]) -> tuple[optax.Updates, list[jax.Array]]:
       wide = [
         blocks.dequantize(x).astype(d) if blocks.is_quantized(x) else x for x, d in zip(stored, like, strict=True)
       ]
@@ -229,9 +229,7 @@ def _is_large(leaf: Any, min_size: int) -> bool:
   return _is_storable(leaf) and math.prod(leaf.shape) >= min_size and leaf.shape[-1] >= _SHORTEST
 
 
-def _is_owned(
-  path: tuple[Any, ...], shape: tuple[int, ...], shapes: dict[tuple[Any, ...], tuple[int, ...]]
-) -> bool | None:
+def _is_owned(path: KeyPath, shape: tuple[int, ...], shapes: dict[tuple[Any, ...], tuple[int, ...]]) -> bool | None:
   """Whether a leaf of the state has the shape of the param whose path is part of its own, as in `mu['w']`.
 
   None if its path contains no param's path, as in a list of moments.
@@ -241,7 +239,7 @@ def _is_owned(
   return shape in found if found else None
 
 
-def _store(path: tuple[Any, ...], leaf: Any, chosen: Any, bits: int, block_size: int) -> Any:
+def _store(path: KeyPath, leaf: Any, chosen: Any, bits: int, block_size: int) -> Any:
   if chosen is False:
     return leaf
   name = trees.name(path, "the state's ")
@@ -283,14 +281,14 @@ def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
     )
 
 
-def _flatten_new(treedef: Any, old: PyTree, new: PyTree) -> list[Any]:
+def _flatten_new(treedef: Any, old: PyTree, new: PyTree) -> list[jax.Array]:
   """Returns the leaves of the new inner state, in the order of the old ones."""
   plain = jax.tree.map(lambda x: 0 if blocks.is_quantized(x) else x, old, is_leaf=blocks.is_quantized)
   hint = "A state has to keep its structure from step to step for its leaves to be stored."
   return trees.flatten_like(plain, new, "quantized_state: the new state of the wrapped transformation", hint, "the old")
 
 
-def _dtypes(inner: optax.GradientTransformation, params: PyTree, count: int) -> list[Any]:
+def _dtypes(inner: optax.GradientTransformation, params: PyTree, count: int) -> list[jax.Array]:
   """The dtypes of `inner`'s state (some are bf16 with `mu_dtype`, for example), or f32 if they are not known."""
   try:
     found = [leaf.dtype for leaf in jax.tree.leaves(wrapping.state_shapes(inner, params))]

@@ -19,9 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from optax_mpo._codecs import blocks, codec
 from optax_mpo._core import host, modules, trees
-
-PyTree = Any
-
+from optax_mpo._core.annotations import KeyPath, PyTree
 
 _SMALL = 2**16  # elements up to which a leaf stays on the device: to move it would take longer than to update it
 
@@ -31,7 +29,7 @@ def state_sharding(
   opt_state: PyTree,
   *,
   memory_kind: str | None = None,
-  where: Callable[[tuple[Any, ...], Any], bool] | None = None,
+  where: Callable[[KeyPath, Any], bool] | None = None,
 ) -> PyTree:
   """Returns shardings for `opt_state`: leaves shaped like a param get its sharding.
 
@@ -110,7 +108,7 @@ def state_sharding(
     )
   replicated = NamedSharding(meshes[0], PartitionSpec())
 
-  def choose(path: tuple[Any, ...], leaf: Any) -> Any:
+  def choose(path: KeyPath, leaf: Any) -> Any:
     shape, sharding = _owner(path, known)
     if _is_scaled(leaf):
       elements, scales = leaf
@@ -153,7 +151,7 @@ def _is_scaled(x: Any) -> bool:
   return isinstance(x, blocks.Quantized | codec.ScaledBits) and all(map(trees.is_array, x))
 
 
-def _owner(path: tuple[Any, ...], known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
+def _owner(path: KeyPath, known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
   """The shape and sharding of the param whose path is the end of `path`, or inside it if a wrapper splits the param."""
   for end in range(len(path), -1, -1):
     for start in range(end + 1):  # the longest first

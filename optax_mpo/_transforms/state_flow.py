@@ -28,12 +28,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Program
 from optax_mpo._transforms.state_kinds import Kind
 from optax_mpo._transforms.value_flow import LOW, OTHER, STATE, Flow, Value
-
-PyTree = Any
 
 
 def kinds(

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import jax
 
 from optax_mpo._codecs import levels
+from optax_mpo._core.annotations import KeyPath, PyTree
 
-PyTree = Any
 Kind = levels.Kind | Literal[False]  # False: not stored in 8 bits
 
 _NONNEGATIVE = """
@@ -47,9 +47,7 @@ def leaves(state: PyTree) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
   yield from _leaves(state, (), None)
 
 
-def _leaves(
-  node: PyTree, path: tuple[Any, ...], kind: Kind | None
-) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
+def _leaves(node: PyTree, path: KeyPath, kind: Kind | None) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
   if _is_state(node):
     for field in node._fields:
       inner = kind

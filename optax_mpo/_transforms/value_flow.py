@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optax_mpo._core.annotations import Shaped
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -259,7 +260,7 @@ def _is_floored(name: str, values: list[Value]) -> bool:
   return name in _FLOORED and known[0]
 
 
-def _is_float(aval: Any) -> bool:
+def _is_float(aval: Shaped) -> bool:
   return jnp.issubdtype(aval.dtype, jnp.floating)
 
 

@@ -13,9 +13,8 @@ import optax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._core import wrapping
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._stepping import leafwise
-
-PyTree = Any
 
 
 def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

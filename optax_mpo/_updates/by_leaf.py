@@ -23,13 +23,12 @@ import optax
 from optax_mpo._backends import step_weight
 from optax_mpo._codecs import apply, formats
 from optax_mpo._core import host, trees, types, wrapping
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.layer_rules import ELEMENTWISE
 from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._updates import refusals
 from optax_mpo._updates.group import Group
-
-PyTree = Any
 
 # Each slice computes large results of these itself: keeping them would cost more.
 _CHEAP = ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "transpose", "squeeze", "bitcast_convert_type"}
@@ -84,7 +83,9 @@ class Update:
     self._own()
 
   def _whole(self, tx: optax.GradientTransformation) -> Any:
-    def whole(grads: list[Any], params: list[Any], state: list[Any], extra: list[Any]) -> tuple[PyTree, PyTree, Any]:
+    def whole(
+      grads: list[jax.Array], params: list[jax.Array], state: list[jax.Array], extra: list[jax.Array]
+    ) -> tuple[PyTree, PyTree, Any]:
       tree, old_state = self._treedef.unflatten(params), self._state_treedef.unflatten(state)
       weights, extra_args = host.fetched(tree), self._extra_treedef.unflatten(extra)
       given = self._treedef.unflatten(grads), host.fetched(old_state), weights
@@ -149,7 +150,7 @@ class Update:
       node = self._parent[node]
     return node
 
-  def at(self, opt_state: Sequence[Any], constants: dict[int, Any]) -> "Update":
+  def at(self, opt_state: Values, constants: dict[int, jax.Array]) -> "Update":
     """The same update with other values for the leaves of its state and for constants of its program."""
     other = copy.copy(self)
     other._state, other.program = list(opt_state), self.program.replaced(constants)
@@ -174,7 +175,7 @@ class Update:
     var = self.inputs[2][j]
     return j if any(var in operation.inputs for operation in self.program.operations) else None
 
-  def run_shared(self) -> tuple[dict[int, Any], dict[int, Any]]:
+  def run_shared(self) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
     """Computes once what all leaves share.
 
     Returns:

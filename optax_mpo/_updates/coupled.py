@@ -17,11 +17,12 @@ such leaves, small arrays of a single leaf are links, too.
 import dataclasses
 import math
 from collections.abc import Collection, Sequence, Set
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import trees
+from optax_mpo._core.annotations import Values
 from optax_mpo._program import branches, dataflow, jax_forms
 from optax_mpo._program.program import Operation, Program
 from optax_mpo._updates import by_leaf, refusals
@@ -159,7 +160,7 @@ class TwoPass:
     floats = {v for v in free if jnp.issubdtype(program.aval(v).dtype, jnp.floating) and self._size(v) == 1}
     return {v for v in floats if free[v] and not self._deps[v]} - {*self._states, *self._given}
 
-  def _slice(self, outputs: Sequence[Any], given: set[int] | frozenset[int]) -> tuple[list[Any], set[int]]:
+  def _slice(self, outputs: Values, given: set[int] | frozenset[int]) -> tuple[list[jax.Array], set[int]]:
     """Returns the operations that make `outputs` from `given`, and the variables that are read but not made."""
     operations = dataflow.slice_of(self.program, outputs, given)
     made = {v for operation in operations for v in operation.outputs}
@@ -192,7 +193,7 @@ class TwoPass:
       for j, owner in enumerate(self._owners)
       if (owner is None or owner in self.middle) and j not in update.shared_states
     ]
-    outputs: list[Any] = sorted({v for group in self.groups for v in group.shared} - set(update.shared))
+    outputs: list[jax.Array] = sorted({v for group in self.groups for v in group.shared} - set(update.shared))
     outputs += [program.outputs[i] for i in self.middle]
     outputs += [program.outputs[count + j] for j in self._new_states]
     large = {i for i in range(count) if i not in self.middle}
@@ -220,7 +221,7 @@ class TwoPass:
     shared = tuple(sorted(v for v in read & self._given if v not in self.program.constants))
     return Part(leaf, tuple(outputs), tuple(sorted(read & own)), shared, tuple(operations))
 
-  def known(self, shared: dict[int, Any], weights: Sequence[Any], states: Sequence[Any]) -> dict[int, Any]:
+  def known(self, shared: dict[int, jax.Array], weights: Values, states: Values) -> dict[int, jax.Array]:
     """Returns the values, by variable, that are known before the first pass.
 
     Args:
@@ -233,7 +234,7 @@ class TwoPass:
     jax_forms.run(self.program, self._slice(sorted(self._free), {*env})[0], env)
     return known | {v: env[v] for v in self._free}
 
-  def parts_of(self, gradients: Sequence[Any], known: dict[int, Any]) -> dict[int, Any]:
+  def parts_of(self, gradients: Values, known: dict[int, jax.Array]) -> dict[int, jax.Array]:
     """Makes the parts of all leaves, where all gradients exist at once.
 
     Args:
@@ -243,7 +244,7 @@ class TwoPass:
     Returns:
       The values of the parts, by variable.
     """
-    made: dict[int, Any] = {}
+    made: dict[int, jax.Array] = {}
     for part in self.parts:
       env = dict(self.program.constants) | known | {self._grads[part.leaf]: gradients[part.leaf]}
       jax_forms.run(self.program, part.operations, env)
@@ -251,8 +252,8 @@ class TwoPass:
     return made
 
   def links(
-    self, parts: dict[int, Any], known: dict[int, Any]
-  ) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
+    self, parts: dict[int, jax.Array], known: dict[int, jax.Array]
+  ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
     """Makes the values that the second pass reads.
 
     Args:

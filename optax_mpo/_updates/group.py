@@ -1,10 +1,12 @@
 """Leaves that are updated together, and their slice of the traced update."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import jax
 
 from optax_mpo._core import trees
+from optax_mpo._core.annotations import Values
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program, Slice
 
@@ -28,7 +30,7 @@ class Group:
   leaves: tuple[int, ...]
   states: tuple[int, ...]
   shared: tuple[int, ...]
-  constants: dict[int, Any]
+  constants: dict[int, jax.Array]
   operations: tuple[Operation, ...]
   outputs: tuple[Atom, ...]
   program: Program
@@ -36,8 +38,8 @@ class Group:
   names: tuple[str, ...]
 
   def step(
-    self, grads: Sequence[Any], params: Sequence[Any], states: Sequence[Any], shared: Sequence[Any]
-  ) -> tuple[list[Any], list[Any]]:
+    self, grads: Values, params: Values, states: Values, shared: Values
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns the new weights and the new state of the group."""
     env = self.constants | dict(zip(self.shared, shared, strict=True))
     env |= dict(zip(self.inputs, [*grads, *params, *states], strict=True))

@@ -11,10 +11,13 @@ more of several leaves than links: the norm of the updates after clipping by the
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
+import jax
+
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Values
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Operation
 from optax_mpo._updates import by_leaf
@@ -41,11 +44,11 @@ class Late:
   operations: tuple[Operation, ...] = ()
   outputs: tuple[Any, ...] = ()
 
-  def with_parts(self, states: Sequence[Any]) -> list[Any]:
+  def with_parts(self, states: Values) -> list[jax.Array]:
     """The leaves of the state that `update` takes: those of the whole update, and zeros for the parts."""
     return [*states, *(types.zeros(self.update.program.aval(v)) for v in self.parts)]
 
-  def finish(self, old: Sequence[Any], new: Sequence[Any], constants: dict[int, Any]) -> list[Any]:
+  def finish(self, old: Values, new: Values, constants: dict[int, jax.Array]) -> list[jax.Array]:
     """Makes the late state.
 
     Args:
