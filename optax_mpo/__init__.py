@@ -8,7 +8,7 @@ Memory: the peak memory of any step on a GPU, without that GPU.
 
 import importlib as _importlib
 import sys as _sys
-from typing import Any as _Any
+from types import ModuleType as _ModuleType
 
 from optax_mpo._codecs.apply import apply_updates as apply_updates
 from optax_mpo._codecs.blocks import Quantized as Quantized
@@ -79,7 +79,7 @@ for _old, _new in _BEFORE_THE_FOLDERS.items():
   _sys.modules[f"{__name__}.{_old}"] = _sys.modules[f"{__name__}.{_new}"]
 
 
-def __getattr__(name: str) -> _Any:
+def __getattr__(name: str) -> _ModuleType:
   """Imports `flax` (needs Flax), `checkpoint` (Orbax) and `export` (safetensors) on first use."""
   if name in ("checkpoint", "export", "flax"):
     return _importlib.import_module(f"optax_mpo.{name}")

@@ -14,7 +14,7 @@ Needs orbax-checkpoint: `pip install 'optax_mpo[checkpoint]'`.
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._core import checksums, host, renames, trees
-from optax_mpo._core.annotations import PyTree, Values
+from optax_mpo._core.annotations import PyTree, Shaped
+
+_Leaf = jax.Array | jax.ShapeDtypeStruct | np.ndarray
+_Saved = Mapping[str, Any]  # from JSON: the name, shape, dtype and checksum of a leaf
 
 _FORMAT = 2  # in format 1, the codes of second moments stand for other levels
 _STORED_AS = {"bool": "uint8", "int2": "int8", "int4": "int8", "uint2": "uint8", "uint4": "uint8"}
@@ -80,7 +83,7 @@ class Checkpointer:
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *_: Any) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()
 
   def close(self) -> None:
@@ -118,7 +121,7 @@ class Checkpointer:
         for name, x, checksum in zip(names, leaves, checksums.of(stored), strict=True)
       ],
     }
-    parts: dict[str, Any] = {"about": ocp.args.JsonSave(about)}
+    parts: dict[str, ocp.args.CheckpointArgs] = {"about": ocp.args.JsonSave(about)}
     arrays = {_key(i): x for i, x in enumerate(stored) if x.size}  # Orbax has neither empty arrays nor empty trees
     if arrays:
       parts["arrays"] = ocp.args.StandardSave(arrays)
@@ -192,7 +195,7 @@ class Checkpointer:
     given, treedef = jax.tree.flatten(like)
     return treedef.unflatten([_of_the_kind(x, leaf) for x, leaf in zip(restored, given, strict=True)])
 
-  def _read_part(self, step: int, **part: Any) -> Any:
+  def _read_part(self, step: int, **part: ocp.args.CheckpointArgs) -> PyTree:
     (name,) = part
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**part))[name]
@@ -204,7 +207,7 @@ class _DamagedError(Exception):
   """A checkpoint that is damaged, and why."""
 
 
-def _check_levels(where: str, saved: Sequence[dict[str, Any]]) -> None:
+def _check_levels(where: str, saved: Sequence[_Saved]) -> None:
   """Raises ValueError if leaves of format 1 are codes that stand for other numbers now."""
   for leaf in saved:
     if leaf["name"].endswith(".values") and leaf["dtype"] in ("uint8", "uint4"):
@@ -219,18 +222,18 @@ def _key(index: int) -> str:
   return f"{index:06d}"
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: Shaped) -> bool:
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _key_impl(key: Any) -> Any:
+def _key_impl(key: _Leaf) -> Any:
   """The PRNG implementation of an array of random keys, or of its ShapeDtypeStruct."""
   found = []
   jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)
   return found[0]
 
 
-def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[jax.Array]]:
+def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[PyTree]]:
   """The names of the leaves, and the leaves: JAX arrays, ShapeDtypeStructs, and everything else as NumPy arrays."""
   names, leaves = [], []
   for name, leaf in trees.named_leaves(tree, "tree"):
@@ -247,12 +250,12 @@ def _flatten(tree: PyTree, caller: str) -> tuple[list[str], list[jax.Array]]:
   return names, leaves
 
 
-def _in_words(leaf: Any) -> bool:
+def _in_words(leaf: _Leaf) -> bool:
   """Whether a NumPy array has more bits than JAX would keep, so that it is stored as 32-bit words."""
   return isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
 
 
-def _to_stored(leaf: Any) -> jax.Array:
+def _to_stored(leaf: PyTree) -> jax.Array:
   if _is_key(leaf):
     return jax.random.key_data(leaf)
   if _in_words(leaf):
@@ -267,7 +270,7 @@ def _to_stored(leaf: Any) -> jax.Array:
   return leaf.astype(dtype)
 
 
-def _from_stored(stored: Any, like: Any, saved: dict[str, Any]) -> Any:
+def _from_stored(stored: jax.Array, like: _Leaf, saved: _Saved) -> jax.Array | np.ndarray:
   """Converts a stored leaf to the dtype of `like`."""
   if saved.get("words"):
     found = np.asarray(stored).view(saved["dtype"])[..., 0]
@@ -290,7 +293,7 @@ def _from_stored(stored: Any, like: Any, saved: dict[str, Any]) -> Any:
   return np.asarray(stored).astype(like.dtype) if isinstance(like, np.ndarray) else stored.astype(like.dtype)
 
 
-def _of_the_kind(restored: Any, like: Any) -> Any:
+def _of_the_kind(restored: jax.Array | np.ndarray, like: PyTree) -> PyTree:
   """Converts a leaf to what `like` is: a JAX array, a NumPy array or scalar, or a Python number."""
   if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
     return restored
@@ -300,7 +303,7 @@ def _of_the_kind(restored: Any, like: Any) -> Any:
   return restored if isinstance(like, np.ndarray) else restored[()]
 
 
-def _is_local(sharding: Any) -> bool:
+def _is_local(sharding: jax.sharding.Sharding | None) -> bool:
   return sharding is None or sharding.is_fully_addressable
 
 
@@ -315,7 +318,7 @@ def _on_all(x: jax.Array) -> jax.Array:
   return jax.make_array_from_process_local_data(_all_devices(), np.asarray(x), x.shape)
 
 
-def _struct(name: str, leaf: Any, saved: dict[str, Any]) -> jax.ShapeDtypeStruct:
+def _struct(name: str, leaf: _Leaf, saved: _Saved) -> jax.ShapeDtypeStruct:
   """The shape, dtype and sharding to read a leaf with, as it is stored."""
   one = SingleDeviceSharding(jax.devices()[0]) if jax.process_count() == 1 else _all_devices()
   sharding = getattr(leaf, "sharding", None) or one
@@ -334,7 +337,7 @@ def _struct(name: str, leaf: Any, saved: dict[str, Any]) -> jax.ShapeDtypeStruct
   return jax.ShapeDtypeStruct(leaf.shape, _STORED_AS[saved["dtype"]], sharding=sharding)
 
 
-def _check_like(what: str, saved: Sequence[dict[str, Any]], names: Sequence[str], leaves: Values) -> None:
+def _check_like(what: str, saved: Sequence[_Saved], names: Sequence[str], leaves: Sequence[Shaped]) -> None:
   """Raises ValueError with the first leaf that is not in the checkpoint, or has another shape or dtype there."""
   advice = (
     "Restore it into the form that it was saved in; optax_mpo.convert takes it from there to other bits or storage."

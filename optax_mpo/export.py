@@ -9,7 +9,6 @@ Needs safetensors: `pip install 'optax_mpo[checkpoint]'`.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from optax_mpo._codecs import masters
 from optax_mpo._core import modules, trees
-from optax_mpo._core.annotations import PyTree
+from optax_mpo._core.annotations import PyTree, Shaped
 
 
 def save_safetensors(
@@ -110,7 +109,7 @@ def load_safetensors(path: str | os.PathLike[str], like: PyTree) -> PyTree:
   return jax.tree.structure(like).unflatten(read)
 
 
-def _placed(value: np.ndarray, like: Any, name: str, path: Any) -> jax.Array:
+def _placed(value: np.ndarray, like: Shaped, name: str, path: str | os.PathLike[str]) -> jax.Array:
   if value.shape != tuple(like.shape):
     raise ValueError(
       f"load_safetensors: in {path}, {name} has shape {list(value.shape)}, and it is to be {list(like.shape)}."
@@ -118,9 +117,9 @@ def _placed(value: np.ndarray, like: Any, name: str, path: Any) -> jax.Array:
   return jax.device_put(value, getattr(like, "sharding", None))
 
 
-def _named(tree: PyTree, who: str) -> dict[str, Any]:
+def _named(tree: PyTree, who: str) -> dict[str, PyTree]:
   """The leaves by name, such as `blocks.0.kernel`."""
-  found: dict[str, Any] = {}
+  found: dict[str, PyTree] = {}
   for path, leaf in tree_flatten_with_path(tree)[0]:
     key = keystr(path, simple=True, separator=".")
     if key in found:

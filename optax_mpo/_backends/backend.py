@@ -13,7 +13,7 @@ import jax
 
 from optax_mpo._backends import cpu_rows, gpu_kernel
 from optax_mpo._core import order
-from optax_mpo._core.annotations import Values
+from optax_mpo._core.annotations import Shaped
 from optax_mpo._program.elements import NotElementwiseError
 from optax_mpo._program.entries import Entries
 from optax_mpo._program.program import Slice
@@ -69,8 +69,8 @@ def of_layers(
   entries: Sequence[Entries],
   kernels: bool,
   one: Callable[..., list[jax.Array]],
-  avals: Values,
-  shared: Values,
+  avals: Sequence[Shaped],
+  shared: Sequence[Shaped],
 ) -> Backend:
   """The backend of an update of one layer of stacks.
 

@@ -11,17 +11,15 @@ writes them in place. What these rows need stays in the cache.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.typing import DTypeLike
 
 from optax_mpo._core import types, xla_cpu
-from optax_mpo._core.annotations import Index, Values
+from optax_mpo._core.annotations import Shaped, Values
 from optax_mpo._program import by_layer, jax_forms
 from optax_mpo._program.entries import Entries, NotSeparableError
 from optax_mpo._program.program import Atom, Operation, Slice
@@ -54,7 +52,7 @@ class Rows:
   stacked: bool
   divisors: frozenset[int]
 
-  def step(self, grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
+  def step(self, grad: jax.Array, stacks: Values, shared: Values, index: jax.Array) -> list[jax.Array]:
     """Updates the weight and its states, or their layer at `index`, and returns the new ones.
 
     Args:
@@ -70,14 +68,14 @@ class Rows:
     dtypes = [x.dtype for x in stacks]
     handed = [*shared, *[index] * layers]
 
-    def place(x: Any, k: int, start: Any) -> list[jax.Array]:
+    def place(x: jax.Array, k: int, start: jax.Array) -> list[jax.Array]:
       starts: list[jax.Array] = [jnp.int32(0)] * x.ndim
       starts[layers + self.axis] = start
       if layers and _carried_dtype(dtypes[k]) == dtypes[k]:
         starts[0] = index
       return starts
 
-    def cut(x: Any, k: int, start: Any) -> Any:
+    def cut(x: jax.Array, k: int, start: jax.Array) -> jax.Array:
       sizes = list(x.shape)
       sizes[layers + self.axis] = self.count
       if layers:
@@ -85,15 +83,15 @@ class Rows:
       piece = lax.dynamic_slice(x, place(x, k, start), sizes)
       return lax.squeeze(piece, [0]) if layers else piece
 
-    def body(i: Any, stacks: list[jax.Array]) -> list[jax.Array]:
+    def body(i: jax.Array, stacks: list[jax.Array]) -> list[jax.Array]:
       start = xla_cpu.on_all_cores(i) * self.count
 
-      def new(grad: Any, stacks: list[jax.Array], shared: Values) -> list[jax.Array]:
+      def new(grad: jax.Array, stacks: list[jax.Array], shared: Values) -> list[jax.Array]:
         values = [_as(cut(x, k, start), dtypes[k]) for k, x in enumerate(stacks)]
         grad = lax.dynamic_slice_in_dim(grad, start, self.count, self.axis)
         return [_carried(x) for x in self._piece(grad, values, shared, start, length)]
 
-      def old(grad: Any, stacks: list[jax.Array], shared: Values) -> list[jax.Array]:
+      def old(grad: jax.Array, stacks: list[jax.Array], shared: Values) -> list[jax.Array]:
         return [cut(x, k, start) for k, x in enumerate(stacks)]
 
       # The first branch always runs, but XLA cannot know that. It does not fuse a branch with the writes below, for
@@ -115,7 +113,7 @@ class Rows:
       for stack, x, alone in zip(stacks, results, own, strict=True)
     ]
 
-  def _piece(self, grad: Any, values: Values, shared: Values, start: Any, length: int) -> list[jax.Array]:
+  def _piece(self, grad: jax.Array, values: Values, shared: Values, start: jax.Array, length: int) -> list[jax.Array]:
     """Returns the new values of some rows."""
     update = self.update
     env = update.constants | dict(zip(update.shared, shared, strict=True))
@@ -170,7 +168,7 @@ def of_weight(update: Slice) -> Rows | None:
   return _rows_of(update, stacked=False) if _has_rows(update) and update.weight.size >= ELEMENTS else None
 
 
-def of_layer(run: Callable[..., Any], avals: Values, shared: Values) -> Rows | None:
+def of_layer(run: Callable[..., Values], avals: Sequence[Shaped], shared: Sequence[Shaped]) -> Rows | None:
   """Returns the update of one layer of a stack by rows, if the layer has 8-bit state.
 
   A small layer is updated in one piece. For it, only one thing matters: nothing is written before all is read.
@@ -195,7 +193,7 @@ def _has_rows(update: Slice) -> bool:
   )
 
 
-def _are_rows(avals: Values) -> bool:
+def _are_rows(avals: Sequence[Shaped]) -> bool:
   if len(avals) < 3:
     return False
   grad, weight, *states = avals
@@ -233,14 +231,14 @@ def _divisors(update: Slice, stacked: bool) -> frozenset[int]:
   return frozenset(found)
 
 
-def _carried_dtype(dtype: DTypeLike) -> Any:
+def _carried_dtype(dtype: jnp.dtype) -> jnp.dtype:
   """Integers for 16-bit floats: XLA:CPU of JAX 0.10 writes these by way of f32 arrays, of all rows each time."""
   return jnp.dtype(jnp.uint16) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 else dtype
 
 
-def _carried(x: Any) -> Any:
+def _carried(x: jax.Array) -> jax.Array:
   return _as(x, _carried_dtype(x.dtype))
 
 
-def _as(x: Any, dtype: DTypeLike) -> Any:
+def _as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from jax.core import Tracer
@@ -67,7 +66,7 @@ class Kernel:
     """How many arrays the kernel reads and writes."""
     return sum(not s.counted for s in self.elements.sources) + len(self.elements.outputs)
 
-  def flat(self, grad: Any, stacks: Values, shared: Values) -> list[jax.Array]:
+  def flat(self, grad: jax.Array, stacks: Values, shared: Values) -> list[jax.Array]:
     """Returns the arrays that the kernel reads: [layers, elements], [layers, blocks, block size] or [layers, blocks].
 
     The gradient and values by column have no layer axis; scalars are [1].
@@ -77,7 +76,7 @@ class Kernel:
     sources, block = [s for s in self.elements.sources if not s.counted], self.elements.block
     extra = [env[s.var] for s in sources[1 + len(stacks) :]]
 
-    def flat(k: int, x: Any) -> Any:
+    def flat(k: int, x: jax.Array) -> jax.Array:
       if sources[k].kind == "scalar":
         return x.reshape(1)
       lead = (self.layers,) if k > 0 and not sources[k].columns else ()
@@ -90,10 +89,10 @@ class Kernel:
     return k > 0 and not self.elements.sources[k].columns
 
 
-Given = tuple[Any, Values, Values]  # a gradient; the weight and its states; the other values it reads
+Given = tuple[jax.Array, Values, Values]  # a gradient; the weight and its states; the other values it reads
 
 
-def for_each(kernels: Sequence[Kernel], program: Any, step: Callable[[int, Any], None]) -> None:
+def for_each(kernels: Sequence[Kernel], program: jax.Array, step: Callable[[int, jax.Array], None]) -> None:
   """Within a launch for several weights, runs `step(k, tile)` for the kernel `k` that has a program of the grid."""
   from jax.experimental import pallas as pl  # here, since the import is slow and rarely needed
 

@@ -17,7 +17,6 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from optax_mpo._backends.gpu_kernel import Given, Kernel
-from optax_mpo._core.annotations import Index
 
 
 class Language(enum.Enum):
@@ -28,7 +27,7 @@ class Language(enum.Enum):
 
 
 def call(
-  kernels: Sequence[Kernel], given: Sequence[Given], index: Index, language: Language | None
+  kernels: Sequence[Kernel], given: Sequence[Given], index: jax.Array, language: Language | None
 ) -> list[list[jax.Array]]:
   """Updates weights, or the layers of stacks at `index`, in one launch.
 

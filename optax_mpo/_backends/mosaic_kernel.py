@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
 from jax.typing import DTypeLike
 
 from optax_mpo._backends.gpu_kernel import Kernel, for_each
-from optax_mpo._core.annotations import Index, Values
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program.elements import COMPUTE, Kind, Node
 
 IS_KNOWN = hasattr(plgpu, "inline_mgpu") and {"out_type", "debug"} <= {*inspect.signature(plgpu.kernel).parameters}
@@ -58,25 +58,25 @@ def can_run(kernel: Kernel) -> bool:
 
 
 def launch(
-  kernels: Sequence[Kernel], arrays: Sequence[Values], counts: Sequence[int], index: Index
+  kernels: Sequence[Kernel], arrays: Sequence[Values], counts: Sequence[int], index: jax.Array
 ) -> list[list[jax.Array]]:
   """Updates weights in one launch; see `triton_kernel.launch`."""
   flat = [_without_blocks(kernel, one) for kernel, one in zip(kernels, arrays, strict=True)]
   news = [tuple(one[1 : 1 + count]) for one, count in zip(flat, counts, strict=True)]
   lengths = [len(one) for one in flat]
 
-  def body(*refs: Any) -> None:
+  def body(*refs: jax.Ref) -> None:
     layer, rest = refs[0][0], list(refs[1:])
     inputs = [[rest.pop(0) for _ in range(length)] for length in lengths]
 
-    def step(k: int, tile: Any) -> None:
+    def step(k: int, tile: jax.Array) -> None:
       _Tile(kernels[k]).step(layer, tile, inputs[k], inputs[k][1 : 1 + counts[k]])
 
     for_each(kernels, lax.axis_index("program"), step)
 
   body.__name__ = "step_weight" if len(kernels) == 1 else "step_weights"  # which names the kernel
 
-  def run(refs: Any) -> None:
+  def run(refs: Sequence[Sequence[jax.Ref]]) -> None:
     plgpu.kernel(
       body,
       out_type=(),
@@ -108,13 +108,13 @@ class _Tile:
     self.layout = plgpu.Layout.WG_STRIDED((self.size,), vec_size=self.width)
     self.places = plgpu.broadcasted_iota(jnp.int32, (self.size,), 0, layout=self.layout)
 
-  def step(self, layer: Any, tile: Any, inputs: Values, outputs: Values) -> None:
+  def step(self, layer: jax.Array, tile: jax.Array, inputs: Sequence[jax.Ref], outputs: Sequence[jax.Ref]) -> None:
     """Updates a tile of a layer. `inputs` and `outputs` are refs."""
     kernel, elements = self.kernel, self.kernel.elements
     start = tile * self.size
     column = lax.rem(start, jnp.int32(elements.length))
 
-    def part(k: int, ref: Any) -> Any:
+    def part(k: int, ref: jax.Ref) -> jax.Ref:
       """The part of the array of source `k` that the tile has."""
       first, count = column if elements.sources[k].columns else start, self.size
       if elements.sources[k].kind == "block":
@@ -142,9 +142,9 @@ class _Tile:
       else:
         part(k, ref)[...] = value.astype(ref.dtype)
 
-  def _operations(self) -> dict[str, Callable[..., Any]]:
+  def _operations(self) -> dict[str, Callable[..., jax.Array]]:
     """The operations of nodes, each with a result that a value of the node's dtype can have."""
-    own: dict[str, Callable[..., Any]] = {
+    own: dict[str, Callable[..., jax.Array]] = {
       "literal": lambda node: jnp.full((), node.params, _held(node.dtype)),
       "convert_element_type": _convert,
       "bitcast_convert_type": lambda node, x: lax.bitcast_convert_type(x, _held(node.dtype)),
@@ -154,30 +154,32 @@ class _Tile:
     every = {**COMPUTE, **own}
     return {name: lambda node, *args, f=f: _cut_to(node.dtype, f(node, *args)) for name, f in every.items()}
 
-  def _instruction(self, name: str) -> Callable[..., Any]:
-    def apply(_: Any, first: Any, *rest: Any) -> Any:
+  def _instruction(self, name: str) -> Callable[..., jax.Array]:
+    def apply(_: object, first: FragmentedArray, *rest: FragmentedArray) -> FragmentedArray:
       return first._pointwise(first._lift_fast_instr(_PTX[name]), *rest)
 
-    def run(node: Node, *args: Any) -> Any:
+    def run(node: Node, *args: jax.Array) -> jax.Array:
       if node.dtype != jnp.float32:
         return COMPUTE[name](node, *args)
       return self._inline(apply, jnp.float32, args)
 
     return run
 
-  def _inline(self, fun: Callable[..., Any], dtype: DTypeLike, arrays: Values, refs: Values = ()) -> Any:
+  def _inline(
+    self, fun: Callable[..., FragmentedArray | None], dtype: Any, arrays: Values, refs: Sequence[jax.Ref] = ()
+  ) -> PyTree:
     """Runs a function that writes MLIR, on arrays in the layout of the tile and on refs."""
     result = None if dtype is None else plgpu.ShapeDtypeStruct((self.size,), dtype, layout=self.layout)
     types = (*(self.layout for _ in arrays), *(plgpu.RefType() for _ in refs))
     inline = plgpu.inline_mgpu(arg_types=types, return_type=result)
     return inline(fun)(*(plgpu.layout_cast(x, self.layout) for x in arrays), *refs)
 
-  def _block_max(self, x: Any) -> Any:
+  def _block_max(self, x: jax.Array) -> jax.Array:
     """The largest element of each block, for each of its elements."""
     is_float, is_signed = (jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.signedinteger))
     largest = arith.maximumf if is_float else arith.maxsi if is_signed else arith.maxui
 
-    def fun(_: Any, x: Any) -> Any:
+    def fun(_: object, x: FragmentedArray) -> FragmentedArray:
       (register,) = x.registers.flat
       found = functools.reduce(largest, [_extract(register, i) for i in range(self.width)])
       distance = 1  # in threads
@@ -187,11 +189,11 @@ class _Tile:
 
     return self._inline(fun, x.dtype, [x])
 
-  def _load_block(self, ref: Any) -> Any:
+  def _load_block(self, ref: jax.Ref) -> jax.Array:
     """A value of each block, for each of its elements."""
     is_signed = bool(jnp.issubdtype(ref.dtype, jnp.signedinteger))
 
-    def fun(_: Any, places: Any, ref: Any) -> Any:
+    def fun(_: object, places: FragmentedArray, ref: ir.Value) -> FragmentedArray:
       value = memref.load(ref, [self._number_of_block(places)])
       kind = ir.VectorType.get((self.width,), value.type)
       signed = None if jnp.issubdtype(dtype, jnp.floating) else is_signed
@@ -201,10 +203,10 @@ class _Tile:
     value = self._inline(fun, dtype, [self.places], [ref])
     return value.astype(_held(dtype))
 
-  def _store_block(self, ref: Any, value: Any) -> None:
+  def _store_block(self, ref: jax.Ref, value: jax.Array) -> None:
     """Stores a value of each block, from the first of its threads."""
 
-    def fun(_: Any, places: Any, value: Any, ref: Any) -> None:
+    def fun(_: object, places: FragmentedArray, value: FragmentedArray, ref: ir.Value) -> None:
       (register,), (values,) = places.registers.flat, value.registers.flat
       rest = arith.remui(_extract(register, 0), _constant(self.block))
       with ir.InsertionPoint(scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, rest, _constant(0))).then_block):
@@ -213,17 +215,17 @@ class _Tile:
 
     self._inline(fun, None, [self.places, value.astype(ref.dtype)], [ref])
 
-  def _number_of_block(self, places: Any) -> Any:
+  def _number_of_block(self, places: FragmentedArray) -> ir.Value:
     (register,) = places.registers.flat
     return arith.index_cast(ir.IndexType.get(), arith.divui(_extract(register, 0), _constant(self.block)))
 
 
-def _held(dtype: DTypeLike) -> Any:
+def _held(dtype: DTypeLike) -> DTypeLike:
   """The dtype in which the values of a dtype are held."""
   return {"int8": jnp.int32, "uint8": jnp.uint32}.get(jnp.dtype(dtype).name, dtype)
 
 
-def _cut_to(dtype: DTypeLike, x: Any) -> Any:
+def _cut_to(dtype: DTypeLike, x: jax.Array) -> jax.Array:
   """Cuts an integer that is held in 32 bits to 8, as arithmetic in 8 bits does."""
   if dtype == jnp.uint8:
     return x & jnp.full_like(x, 0xFF)
@@ -233,15 +235,15 @@ def _cut_to(dtype: DTypeLike, x: Any) -> Any:
   return x
 
 
-def _convert(node: Node, x: Any) -> Any:
+def _convert(node: Node, x: jax.Array) -> jax.Array:
   if x.dtype == jnp.bool_:
     return jnp.where(x, jnp.ones_like(x, _held(node.dtype)), jnp.zeros_like(x, _held(node.dtype)))
   return x != jnp.zeros_like(x) if node.dtype == jnp.bool_ else lax.convert_element_type(x, _held(node.dtype))
 
 
-def _extract(register: Any, i: int) -> Any:
+def _extract(register: ir.Value, i: int) -> ir.Value:
   return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
-def _constant(value: int) -> Any:
+def _constant(value: int) -> ir.Value:
   return arith.constant(ir.IntegerType.get_signless(32), value)

@@ -11,23 +11,29 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.interpreters import mlir
 
 from optax_mpo._backends import cpu_rows, gpu_kernel, kernel_launch
 from optax_mpo._backends.backend import Backend
 from optax_mpo._core import primitives
-from optax_mpo._core.annotations import Index, Values
+from optax_mpo._core.annotations import Shaped, Values
 
-Pure = Callable[[Any, Values, Values, Any], Values]
+Pure = Callable[[jax.Array, Values, Values, jax.Array], Values]
+Kernels = Sequence[gpu_kernel.Kernel]
+Counts = Sequence[tuple[int, int]]  # for each weight the number of its stacks, and of the values that it shares
+T = TypeVar("T")
 
 _MOST_ARRAYS = 400  # in one launch: 8 bytes each, of the 4096 that every driver takes, with some left for Triton
 
 
-def step(pure: Pure, backend: Backend, grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
+def step(
+  pure: Pure, backend: Backend, grad: jax.Array, stacks: Values, shared: Values, index: jax.Array
+) -> list[jax.Array]:
   """Updates a weight, or the layer at `index` of a stack.
 
   Args:
@@ -44,9 +50,7 @@ def step(pure: Pure, backend: Backend, grad: Any, stacks: Values, shared: Values
   return _step.bind(index, grad, *stacks, *shared, pure=pure, backend=backend, stacks=len(stacks))
 
 
-def step_together(
-  pures: Sequence[Pure], kernels: Sequence[gpu_kernel.Kernel], given: Sequence[gpu_kernel.Given]
-) -> list[list[jax.Array]]:
+def step_together(pures: Sequence[Pure], kernels: Kernels, given: Sequence[gpu_kernel.Given]) -> list[list[jax.Array]]:
   """Updates small weights; on a GPU in as few launches as their number of arrays allows.
 
   Args:
@@ -72,7 +76,7 @@ def step_together(
   return results
 
 
-def _launches(kernels: Sequence[gpu_kernel.Kernel]) -> list[list[int]]:
+def _launches(kernels: Kernels) -> list[list[int]]:
   """Sorts kernels into launches, so that the addresses of each launch's arrays fit into a kernel's arguments."""
   parts: list[list[int]] = []
   arrays = _MOST_ARRAYS
@@ -117,17 +121,17 @@ def is_better_by_rows(elements: int) -> bool:
 # --- The primitive ----------------------------------------------------------------------------------------------------
 
 
-def _abstract(*avals: Any, stacks: int, **_: Any) -> Any:
+def _abstract(*avals: Shaped, stacks: int, **_: object) -> list[Shaped]:
   return list(avals[2 : 2 + stacks])
 
 
-def _pure(*operands: Any, pure: Pure, stacks: int, **_: Any) -> list[jax.Array]:
+def _pure(*operands: jax.Array, pure: Pure, stacks: int, **_: object) -> list[jax.Array]:
   index, grad, *rest = operands
   return list(pure(grad, rest[:stacks], rest[stacks:], index))
 
 
 def _by_kernel(
-  *operands: Any, backend: Backend, stacks: int, language: kernel_launch.Language, **_: Any
+  *operands: jax.Array, backend: Backend, stacks: int, language: kernel_launch.Language, **_: object
 ) -> list[jax.Array]:
   index, grad, *rest = operands
   assert backend.kernel is not None
@@ -135,7 +139,7 @@ def _by_kernel(
   return new
 
 
-def _by_rows(*operands: Any, backend: Backend, stacks: int, **params: Any) -> list[jax.Array]:
+def _by_rows(*operands: jax.Array, backend: Backend, stacks: int, **params: Any) -> list[jax.Array]:
   index, grad, *rest = operands
   assert backend.rows is not None
   try:
@@ -144,7 +148,7 @@ def _by_rows(*operands: Any, backend: Backend, stacks: int, **params: Any) -> li
     return _pure(*operands, stacks=stacks, **params)
 
 
-def _each(operands: Values, counts: Sequence[tuple[int, int]]) -> list[gpu_kernel.Given]:
+def _each(operands: Sequence[T], counts: Counts) -> list[tuple[T, Sequence[T], Sequence[T]]]:
   """Splits the operands into what each of several weights needs."""
   given, rest = [], list(operands)
   for stacks, shared in counts:
@@ -153,22 +157,22 @@ def _each(operands: Values, counts: Sequence[tuple[int, int]]) -> list[gpu_kerne
   return given
 
 
-def _abstract_together(*avals: Any, counts: Sequence[tuple[int, int]], **_: Any) -> list[jax.Array]:
+def _abstract_together(*avals: Shaped, counts: Counts, **_: object) -> list[Shaped]:
   return [x for _, stacks, _ in _each(avals, counts) for x in stacks]
 
 
-def _pure_together(*operands: Any, pures: Sequence[Pure], counts: Any, **_: Any) -> list[jax.Array]:
+def _pure_together(*operands: jax.Array, pures: Sequence[Pure], counts: Counts, **_: object) -> list[jax.Array]:
   given = _each(operands, counts)
   return [x for pure, g in zip(pures, given, strict=True) for x in pure(*g, jnp.int32(0))]
 
 
 def _by_kernel_together(
-  *operands: Any, kernels: Sequence[gpu_kernel.Kernel], counts: Any, language: kernel_launch.Language, **_: Any
+  *operands: jax.Array, kernels: Kernels, counts: Counts, language: kernel_launch.Language, **_: object
 ) -> list[jax.Array]:
   return [x for new in kernel_launch.call(kernels, _each(operands, counts), jnp.int32(0), language) for x in new]
 
 
-def _devices(context: Any) -> int | None:
+def _devices(context: mlir.LoweringRuleContext) -> int | None:
   return getattr(context.module_context.axis_context, "num_devices", None)  # None inside of shard_map
 
 
@@ -178,13 +182,13 @@ def _anywhere(pure: Callable[..., list[jax.Array]]) -> primitives.Lowering:
 
 def _on_cuda(pure: Callable[..., list[jax.Array]], by_kernel: Callable[..., list[jax.Array]]) -> primitives.Lowering:
   def lowering(
-    lower: Any,
-    context: Any,
-    *_: Any,
+    lower: primitives.Lower,
+    context: mlir.LoweringRuleContext,
+    *_: object,
     backend: Backend | None = None,
-    kernels: Sequence[gpu_kernel.Kernel] = (),
-    **__: Any,
-  ) -> Any:
+    kernels: Kernels = (),
+    **__: object,
+  ) -> primitives.IrValues:
     if backend is not None:
       kernels = [backend.kernel] if backend.kernel is not None else []
     language = kernel_launch.chosen(kernels, _devices(context)) if kernels else None
@@ -196,7 +200,9 @@ def _on_cuda(pure: Callable[..., list[jax.Array]], by_kernel: Callable[..., list
   return lowering
 
 
-def _on_cpu(lower: Any, context: Any, *_: Any, backend: Backend, **__: Any) -> Any:
+def _on_cpu(
+  lower: primitives.Lower, context: mlir.LoweringRuleContext, *_: object, backend: Backend, **__: object
+) -> primitives.IrValues:
   return lower(_pure if backend.rows is None or _devices(context) != 1 else _by_rows)
 
 

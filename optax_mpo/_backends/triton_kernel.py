@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from optax_mpo._backends.gpu_kernel import Kernel, for_each
-from optax_mpo._core.annotations import Index, Values
+from optax_mpo._core.annotations import Values
 from optax_mpo._program.elements import Kind
 
 
 def launch(
-  kernels: Sequence[Kernel], arrays: Sequence[Values], counts: Sequence[int], index: Index, interpret: bool = False
+  kernels: Sequence[Kernel], arrays: Sequence[Values], counts: Sequence[int], index: jax.Array, interpret: bool = False
 ) -> list[list[jax.Array]]:
   """Updates weights in one launch.
 
@@ -39,10 +38,10 @@ def launch(
     aliases |= {first_in + 1 + k: first_out + k for k in range(len(new))}
     first_in, first_out = first_in + len(one), first_out + len(new)
 
-  def body(*refs: Any) -> None:
+  def body(*refs: jax.Ref) -> None:
     layer, outputs = refs[0][0], refs[first_in:]
 
-    def step(k: int, tile: Any) -> None:
+    def step(k: int, tile: jax.Array) -> None:
       step_tile(kernels[k], layer, tile, refs[read[k]], outputs[written[k]])
 
     for_each(kernels, pl.program_id(0), step)
@@ -59,7 +58,9 @@ def launch(
   return [list(results[part]) for part in written]
 
 
-def step_tile(kernel: Kernel, layer: Any, tile: Any, inputs: Values, outputs: Values) -> None:
+def step_tile(
+  kernel: Kernel, layer: jax.Array, tile: jax.Array, inputs: Sequence[jax.Ref], outputs: Sequence[jax.Ref]
+) -> None:
   """Updates a tile of a layer, in the kernel. `inputs` are refs of what `flat` returns, `outputs` of the results."""
   elements, block, size = kernel.elements, kernel.elements.block, kernel.tile
   start = tile * size
@@ -69,7 +70,7 @@ def step_tile(kernel: Kernel, layer: Any, tile: Any, inputs: Values, outputs: Va
     "scalar": (),
   }
 
-  def where(k: int) -> tuple[Any, ...]:
+  def where(k: int) -> tuple[jax.Array | pl.Slice | slice, ...]:
     """The index of the tile in the array of source `k`."""
     source = elements.sources[k]
     first = lax.rem(start, jnp.int32(elements.length)) if source.columns else start
@@ -93,7 +94,7 @@ def step_tile(kernel: Kernel, layer: Any, tile: Any, inputs: Values, outputs: Va
     outputs[k - 1][where(k)] = value.reshape(-1) if elements.sources[k].kind == "block" else value
 
 
-def _count(first: Any, shape: tuple[int, ...]) -> Any:
+def _count(first: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns the integers from `first` on, in the shape of a tile: i32[*shape]."""
   place = sum(
     lax.broadcasted_iota(jnp.int32, shape, axis) * math.prod(shape[axis + 1 :])

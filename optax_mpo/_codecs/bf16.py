@@ -14,13 +14,12 @@ Source: the layout follows Lewandowski & Kosson, "Memory Efficient Mixed-Precisi
 idea of a remainder is from NVIDIA Apex's `store_param_remainders`, here without its bug at ties.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._codecs import codec
+from optax_mpo._core.annotations import Values
 
 BITS = (0, 4, 8, 16)
 """The supported compensation widths, in bits per parameter."""
@@ -132,7 +131,7 @@ def _is_power_of_two(old: jax.Array) -> jax.Array:
   return (lax.bitcast_convert_type(old, jnp.uint16) & 0x7F) == 0
 
 
-def _difference_jvp(difference: Any, primals: Any, tangents: Any) -> Any:
+def _difference_jvp(difference: codec.Operation, primals: Values, tangents: Values) -> codec.WithTangent:
   return difference(*primals), tangents[1].astype(jnp.float32) - tangents[0].astype(jnp.float32)
 
 
@@ -151,7 +150,7 @@ def difference(old: jax.Array, new: jax.Array) -> jax.Array:
   return jnp.where(use_mark, lax.bitcast_convert_type(marked, jnp.float32), u)
 
 
-def _add_difference_jvp(add_difference: Any, primals: Any, tangents: Any) -> Any:
+def _add_difference_jvp(add_difference: codec.Operation, primals: Values, tangents: Values) -> codec.WithTangent:
   return add_difference(*primals), (tangents[0].astype(jnp.float32) + tangents[1]).astype(jnp.bfloat16)
 
 

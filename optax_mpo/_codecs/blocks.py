@@ -20,7 +20,7 @@ arXiv:2110.02861.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Quantized(NamedTuple):
   scales: jax.Array
 
 
-def is_quantized(x: Any) -> bool:
+def is_quantized(x: object) -> bool:
   """Whether `x` is a `Quantized`."""
   return isinstance(x, Quantized)
 

@@ -1,7 +1,6 @@
 """Casts params to low precision, rounding as the compensation codecs do."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,8 @@ from jax.typing import DTypeLike
 from optax_mpo._codecs import formats
 from optax_mpo._core import buffers, overwritten, trees
 from optax_mpo._core.annotations import KeyPath, PyTree
+
+Where = Callable[[KeyPath, jax.Array], bool]
 
 
 def cast(
@@ -55,9 +56,7 @@ def cast(
   return buffers.own(jax.tree.structure(params).unflatten(new), params)
 
 
-def chosen(
-  params: PyTree, dtype: DTypeLike, where: Callable[[Any, Any], bool] | None, caller: str
-) -> list[tuple[Any, bool]]:
+def chosen(params: PyTree, dtype: DTypeLike, where: Where | None, caller: str) -> list[tuple[jax.Array, bool]]:
   """Returns each leaf and whether to cast it."""
   names = [name for name in formats.NAMES if caller != "cast" or formats.compute_dtype(jnp.dtype(name)) == name]
   known = f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,19 +1,17 @@
 """Checks of `compensated` before every update: params, state and gradients have to belong together."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_mpo._codecs import codec, formats
 from optax_mpo._core import overwritten, trees
-from optax_mpo._core.annotations import PyTree
+from optax_mpo._core.annotations import PyTree, Shaped
 
 
 def check_update(
   updates: optax.Updates, compensation: PyTree, params: PyTree, bits: int
-) -> tuple[list[jax.Array], list[jax.Array]]:
+) -> tuple[list[PyTree], list[jax.Array]]:
   """Returns the checked leaves of the compensation and of the updates, in the order of the params' leaves."""
   remake = "Make the state anew with optax_mpo.init(tx, params), or pass the params it was made for."
   kept = trees.flatten_like(params, compensation, "compensated: the state's compensation", remake)
@@ -43,12 +41,12 @@ def check_update(
   return kept, grads
 
 
-def fits(leaf: Any, kept: Any) -> bool:
+def fits(leaf: Shaped, kept: PyTree) -> bool:
   """Whether bits have scales exactly where the format of their low-precision leaf needs them."""
   return isinstance(kept, codec.ScaledBits) == formats.is_scaled(leaf)
 
 
-def _check_bits(leaf_name: str, leaf: Any, kept: Any, bits: int, remake: str) -> None:
+def _check_bits(leaf_name: str, leaf: Shaped, kept: PyTree, bits: int, remake: str) -> None:
   expected = codec.bits_dtype(bits) if bits and formats.is_low(leaf) else None
   array = kept.bits if isinstance(kept, codec.ScaledBits) else kept
   found = getattr(array, "dtype", None)
@@ -58,7 +56,7 @@ def _check_bits(leaf_name: str, leaf: Any, kept: Any, bits: int, remake: str) ->
     raise ValueError(f"compensated: {leaf_name} has shape {leaf.shape}, its bits have {array.shape}. {remake}")
 
 
-def check_param(who: str, leaf_name: str, leaf: Any, bits: int) -> None:
+def check_param(who: str, leaf_name: str, leaf: Shaped, bits: int) -> None:
   """Checks that a param can be trained, and that its format supports `bits` compensation bits."""
   trees.check_trainable(leaf_name, leaf)
   if formats.is_low(leaf) and bits not in formats.widths(leaf.dtype):
@@ -68,7 +66,7 @@ def check_param(who: str, leaf_name: str, leaf: Any, bits: int) -> None:
     )
 
 
-def check_new_value(who: str, leaf_name: str, leaf: Any, value: Any) -> None:
+def check_new_value(who: str, leaf_name: str, leaf: jax.Array, value: PyTree) -> None:
   """Checks the gradient of an overwritten leaf, which is its new value."""
   if not trees.is_array(value) or value.shape != jnp.shape(leaf) or not jnp.issubdtype(value.dtype, jnp.floating):
     kind = f"{value.dtype}{list(value.shape)}" if trees.is_array(value) else f"a {type(value).__name__}"
@@ -78,11 +76,11 @@ def check_new_value(who: str, leaf_name: str, leaf: Any, value: Any) -> None:
     )
 
 
-def described(x: Any) -> str:
+def described(x: PyTree) -> str:
   return f"an array of shape {x.shape}" if trees.is_array(x) else f"a {type(x).__name__}"
 
 
-def raise_foreign_bits(leaf_name: str, leaf: Any, kept: Any, bits: int) -> None:
+def raise_foreign_bits(leaf_name: str, leaf: Shaped, kept: PyTree, bits: int) -> None:
   held = codec.describe(kept)
   if not formats.is_low(leaf):
     raise ValueError(
@@ -98,11 +96,11 @@ def raise_foreign_bits(leaf_name: str, leaf: Any, kept: Any, bits: int) -> None:
   )
 
 
-def bits_or_none(kept: Any) -> Any:
+def bits_or_none(kept: PyTree) -> PyTree:
   """Returns what is kept for a leaf, or None for a tree without leaves, which a wrapper may leave there."""
   return kept if jax.tree.leaves(kept) else None
 
 
-def bits_or_masked(kept: Any) -> Any:
+def bits_or_masked(kept: PyTree) -> PyTree:
   """Returns the bits kept for a leaf as a state holds them."""
   return optax.MaskedNode() if kept is None else kept

@@ -6,11 +6,20 @@ through roundings, as `astype` does, and treat the bits as constants.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from optax_mpo._core.annotations import PyTree, Values
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+Operation = Callable[..., jax.Array]
+WithTangent = tuple[PyTree, PyTree]
+"""What a JVP rule returns: a result and its tangent."""
 
 
 class ScaledBits(NamedTuple):
@@ -39,14 +48,16 @@ def dtype_bits(dtype: jnp.dtype) -> int:
   return next((bits for bits, each in _DTYPES.items() if each == dtype), -1)
 
 
-def describe(kept: Any) -> str:
+def describe(kept: PyTree) -> str:
   """Says which compensation bits a state holds for a leaf, for errors."""
   if isinstance(kept, ScaledBits):
     return f"{dtype_bits(kept.bits.dtype)} compensation bits with scales"
   return "none" if kept is None else f"{dtype_bits(kept.dtype)} compensation bits"
 
 
-def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> Callable[[Any], Any]:
+def operation(
+  derivative: Callable[..., WithTangent], static: tuple[int, ...] = ()
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
   """Decorates a function: compiled as one call outside of jit, inlined inside, with a derivative.
 
   Args:
@@ -54,7 +65,7 @@ def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> C
     static: the indices of the static arguments.
   """
 
-  def decorate(fun: Any) -> Any:
+  def decorate(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     fun = jax.custom_jvp(fun, nondiff_argnums=static)
     jitted = jax.jit(fun, static_argnums=static, inline=True)
     fun.defjvp(functools.partial(derivative, jitted))
@@ -63,17 +74,17 @@ def operation(derivative: Callable[..., Any], static: tuple[int, ...] = ()) -> C
   return decorate
 
 
-def _split_jvp(split: Any, bits: int, primals: Any, tangents: Any) -> Any:
+def _split_jvp(split: Callable[..., PyTree], bits: int, primals: Values, tangents: Values) -> WithTangent:
   low, kept = split(primals[0], bits)
   constant = None if kept is None else np.zeros(kept.shape, jax.dtypes.float0)
   return (low, kept), (tangents[0].astype(low.dtype), constant)
 
 
-def _join_jvp(join: Any, primals: Any, tangents: Any) -> Any:
+def _join_jvp(join: Operation, primals: Values, tangents: Values) -> WithTangent:
   return join(*primals), tangents[0].astype(jnp.float32)
 
 
-def _round_jvp(round_stochastically: Any, bits: int, primals: Any, tangents: Any) -> Any:
+def _round_jvp(round_stochastically: Operation, bits: int, primals: Values, tangents: Values) -> WithTangent:
   return round_stochastically(*primals, bits), tangents[0]
 
 

@@ -20,7 +20,7 @@ Source: Open Compute Project, "OCP Microscaling Formats (MX) Specification v1.0"
 of 8 exponent bits. There the largest may round beyond 448 and is clipped; here the scale is then twice as large.
 """
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ _LOW_TOP, _LOW_NAN = 0x7E, 0x7F  # the codes of 448 and NaN
 _BEYOND = 0x0068_0000  # the mantissa of 464, which rounds to 480
 
 
-def _refuse(fun: Any, *_: Any) -> NoReturn:
+def _refuse(fun: object, *_: object) -> NoReturn:
   raise TypeError(
     "float8_e4m3fn params cannot be differentiated: a derivative would have their dtype, without their scales. "
     "Differentiate with respect to decoded weights, jax.grad(loss_fn)(optax_mpo.decoded(params, opt_state), ...), or "
@@ -74,7 +74,7 @@ def _patterns(x: jax.Array, scale: jax.Array, bits: int, random: jax.Array | Non
   dropped = CUT - bits
   magnitude = lax.bitcast_convert_type(x, jnp.int32) & _MAGNITUDE
   if random is None:
-    added: Any = jnp.int32(1 << dropped >> 1)
+    added: jax.Array = jnp.int32(1 << dropped >> 1)
   else:
     added = (random >> (32 - dropped)).astype(jnp.int32)
   normal = ((magnitude + added) >> dropped) - ((scale - 7) << (CUT - 17 + bits))
@@ -196,6 +196,6 @@ def add_difference(old: jax.Array, u: jax.Array) -> jax.Array:
   return _codes(total, _patterns(total, jnp.full(total.shape, _ONE, jnp.int32), 0), 0)[0]
 
 
-def reached(old: jax.Array, u: jax.Array, low: jax.Array, kept: Any) -> tuple[jax.Array, Any]:
+def reached(old: jax.Array, u: jax.Array, low: jax.Array, kept: ScaledBits) -> tuple[jax.Array, ScaledBits]:
   """Returns the param that the update `u` leads to from `old`, and its bits: `low`, exactly, and `kept`."""
   return low, kept

@@ -5,20 +5,24 @@ format whose numbers need scales keeps a `ScaledBits`, and has `COMPUTE`, `decod
 """
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from optax_mpo._codecs import bf16, codec, float8, fp16
 from optax_mpo._core import host, types
+from optax_mpo._core.annotations import Shaped
 
 Kept = jax.Array | codec.ScaledBits | None
 """What the state keeps for a param: its bits, its bits and scales, or nothing."""
 
+Bits = TypeVar("Bits")
 
-class Format(Protocol):
+
+class Format(Protocol[Bits]):
   """What a module of a format has; shapes are [*s] throughout, `low` is in the format, `kept` None without bits."""
 
   @property
@@ -31,11 +35,11 @@ class Format(Protocol):
     """How many bits of an f32 pattern the format cuts off. As many compensation bits are exact in its normal range."""
     ...
 
-  def split(self, x: jax.Array, bits: int) -> tuple[jax.Array, Any]:
+  def split(self, x: jax.Array, bits: int) -> tuple[jax.Array, Bits]:
     """Splits `x: f32` into `(low, kept)`, with `bits` in each element of `kept`."""
     ...
 
-  def join(self, low: jax.Array, kept: Any) -> jax.Array:
+  def join(self, low: jax.Array, kept: Bits) -> jax.Array:
     """Joins `(low, kept) -> f32`. Every possible pair gives a number that rounds to `low`."""
     ...
 
@@ -51,16 +55,16 @@ class Format(Protocol):
     """Adds `u: f32` to `old` -> the format."""
     ...
 
-  def reached(self, old: jax.Array, u: jax.Array, low: jax.Array, kept: Any) -> tuple[jax.Array, Any]:
+  def reached(self, old: jax.Array, u: jax.Array, low: jax.Array, kept: Bits) -> tuple[jax.Array, Bits]:
     """The param that `u`, the difference of `old` and `low`, leads to when it is added, and its bits."""
     ...
 
 
-class Scaled(Format, Protocol):
+class Scaled(Format[codec.ScaledBits], Protocol):
   """What a module of a format with scales has besides: `low` alone is no weight, and the loss gets another dtype."""
 
   @property
-  def COMPUTE(self) -> Any:  # noqa: N802
+  def COMPUTE(self) -> np.dtype:  # noqa: N802
     """The dtype that the loss gets."""
     ...
 
@@ -73,30 +77,30 @@ class Scaled(Format, Protocol):
     ...
 
 
-_SCALED: dict[Any, Scaled] = {jnp.dtype(jnp.float8_e4m3fn): float8}
-_FORMATS: dict[Any, Format] = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16, **_SCALED}
+_SCALED: dict[np.dtype, Scaled] = {jnp.dtype(jnp.float8_e4m3fn): float8}
+_FORMATS: dict[np.dtype, Format[Any]] = {jnp.dtype(jnp.bfloat16): bf16, jnp.dtype(jnp.float16): fp16, **_SCALED}
 
 NAMES = tuple(dtype.name for dtype in _FORMATS)
 BITS = tuple(sorted({bits for format in _FORMATS.values() for bits in format.BITS}))
 """The compensation widths that some format supports, in bits per parameter."""
 
 
-def is_low(leaf: Any) -> bool:
+def is_low(leaf: Shaped) -> bool:
   """Whether the dtype of a leaf is one of the formats."""
   return leaf.dtype in _FORMATS
 
 
-def is_scaled(leaf: Any) -> bool:
+def is_scaled(leaf: Shaped) -> bool:
   """Whether the dtype of a leaf is a format with scales, whose numbers are no weights without them."""
   return leaf.dtype in _SCALED
 
 
-def compute_dtype(dtype: DTypeLike) -> Any:
+def compute_dtype(dtype: np.dtype) -> np.dtype:
   """The dtype in which the loss gets params of a dtype: the same, or another if the dtype has scales."""
   return _SCALED[dtype].COMPUTE if dtype in _SCALED else dtype
 
 
-def gradient_like(leaf: Any) -> Any:
+def gradient_like(leaf: jax.Array) -> jax.Array | jax.ShapeDtypeStruct:
   """An array or type like the gradient of a param: the param itself, unless the loss gets another dtype or memory."""
   dtype = compute_dtype(jnp.result_type(leaf))
   if host.is_on_host(leaf):
@@ -145,7 +149,7 @@ def widen(low: jax.Array) -> jax.Array:
   return join(low, None)
 
 
-def decode(low: Any, scales: jax.Array | None) -> Any:
+def decode(low: jax.Array, scales: jax.Array | None) -> jax.Array:
   """The weights `[*s]` that the loss gets for a param `low[*s]`: the param itself, unless it has scales."""
   return low if scales is None else _SCALED[low.dtype].decode(low, scales)
 

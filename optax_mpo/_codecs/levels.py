@@ -33,6 +33,8 @@ BITS = (4, 8)
 
 Kind = Literal["signed", "nonnegative", "wide"]
 Spread = Callable[[jax.Array], jax.Array]
+Number = jax.Array | np.float32
+Codes = jax.Array | None
 
 
 class Levels(abc.ABC):
@@ -62,7 +64,7 @@ class Levels(abc.ABC):
     """Returns what `encode` needs of random bits, u32[*s] -> [*s], to round up or down in proportion."""
 
   @abc.abstractmethod
-  def encode(self, x: jax.Array, largest: jax.Array, spread: Spread, ways: Any = None, old: Any = None) -> jax.Array:
+  def encode(self, x: jax.Array, largest: jax.Array, spread: Spread, ways: Any = None, old: Codes = None) -> jax.Array:
     """Returns the codes of `x: f32[*s]`, rounded to nearest; those that move by less than one from `old`, by `ways`.
 
     Args:
@@ -78,19 +80,19 @@ class _Companded(Levels):
   """Integer codes, whose level is a function of the code."""
 
   @abc.abstractmethod
-  def position(self, x: jax.Array, largest: jax.Array, spread: Spread, top: Any) -> jax.Array:
+  def position(self, x: jax.Array, largest: jax.Array, spread: Spread, top: Number) -> jax.Array:
     """The position of `x: f32[*s]` between the levels: a fractional code, f32[*s]."""
 
   @abc.abstractmethod
-  def is_past(self, part: jax.Array, way: Any, lower: jax.Array, top: Any) -> jax.Array:
+  def is_past(self, part: jax.Array, way: Number, lower: jax.Array, top: Number) -> jax.Array:
     """Whether `level(lower + part)` is at least the fraction `way` from `level(lower)` to `level(lower + 1)`."""
 
-  def top(self, negative: Any) -> Any:
+  def top(self, negative: jax.Array | bool) -> Number:
     """The magnitude of the last code, whose level is 1. Signed codes have one more below zero than above."""
     info = jnp.iinfo(self.dtype)
     return jnp.where(negative, np.float32(-int(info.min)), np.float32(info.max)) if info.min else np.float32(info.max)
 
-  def corrected(self, way: Any) -> Any:
+  def corrected(self, way: Number) -> Any:
     """Makes thresholds for `is_past`, f32[*s]: the fractions, in (0, 1), from which on a number is rounded up."""
     return way
 
@@ -99,7 +101,7 @@ class _Companded(Levels):
     ways = self.corrected((np.float32(255.5) - dither.astype(jnp.float32)) * np.float32(1 / 256))
     return xla_cpu.held(ways, dither.astype(jnp.uint16))  # once per column, not per element
 
-  def encode(self, x: jax.Array, largest: jax.Array, spread: Spread, ways: Any = None, old: Any = None) -> jax.Array:
+  def encode(self, x: jax.Array, largest: jax.Array, spread: Spread, ways: Any = None, old: Codes = None) -> jax.Array:
     top = self.top(x < 0)
     position = self.position(x, largest, spread, top)
     lower = jnp.floor(position)
@@ -118,12 +120,12 @@ class _Signed(_Companded):
   def decode(self, codes: jax.Array) -> jax.Array:
     return codes / (2 * self.top(codes < 0) - jnp.abs(codes))
 
-  def position(self, x: jax.Array, largest: jax.Array, spread: Spread, top: Any) -> jax.Array:
+  def position(self, x: jax.Array, largest: jax.Array, spread: Spread, top: Number) -> jax.Array:
     # Halves of numbers near the f32 maximum do not overflow; `tiny` avoids a division by zero.
     half = spread(jnp.maximum(largest * np.float32(0.5), np.finfo(np.float32).tiny))
     return x / (half + jnp.abs(x) * np.float32(0.5)) * top
 
-  def is_past(self, part: jax.Array, way: Any, lower: jax.Array, top: Any) -> jax.Array:
+  def is_past(self, part: jax.Array, way: Number, lower: jax.Array, top: Number) -> jax.Array:
     curve = part * (1 - way)  # how much the levels curve: away from zero on both sides of it
     return (part - way) * (2 * top - jnp.abs(lower)) >= jnp.where(lower < 0, -curve, curve)
 
@@ -135,20 +137,20 @@ class _Nonnegative(_Companded):
     size, u = self.top(False) + np.float32(0.5), codes + np.float32(0.5)
     return u * u * (2 / size) / (codes + (size + np.float32(0.5)))
 
-  def position(self, x: jax.Array, largest: jax.Array, spread: Spread, top: Any) -> jax.Array:
+  def position(self, x: jax.Array, largest: jax.Array, spread: Spread, top: Number) -> jax.Array:
     # Multiplied by the root twice: the reciprocal of the largest scales is subnormal, and XLA:CPU would flush it.
     root = spread(jnp.where(largest > 0, lax.rsqrt(largest), 0))
     level = _greater(x, np.float32(0)) * root * root
     return (level + jnp.sqrt(level * (level + 8))) * ((top + np.float32(0.5)) / 4) - np.float32(0.5)
 
-  def is_past(self, part: jax.Array, way: Any, lower: jax.Array, top: Any) -> jax.Array:
+  def is_past(self, part: jax.Array, way: Number, lower: jax.Array, top: Number) -> jax.Array:
     size = top + np.float32(0.5)
     t = lower * (1 / size)  # without the 1/2 / size
     slope = t + (1 + np.float32(0.5) / size)
     rest = (lower + np.float32(0.5)) * (t + (2 + np.float32(0.5) / size))
     return part * (rest + part * slope) >= way * (rest + slope)
 
-  def corrected(self, way: Any) -> Any:
+  def corrected(self, way: Number) -> Any:
     """Corrects thresholds: `is_past` neglects that t grows between two levels.
 
     This growth shortens a way by `way * (1 - way) / (1 + t)` of the growth. It is corrected here, by columns, with one
@@ -173,7 +175,7 @@ class _Wide(Levels):
   def ways(self, dither: jax.Array) -> jax.Array:
     return dither
 
-  def encode(self, x: jax.Array, largest: jax.Array, spread: Spread, ways: Any = None, old: Any = None) -> jax.Array:
+  def encode(self, x: jax.Array, largest: jax.Array, spread: Spread, ways: Any = None, old: Codes = None) -> jax.Array:
     def pattern(magnitude: jax.Array) -> jax.Array:
       fixed = (magnitude + np.float32(_WIDE_FIXED)) * np.float32(0.5)
       return lax.bitcast_convert_type(jnp.where(magnitude < np.float32(_WIDE_FIXED), fixed, magnitude), jnp.int32)
@@ -181,7 +183,7 @@ class _Wide(Levels):
     below = x < 0
     whole = spread(jnp.maximum(largest, np.finfo(np.float32).tiny))
     place = pattern(jnp.minimum(jnp.abs(x) / whole, np.float32(1)) * np.float32(_WIDE_TOP))
-    added: Any = np.int32(1 << (_WIDE_DROPPED - 1))
+    added = np.int32(1 << (_WIDE_DROPPED - 1))
     if old is not None:
       before = old.astype(jnp.float32)
       before = jnp.where((before < 0) == below, jnp.abs(before), 0)
@@ -206,7 +208,7 @@ def _pattern(x: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(x + np.float32(_WHOLE), jnp.int32)
 
 
-def _greater(x: jax.Array, y: Any) -> jax.Array:
+def _greater(x: jax.Array, y: Number) -> jax.Array:
   """The greater of two numbers, none a NaN. XLA:CPU's maximum handles NaN, and takes more than one instruction."""
   return jnp.where(x > y, x, y)
 

@@ -5,7 +5,7 @@ Why: bits are in the state of `compensated`, which may be anywhere inside the st
 How: all `CompensatedState`s in the state are found by their type. At most one of them has bits for a param.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def scales_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.A
   return [k.scales if needed else None for needed, k in zip(scaled, kept, strict=True)]
 
 
-def kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.Array]:
+def kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[PyTree]:
   """Returns the bits of each leaf of `params`, or None, from all states of `compensated` in `opt_state`."""
   _check_order(params, opt_state, who)
   found = states_in(opt_state)
@@ -135,7 +135,7 @@ def kept_of(params: PyTree, opt_state: optax.OptState, who: str) -> list[jax.Arr
     kept = [c[i] for c in per_state if checks.bits_or_none(c[i]) is not None]
     if len(kept) > 1:
       raise ValueError(f"{who}: two states in opt_state hold compensation bits for {leaf_name}. {hint}")
-    bits: Any = kept[0].bits if kept and isinstance(kept[0], codec.ScaledBits) else [*kept, None][0]
+    bits: PyTree = kept[0].bits if kept and isinstance(kept[0], codec.ScaledBits) else [*kept, None][0]
     if kept and not trees.is_array(bits):
       raise ValueError(
         f"{who}: a transformation around compensated splits {leaf_name} into {len(jax.tree.leaves(kept[0]))} "

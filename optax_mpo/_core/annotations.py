@@ -21,8 +21,8 @@ Index = jax.Array | int
 """The number of a layer or of a part, in a scan or known."""
 
 
-class Shaped(Protocol):
-  """Whatever has a shape and a dtype: an array, or the type of one."""
+class HasShape(Protocol):
+  """Has a shape and a dtype."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
@@ -35,3 +35,10 @@ class Shaped(Protocol):
 
   @property
   def size(self) -> int: ...
+
+
+Shaped = HasShape | jax.ShapeDtypeStruct | jax.Ref
+"""An array, a ref, or the type of one: whatever has a shape and a dtype, which pyright misses in two of the classes."""
+
+PyTreeDef: TypeAlias = Any
+"""The structure of a tree, `jax.tree_util.PyTreeDef`; jaxlib does not publish the type."""

@@ -1,9 +1,8 @@
 """Splits a batch into microbatches."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mpo._core import overwritten, trees
 from optax_mpo._core.annotations import PyTree
@@ -48,7 +47,7 @@ def check_size(leaves: list[jax.Array], axes: list[int | None], count: int, who:
     raise ValueError(f"{who}: a batch of {size} does not split into {count} microbatches of the same size.")
 
 
-def split(x: Any, axis: int, count: int, interleaved: bool = False) -> jax.Array:
+def split(x: jax.Array | np.ndarray, axis: int, count: int, interleaved: bool = False) -> jax.Array:
   """`[..., batch, ...]` to `[count, ..., batch / count, ...]`: contiguous parts, or entries in turn."""
   axis %= x.ndim
   rest = x.shape[axis] // count

@@ -8,25 +8,27 @@ How: compare buffers by address, and copy a leaf whose buffer is taken already. 
 result has its own buffer.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.core import Tracer
+
+from optax_mpo._core.annotations import PyTree
 
 Tree = TypeVar("Tree")
 
 _HOST = -1  # in place of the number of a device
 
 
-def own(tree: Tree, others: Any) -> Tree:
+def own(tree: Tree, others: PyTree) -> Tree:
   """Returns `tree`, with copies of the arrays that share a buffer with an earlier leaf or with a leaf of `others`.
 
   Memory: that of the copies.
   """
   taken = {address for leaf in jax.tree.leaves(others) for address in _addresses(leaf)}
 
-  def own_leaf(leaf: Any) -> Any:
+  def own_leaf(leaf: PyTree) -> PyTree:
     addresses = _addresses(leaf)
     if not taken.isdisjoint(addresses):
       if isinstance(leaf, np.ndarray):
@@ -38,7 +40,7 @@ def own(tree: Tree, others: Any) -> Tree:
   return jax.tree.map(own_leaf, tree)
 
 
-def _addresses(leaf: Any) -> list[tuple[int, int]]:
+def _addresses(leaf: object) -> list[tuple[int, int]]:
   """Device and address of each buffer of an array; empty for tracers, deleted arrays and non-arrays."""
   if isinstance(leaf, np.ndarray):
     return [(_HOST, leaf.ctypes.data)]

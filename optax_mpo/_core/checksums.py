@@ -3,8 +3,6 @@
 A checksum is a sum of hashes of the elements and their positions, so that it does not depend on the sharding.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +49,7 @@ def _hash_on_host(x: jax.Array) -> int:
 def of(stored: list[jax.Array]) -> list[int]:
   """The checksum of each array."""
   found = [0] * len(stored)
-  by_devices: dict[Any, list[int]] = {}
+  by_devices: dict[tuple[int, ...], list[int]] = {}
   for i, x in enumerate(stored):
     if host.is_on_host(x):
       found[i] = _hash_on_host(x)

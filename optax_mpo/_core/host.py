@@ -11,9 +11,8 @@ A `jax.Ref` reads as an array on the device, whatever it was made from. So what 
 if it were there, and typed by its memory again after each read: `untyped` and `typed` change no array.
 """
 
-from typing import Any
-
 import jax
+from jax.core import ShapedArray
 
 from optax_mpo._core import primitives
 from optax_mpo._core.annotations import PyTree
@@ -21,7 +20,7 @@ from optax_mpo._core.annotations import PyTree
 KINDS = ("pinned_host", "unpinned_host")
 
 
-def is_on_host(x: Any) -> bool:
+def is_on_host(x: object) -> bool:
   """Whether an array, a traced one or a type is in host memory."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return getattr(x.sharding, "memory_kind", None) in KINDS
@@ -43,21 +42,21 @@ def stored_like(new: PyTree, old: PyTree) -> PyTree:
   return jax.tree.map(lambda x, y: jax.device_put(x, jax.memory.Space.Host) if is_on_host(y) else x, new, old)
 
 
-def untyped(x: Any) -> Any:
+def untyped(x: jax.Array) -> jax.Array:
   """The array with a type that says it is on the device; it stays where it is. Only inside of `jit`."""
   return _typed.bind(x, space=jax.memory.Space.Device) if is_on_host(x) else x
 
 
-def typed(x: Any, on_host: bool) -> Any:
+def typed(x: jax.Array, on_host: bool) -> jax.Array:
   """Undoes `untyped`, for an array that is in host memory."""
   return _typed.bind(x, space=jax.memory.Space.Host) if on_host else x
 
 
-def _aval(x: Any, *, space: Any) -> Any:
+def _aval(x: ShapedArray, *, space: object) -> ShapedArray:
   return x.update(memory_space=space)
 
 
-def _same(x: Any, **_: Any) -> Any:
+def _same(x: jax.Array, **_: object) -> jax.Array:
   return x
 
 

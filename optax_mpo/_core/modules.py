@@ -5,6 +5,7 @@ Flax is not imported here: a caller who passes a module or a state has loaded it
 
 import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax
 from optax_mpo._core.annotations import PyTree
 
 
-def as_function(fn: Any, who: str) -> Callable[..., Any]:
+def as_function(fn: object, who: str) -> Callable[..., PyTree]:
   """Returns a function `f(params, *inputs, **kwargs)` for a function, a Flax Linen module or an NNX module.
 
   For an NNX module with state besides its params, `f` takes `(params, state)` first and returns `(out, new state)`.
@@ -30,21 +31,21 @@ def as_function(fn: Any, who: str) -> Callable[..., Any]:
   return fn
 
 
-def _linen_function(module: Any) -> Callable[..., Any]:
-  def apply(params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+def _linen_function(module: Any) -> Callable[..., PyTree]:
+  def apply(params: PyTree, *inputs: PyTree, **kwargs: PyTree) -> PyTree:
     variables = params if isinstance(params, Mapping) and "params" in params else {"params": params}
     return module.apply(variables, *inputs, **kwargs)
 
   return apply
 
 
-def _nnx_function(module: Any, nnx: Any) -> Callable[..., Any]:
+def _nnx_function(module: object, nnx: ModuleType) -> Callable[..., PyTree]:
   graphdef, _, rest = nnx.split(module, nnx.Param, ...)
 
-  def apply(params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+  def apply(params: PyTree, *inputs: PyTree, **kwargs: PyTree) -> PyTree:
     return nnx.merge(graphdef, params, copy=True)(*inputs, **kwargs)
 
-  def apply_with_state(params_and_state: tuple[PyTree, PyTree], *inputs: Any, **kwargs: Any) -> Any:
+  def apply_with_state(params_and_state: tuple[PyTree, PyTree], *inputs: PyTree, **kwargs: PyTree) -> PyTree:
     copy = nnx.merge(graphdef, *params_and_state, copy=True)
     out = copy(*inputs, **kwargs)
     return out, nnx.split(copy, nnx.Param, ...)[2]
@@ -52,7 +53,7 @@ def _nnx_function(module: Any, nnx: Any) -> Callable[..., Any]:
   return apply_with_state if rest else apply
 
 
-def variables(tree: PyTree) -> list[jax.Array]:
+def variables(tree: PyTree) -> list[PyTree]:
   """The NNX variables in a tree, such as an `nnx.State`, a module or an optimizer; each once."""
   nnx = sys.modules.get("flax.nnx")
   if nnx is None:

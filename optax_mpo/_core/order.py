@@ -8,23 +8,23 @@ How: primitives with one lowering for a single device and another for several. O
 sharded, and they must not make the devices wait for each other.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.interpreters import mlir
 
 from optax_mpo._core import primitives, types
-from optax_mpo._core.annotations import Index, PyTree, Values
+from optax_mpo._core.annotations import PyTree, Values
 
 SMALL = 2**16
 """Elements. All that the update of a weight of this size needs fits into the caches."""
 
 
-def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
+def after(index: jax.Array, done: Values, count: int) -> jax.Array:
   """Returns `index`, i32[] below 2^30, as a value that XLA knows only after the scalars `done`.
 
   On several devices XLA may know it earlier, but not that it equals `index`. So it still reads again what was just
@@ -38,7 +38,7 @@ def after(index: jax.Array, done: Sequence[jax.Array], count: int) -> jax.Array:
   return _after.bind(index, *done, count=count)
 
 
-def hidden(index: jax.Array, values: Sequence[jax.Array]) -> jax.Array:
+def hidden(index: jax.Array, values: Values) -> jax.Array:
   """Returns a constant `index`, i32[], as one that XLA does not know, given scalars that it does not know.
 
   With a known index, XLA orders reads and writes itself, and `after` has no effect. On several devices it is known.
@@ -51,7 +51,7 @@ def first_elements(arrays: Values) -> list[jax.Array]:
   return [x[(0,) * x.ndim] for x in arrays if x.size and not types.is_split(x)]
 
 
-def in_order(values: PyTree) -> list[jax.Array]:
+def in_order(values: Values) -> list[jax.Array]:
   """Returns arrays; on one device, the floating-point ones are row-major, with their axes in order in memory."""
   floating = [jnp.issubdtype(v.dtype, jnp.floating) for v in values]
   return [_row_major.bind(v) if is_float else v for v, is_float in zip(values, floating, strict=True)]
@@ -78,7 +78,7 @@ def barrier(values: PyTree) -> PyTree:
   JAX refuses to put such arrays into one barrier. So each kind gets its own, and does not wait for the others.
   """
   leaves, treedef = jax.tree.flatten(values)
-  kinds: dict[Any, list[int]] = {}
+  kinds: dict[object, list[int]] = {}
   for i, leaf in enumerate(leaves):
     kinds.setdefault(getattr(jax.typeof(leaf), "manual_axis_type", None), []).append(i)
   for indices in kinds.values():
@@ -90,55 +90,55 @@ def barrier(values: PyTree) -> PyTree:
 # --- The primitives ---------------------------------------------------------------------------------------------------
 
 
-def everywhere(fun: Callable[..., Any]) -> primitives.Lowering:
+def everywhere(fun: Callable[..., PyTree]) -> primitives.Lowering:
   """Lowers to `fun` for any number of devices."""
   return lambda lower, *_, **__: lower(fun)
 
 
-def by_devices(one: Callable[..., Any], several: Callable[..., Any]) -> primitives.Lowering:
+def by_devices(one: Callable[..., PyTree], several: Callable[..., PyTree]) -> primitives.Lowering:
   """Lowers to `one` for a single device, and to `several` for more."""
   return lambda lower, context, *_, **__: lower(one if is_for_one(context) else several)
 
 
-def is_for_one(context: Any) -> bool:
+def is_for_one(context: mlir.LoweringRuleContext) -> bool:
   """Whether a program is for one device."""
   return (getattr(context.module_context.axis_context, "num_devices", None) or 1) == 1  # None inside of shard_map
 
 
-def after_values(index: Index, *done: Any, count: int) -> Any:
+def after_values(index: jax.Array, *done: jax.Array, count: int) -> jax.Array:
   """`index`, from an expression that XLA can compute only after `done`."""
   never = index >> 30  # zero, but XLA cannot tell
   return index + never * sum((lax.convert_element_type(x, jnp.int32) for x in done), jnp.int32(0))
 
 
-def _hide(index: Index, value: Any) -> Any:
+def _hide(index: jax.Array, value: jax.Array) -> jax.Array:
   never = lax.population_count(lax.convert_element_type(value, jnp.int32)) >> 6  # zero, but XLA cannot tell
   return index + never
 
 
-def first(x: Any, *_: Any, **__: Any) -> Any:
+def first(x: jax.Array, *_: object, **__: object) -> jax.Array:
   """The first operand."""
   return x
 
 
-def _all(*values: Any) -> Any:
+def _all(*values: jax.Array) -> list[jax.Array]:
   return list(values)
 
 
-def _all_made(*values: Any) -> Any:
+def _all_made(*values: jax.Array) -> list[jax.Array]:
   return barrier(list(values))
 
 
-def _changed(index: Index, *_: Any, count: int) -> Any:
+def _changed(index: jax.Array, *_: object, count: int) -> jax.Array:
   return index + ((index + count) >> 30)
 
 
-def row_major(x: Any) -> Any:
+def row_major(x: jax.Array) -> jax.Array:
   """An array with its axes in order in memory."""
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _row_major_parts(x: Any) -> Any:
+def _row_major_parts(x: jax.Array) -> jax.Array:
   """`row_major` for an array that may be split over devices.
 
   XLA would gather the array first, as it does for any call that it does not know. It splits a call along the batch

@@ -10,11 +10,11 @@ overwritten. Its update is a `NewValue`, which replaces what it is added to. A d
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from optax_mpo._core.annotations import KeyPath, PyTree
 
@@ -30,10 +30,10 @@ class NewValue:
 
   __array_ufunc__ = None  # NumPy arrays leave the addition to __radd__, as JAX's do
 
-  def __init__(self, value: Any, is_new: Any = np.True_):
+  def __init__(self, value: ArrayLike, is_new: ArrayLike = np.True_):
     self.value, self.is_new = value, is_new
 
-  def __radd__(self, old: Any) -> Any:
+  def __radd__(self, old: ArrayLike) -> ArrayLike:
     if isinstance(self.is_new, np.bool_):
       return self.value if self.is_new else old
     flag, value = jnp.asarray(self.is_new).astype(bool), jnp.asarray(self.value)

@@ -9,13 +9,14 @@ placeholder for each packed leaf, so that large leaves keep their paths.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mpo._core import host, trees, types
-from optax_mpo._core.annotations import PyTree, Values
+from optax_mpo._core.annotations import PyTree, PyTreeDef, Values
 
 
 class Elsewhere(NamedTuple):
@@ -30,7 +31,7 @@ class Layout(NamedTuple):
     places: for each leaf the number of the array that it lies in, and its shape; None for a leaf of its own.
   """
 
-  treedef: Any
+  treedef: PyTreeDef
   places: tuple[tuple[int, tuple[int, ...]] | None, ...]
 
 
@@ -45,7 +46,7 @@ class PackedState:
     layout: where each leaf is. `optax_mpo.unpacked` puts the inner state together.
   """
 
-  arrays: tuple[Any, ...]
+  arrays: tuple[jax.Array, ...]
   rest: PyTree
   layout: Layout = dataclasses.field(metadata={"static": True})
 
@@ -53,7 +54,7 @@ class PackedState:
 def pack(tree: PyTree, at_most: int) -> PackedState:
   """Packs the leaves of a tree that have `at_most` elements or fewer, where there are several of a dtype."""
   leaves, treedef = jax.tree.flatten(tree)
-  by_dtype: dict[Any, list[int]] = {}
+  by_dtype: dict[np.dtype, list[int]] = {}
   for i, leaf in enumerate(leaves):
     if _can_be_packed(leaf) and leaf.size <= at_most:
       by_dtype.setdefault(jnp.dtype(leaf.dtype), []).append(i)
@@ -94,7 +95,7 @@ def unpack_all(tree: PyTree) -> PyTree:
 def pack_like(tree: PyTree, form: PyTree) -> PyTree:
   """Returns a tree packed as `form` is, of which it has the leaves: the inverse of `unpack_all`."""
 
-  def pack_one(form: Any, part: Any) -> Any:
+  def pack_one(form: PyTree, part: PyTree) -> PyTree:
     if not is_state(form):
       return part
     return packed_again(form.layout.treedef.flatten_up_to(pack_like(part, unpack(form))), form.layout)
@@ -102,18 +103,20 @@ def pack_like(tree: PyTree, form: PyTree) -> PyTree:
   return jax.tree.map(pack_one, form, tree, is_leaf=is_state)
 
 
-def is_state(x: Any) -> bool:
+def is_state(x: object) -> bool:
   """Whether `x` is the state of a `packed`."""
   return isinstance(x, PackedState)
 
 
-def _cut(array: Any, start: int, shape: tuple[int, ...]) -> Any:
+def _cut(
+  array: jax.Array | jax.ShapeDtypeStruct, start: int, shape: tuple[int, ...]
+) -> jax.Array | jax.ShapeDtypeStruct:
   if isinstance(array, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(shape, array.dtype)
   return jnp.reshape(array[start : start + math.prod(shape)], shape)
 
 
-def _can_be_packed(leaf: Any) -> bool:
+def _can_be_packed(leaf: PyTree) -> bool:
   if not trees.is_array(leaf) or host.is_on_host(leaf):
     return False
   return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended) and not types.is_packed(leaf.dtype)

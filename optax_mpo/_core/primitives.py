@@ -9,7 +9,7 @@ pass straight through, and a mapped axis stays where it is.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,23 +18,28 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from optax_mpo._core.annotations import Values
+from optax_mpo._core.annotations import PyTree, Values
 
 MADE: dict[str, Primitive] = {}
 """All primitives of this package by name, for the test that covers them."""
 
-Lowering = Callable[..., Any]
+IrValues = Sequence[mlir.Value | Sequence[mlir.Value]]  # as `mlir.LoweringRule` returns them
+Lower = Callable[[Callable[..., PyTree]], IrValues]
+Lowering = Callable[..., IrValues]
 """`lowering(lower, context, *operands, **params)` returns `lower(fun)`; the program runs `fun`, in plain JAX.
 
 It may put a context manager around `lower`.
 """
 
+Axis = int | None  # the mapped one of an operand
+Batched = tuple[PyTree, Sequence[Axis] | Axis]  # results, and their mapped axes
+
 
 def make(
   name: str,
-  abstract: Callable[..., Any],
-  plain: Callable[..., Any],
-  lowerings: dict[str | None, Lowering],
+  abstract: Callable[..., PyTree],
+  plain: Callable[..., PyTree],
+  lowerings: Mapping[str | None, Lowering],
   *,
   multiple_results: bool = True,
   depends_on_operands: bool = False,
@@ -54,9 +59,9 @@ def make(
   primitive.def_impl(plain)
   primitive.def_abstract_eval(abstract)
 
-  def rule_of(lowering: Lowering) -> Callable[..., Any]:
-    def rule(context: Any, *operands: Any, **params: Any) -> Any:
-      def lower(fun: Callable[..., Any]) -> Any:
+  def rule_of(lowering: Lowering) -> mlir.LoweringRule:
+    def rule(context: mlir.LoweringRuleContext, *operands: mlir.Value, **params: object) -> IrValues:
+      def lower(fun: Callable[..., PyTree]) -> IrValues:
         return mlir.lower_fun(fun, multiple_results=multiple_results)(context, *operands, **params)
 
       return lowering(lower, context, *operands, **params)
@@ -67,7 +72,7 @@ def make(
     rule = rule_of(lowering)
     mlir.register_lowering(primitive, rule, platform=platform, cacheable=not depends_on_operands)
 
-  def batch(axis: Any, operands: Values, axes: Values, **params: Any) -> Any:
+  def batch(axis: Any, operands: Values, axes: Sequence[Axis], **params: object) -> Batched:
     if all(a is None for a in axes):
       results = primitive.bind(*operands, **params)
       return results, [None] * len(results) if multiple_results else None
@@ -76,7 +81,7 @@ def make(
     results = mapped(*operands)
     return results, [0] * len(results) if multiple_results else 0
 
-  def jvp(primals: Values, tangents: Values, **params: Any) -> Any:
+  def jvp(primals: Values, tangents: Values, **params: object) -> tuple[PyTree, PyTree]:
     _, found = jvp_of(functools.partial(plain, **params), primals, tangents)
     found = [ad.Zero(jax.typeof(t)) if t.dtype == jax.dtypes.float0 else t for t in jax.tree.leaves(found)]
     return primitive.bind(*primals, **params), found if multiple_results else found[0]
@@ -86,11 +91,11 @@ def make(
   return primitive
 
 
-def jvp_of(fun: Callable[..., Any], primals: Values, tangents: Values) -> tuple[Any, Any]:
+def jvp_of(fun: Callable[..., PyTree], primals: Values, tangents: Values) -> tuple[PyTree, PyTree]:
   """`jax.jvp` of `fun(*primals)`, where some tangents may be symbolic zeros."""
   active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero | SymbolicZero)]
 
-  def of_active(*values: Any) -> Any:
+  def of_active(*values: jax.Array) -> PyTree:
     operands = list(primals)
     for i, value in zip(active, values, strict=True):
       operands[i] = value
@@ -100,7 +105,7 @@ def jvp_of(fun: Callable[..., Any], primals: Values, tangents: Values) -> tuple[
 
 
 def make_hint(
-  name: str, lowerings: dict[str | None, Lowering], *, all_operands: bool = False, depends_on_operands: bool = False
+  name: str, lowerings: Mapping[str | None, Lowering], *, all_operands: bool = False, depends_on_operands: bool = False
 ) -> Primitive:
   """Makes a primitive that returns its first operand, or all operands, and whose lowering tells XLA something.
 
@@ -112,22 +117,22 @@ def make_hint(
     depends_on_operands: as for `make`.
   """
 
-  def same(*operands: Any, **_: Any) -> Any:
+  def same(*operands: jax.Array, **_: object) -> PyTree:
     return list(operands) if all_operands else operands[0]
 
   primitive = make(name, same, same, lowerings, multiple_results=all_operands, depends_on_operands=depends_on_operands)
 
-  def batch(_: Any, operands: Values, axes: Values, **params: Any) -> Any:
+  def batch(_: object, operands: Values, axes: Sequence[Axis], **params: object) -> Batched:
     if all_operands:
       return primitive.bind(*operands, **params), list(axes)
     first, *others = operands
     fitting = [_like_first(x, a, first, axes[0]) for x, a in zip(others, axes[1:], strict=True)]
     return primitive.bind(first, *fitting, **params), axes[0]
 
-  def jvp(primals: Values, tangents: Values, **params: Any) -> Any:
+  def jvp(primals: Values, tangents: Values, **params: object) -> tuple[PyTree, PyTree]:
     return primitive.bind(*primals, **params), same(*tangents)
 
-  def transpose(cotangents: Any, *operands: Any, **_: Any) -> list[jax.Array]:
+  def transpose(cotangents: PyTree, *operands: object, **_: object) -> list[jax.Array | None]:
     given = cotangents if all_operands else [cotangents, *[None] * (len(operands) - 1)]
     return [ct if ad.is_undefined_primal(x) else None for ct, x in zip(given, operands, strict=True)]
 
@@ -137,7 +142,7 @@ def make_hint(
   return primitive
 
 
-def _like_first(x: jax.Array, axis: int | None, first: jax.Array, first_axis: int | None) -> jax.Array:
+def _like_first(x: jax.Array, axis: Axis, first: jax.Array, first_axis: Axis) -> jax.Array:
   """Gives an operand a mapped axis if the first operand has one, and removes it if not."""
   if first_axis is None:
     return x if axis is None else jax.lax.index_in_dim(x, 0, axis, keepdims=False)  # the hint holds for any member

@@ -6,7 +6,7 @@ Why: `bits` meant one thing in `compensated` and another in `quantized_state`. C
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,7 +23,7 @@ def renamed(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     caller = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> R:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
       for old, new in new_names.items():
         if old not in kwargs:
           continue

@@ -2,7 +2,6 @@
 
 import numbers
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,17 @@ def name(path: KeyPath, root: str = "params") -> str:
   return root + jax.tree_util.keystr(path)
 
 
-def named_leaves(tree: PyTree, root: str = "params") -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree, root: str = "params") -> list[tuple[str, PyTree]]:
   """Returns the leaves of `tree` with their names."""
   return [(name(path, root), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def is_array(x: Any) -> bool:
+def is_array(x: object) -> bool:
   """Whether `x` has a shape and a dtype: a JAX or NumPy array, a tracer, or a ShapeDtypeStruct."""
   return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def flatten_like(tree: PyTree, other: PyTree, what: str, hint: str, root: str = "params") -> list[jax.Array]:
+def flatten_like(tree: PyTree, other: PyTree, what: str, hint: str, root: str = "params") -> list[PyTree]:
   """Returns `other`'s subtrees at the leaves of `tree`.
 
   Raises:
@@ -55,7 +54,7 @@ def _first_difference(tree: PyTree, other: PyTree, root: str) -> str:
   return f"the containers differ ({jax.tree.structure(other)} against {jax.tree.structure(tree)})"
 
 
-def _is_leafless(x: Any) -> bool:
+def _is_leafless(x: PyTree) -> bool:
   return not jax.tree.leaves(x)
 
 
@@ -81,7 +80,7 @@ def check_arrays(params: PyTree, caller: str, also_numbers: bool = True) -> None
       raise TypeError(f"{caller}: {_not_an_array(leaf_name, leaf)}")
 
 
-def _not_an_array(leaf_name: str, leaf: Any) -> str:
+def _not_an_array(leaf_name: str, leaf: object) -> str:
   if isinstance(leaf, numbers.Number):
     advice = "Convert it with jnp.asarray, or leave it out."
   else:
@@ -93,7 +92,7 @@ def _not_an_array(leaf_name: str, leaf: Any) -> str:
   return f"{leaf_name} is a {type(leaf).__name__}, not an array. {advice}"
 
 
-def check_trainable(leaf_name: str, leaf: Any) -> None:
+def check_trainable(leaf_name: str, leaf: PyTree) -> None:
   """Checks that `leaf` is a float32 array or has one of the low-precision dtypes; only these are trained.
 
   Raises:

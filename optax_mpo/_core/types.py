@@ -25,19 +25,19 @@ def is_packed(dtype: DTypeLike) -> bool:
   return any(jnp.issubdtype(dtype, kind) and of(dtype).bits < 8 for kind, of in info.items())
 
 
-def struct(x: Any, without: int | None = None) -> jax.ShapeDtypeStruct:
+def struct(x: Shaped, without: int | None = None) -> jax.ShapeDtypeStruct:
   """The type of an array, a ref or a type, as a `ShapeDtypeStruct`, less the axis `without` if given."""
   aval = _type(x)
   return _cut(aval, [(i, n) for i, n in enumerate(aval.shape) if i != without])
 
 
-def resized(x: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
+def resized(x: Shaped, axis: int, size: int) -> jax.ShapeDtypeStruct:
   """The same type with another number of entries along an axis, which is not split over devices."""
   aval = _type(x)
   return _cut(aval, [(None, size) if i == axis else (i, n) for i, n in enumerate(aval.shape)])
 
 
-def _cut(aval: Shaped, axes: Sequence[tuple[int | None, int]]) -> jax.ShapeDtypeStruct:
+def _cut(aval: Any, axes: Sequence[tuple[int | None, int]]) -> jax.ShapeDtypeStruct:
   """The type with these axes: for each the one it comes from, whose sharding it keeps, and its size."""
   sharding, manual = _typed(aval, AxisType.Explicit, AxisType.Manual), getattr(aval, "manual_axis_type", None)
   if sharding is not None:
@@ -49,7 +49,7 @@ def _cut(aval: Shaped, axes: Sequence[tuple[int | None, int]]) -> jax.ShapeDtype
   return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding, manual_axis_type=manual)
 
 
-def zeros(like: Any) -> jax.Array:
+def zeros(like: Shaped) -> jax.Array:
   """Zeros of the type of `like`, an array or a type."""
   aval = _type(like)
   new = jnp.zeros(aval.shape, aval.dtype, device=_typed(aval, AxisType.Explicit))
@@ -57,20 +57,20 @@ def zeros(like: Any) -> jax.Array:
   return lax.pcast(new, tuple(varying), to="varying") if varying else new
 
 
-def is_split(x: Any) -> bool:
+def is_split(x: Shaped) -> bool:
   """Whether the type of an array, or of what a ref holds, splits it over several devices."""
   sharding = _typed(_type(x), AxisType.Explicit)
   return sharding is not None and any(sharding.spec)
 
 
-def _type(x: Any) -> Any:
+def _type(x: Shaped) -> Any:
   if isinstance(x, jax.ShapeDtypeStruct) or not isinstance(x, jax.Array | jax.Ref):
     return x
   aval = jax.typeof(x)
   return getattr(aval, "inner_aval", aval)
 
 
-def _typed(aval: Shaped, *kinds: AxisType) -> Any:
+def _typed(aval: Shaped, *kinds: AxisType) -> NamedSharding | None:
   """The sharding in a type, if its mesh has axes of one of these kinds; else None."""
   sharding = getattr(aval, "sharding", None)
   axes = getattr(getattr(sharding, "mesh", None), "axis_types", ())

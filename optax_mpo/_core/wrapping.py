@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mpo._core import buffers, trees
+from optax_mpo._core.annotations import PyTree
 
 State = TypeVar("State")
 
@@ -18,7 +19,7 @@ _TWICE = re.compile(r"got multiple values for (?:keyword )?argument '(\w+)'")  #
 
 
 def as_transformation(
-  tx: Any, caller: str, name: str = "inner", usage: str = "inner"
+  tx: object, caller: str, name: str = "inner", usage: str = "inner"
 ) -> optax.GradientTransformationExtraArgs:
   """Returns `tx`, the argument `name` of `caller(usage)`, as a transformation that accepts extra arguments.
 
@@ -38,7 +39,7 @@ def as_transformation(
   return optax.GradientTransformationExtraArgs(lambda params: buffers.own(made.init(params), params), made.update)
 
 
-def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
+def check_loss(loss_fn: object, caller: str, usage: str) -> None:
   """Raises TypeError if `loss_fn`, an argument of `caller(usage)`, is not callable."""
   if not callable(loss_fn):
     raise TypeError(
@@ -46,7 +47,7 @@ def check_loss(loss_fn: Any, caller: str, usage: str) -> None:
     )
 
 
-def extra_args(tx_args: Mapping[str, Any] | None, caller: str, loss: bool = True) -> dict[str, Any]:
+def extra_args(tx_args: Mapping[str, PyTree] | None, caller: str, loss: bool = True) -> dict[str, PyTree]:
   """Checks the extra arguments of `tx.update`, and adds a place for the loss as `value`, which may also be among them.
 
   Raises:
@@ -66,7 +67,9 @@ def extra_args(tx_args: Mapping[str, Any] | None, caller: str, loss: bool = True
   return ({"value": jnp.zeros([], jnp.float32)} if loss else {}) | dict(tx_args or {})
 
 
-def update(tx: optax.GradientTransformation, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+def update(
+  tx: optax.GradientTransformation, updates: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, PyTree]
+) -> tuple[PyTree, PyTree]:
   """Returns `tx.update(...)`, without the extra argument `value` where it does not take that.
 
   Optax asks transformations with extra arguments to ignore those that they do not know, but `optax.contrib.sam` and
@@ -94,7 +97,7 @@ def update(tx: optax.GradientTransformation, updates: Any, state: Any, params: A
 _for_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("optax_mpo_for_shapes", default=False)
 
 
-def state_shapes(tx: optax.GradientTransformation, params: Any) -> Any:
+def state_shapes(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
   """Returns the state that `tx.init(params)` would make, as ShapeDtypeStructs, for comparison with another state."""
   token = _for_shapes.set(True)
   try:
@@ -108,7 +111,7 @@ def is_for_shapes() -> bool:
   return _for_shapes.get()
 
 
-def check_state(tx: optax.GradientTransformation, params: Any, opt_state: Any, caller: str) -> None:
+def check_state(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, caller: str) -> None:
   """Checks params and state.
 
   Raises:
@@ -131,7 +134,7 @@ def check_state(tx: optax.GradientTransformation, params: Any, opt_state: Any, c
       )
 
 
-def own_state(state: Any, kind: type[State], caller: str) -> State:
+def own_state(state: object, kind: type[State], caller: str) -> State:
   """Returns `state`, checked.
 
   Raises:

@@ -8,12 +8,12 @@ How: primitives that return their first operand, and are lowered for CPUs to som
 other platforms they do nothing, except `tie`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.interpreters import mlir
 
 from optax_mpo._core import order, primitives
 from optax_mpo._core.annotations import PyTree, Values
@@ -86,13 +86,13 @@ def kept_division(x: jax.Array, divisor: jax.Array) -> list[jax.Array]:
 # --- The primitives ---------------------------------------------------------------------------------------------------
 
 
-def _divided_by_one(x: Any, like: Any) -> Any:
+def _divided_by_one(x: jax.Array, like: jax.Array) -> jax.Array:
   bits = 8 * like.dtype.itemsize
   zero = lax.bitcast_convert_type(like, f"uint{bits}").astype(jnp.uint32) >> bits
   return x / lax.bitcast_convert_type(zero + jnp.uint32(0x3F80_0000), jnp.float32)
 
 
-def _lay_out(lower: Callable[..., Any], context: Any, x: Any) -> Any:
+def _lay_out(lower: primitives.Lower, context: mlir.LoweringRuleContext, x: mlir.Value) -> primitives.IrValues:
   # Not in exported programs: JAX does not promise that a later XLA knows this constraint.
   is_kept = getattr(getattr(context.module_context, "lowering_parameters", None), "for_export", False)
   return lower(order.row_major if order.is_for_one(context) and not is_kept and _comes_transposed(x) else order.first)

@@ -1,7 +1,6 @@
 """An optimizer object for Flax NNX. See `optax_mpo.flax`."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +75,7 @@ class Optimizer(nnx.Pytree):
     model: nnx.Module,
     tx: optax.GradientTransformation,
     *,
-    wrt: Any = nnx.Param,
+    wrt: nnx.filterlib.Filter = nnx.Param,
     fused: Fused | None = None,
     two_pass: bool = False,
     ema_decay: float | None = None,
@@ -185,7 +184,7 @@ class Optimizer(nnx.Pytree):
       raise ValueError("Optimizer.averages: there is no average. Make the Optimizer with ema_decay=0.999, say.")
     return average.joined(nnx.as_pure(self.ema))
 
-  def update(self, model: nnx.Module, grads: Any, /, **kwargs: Any) -> optax.Updates:
+  def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: PyTree) -> optax.Updates:
     """Does one ordinary step with gradients, as `nnx.Optimizer.update`: changes `model` and this object in place.
 
     Args:
@@ -219,7 +218,7 @@ class Optimizer(nnx.Pytree):
     self._keep(params, opt_state)
     return updates
 
-  def metrics(self, loss: Any = None) -> dict[str, jax.Array]:
+  def metrics(self, loss: jax.Array | None = None) -> dict[str, jax.Array]:
     """Returns what there is to log of the last step, by name, f32[] each.
 
     It has the norms of all `record_norms` in `tx`; `learning_rate` where `tx` comes from `optax.inject_hyperparams`,
@@ -230,12 +229,12 @@ class Optimizer(nnx.Pytree):
   def step_with(
     self,
     model: nnx.Module,
-    loss_fn: Callable[..., Any],
-    *args: Any,
+    loss_fn: Callable[..., PyTree],
+    *args: PyTree,
     has_aux: bool = False,
-    tx_args: Mapping[str, Any] | None = None,
+    tx_args: Mapping[str, PyTree] | None = None,
     microbatches: int | Microbatches = 1,
-  ) -> Any:
+  ) -> PyTree:
     """Does one training step: updates `model` (params, batch statistics, random streams) and this object in place.
 
     As with `nnx.value_and_grad`, changes that `loss_fn` makes to NNX objects are kept: random streams and metrics among
@@ -274,7 +273,7 @@ class Optimizer(nnx.Pytree):
         graph, weights, rest = context.split(seen, self.wrt, ...)
         nodes_graph, states = context.split(nodes)
 
-      def whole(params: PyTree, state: PyTree, *others: Any) -> tuple[jax.Array, Any]:
+      def whole(params: PyTree, state: PyTree, *others: PyTree) -> tuple[jax.Array, PyTree]:
         with nnx.merge_context(_STEP, inner=True) as context:
           copy = context.merge(graph, weights if self.fused == "layer" else params, state["model"])
           copies = context.merge(nodes_graph, state["args"])
@@ -305,10 +304,10 @@ class Optimizer(nnx.Pytree):
   def explain(
     self,
     model: nnx.Module,
-    loss_fn: Callable[..., Any],
-    *args: Any,
+    loss_fn: Callable[..., PyTree],
+    *args: PyTree,
     has_aux: bool = False,
-    tx_args: Mapping[str, Any] | None = None,
+    tx_args: Mapping[str, PyTree] | None = None,
     microbatches: int | Microbatches = 1,
   ) -> explain.Explanation:
     """Tells how `step_with` updates each parameter with gradient release, as `optax_mpo.explain` does. Nothing runs.
@@ -338,7 +337,7 @@ class Optimizer(nnx.Pytree):
     graph, _, rest = nnx.split(model, self.wrt, ...)
     nodes_graph, nodes = nnx.split([x for x in leaves if _is_node(x)])
 
-    def whole(params: PyTree, state: tuple[PyTree, PyTree], *others: Any) -> Any:
+    def whole(params: PyTree, state: tuple[PyTree, PyTree], *others: PyTree) -> tuple[jax.Array, PyTree]:
       given = iter(nnx.merge(nodes_graph, state[1]))
       values = zip(leaves, treedef.flatten_up_to(others), strict=True)
       args = treedef.unflatten([next(given) if _is_node(x) else other for x, other in values])
@@ -369,7 +368,7 @@ def _check_trained(before: PyTree, after: PyTree) -> None:
   trees.flatten_like(before, after, "Optimizer.step_with: the tree of trained variables after loss_fn", hint)
 
 
-def _check_graphs(before: Any, after: Any) -> None:
+def _check_graphs(before: Sequence[nnx.GraphDef], after: Sequence[nnx.GraphDef]) -> None:
   if any(old != new.with_no_outer_index() for old, new in zip(before, after, strict=True)):
     raise ValueError(
       "Optimizer.step_with: with microbatches, loss_fn may change the values of variables, and it changes other "
@@ -378,6 +377,6 @@ def _check_graphs(before: Any, after: Any) -> None:
     )
 
 
-def _is_node(x: Any) -> bool:
+def _is_node(x: object) -> bool:
   """Whether `x` is an object of NNX that `loss_fn` may change: a module, random streams, a metric, a variable."""
   return isinstance(x, nnx.Pytree | nnx.Variable)

@@ -4,7 +4,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ from optax_mpo._transforms import average, norms
 
 Fused = Literal["auto", "layer", "off"]
 Where = Callable[[KeyPath, jax.Array], bool]
+Step = Callable[..., tuple[PyTree, PyTree, optax.OptState]]
 
-_told: "weakref.WeakSet[Any]" = weakref.WeakSet()  # the updates of transformations that a warning has named
+# The updates of transformations that a warning has named.
+_told: "weakref.WeakSet[optax.TransformUpdateFn]" = weakref.WeakSet()
 
 
 def check_options(fused: str | None, ema_decay: float | None, ema_bits: int | None, caller: str) -> None:
@@ -35,14 +37,14 @@ def check_options(fused: str | None, ema_decay: float | None, ema_bits: int | No
 
 
 def make_step(
-  loss_fn: Callable[..., Any],
-  tx: Any,
+  loss_fn: Callable[..., PyTree],
+  tx: optax.GradientTransformation,
   fused: Fused | None,
   two_pass: bool,
   caller: str,
-  tx_args: Mapping[str, Any] | None = None,
+  tx_args: Mapping[str, PyTree] | None = None,
   microbatches: int | Microbatches = 1,
-) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
+) -> Step:
   """Makes a step for a loss function: `loss_fn(params, carry, *args) -> (loss, (aux, carry))`.
 
   The carry is what the forward pass changes besides the params. Microbatches change it in turn.
@@ -62,19 +64,19 @@ def make_step(
   if how is not None:
     loss_fn = _keeping_the_carry(loss_fn, caller)
 
-  def released(tx: Any) -> Callable[..., Any]:
+  def released(tx: optax.GradientTransformation) -> Step:
     return value_and_update.value_and_update(loss_fn, tx, has_aux=True, two_pass=two_pass)
 
-  def ordinary(tx: Any) -> Callable[..., Any]:
+  def ordinary(tx: optax.GradientTransformation) -> Step:
     return functools.partial(_ordinary, loss_fn, tx, caller)
 
-  def step_of(kind: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+  def step_of(kind: Callable[[optax.GradientTransformation], Step]) -> Step:
     if how is None:
       return functools.partial(kind(tx), tx_args=tx_args)
     whole = wrapping.as_transformation(tx, caller, "tx", "tx")
     return functools.partial(step_by_microbatches(loss_fn, whole, True, how, kind, has_carry=True), tx_args=tx_args)
 
-  def step(params: PyTree, opt_state: optax.OptState, *args: Any) -> tuple[Any, PyTree, optax.OptState]:
+  def step(params: PyTree, opt_state: optax.OptState, *args: PyTree) -> tuple[PyTree, PyTree, optax.OptState]:
     error = releasable.why_not(tx, params, opt_state, two_pass, caller, tx_args)
     if error is None:
       return step_of(released)(params, opt_state, *args)
@@ -88,11 +90,11 @@ def make_step(
 
 
 def explain_step(
-  loss_fn: Callable[..., Any],
-  tx: Any,
+  loss_fn: Callable[..., PyTree],
+  tx: optax.GradientTransformation,
   two_pass: bool,
   caller: str,
-  tx_args: Mapping[str, Any] | None,
+  tx_args: Mapping[str, PyTree] | None,
   microbatches: int | Microbatches,
 ) -> Callable[..., explain.Explanation]:
   """Makes `explained(params, opt_state, carry, *args)`, which explains the released step of `make_step`."""
@@ -105,14 +107,14 @@ def explain_step(
   return functools.partial(explained, tx_args=tx_args)
 
 
-def _keeping_the_carry(loss_fn: Callable[..., Any], caller: str) -> Callable[..., Any]:
+def _keeping_the_carry(loss_fn: Callable[..., PyTree], caller: str) -> Callable[..., PyTree]:
   """Returns `loss_fn`, which raises ValueError where the carry of one microbatch does not fit the next one."""
   hint = (
     "Each microbatch goes on with what the one before has changed, which has to keep its structure, shapes and dtypes. "
     "Make new variables before the first step, and return other things (as sow collects them) as aux."
   )
 
-  def kept(params: PyTree, carry: PyTree, *args: Any) -> tuple[Any, tuple[Any, PyTree]]:
+  def kept(params: PyTree, carry: PyTree, *args: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
     loss, (aux, new) = loss_fn(params, carry, *args)
     what = f"{caller}, microbatches: what loss_fn has changed"
     after = trees.flatten_like(carry, new, what, hint, root="before")
@@ -125,14 +127,14 @@ def _keeping_the_carry(loss_fn: Callable[..., Any], caller: str) -> Callable[...
 
 
 def _ordinary(
-  loss_fn: Callable[..., Any],
-  tx: Any,
+  loss_fn: Callable[..., PyTree],
+  tx: optax.GradientTransformation,
   caller: str,
   params: PyTree,
   opt_state: optax.OptState,
-  *args: Any,
-  tx_args: Mapping[str, Any] | None = None,
-) -> tuple[Any, PyTree, optax.OptState]:
+  *args: PyTree,
+  tx_args: Mapping[str, PyTree] | None = None,
+) -> tuple[PyTree, PyTree, optax.OptState]:
   weights = masters.decode(params, opt_state, caller)
   value, grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, *args)
   extra_args = wrapping.extra_args(tx_args, caller) | ({} if "value" in (tx_args or {}) else {"value": value[0]})
@@ -144,14 +146,14 @@ def updated(
   grads: PyTree,
   opt_state: optax.OptState,
   params: PyTree,
-  extra_args: Mapping[str, Any],
+  extra_args: Mapping[str, PyTree],
 ) -> tuple[optax.Updates, PyTree, optax.OptState]:
   """Returns the updates, the new params and the new state of an ordinary step."""
   updates, opt_state = wrapping.update(tx, grads, opt_state, params, dict(extra_args))
   return updates, apply.apply_updates(params, updates), opt_state
 
 
-def metrics(opt_state: optax.OptState, loss: Any) -> dict[str, jax.Array]:
+def metrics(opt_state: optax.OptState, loss: jax.Array | None) -> dict[str, jax.Array]:
   """What there is to log of a step: recorded norms, learning rates among hyperparameters, and the loss if given."""
   found: dict[str, jax.Array] = {} if loss is None else {"loss": loss}
   found |= norms.recorded(opt_state)

@@ -1,7 +1,6 @@
 """A train state for Flax Linen. See `optax_mpo.flax`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ class TrainState(struct.PyTreeNode):
   opt_state: optax.OptState
   variables: PyTree
   ema: PyTree
-  apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
+  apply_fn: Callable[..., PyTree] = struct.field(pytree_node=False)
   tx: optax.GradientTransformation = struct.field(pytree_node=False)
   fused: Fused | None = struct.field(pytree_node=False, default=None)
   two_pass: bool = struct.field(pytree_node=False, default=False)
@@ -81,7 +80,7 @@ class TrainState(struct.PyTreeNode):
   def create(
     cls,
     *,
-    apply_fn: Callable[..., Any],
+    apply_fn: Callable[..., PyTree],
     params: PyTree,
     tx: optax.GradientTransformation,
     variables: Mapping[str, PyTree] | None = None,
@@ -92,7 +91,7 @@ class TrainState(struct.PyTreeNode):
     dtype: DTypeLike = jnp.bfloat16,
     where: Where | None = None,
     state_memory: str | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
   ) -> "TrainState":
     """Makes a state from f32 params, with `optax_mpo.init`.
 
@@ -131,12 +130,12 @@ class TrainState(struct.PyTreeNode):
   @classmethod
   def _made(
     cls,
-    given: Any,
-    step: Any,
+    given: PyTree,
+    step: jax.Array,
     params: PyTree,
     opt_state: optax.OptState,
     variables: Mapping[str, PyTree],
-    **fields: Any,
+    **fields: PyTree,
   ) -> "TrainState":
     """A state that shares no buffer with the trees in `given`."""
     ema = None
@@ -158,7 +157,7 @@ class TrainState(struct.PyTreeNode):
     ema_bits: int | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     where: Where | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
   ) -> "TrainState":
     """Takes over a run of Flax's own train state, with f32 params, in the middle.
 
@@ -232,7 +231,7 @@ class TrainState(struct.PyTreeNode):
     """Returns the weights to apply the model with: `params`, with float8 leaves times their scales, in bf16."""
     return masters.decoded(self.params, self.opt_state)
 
-  def metrics(self, loss: Any = None) -> dict[str, jax.Array]:
+  def metrics(self, loss: jax.Array | None = None) -> dict[str, jax.Array]:
     """Returns what there is to log of the last step, by name, f32[] each.
 
     It has the norms of all `record_norms` in `tx`; `learning_rate` where `tx` comes from `optax.inject_hyperparams`,
@@ -242,13 +241,13 @@ class TrainState(struct.PyTreeNode):
 
   def step_with(
     self,
-    loss_fn: Callable[..., Any],
-    *args: Any,
+    loss_fn: Callable[..., PyTree],
+    *args: PyTree,
     has_aux: bool = False,
     mutable: bool = False,
-    tx_args: Mapping[str, Any] | None = None,
+    tx_args: Mapping[str, PyTree] | None = None,
     microbatches: int | Microbatches = 1,
-  ) -> tuple["TrainState", Any]:
+  ) -> tuple["TrainState", PyTree]:
     """Does one training step.
 
     `loss_fn(variables, *args)` gets `{"params": params, **self.variables}`, for `model.apply`. With `fused="layer"`,
@@ -283,11 +282,11 @@ class TrainState(struct.PyTreeNode):
 
   def explain(
     self,
-    loss_fn: Callable[..., Any],
-    *args: Any,
+    loss_fn: Callable[..., PyTree],
+    *args: PyTree,
     has_aux: bool = False,
     mutable: bool = False,
-    tx_args: Mapping[str, Any] | None = None,
+    tx_args: Mapping[str, PyTree] | None = None,
     microbatches: int | Microbatches = 1,
   ) -> explain.Explanation:
     """Tells how `step_with` updates each parameter with gradient release, as `optax_mpo.explain` does. Nothing runs.
@@ -316,7 +315,9 @@ class TrainState(struct.PyTreeNode):
     explained = explain_step(whole, self.tx, self.two_pass, "TrainState.explain", tx_args, microbatches)
     return explained(self.params, self.opt_state, self.variables, *args)
 
-  def apply_gradients(self, *, grads: PyTree, tx_args: Mapping[str, Any] | None = None, **kwargs: Any) -> "TrainState":
+  def apply_gradients(
+    self, *, grads: PyTree, tx_args: Mapping[str, PyTree] | None = None, **kwargs: PyTree
+  ) -> "TrainState":
     """Does one ordinary step with a tree of gradients, as Flax's `TrainState.apply_gradients`.
 
     Args:
@@ -344,7 +345,7 @@ class TrainState(struct.PyTreeNode):
     _, params, opt_state = updated(self.tx, grads, self.opt_state, self.params, tx_args or {})
     return self._next(params, opt_state, **kwargs)
 
-  def _next(self, params: PyTree, opt_state: optax.OptState, **fields: Any) -> "TrainState":
+  def _next(self, params: PyTree, opt_state: optax.OptState, **fields: PyTree) -> "TrainState":
     new = self.replace(step=self.step + 1, params=params, opt_state=opt_state)
     if self.ema_decay is not None:
       new = new.replace(ema=average.moved(self.ema, new.masters(), self.ema_decay, self.ema_bits, new.step))
@@ -352,17 +353,17 @@ class TrainState(struct.PyTreeNode):
 
 
 def _pure(
-  loss_fn: Callable[..., Any], has_aux: bool, mutable: bool
-) -> Callable[..., tuple[jax.Array, tuple[Any, PyTree]]]:
+  loss_fn: Callable[..., PyTree], has_aux: bool, mutable: bool
+) -> Callable[..., tuple[jax.Array, tuple[PyTree, PyTree]]]:
   """Returns `whole(params, variables, *args) -> (loss, (aux, variables))` for a loss as `step_with` takes it."""
 
-  def whole(params: PyTree, variables: PyTree, *args: Any) -> tuple[jax.Array, tuple[Any, PyTree]]:
+  def whole(params: PyTree, variables: PyTree, *args: PyTree) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
     trained = params if overwritten.is_in(params) else {"params": params}
     out = loss_fn({**trained, **variables}, *args)
-    rest: Any
+    rest: PyTree
     loss, rest = out if has_aux or mutable else (out, None)
-    aux: Any = None
-    updates: Any = {}
+    aux: PyTree = None
+    updates: PyTree = {}
     if has_aux and mutable:
       aux, updates = rest
     elif has_aux:

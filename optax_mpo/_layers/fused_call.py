@@ -7,25 +7,31 @@ writes them, in such a way that XLA cannot delay an update.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from optax_mpo._core import host, order, trees, types
-from optax_mpo._core.annotations import PyTree, Values
+from optax_mpo._core.annotations import PyTree, PyTreeDef, Shaped, Values
 from optax_mpo._layers import handles
 from optax_mpo._program import jax_forms, recompute
-from optax_mpo._program.program import Program
+from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.plan import FOLLOWED
 from optax_mpo._stepping.site import Place, Site, of_groups
 from optax_mpo._updates import by_leaf
 
-Remat = bool | Callable[..., Any]
+Remat = bool | Callable[..., bool]
+"""Whether a layer recomputes its activations, or a policy of `jax.checkpoint_policies`."""
+
+Gradients = dict[int, jax.Array]
+"""Gradients by leaf of the params."""
+
+RefArguments = tuple[list[jax.Ref], list[jax.Ref], list[jax.Array]]
+"""The refs of weights and of states, and the values that groups share."""
 
 
 @dataclasses.dataclass
@@ -45,13 +51,13 @@ class Call:
   step: handles.Step
   leaves: list[int]
   arrays: list[jax.Array]
-  arguments: tuple[Any, ...]
+  arguments: tuple[PyTree, ...]
   apply: Callable[[Values, Values], PyTree]
   _places: list[int]  # the argument that each array is in
 
   @classmethod
   def take(
-    cls, fn: Callable[..., Any], who: str, arguments: tuple[Any, ...], parts: tuple[int, ...] = ()
+    cls, fn: Callable[..., PyTree], who: str, arguments: tuple[PyTree, ...], parts: tuple[int, ...] = ()
   ) -> "Call | None":
     """Takes arguments apart. Returns None where there is no handle.
 
@@ -99,7 +105,7 @@ class Call:
     """The arrays in one of the arguments."""
     return [a for a, place in zip(self.arrays, self._places, strict=True) if place == argument]
 
-  def treedef_of(self, argument: int) -> Any:
+  def treedef_of(self, argument: int) -> PyTreeDef:
     """The structure of one of the arguments."""
     return jax.tree.structure(self.arguments[argument])
 
@@ -133,7 +139,7 @@ class Call:
     return layers
 
 
-def is_float(x: Any) -> bool:
+def is_float(x: Shaped) -> bool:
   """Whether the dtype of `x` can be differentiated."""
   return jnp.issubdtype(x.dtype, jnp.inexact)
 
@@ -160,17 +166,17 @@ class Refs:
     self._states = [j for group in groups for j in group.states]
     self._on_host = [i in step.params_on_host for i in leaves], [j in step.states_on_host for j in self._states]
     self._shared = sorted({v for group in groups for v in group.shared})
-    self.arguments = (
+    self.arguments: RefArguments = (
       [step.params[i] for i in leaves],
       [step.states[j] for j in self._states],
       [step.shared[v] for v in self._shared],
     )
 
-  def weights(self, arguments: Any) -> list[jax.Array]:
+  def weights(self, arguments: RefArguments) -> list[jax.Array]:
     """Reads the weights, of which some may be in host memory."""
     return [host.typed(ref[...], flag) for ref, flag in zip(arguments[0], self._on_host[0], strict=True)]
 
-  def update(self, arguments: Any, grads: dict[int, jax.Array], onward: PyTree) -> PyTree:
+  def update(self, arguments: RefArguments, grads: Gradients, onward: PyTree) -> PyTree:
     """Updates all weights. Returns `onward`, which XLA cannot use before that is done.
 
     Args:
@@ -191,8 +197,8 @@ class Refs:
 
   def update_within(
     self,
-    arguments: Any,
-    backward: Callable[[list[jax.Array], PyTree, PyTree], tuple[list[jax.Array], dict[int, jax.Array]]],
+    arguments: RefArguments,
+    backward: Callable[[list[jax.Array], PyTree, PyTree], tuple[list[jax.Array], Gradients]],
     kept: PyTree,
     cotangents: PyTree,
     at_least: int = 0,
@@ -240,10 +246,10 @@ class Refs:
         group.raise_mixed(site.why)
     return self._write(arguments, store, out)
 
-  def _sites(self, grads: dict[int, jax.Array], weights: dict[int, jax.Array]) -> list[Site]:
+  def _sites(self, grads: Mapping[int, Atom], weights: Mapping[int, int]) -> list[Site]:
     return of_groups(self.groups, grads, weights, self._kernels)
 
-  def _read(self, arguments: Any) -> tuple[stores.Whole, list[list[jax.Array]]]:
+  def _read(self, arguments: RefArguments) -> tuple[stores.Whole, list[list[jax.Array]]]:
     """Reads weights and states. Returns them, and the values that each group shares with others."""
     pairs = zip(arguments[:2], self._on_host, strict=True)
     params, states = ([host.typed(r[...], f) for r, f in zip(refs, flags, strict=True)] for refs, flags in pairs)
@@ -251,7 +257,7 @@ class Refs:
     leaves, states = dict(zip(self.leaves, params, strict=True)), dict(zip(self._states, states, strict=True))
     return stores.Whole(leaves, states, self.groups), [[shared[v] for v in group.shared] for group in self.groups]
 
-  def _write(self, arguments: Any, store: stores.Whole, onward: PyTree) -> PyTree:
+  def _write(self, arguments: RefArguments, store: stores.Whole, onward: PyTree) -> PyTree:
     """Writes weights and states. Returns `onward`, which XLA cannot use before that is done."""
     new = [*(store.leaves[i] for i in self.leaves), *(store.states[j] for j in self._states)]
     new, onward = order.barrier((new, onward))
@@ -264,14 +270,14 @@ def _or_zeros(grad: jax.Array | None, weight: jax.Array) -> jax.Array:
   return types.zeros(types.struct(weight)) if grad is None else grad
 
 
-def checkpointed(fun: Callable[..., Any], remat: Remat, prevent_cse: bool) -> Callable[..., Any]:
+def checkpointed(fun: Callable[..., PyTree], remat: Remat, prevent_cse: bool) -> Callable[..., PyTree]:
   """Puts `jax.checkpoint` around a function, unless `remat` is False."""
   if remat is False:
     return fun
   return jax.checkpoint(fun, policy=None if remat is True else remat, prevent_cse=prevent_cse)
 
 
-def grads_by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Values) -> dict[int, jax.Array]:
+def grads_by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Values) -> Gradients:
   """The gradients of the trained weights, by leaf of the params."""
   return dict(zip([i for i, flag in zip(leaves, trained, strict=True) if flag], grads, strict=True))
 
@@ -281,7 +287,7 @@ def grads_by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Values)
 class Static:
   """A hashable value among residuals."""
 
-  value: Any
+  value: Hashable
 
 
 # --- What a custom_vjp with symbolic zeros is given -------------------------------------------------------------------
@@ -292,29 +298,29 @@ def values(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda p: hasattr(p, "perturbed"))
 
 
-def perturbed(primals: Values) -> tuple[list[jax.Array], list[bool]]:
+def perturbed(primals: Sequence[CustomVJPPrimal]) -> tuple[list[jax.Array], list[bool]]:
   """The values of a forward rule's arguments, and whether they are differentiated."""
   return [p.value for p in primals], [p.perturbed and is_float(p.value) for p in primals]
 
 
-def is_zero(ct: Any) -> bool:
+def is_zero(ct: object) -> bool:
   """Whether a cotangent is a symbolic zero."""
   return isinstance(ct, SymbolicZero)
 
 
-def real_cotangents(cotangents: Values, avals: Values) -> list[jax.Array]:
+def real_cotangents(cotangents: Sequence[jax.Array | SymbolicZero], avals: Sequence[Shaped]) -> list[jax.Array]:
   """The cotangents of floating-point results, as arrays."""
   pairs = [(ct, a) for ct, a in zip(cotangents, avals, strict=True) if is_float(a)]
-  return [types.zeros(a) if is_zero(ct) else ct for ct, a in pairs]
+  return [types.zeros(a) if isinstance(ct, SymbolicZero) else ct for ct, a in pairs]
 
 
-def all_cotangents(real: Values, avals: Values) -> list[jax.Array]:
+def all_cotangents(real: Values, avals: Sequence[Shaped]) -> list[jax.Array | np.ndarray]:
   """The cotangents of all results as `jax.vjp` takes them: float0 for integers."""
   rest = iter(real)
   return [next(rest) if is_float(a) else np.zeros(a.shape, jax.dtypes.float0) for a in avals]
 
 
-def spread(cotangents: Values, active: Sequence[bool]) -> list[jax.Array]:
+def spread(cotangents: Values, active: Sequence[bool]) -> list[jax.Array | None]:
   """Puts None where nothing was differentiated."""
   rest = iter(cotangents)
   return [next(rest) if flag else None for flag in active]

@@ -6,8 +6,8 @@ How: the step makes the refs that the layers write, differentiates once, so that
 that every weight is updated exactly once.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ import optax
 
 from optax_mpo._backends import step_weight
 from optax_mpo._core import host, modules, trees, wrapping
-from optax_mpo._core.annotations import PyTree
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._layers import fused_call, handles
 from optax_mpo._updates import by_leaf
 from optax_mpo._updates.late import take
 
 
 def fused_value_and_update(
-  loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False
-) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
+  loss_fn: Callable[..., PyTree], tx: optax.GradientTransformation, has_aux: bool = False
+) -> Callable[..., tuple[PyTree, PyTree, optax.OptState]]:
   """Makes a training step that updates each layer's weights inside the backward pass, without a tree of gradients.
 
   `step(params, opt_state, *args, tx_args=None, **kwargs)` calls `loss_fn(handles, *args, **kwargs)`. Handles are
@@ -78,10 +78,10 @@ def fused_value_and_update(
   def step(
     params: PyTree,
     opt_state: optax.OptState,
-    *args: Any,
-    tx_args: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-  ) -> tuple[Any, PyTree, optax.OptState]:
+    *args: PyTree,
+    tx_args: Mapping[str, PyTree] | None = None,
+    **kwargs: PyTree,
+  ) -> tuple[PyTree, PyTree, optax.OptState]:
     trees.check_arrays(params, "fused_value_and_update", also_numbers=False)
     extra = wrapping.extra_args(tx_args, "fused_value_and_update", loss=False)
     params, opt_state, extra, args, kwargs = _guarded((params, opt_state, extra, args, kwargs))
@@ -100,7 +100,7 @@ def fused_value_and_update(
     own = {j: s for j, s in enumerate(states) if j not in shared_states}
     context = handles.Step(update, leaves, own, shared)
 
-    def loss(token: jax.Array) -> Any:
+    def loss(token: jax.Array) -> PyTree:
       context.enter(token)
       try:
         out = loss_fn(context.handle(treedef), *args, **kwargs)
@@ -147,7 +147,7 @@ def _guard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @_guard.defjvp
-def _guard_jvp(primals: Any, tangents: Any) -> Any:
+def _guard_jvp(primals: Values, tangents: Values) -> NoReturn:
   raise handles.FusedError(
     "fused_value_and_update: a fused step cannot be differentiated (jax.grad, jvp, linearize, or remat under one of "
     "them): it has updated its weights already. For gradients, differentiate the loss function with params that are "
@@ -161,7 +161,7 @@ def _unmapped(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @_unmapped.def_vmap
-def _unmapped_rule(axis_size: int, in_batched: Any, *arrays: Any) -> Any:
+def _unmapped_rule(axis_size: int, in_batched: Sequence[bool], *arrays: jax.Array) -> NoReturn:
   raise handles.FusedError(
     "fused_value_and_update: a fused step cannot be mapped by jax.vmap. Map inside the loss function, over the batch; "
     "for several models at once use vmap with value_and_grad and tx.update."

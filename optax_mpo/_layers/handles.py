@@ -9,13 +9,13 @@ params. Any misuse that shows while the step is traced raises a `FusedError`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.extend import core
 
 from optax_mpo._core import host, trees
-from optax_mpo._core.annotations import PyTree, Shaped, Values
+from optax_mpo._core.annotations import PyTree, PyTreeDef, Shaped, Values
 from optax_mpo._updates import by_leaf
 
 
@@ -47,21 +47,23 @@ class Step:
     values: the arrays that `fused_value` has returned, by leaf.
   """
 
-  def __init__(self, update: by_leaf.Update, params: Values, states: Mapping[int, Any], shared: Any):
+  def __init__(
+    self, update: by_leaf.Update, params: Values, states: dict[int, jax.Array], shared: dict[int, jax.Array]
+  ):
     self.update, self.shared = update, shared
     self.params = [jax.new_ref(host.untyped(p)) for p in params]
     self.states = {j: jax.new_ref(host.untyped(s)) for j, s in states.items()}
     self.params_on_host = {i for i, p in enumerate(params) if host.is_on_host(p)}
     self.states_on_host = {j for j, s in states.items() if host.is_on_host(s)}
-    self.token: Any = None
+    self.token: jax.Array | None = None
     self.stepped: set[int] = set()
     self.values: dict[int, jax.Array] = {}
     self._avals = [jax.typeof(p) for p in params]
     self._users: dict[int, str] = {}
-    self._trace: Any = None
+    self._trace: object = None
     self._inside: str | None = None
 
-  def enter(self, token: Any) -> None:
+  def enter(self, token: jax.Array) -> None:
     """Called when the loss function starts."""
     self.token, self._trace = token, _trace_state()
 
@@ -69,7 +71,7 @@ class Step:
     """Called when the loss function has ended: its handles cannot be used any more."""
     self._trace = None
 
-  def handle(self, treedef: Any) -> "Handle":
+  def handle(self, treedef: PyTreeDef) -> "Handle":
     """A handle for all params."""
     return Handle(self, treedef.unflatten([_Leaf(i, a) for i, a in enumerate(self._avals)]), "params")
 
@@ -143,7 +145,7 @@ class Step:
     return [i for i in range(len(self.params)) if i not in self._users and i not in self.values]
 
 
-def _trace_state() -> Any:
+def _trace_state() -> object:
   return core.get_opaque_trace_state(convention="optax_mpo")
 
 
@@ -163,7 +165,7 @@ class Handle:
   def __init__(self, step: Step, node: PyTree, name: str):
     self._step, self._node, self._name = step, node, name
 
-  def _child(self, node: Any, name: str) -> Any:
+  def _child(self, node: PyTree, name: str) -> PyTree:
     leaves = jax.tree.leaves(node)
     if not leaves and not isinstance(node, Sequence | Mapping):
       return node
@@ -171,7 +173,7 @@ class Handle:
       raise AttributeError(f"{name} is no part of the params. Handles lead to params only.")
     return Handle(self._step, node, name)
 
-  def __getitem__(self, key: Any) -> Any:
+  def __getitem__(self, key: object) -> PyTree:
     if isinstance(self._node, _Leaf):
       raise TypeError(f"{self._name} is the handle of an array, which cannot be indexed. {_READ}")
     return self._child(self._node[key], f"{self._name}[{key!r}]")
@@ -188,16 +190,16 @@ class Handle:
       raise AttributeError(f"{self._name} is a {type(node).__name__} without {name!r}.")
     return self._child(getattr(node, name), f"{self._name}.{name}")
 
-  def _values(self) -> list[jax.Array]:
+  def _values(self) -> list[PyTree]:
     return [self[key] for key in self.keys()]
 
-  def _items(self) -> list[tuple[Any, Any]]:
+  def _items(self) -> list[tuple[object, PyTree]]:
     return [(key, self[key]) for key in self.keys()]
 
-  def _get(self, key: Any, default: Any = None) -> Any:
+  def _get(self, key: object, default: PyTree = None) -> PyTree:
     return self[key] if key in self._node else default
 
-  def __iter__(self) -> Iterator[Any]:
+  def __iter__(self) -> Iterator[PyTree]:
     if isinstance(self._node, _Leaf):
       raise TypeError(f"{self._name} is the handle of an array. {_READ}")
     if hasattr(self._node, "keys"):
@@ -207,13 +209,13 @@ class Handle:
   def __len__(self) -> int:
     return self._node.aval.shape[0] if isinstance(self._node, _Leaf) else len(self._node)
 
-  def __contains__(self, key: Any) -> bool:
+  def __contains__(self, key: object) -> bool:
     return not isinstance(self._node, _Leaf) and key in self._node
 
   def __bool__(self) -> bool:
     return True
 
-  def __jax_array__(self) -> Any:
+  def __jax_array__(self) -> NoReturn:
     raise FusedError(f"{self._name} is a handle and no array. {_READ}")
 
   __array__ = __jax_array__
@@ -228,7 +230,7 @@ _READ = (
 )
 
 
-def is_handle(x: Any) -> bool:
+def is_handle(x: object) -> bool:
   """Whether `x` is a handle."""
   return isinstance(x, Handle)
 
@@ -238,7 +240,7 @@ def handle_leaves(handle: Handle) -> list[int]:
   return [leaf.index for leaf in jax.tree.leaves(handle._node)]
 
 
-def handle_treedef(handle: Handle) -> Any:
+def handle_treedef(handle: Handle) -> PyTreeDef:
   """The structure of the part of the params that a handle points at."""
   return jax.tree.structure(handle._node)
 

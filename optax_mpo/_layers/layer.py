@@ -15,22 +15,26 @@ arXiv:2309.12381, and of LOMO, arXiv:2306.09782.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._core import host, modules, order, types
-from optax_mpo._core.annotations import PyTree
+from optax_mpo._core.annotations import PyTree, PyTreeDef
 from optax_mpo._layers import fused_call, handles, microbatch
-from optax_mpo._layers.fused_call import Remat
+from optax_mpo._layers.fused_call import Gradients, RefArguments, Remat
 from optax_mpo._program import pullbacks
 
 
 def fused_layer(
-  fn: Any, *, remat: Remat = False, microbatches: int = 1, in_axes: PyTree = 0, out_axes: PyTree = 0
-) -> Callable[..., Any]:
+  fn: Callable[..., PyTree] | object,
+  *,
+  remat: Remat = False,
+  microbatches: int = 1,
+  in_axes: PyTree = 0,
+  out_axes: PyTree = 0,
+) -> Callable[..., PyTree]:
   """Makes a layer that updates its own weights in the backward pass of a `fused_value_and_update`.
 
   `layer(params, *inputs, **kwargs)` calls `fn(params, *inputs, **kwargs)`. In place of handles, `fn` gets the arrays,
@@ -89,7 +93,7 @@ def fused_layer(
   inner, remat = _in_parts(fn, remat, microbatches, in_axes, out_axes, "fused_layer")
 
   @functools.wraps(fn)
-  def layer(params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+  def layer(params: PyTree, *inputs: PyTree, **kwargs: PyTree) -> PyTree:
     call = fused_call.Call.take(inner, "fused_layer", (params, inputs, kwargs))
     return fn(params, *inputs, **kwargs) if call is None else _run_layer(call, remat)
 
@@ -97,7 +101,7 @@ def fused_layer(
 
 
 def fused_scan(
-  fn: Any,
+  fn: Callable[..., PyTree] | object,
   *,
   remat: Remat = False,
   reverse: bool = False,
@@ -105,7 +109,7 @@ def fused_scan(
   microbatches: int = 1,
   in_axes: PyTree = (0, None),
   out_axes: PyTree = 0,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
   """Makes a stack of equal layers, one `lax.scan`, that updates each layer's weights in the backward pass.
 
   `stack(params, carry, xs=None) -> (carry, ys)` calls `carry, y = fn(layer_params, carry, x)` for each layer. The
@@ -159,7 +163,7 @@ def fused_scan(
   return stack
 
 
-def fused_value(handle: Any) -> PyTree:
+def fused_value(handle: PyTree) -> PyTree:
   """Reads weights that are used in more than one place, such as a tied embedding.
 
   The arrays can be used anywhere in the loss function, also as inputs of fused layers and inside `jax.checkpoint` or
@@ -196,8 +200,8 @@ def fused_value(handle: Any) -> PyTree:
 
 
 def _in_parts(
-  fn: Callable[..., Any], remat: Any, microbatches: Any, in_axes: PyTree, out_axes: PyTree, who: str
-) -> tuple[Callable[..., Any], Remat]:
+  fn: Callable[..., PyTree], remat: Remat, microbatches: int, in_axes: PyTree, out_axes: PyTree, who: str
+) -> tuple[Callable[..., PyTree], Remat]:
   """Returns the function to run, which may split its batch, and the `remat` that is still to be applied."""
   if not isinstance(remat, bool) and not callable(remat):
     raise TypeError(f"{who}: remat has to be True, False or a policy of jax.checkpoint_policies, but it is {remat!r}.")
@@ -223,13 +227,13 @@ def _read(handle: handles.Handle) -> PyTree:
 
 def _hook(step: handles.Step, refs: fused_call.Refs) -> Callable[..., list[jax.Array]]:
   @jax.custom_vjp
-  def hook(token: Any, arguments: Any) -> list[jax.Array]:
+  def hook(token: jax.Array, arguments: RefArguments) -> list[jax.Array]:
     return host.fetched(refs.weights(arguments))
 
-  def hook_fwd(token: Any, arguments: Any) -> tuple[list[jax.Array], Any]:
+  def hook_fwd(token: jax.Array, arguments: RefArguments) -> tuple[list[jax.Array], RefArguments]:
     return host.fetched(refs.weights(arguments)), arguments
 
-  def hook_bwd(arguments: Any, cotangents: list[jax.Array]) -> tuple[Any, None]:
+  def hook_bwd(arguments: RefArguments, cotangents: list[jax.Array]) -> tuple[jax.Array, None]:
     step.stepped.update(refs.leaves)
     grads = dict(zip(refs.leaves, cotangents, strict=True))
     refs.update(arguments, grads, ())
@@ -249,10 +253,10 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
     return fused_call.checkpointed(apply, remat, prevent_cse=True)(weights, inputs[:count], *inputs[count:])
 
   @jax.custom_vjp
-  def layer(token: Any, arguments: Any, inputs: list[jax.Array]) -> PyTree:
+  def layer(token: jax.Array, arguments: RefArguments, inputs: list[jax.Array]) -> PyTree:
     return fun(host.fetched(refs.weights(arguments)), [], inputs)
 
-  def layer_fwd(token: Any, arguments: Any, inputs: list[jax.Array]) -> tuple[PyTree, Any]:
+  def layer_fwd(token: PyTree, arguments: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
     arguments = fused_call.values(arguments)
     inputs, active = fused_call.perturbed(inputs)
     weights = host.fetched(refs.weights(arguments))
@@ -262,15 +266,13 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
     # The refs that the backward pass writes, the activations it needs, and which inputs get a cotangent.
     return pullback.out_treedef.unflatten(out), (arguments, kept, fused_call.Static(tuple(active)))
 
-  def layer_bwd(residuals: Any, cotangents: PyTree) -> tuple[Any, ...]:
+  def layer_bwd(residuals: PyTree, cotangents: PyTree) -> tuple[PyTree, ...]:
     arguments, kept, active = residuals
     (pullback,) = traced
     step.stepped.update(refs.leaves)
     real = fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=fused_call.is_zero), pullback.out_avals)
 
-    def backward(
-      weights: list[jax.Array], kept: list[jax.Array], real: list[jax.Array]
-    ) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+    def backward(weights: list[jax.Array], kept: PyTree, real: PyTree) -> tuple[list[jax.Array], Gradients]:
       cotangents = fused_call.all_cotangents(real, pullback.out_avals)
       grads, _, onward = pullback.backward(host.fetched(weights), [], kept, cotangents)
       return onward, fused_call.grads_by_leaf(refs.leaves, trained, grads)
@@ -290,7 +292,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
   count = len(carried)
   slices = [types.struct(x, 0) for x in scanned]
   carry_treedef = call.treedef_of(1)
-  y_treedef: list[jax.Array] = []
+  y_treedef: list[PyTreeDef] = []
 
   def one(weights: list[jax.Array], arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     out = call.apply(weights, arrays)
@@ -311,20 +313,22 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
   ) -> tuple[list[jax.Array], list[jax.Array]]:
     return fused_call.checkpointed(apply, remat, prevent_cse=False)(weights, inputs, *constants)
 
-  def scan(body: Callable[..., Any], carry: Any, xs: Any, backward: bool = False) -> Any:
+  def scan(body: Callable[..., PyTree], carry: PyTree, xs: PyTree, backward: bool = False) -> PyTree:
     return lax.scan(body, carry, xs, length=layers, reverse=reverse != backward, unroll=unroll)
 
   @jax.custom_vjp
   def stack(
-    token: Any, arguments: Any, carry: list[jax.Array], xs: list[jax.Array], constants: list[jax.Array]
+    token: jax.Array, arguments: RefArguments, carry: list[jax.Array], xs: list[jax.Array], constants: list[jax.Array]
   ) -> PyTree:
-    def body(carry: list[jax.Array], layer: Any) -> PyTree:
+    def body(carry: list[jax.Array], layer: PyTree) -> PyTree:
       weights, x = layer
       return fun(host.fetched(weights), constants, [*carry, *x])
 
     return scan(body, carry, (refs.weights(arguments), xs))
 
-  def stack_fwd(token: Any, arguments: Any, carry: Any, xs: Any, constants: Any) -> tuple[PyTree, Any]:
+  def stack_fwd(
+    token: PyTree, arguments: PyTree, carry: PyTree, xs: PyTree, constants: PyTree
+  ) -> tuple[PyTree, PyTree]:
     arguments, carry = fused_call.values(arguments), fused_call.values(carry)
     xs, active_xs = fused_call.perturbed(xs)
     constants, active_constants = fused_call.perturbed(constants)
@@ -333,7 +337,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     pullback = pullbacks.trace(fun, call.weights(without=0), constants, inputs, active)
     traced[:] = [pullback]
 
-    def body(carry: list[jax.Array], layer: Any) -> tuple[list[jax.Array], Any]:
+    def body(carry: list[jax.Array], layer: PyTree) -> tuple[list[jax.Array], PyTree]:
       weights, x = layer
       out, kept = pullback.forward(order.as_they_lie(host.fetched(weights)), constants, [*carry, *x])
       return out[:count], (out[count:], kept)
@@ -343,7 +347,7 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     static = fused_call.Static((tuple(active_constants), tuple(active_xs)))
     return (carry, ys), (arguments, constants, kept, static)
 
-  def stack_bwd(residuals: Any, cotangents: tuple[list[jax.Array], list[jax.Array]]) -> tuple[Any, ...]:
+  def stack_bwd(residuals: PyTree, cotangents: tuple[PyTree, PyTree]) -> tuple[PyTree, ...]:
     arguments, constants, kept, static = residuals
     active_constants, active_xs = static.value
     (pullback,) = traced
@@ -357,12 +361,12 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     ]
     sizes = [len(ct_carry), sum(active_xs), sum(active_constants)]
 
-    def backward(weights: list[jax.Array], kept: Any, cotangents: Any) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+    def backward(weights: list[jax.Array], kept: PyTree, cotangents: PyTree) -> tuple[list[jax.Array], Gradients]:
       kept, constants = kept
       ct_carry, ct_ys = cotangents
       sums = [types.zeros(c) for c, flag in zip(constants, active_constants, strict=True) if flag]
 
-      def body(state: Any, layer: Any) -> Any:
+      def body(state: PyTree, layer: PyTree) -> PyTree:
         (ct_carry, sums), (weights, kept, ct_ys) = state, layer
         ys = [types.zeros(a) if ct is None else ct for ct, a in zip(ct_ys, avals[count:], strict=True)]
         real = [*ct_carry, *(y for y, a in zip(ys, avals[count:], strict=True) if fused_call.is_float(a))]

@@ -12,7 +12,6 @@ and back inside it, so that the sum is in f32 and is rounded once.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from optax_mpo._core.annotations import PyTree
 
 
 def split(
-  fn: Callable[..., PyTree], count: int, in_axes: PyTree, out_axes: PyTree, policy: Any, who: str
+  fn: Callable[..., PyTree], count: int, in_axes: PyTree, out_axes: PyTree, policy: Callable[..., bool] | None, who: str
 ) -> Callable[..., PyTree]:
   """Returns `fn(params, *inputs, **kwargs)` that computes the parts of its batch one after the other.
 
@@ -38,7 +37,7 @@ def split(
   """
 
   @functools.wraps(fn)
-  def parts(params: PyTree, *inputs: Any, **kwargs: Any) -> PyTree:
+  def parts(params: PyTree, *inputs: PyTree, **kwargs: PyTree) -> PyTree:
     batches.refuse_overwritten(params, who)
     leaves, treedef = jax.tree.flatten(inputs)
     axes = batches.spread(in_axes, inputs, f"{who}: in_axes")

@@ -7,7 +7,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import Any
 
 import jax
 
@@ -65,7 +64,7 @@ def check_toolchain() -> None:
 
 
 def run(
-  folder: pathlib.Path, request: dict[str, Any], module: bytes | bytearray, card: gpu_targets.Target | None
+  folder: pathlib.Path, request: dict[str, object], module: bytes | bytearray, card: gpu_targets.Target | None
 ) -> dict[str, int]:
   """Compiles the function and returns XLA's sizes. Leaves XLA's dump in `folder`.
 

@@ -23,16 +23,20 @@ import inspect
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax import export
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._core import host, modules, trees
+from optax_mpo._core.annotations import KeyPath, PyTree
 from optax_mpo._memory import compiling, gpu_targets, parameters
 from optax_mpo._memory.lowered import Lowered
 from optax_mpo._memory.report import MemoryReport
+
+Trees = tuple[PyTree, ...]
+Option = bool | int | float | str
 
 # JAX settings that change how a lowered function is compiled. All others are already part of the lowered function.
 _COMPILE_CONFIG = (
@@ -46,14 +50,14 @@ _COMPILE_CONFIG = (
 
 
 def gpu_memory(
-  fn: Callable[..., Any],
-  *args: Any,
+  fn: Callable[..., PyTree],
+  *args: PyTree,
   donate_argnums: int | Sequence[int] = (),
   target: str = "h100",
   devices: int = 1,
   params_argnum: int | None = None,
-  params: Any = None,
-  compiler_options: Mapping[str, Any] | None = None,
+  params: PyTree | Callable[..., PyTree] = None,
+  compiler_options: Mapping[str, bool | int | float | str] | None = None,
   host_memory: int | None = None,
   dump_to: str | pathlib.Path | None = None,
 ) -> MemoryReport:
@@ -126,14 +130,14 @@ def gpu_memory(
 
 
 def lower(
-  fn: Callable[..., Any],
-  *args: Any,
+  fn: Callable[..., PyTree],
+  *args: PyTree,
   donate_argnums: int | Sequence[int] = (),
   target: str = "h100",
   devices: int = 1,
   params_argnum: int | None = None,
-  params: Any = None,
-  compiler_options: Mapping[str, Any] | None = None,
+  params: PyTree | Callable[..., PyTree] = None,
+  compiler_options: Mapping[str, Option] | None = None,
 ) -> Lowered:
   """Lowers a function for a GPU: the first half of `gpu_memory`, which has the arguments and errors."""
   card = gpu_targets.find(target)
@@ -158,7 +162,7 @@ def lower(
   return Lowered(module, program, request, names, captured, count, target.lower(), card, devices)
 
 
-def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+def _checked_options(options: Mapping[str, Option] | None) -> dict[str, Option]:
   options = dict(options or {})
   for name, value in options.items():
     if name.startswith("xla_dump"):
@@ -175,7 +179,7 @@ def _check_empty(folder: pathlib.Path) -> None:
     raise ValueError(f"gpu_memory: dump_to names {folder}, which is not an empty folder. Name a new one.")
 
 
-def _jitted(fn: Any, donate_argnums: int | Sequence[int]) -> Any:
+def _jitted(fn: Callable[..., PyTree], donate_argnums: int | Sequence[int]) -> jax.stages.Wrapped:
   if not callable(fn):
     raise TypeError(f"gpu_memory: fn has to be a function, but it is a {type(fn).__name__}.")
   if not isinstance(fn, jax.stages.Wrapped):
@@ -188,11 +192,11 @@ def _jitted(fn: Any, donate_argnums: int | Sequence[int]) -> Any:
   return fn
 
 
-def _name(fn: Any) -> str:
+def _name(fn: object) -> str:
   return getattr(fn, "__name__", type(fn).__name__)
 
 
-def _roots(fn: Any, count: int) -> list[str]:
+def _roots(fn: Callable[..., PyTree], count: int) -> list[str]:
   """Returns names for the arguments of `fn`, for error messages."""
   try:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -202,7 +206,7 @@ def _roots(fn: Any, count: int) -> list[str]:
   return (named + [f"args[{i}]" for i in range(len(named), count)])[:count]
 
 
-def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tuple[Any, ...]:
+def _structs(fn: Callable[..., PyTree], args: Trees, devices: int, static: bool) -> Trees:
   """Returns the arguments as ShapeDtypeStructs.
 
   Args:
@@ -212,7 +216,7 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
     static: whether leaves that are not arrays may be static arguments, which are left to `jit`.
   """
 
-  def struct(root: str, path: Any, leaf: Any) -> Any:
+  def struct(root: str, path: KeyPath, leaf: PyTree) -> PyTree:
     name = trees.name(path, root)
     if not trees.is_array(leaf):
       if static or isinstance(leaf, bool | int | float | complex):
@@ -241,7 +245,7 @@ def _structs(fn: Any, args: tuple[Any, ...], devices: int, static: bool) -> tupl
 
   shared = {id(variable): None for variable in modules.variables(args)}  # shared NNX variables stay shared
 
-  def structs_of(root: str, path: Any, node: Any) -> Any:
+  def structs_of(root: str, path: KeyPath, node: PyTree) -> PyTree:
     if id(node) not in shared:
       return struct(root, path, node)
     if shared[id(node)] is None:
@@ -261,7 +265,7 @@ def _raise_other_devices(what: str, found: int, devices: int) -> None:
   raise ValueError(f"gpu_memory: {what} devices, but devices={devices}. Pass devices={found}, or lay it out anew.")
 
 
-def _parameter_count(args: tuple[Any, ...], params_argnum: int | None, params: Any) -> int | None:
+def _parameter_count(args: Trees, params_argnum: int | None, params: PyTree) -> int | None:
   if params is not None:
     if params_argnum is not None:
       raise ValueError("gpu_memory: params and params_argnum both say what the parameters are. Pass one of them.")
@@ -286,24 +290,24 @@ def _parameter_count(args: tuple[Any, ...], params_argnum: int | None, params: A
 class _Traced:
   """Passes a traced function to `jax.export` in place of a jitted one: NNX's traced functions lower differently."""
 
-  def __init__(self, traced: Any):
+  def __init__(self, traced: jax.stages.Traced):
     self._traced: jax.stages.Traced = getattr(traced, "traced", traced)  # NNX has a wrapper around it
 
-  def trace(self, *_: Any, **__: Any) -> jax.stages.Traced:
+  def trace(self, *_: object, **__: object) -> jax.stages.Traced:
     return self._traced
 
-  def lower(self, *_: Any, **kwargs: Any) -> jax.stages.Lowered:
+  def lower(self, *_: object, **kwargs: Any) -> jax.stages.Lowered:
     return self._traced.lower(**kwargs)
 
-  def eval_shape(self, *_: Any, **__: Any) -> Any:
+  def eval_shape(self, *_: object, **__: object) -> PyTree:
     return self._traced.out_info
 
-  def __call__(self, *_: Any, **__: Any) -> Any:
+  def __call__(self, *_: object, **__: object) -> NoReturn:
     raise TypeError("gpu_memory: a traced function is lowered, not called.")
 
 
 def _lower(
-  fn: Any, jitted: Any, structs: tuple[Any, ...], devices: int
+  fn: Callable[..., PyTree], jitted: jax.stages.Wrapped, structs: Trees, devices: int
 ) -> tuple[export.Exported, list[int], list[str], int]:
   """Lowers for CUDA.
 
@@ -363,12 +367,12 @@ def _check_backend(cause: Exception) -> None:
     ) from cause
 
 
-def _check_no_options(jitted: Any, structs: tuple[Any, ...]) -> None:
+def _check_no_options(jitted: jax.stages.Wrapped, structs: Trees) -> None:
   """Raises a ValueError if a jitted function has compiler options: an export does not contain them."""
   leaves, treedef = jax.tree.flatten(structs)
   arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
 
-  def call(*values: Any) -> Any:
+  def call(*values: jax.Array) -> PyTree:
     merged = list(leaves)
     for i, value in zip(arrays, values, strict=True):
       merged[i] = value

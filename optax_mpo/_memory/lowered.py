@@ -8,7 +8,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any
 
 import jax
 
@@ -34,7 +33,7 @@ class Lowered:
 
   module: bytes
   program: str
-  request: dict[str, Any]
+  request: dict[str, object]
   names: list[str]
   captured: int
   count: int | None

@@ -10,7 +10,6 @@ parameters, except random keys and counters.
 
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ def of(tree: PyTree) -> PyTree:
   return found
 
 
-def _params_in(node: Any) -> PyTree:
+def _params_in(node: object) -> PyTree:
   """Returns the `params` of a train state or of Linen's variables; None for anything else."""
   if isinstance(node, Mapping):
     return node.get("params")
@@ -48,12 +47,12 @@ def _params_in(node: Any) -> PyTree:
   return params if any(trees.is_array(x) for x in jax.tree.leaves(params)) else None
 
 
-def _is_state(node: Any) -> bool:
+def _is_state(node: object) -> bool:
   named_tuple = isinstance(node, tuple) and hasattr(node, "_fields")
   return named_tuple and type(node).__name__.endswith("State") and _params_in(node) is None
 
 
-def _is_key_or_counter(leaf: Any) -> bool:
+def _is_key_or_counter(leaf: PyTree) -> bool:
   if not trees.is_array(leaf):
     return False
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or (

@@ -15,13 +15,14 @@ import pathlib
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import export
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxlib.mlir import ir
 
 jax.ffi.register_ffi_target_as_batch_partitionable("LayoutConstraint")  # as in _core/order.py, in this process too
@@ -38,7 +39,7 @@ def mesh_axes(module: str) -> list[tuple[str, int]]:
   return []
 
 
-def shardings(exported: Any, devices: list[jax.Array]) -> tuple[NamedSharding, list[NamedSharding]]:
+def shardings(exported: export.Exported, devices: Sequence[object]) -> tuple[NamedSharding, list[Sharding]]:
   """Returns the replicated sharding over the target's devices, and the argument shardings (by default replicated)."""
   axes = mesh_axes(exported.mlir_module()) if exported.nr_devices > 1 else []
   names = tuple(axis for axis, _ in axes) or ("devices",)
@@ -57,7 +58,7 @@ def shardings(exported: Any, devices: list[jax.Array]) -> tuple[NamedSharding, l
   raise ValueError(f"the arguments are laid out over more than one mesh. Lay them out over one. ({error})")
 
 
-def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
+def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, int]:
   """Compiles the request in `folder`, and records in `stage` how far it got."""
   request = json.loads((folder / "request.json").read_text())
   for name, value in request["config"].items():
@@ -90,7 +91,7 @@ def compile_request(folder: pathlib.Path, stage: list[str]) -> dict[str, Any]:
   lowered = step.lower(*args)
   place_arguments(lowered.compiler_ir(), [aval.memory_space == jax.memory.Space.Host for aval in exported.in_avals])
   program, without_triton = compiled(lowered, options)
-  stats: Any = program.memory_analysis()
+  stats = program.memory_analysis()
   return {"without_triton": without_triton, **{size: getattr(stats, f"{size}_size_in_bytes") for size in SIZES}}
 
 
@@ -112,7 +113,7 @@ def place_arguments(module: Any, on_host: list[bool]) -> None:
     main.attributes["arg_attrs"] = ir.ArrayAttr.get(placed)
 
 
-def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, bool]:
+def compiled(lowered: jax.stages.Lowered, options: dict[str, Any]) -> tuple[jax.stages.Compiled, bool]:
   """Compiles, and compiles again without Triton's matrix products if they fail. Returns whether it did.
 
   XLA chooses Triton's tiles by measuring. Without a GPU it takes default tiles, and fails if these do not fit a shape,

@@ -24,7 +24,7 @@ from optax_mpo._planner.decoder import LMConfig, language_model
 from optax_mpo._planner.remembered import Figures, Remembered, key_of
 from optax_mpo._planner.storages import STORAGES
 
-Made = tuple[Callable[..., Any], tuple[Any, ...], PyTree, dict[str, Any]]
+Made = tuple[Callable[..., PyTree], tuple[PyTree, ...], PyTree, dict[str, Any]]
 _COMPILER = 3 * 2**30  # bytes of memory that a process with XLA's compiler may take
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax import lax
 
 from optax_mpo._core.annotations import PyTree
 
-Shapes = dict[str, Any]
+Shapes = dict[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +164,7 @@ def lm_loss(config: LMConfig, params: PyTree, batch: jax.Array) -> jax.Array:
   return lm_head(params["norm"], head, x, targets)
 
 
-def scan_layers(block: Callable[..., Any], blocks: PyTree, x: jax.Array, groups: int) -> jax.Array:
+def scan_layers(block: Callable[..., jax.Array], blocks: PyTree, x: jax.Array, groups: int) -> jax.Array:
   """Applies stacked layers, each rematerialised; with `groups`, groups of them too."""
 
   def scan(x: jax.Array, blocks: PyTree) -> tuple[jax.Array, None]:

@@ -7,13 +7,13 @@ devices are needed: shapes on an abstract mesh are enough for `mpo.gpu_memory`.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
-from optax_mpo._core.annotations import PyTree
+from optax_mpo._core.annotations import PyTree, Shaped
 from optax_mpo._planner.storages import Training
 from optax_mpo._transforms.sharding import state_sharding
 
@@ -25,7 +25,7 @@ SPLITS: dict[str, Callable[[Sequence[int]], int]] = {
 """Along which axis of a matrix of some shape it is split."""
 
 
-def split_of(leaf: Any, mesh: AbstractMesh, split: str) -> NamedSharding:
+def split_of(leaf: Shaped, mesh: AbstractMesh, split: str) -> NamedSharding:
   """The sharding of a weight over all devices: replicated if the axis does not divide."""
   first = leaf.ndim - 2
   axis = first + SPLITS[split](leaf.shape[-2:]) if first >= 0 else 0
@@ -43,7 +43,9 @@ def _mesh(devices: int) -> AbstractMesh:
   return AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") -> tuple[Any, PyTree, PyTree, PyTree]:
+def shard(
+  training: Training, batch: PyTree, devices: int, split: str = "rows"
+) -> tuple[Wrapped, PyTree, PyTree, PyTree]:
   """Shards a training over `devices`, with each matrix split as one of SPLITS says.
 
   Leaves in host memory stay in the memory of their hosts.
@@ -54,12 +56,12 @@ def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") 
   """
   mesh = _mesh(devices)
 
-  def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  def placed(leaf: Shaped, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   replicated, over_batch = NamedSharding(mesh, PartitionSpec()), by_batch(devices)
 
-  def within_memory(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  def within_memory(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     on_host = leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host"
     return placed(leaf, sharding.with_memory_kind("pinned_host") if on_host else sharding)
 
@@ -75,7 +77,7 @@ def shard(training: Training, batch: PyTree, devices: int, split: str = "rows") 
 def held_bytes(tree: PyTree) -> int:
   """The bytes of a tree on one device. A uint4 takes half a byte."""
 
-  def leaf(x: Any) -> int:
+  def leaf(x: jax.Array) -> int:
     shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
     integer = jnp.issubdtype(x.dtype, jnp.integer)
     return -(-math.prod(shape) * (jnp.iinfo if integer else jnp.finfo)(x.dtype).bits // 8)

@@ -3,8 +3,8 @@
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._memory import parameters
 from optax_mpo._planner.cells import Made, Row, Step
 
@@ -40,7 +40,7 @@ def of_function(name: str, batches: Sequence[int], devices: int, card: str) -> R
   return Row(name, {batch: step(batch) for batch in (sorted(batches) if takes_batch else [0])})
 
 
-def _found(name: str) -> Callable[..., Any]:
+def _found(name: str) -> Callable[..., PyTree]:
   module, _, function = name.partition(":")
   if not module or not function:
     raise ValueError(

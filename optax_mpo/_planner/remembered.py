@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import tempfile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Figures(NamedTuple):
@@ -71,7 +71,7 @@ class Remembered:
       pass
 
 
-def key_of(*asked: Any) -> str:
+def key_of(*asked: object) -> str:
   """A hash of what is asked, of the package's source, and of the versions and flags that a result depends on."""
   return hashlib.sha256(repr((asked, _source(), _versions(), os.environ.get("XLA_FLAGS", ""))).encode()).hexdigest()
 

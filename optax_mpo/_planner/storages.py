@@ -4,8 +4,7 @@ A storage turns a model and the name of an optimizer into a training step and th
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from optax_mpo._codecs.apply import apply_updates
-from optax_mpo._core.annotations import PyTree
+from optax_mpo._core.annotations import KeyPath, PyTree
 from optax_mpo._planner.decoder import Model
 from optax_mpo._stepping.microbatches import Microbatches
 from optax_mpo._stepping.value_and_update import value_and_update
@@ -27,14 +26,14 @@ from optax_mpo._transforms.sharding import state_sharding
 from optax_mpo._transforms.with_kernels import with_kernels
 
 
-def _is_stack(path: Any, leaf: Any) -> bool:
+def _is_stack(path: KeyPath, leaf: jax.Array) -> bool:
   return path[0].key == "blocks"
 
 
 def muon_by_layers() -> optax.GradientTransformation:
   """Muon on each layer of the stacks, and SGD with momentum on the rest."""
   muon, sgd = per_layer(optax.contrib.muon(1e-3)), optax.sgd(1e-2, momentum=0.9)
-  parts: dict[Any, optax.GradientTransformation] = {"stacks": muon, "others": sgd}
+  parts: dict[Hashable, optax.GradientTransformation] = {"stacks": muon, "others": sgd}
   return optax.multi_transform(parts, lambda params: {k: "stacks" if k == "blocks" else "others" for k in params})
 
 

@@ -9,14 +9,12 @@ branches, so it is used only for updates that cannot be taken apart otherwise.
 """
 
 import dataclasses
-from typing import Any
 
-import numpy as np
 from jax import lax
 
 from optax_mpo._core import types
 from optax_mpo._program import jax_forms
-from optax_mpo._program.program import Operation, Program
+from optax_mpo._program.program import Atom, Operation, Program, type_of
 
 
 def has_branches(program: Program) -> bool:
@@ -52,7 +50,7 @@ def _inlined(new: Program, body: Program, operands: list[int]) -> list[int]:
     named[var] = new.new(body.aval(var))
     new.constants[named[var]] = value
 
-  def read(atom: Any) -> Any:
+  def read(atom: Atom) -> Atom:
     return named[atom] if isinstance(atom, int) else atom
 
   for operation in body.operations:
@@ -62,10 +60,10 @@ def _inlined(new: Program, body: Program, operands: list[int]) -> list[int]:
   return [_variable(new, read(atom)) for atom in body.outputs]
 
 
-def _variable(new: Program, atom: Any) -> int:
+def _variable(new: Program, atom: Atom) -> int:
   """A variable that holds an atom; a literal becomes a constant of its dtype."""
   if isinstance(atom, int):
     return atom
-  var = new.new(atom.aval)
-  new.constants[var] = np.asarray(atom.val, atom.aval.dtype)
+  var = new.new(type_of(atom))
+  new.constants[var] = jax_forms.operand(atom, {})
   return var

@@ -13,7 +13,6 @@ refused by name. Arrays that do not depend on the layer are sliced at its entrie
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,10 +80,11 @@ def _cut_early(
   """Cuts operands that do not depend on the layer, before they are broadcast or moved: XLA may store the result."""
   entries = next(e for e in found if e is not None)
 
-  def cut(atom: Atom, entries: Entries) -> Any:
-    made = program.makers.get(atom) if isinstance(atom, int) and atom not in layer.divisors else None
-    operation = program.operations[made] if made is not None else None
-    if operation is None or not layer_origins.is_move(operation):
+  def cut(atom: Atom, entries: Entries) -> jax.Array | None:
+    if not isinstance(atom, int) or atom in layer.divisors or (made := program.makers.get(atom)) is None:
+      return None
+    operation = program.operations[made]
+    if not layer_origins.is_move(operation):
       return None
     source, at = operation.inputs[0], layer_origins.before(program, atom, entries, layer.count)
     if at is None or not isinstance(source, int) or source not in env:

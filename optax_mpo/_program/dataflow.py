@@ -8,11 +8,12 @@ import functools
 import heapq
 import operator
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import TypeVar
 
-from optax_mpo._core.annotations import Values
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
+
+_Item = TypeVar("_Item")
 
 
 def dependencies(program: Program, inputs: Sequence[int], known: Collection[int] = ()) -> dict[int, int]:
@@ -132,7 +133,7 @@ def _cut_cond(operation: Operation, used: list[bool]) -> Operation:
   )
 
 
-def _kept(items: Values, keep: Sequence[bool]) -> tuple[Any, ...]:
+def _kept(items: Sequence[_Item], keep: Sequence[bool]) -> tuple[_Item, ...]:
   return tuple(item for item, wanted in zip(items, keep, strict=True) if wanted)
 
 

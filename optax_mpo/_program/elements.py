@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 
 from optax_mpo._core.annotations import Values
 from optax_mpo._program.program import Operation
 
 Kind = Literal["element", "block", "scalar"]
-Operations = Mapping[str, Callable[..., Any]]  # operations[name](node, *arrays) computes a node of that name
+Operations = Mapping[str, Callable[..., jax.Array]]  # operations[name](node, *arrays) computes a node of that name
 
 
 class NotElementwiseError(Exception):
@@ -38,7 +37,7 @@ class Node:
 
   name: str
   args: tuple[int, ...]
-  dtype: DTypeLike
+  dtype: np.dtype
   kind: Kind
   params: Any = None
 
@@ -90,7 +89,7 @@ class Elements:
     env: list[jax.Array] = []
     operations = operations or COMPUTE
 
-    def read(i: int, kind: Kind) -> Any:
+    def read(i: int, kind: Kind) -> jax.Array:
       return jnp.broadcast_to(env[i], shapes[kind])
 
     for node in self.nodes:
@@ -102,22 +101,22 @@ class Elements:
     return [read(i, "block" if self.nodes[i].kind == "block" else "element") for i in self.outputs]
 
 
-def _finite(node: Node, x: Any) -> Any:
+def _finite(node: Node, x: jax.Array) -> jax.Array:
   return lax.abs(x) < np.array(np.inf, x.dtype)
 
 
-def _sign(node: Node, x: Any) -> Any:
+def _sign(node: Node, x: jax.Array) -> jax.Array:
   one, zero = jnp.ones_like(x), jnp.zeros_like(x)
   return jnp.where(x > zero, one, jnp.where(x < zero, -one, x))
 
 
-def _plain(operation: Callable[..., Any]) -> Callable[..., Any]:
+def _plain(operation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   return lambda node, *args: operation(*args)
 
 
 _PLAIN = """abs add ceil div eq exp floor ge gt le log lt max min mul ne neg rsqrt select_n shift_left
   shift_right_arithmetic shift_right_logical sqrt sub""".split()
-OPERATIONS: dict[str, Callable[..., Any]] = {
+OPERATIONS: dict[str, Callable[..., jax.Array]] = {
   **{name: _plain(getattr(lax, name)) for name in _PLAIN},
   **{name: _plain(getattr(lax, f"bitwise_{name}")) for name in ("and", "or", "xor", "not")},
   "bitcast_convert_type": lambda node, x: lax.bitcast_convert_type(x, node.dtype),

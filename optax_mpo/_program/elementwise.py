@@ -179,7 +179,7 @@ class _Builder:
       return self.env[atom]
     if np.ndim(atom.val):
       raise NotElementwiseError("a constant array is a part of it")
-    return self.nodes.literal(atom.val, atom.aval.dtype)
+    return self.nodes.literal(atom.val, self.program.aval(atom).dtype)
 
   def _operation(self, operation: Operation) -> None:
     name, eqn = operation.name, operation.eqn

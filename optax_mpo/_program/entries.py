@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
+
+import jax
 
 from optax_mpo._core.annotations import Index
+
+_Index = TypeVar("_Index", int, jax.Array, Index)
 
 
 class Entries(NamedTuple):
@@ -21,7 +25,7 @@ class Entries(NamedTuple):
   size: int = 1
   without: tuple[int, int] = (0, 0)
 
-  def first(self, index: Index) -> Any:
+  def first(self, index: _Index) -> _Index:
     """The first entry of the layer at `index`, i32[]."""
     scaled = index if self.stride == 1 else index * self.stride
     return scaled + self.start if self.start else scaled
@@ -30,7 +34,7 @@ class Entries(NamedTuple):
     """Which of `count` layers have entries."""
     return range(self.without[0], count - self.without[1])
 
-  def exist(self, index: Index, count: int) -> Any:
+  def exist(self, index: Index, count: int) -> jax.Array | bool:
     """Whether the layer at `index`, i32[], has entries: bool[], or True where all have."""
     if self.without == (0, 0):
       return True

@@ -13,7 +13,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from optax_mpo._core import order
-from optax_mpo._core.annotations import Values
-from optax_mpo._program.program import Atom, Operation, Program
+from optax_mpo._core.annotations import PyTree, Shaped, Values
+from optax_mpo._program.program import Atom, Operation, Program, type_of
 
 _PACKAGE, _JAX = pathlib.PurePath(__file__).parents[1], pathlib.PurePath(jax.__file__).parent
 # The update of a transformation, as Optax writes it. Those that only pass on what others compute are none.
@@ -36,7 +36,7 @@ CALLS = frozenset(
 )
 
 
-def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+def trace(fun: Callable[..., PyTree], *args: PyTree) -> tuple[Program, PyTree]:
   """Traces `fun(*args)`, and returns its program and the tree of shapes that it returns.
 
   The arguments may be ShapeDtypeStructs. Arrays that `fun` closes over become constants.
@@ -49,13 +49,13 @@ def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
   """Copies a jaxpr into a program, and inlines the calls named in `calls`."""
   program = Program(source=closed)
 
-  def inline(jaxpr: Any, consts: Values, args: Sequence[Atom], caller: Any) -> list[Atom]:
-    env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+  def inline(jaxpr: core.Jaxpr, consts: Values, args: Sequence[Atom], caller: core.JaxprEqn | None) -> list[Atom]:
+    env: dict[core.Var, Atom] = dict(zip(jaxpr.invars, args, strict=True))
     for var, const in zip(jaxpr.constvars, consts, strict=True):
-      env[var] = program.new(var.aval)
-      program.constants[env[var]] = const
+      env[var] = number = program.new(type_of(var))
+      program.constants[number] = const
 
-    def read(var: Any) -> Atom:
+    def read(var: core.Var | core.Literal) -> Atom:
       return var if isinstance(var, core.Literal) else env[var]
 
     for eqn in jaxpr.eqns:
@@ -69,37 +69,36 @@ def flatten(closed: core.ClosedJaxpr, calls: frozenset[str] = CALLS) -> Program:
         if isinstance(var, core.DropVar):
           outputs.append(-1)
         else:
-          env[var] = program.new(var.aval)
-          outputs.append(env[var])
+          env[var] = number = program.new(type_of(var))
+          outputs.append(number)
       program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, _branches(eqn)))
     return [read(v) for v in jaxpr.outvars]
 
-  program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
+  program.inputs = [program.new(type_of(v)) for v in closed.jaxpr.invars]
   program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, None)
   return program
 
 
-def _branches(eqn: Any) -> tuple[Program, ...]:
+def _branches(eqn: core.JaxprEqn) -> tuple[Program, ...]:
   return tuple(flatten(_closed(b)) for b in eqn.params["branches"]) if eqn.primitive.name == "cond" else ()
 
 
-def _called(eqn: Any) -> tuple[Any, Values]:
+def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Values]:
   called = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
   return _open(called)
 
 
-def _open(jaxpr: Any) -> tuple[Any, Values]:
+def _open(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> tuple[core.Jaxpr, Values]:
   """Returns a closed or open jaxpr as an open one, and its constants."""
-  consts = getattr(jaxpr, "consts", ())
-  return getattr(jaxpr, "jaxpr", jaxpr), consts
+  return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
 
 
 @functools.cache
-def _no_debug_info() -> Any:
+def _no_debug_info() -> core.DebugInfo:
   return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
-def run_operation(operation: Operation, values: Values, **changes: Any) -> list[jax.Array]:
+def run_operation(operation: Operation, values: Values, **changes: object) -> list[jax.Array]:
   """Runs one operation on its operands, with some of its params changed."""
   eqn = operation.eqn
   if operation.name == "optimization_barrier":
@@ -124,34 +123,34 @@ def run(program: Program, operations: Iterable[Operation], env: dict[int, jax.Ar
     env.update((v, r) for v, r in zip(operation.outputs, results, strict=True) if v >= 0)
 
 
-def call(program: Program, *args: Any) -> list[jax.Array]:
+def call(program: Program, *args: jax.Array) -> list[jax.Array]:
   """Runs a whole program on the values of its inputs."""
   env = dict(program.constants) | dict(zip(program.inputs, args, strict=True))
   run(program, program.operations, env)
   return [value(a, env) for a in program.outputs]
 
 
-def call_source(program: Program, *args: Any) -> list[jax.Array]:
+def call_source(program: Program, *args: jax.Array) -> list[jax.Array]:
   """The same, but differentiated as its author wrote it, with custom derivatives."""
   assert program.source is not None
   consts = list(program.constants.values())[: len(program.source.consts)]  # those of inlined calls come after these
   return core.jaxpr_as_fun(core.ClosedJaxpr(program.source.jaxpr, consts))(*args)
 
 
-def operand(atom: Atom, env: dict[int, jax.Array]) -> Any:
+def operand(atom: Atom, env: dict[int, jax.Array]) -> jax.Array:
   """The value of an atom as an operand; a literal becomes a NumPy array of its dtype, also with `jax_enable_x64`."""
-  return env[atom] if isinstance(atom, int) else np.asarray(atom.val, atom.aval.dtype)
+  return env[atom] if isinstance(atom, int) else cast(jax.Array, np.asarray(atom.val, type_of(atom).dtype))
 
 
-def value(atom: Atom, env: dict[int, jax.Array]) -> Any:
+def value(atom: Atom, env: dict[int, jax.Array]) -> jax.Array:
   """The value of an atom; a literal becomes a JAX array of its dtype."""
-  return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, atom.aval.dtype)
+  return env[atom] if isinstance(atom, int) else jnp.asarray(atom.val, type_of(atom).dtype)
 
 
 # --- Scans ------------------------------------------------------------------------------------------------------------
 
 
-def _closed(jaxpr: Any) -> Any:
+def _closed(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.ClosedJaxpr:
   return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
@@ -238,7 +237,7 @@ _NOT_THERE = (AttributeError, KeyError, TypeError, ValueError)
 
 
 @functools.cache
-def _sample() -> Any:
+def _sample() -> core.ClosedJaxpr:
   """A derivative with everything that `flatten_towards` and the callers of `scan_counts` and `scan_body` rely on."""
 
   def loss(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -286,7 +285,7 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
   """
   program = Program(source=closed)
 
-  def follow(jaxpr: Any, flags: Sequence[bool]) -> set[Any]:
+  def follow(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> set[core.Var]:
     found = {v for v, flag in zip(jaxpr.outvars, flags, strict=True) if flag and not isinstance(v, core.Literal)}
     for eqn in reversed(jaxpr.eqns):
       flags = [v in found for v in eqn.outvars]
@@ -301,19 +300,21 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
       found.update(v for v, flag in zip(eqn.invars, flags, strict=True) if flag and not isinstance(v, core.Literal))
     return found
 
-  def inline(jaxpr: Any, consts: Values, args: Sequence[Atom], flags: Sequence[bool], caller: Any) -> list[Atom]:
-    env: dict[Any, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+  def inline(
+    jaxpr: core.Jaxpr, consts: Values, args: Sequence[Atom], flags: Sequence[bool], caller: core.JaxprEqn | None
+  ) -> list[Atom]:
+    env: dict[core.Var, Atom] = dict(zip(jaxpr.invars, args, strict=True))
     found = follow(jaxpr, flags)
     for var, const in zip(jaxpr.constvars, consts, strict=True):
-      env[var] = program.new(var.aval)
-      program.constants[env[var]] = const
+      env[var] = number = program.new(type_of(var))
+      program.constants[number] = const
 
-    def add(eqn: Any, inputs: list[Atom]) -> list[Atom]:
-      outputs = [-1 if isinstance(v, core.DropVar) else program.new(v.aval) for v in eqn.outvars]
+    def add(eqn: core.JaxprEqn, inputs: list[Atom]) -> list[int]:
+      outputs = [-1 if isinstance(v, core.DropVar) else program.new(type_of(v)) for v in eqn.outvars]
       program.operations.append(Operation(eqn, tuple(inputs), tuple(outputs), caller, _branches(eqn)))
       return outputs
 
-    def read(var: Any) -> Atom:
+    def read(var: core.Var | core.Literal) -> Atom:
       return var if isinstance(var, core.Literal) else env[var]
 
     for eqn in jaxpr.eqns:
@@ -331,12 +332,12 @@ def flatten_towards(closed: core.ClosedJaxpr, wanted: Sequence[bool], transparen
       env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not isinstance(v, core.DropVar))
     return [read(v) for v in jaxpr.outvars]
 
-  program.inputs = [program.new(v.aval) for v in closed.jaxpr.invars]
+  program.inputs = [program.new(type_of(v)) for v in closed.jaxpr.invars]
   program.outputs = inline(closed.jaxpr, closed.consts, program.inputs, wanted, None)
   return program
 
 
-def _is_inlined(eqn: Any) -> bool:
+def _is_inlined(eqn: core.JaxprEqn) -> bool:
   """Whether a call means no more than its operations: inlining it loses no derivative, sharding or compiler option."""
   if eqn.primitive.name not in CALLS or eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
     return False
@@ -344,13 +345,13 @@ def _is_inlined(eqn: Any) -> bool:
   return not eqn.params.get("compiler_options_kvs") and all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
 
 
-def _kept_apart(eqn: Any) -> Sequence[bool]:
+def _kept_apart(eqn: core.JaxprEqn) -> Sequence[bool]:
   """Which operands of a call go through a barrier, so that XLA does not merge its recomputation with the first run."""
   apart = eqn.params.get("prevent_cse", False) if eqn.params.get("differentiated") else False
   return [apart] * len(eqn.invars) if isinstance(apart, bool) else list(apart)
 
 
-def _barrier(avals: Values) -> Any:
+def _barrier(avals: Sequence[Shaped]) -> core.JaxprEqn:
   return jax.make_jaxpr(lax.optimization_barrier)([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]).eqns[0]
 
 
@@ -359,7 +360,7 @@ def scan_body(operation: Operation) -> core.ClosedJaxpr:
   return _closed(operation.eqn.params["jaxpr"])
 
 
-def consists_of(eqn: Any, names: frozenset[str]) -> bool:
+def consists_of(eqn: core.JaxprEqn, names: frozenset[str]) -> bool:
   """Whether an operation is one of `names`, or a call that contains nothing else."""
   if eqn.primitive.name in CALLS:
     return all(consists_of(e, names) for e in _called(eqn)[0].eqns)

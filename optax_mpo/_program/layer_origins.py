@@ -10,11 +10,12 @@ How: the rules of `layer_rules` the other way round, for operations that only mo
 import itertools
 import math
 from collections.abc import Set
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.extend import core
 
+from optax_mpo._core.annotations import Shaped
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.entries import Entries
 from optax_mpo._program.layer_rules import ELEMENTWISE
@@ -47,14 +48,14 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
       both = _joined(found.get(atom, entries), entries, count)
       found.update({} if both is None else {atom: both})
       return both is not None
-    made = program.makers.get(atom) if isinstance(atom, int) else None
-    if made is None:
+    if not isinstance(atom, int) or (made := program.makers.get(atom)) is None:
       return False
     operation = program.operations[made]
     if joins(operation, entries):
       operands = parts(program, operation, entries, count)
       for operand, part in operands:
-        if not (part is not None and part.layers(count) and follow(operand, part)):
+        is_made = part is not None and part.layers(count) and follow(operand, part)
+        if not is_made and isinstance(operand, int):
           given.add(operand)
       return all(part is not None for _, part in operands)
     if operation.name == "optimization_barrier":
@@ -69,7 +70,7 @@ def origin(program: Program, atom: Atom, count: int, sources: Set[int]) -> Origi
       return False
     return all([is_small(operand, program.aval(atom)) or follow(operand, entries) for operand in operation.inputs])
 
-  def is_small(atom: Atom, result: Any) -> bool:
+  def is_small(atom: Atom, result: Shaped) -> bool:
     """Whether an operand is a scalar, or an array that is broadcast, such as a mask. Either is given."""
     atom = base(program, atom)
     if not isinstance(atom, int):
@@ -106,8 +107,9 @@ def _beside(program: Program, operation: Operation, entries: Entries, sources: S
   """
   if operation.name not in jax_forms.CALLS:
     return ()
-  source, others = operation.inputs[0], operation.inputs[1:]
-  if source not in sources or not others or not all(isinstance(a, int) and a in program.inputs for a in others):
+  source = operation.inputs[0]
+  others = tuple(a for a in operation.inputs[1:] if isinstance(a, int) and a in program.inputs)
+  if source not in sources or not others or len(others) < len(operation.inputs) - 1:
     return ()
   shape, shapes = program.aval(source).shape, [program.aval(v).shape for v in others]
   same = all(len(s) == len(shape) and s[entries.axis] == shape[entries.axis] for s in shapes)
@@ -146,9 +148,9 @@ def _through(program: Program, atom: int, entries: Entries, count: int) -> tuple
 
 def leaves(program: Program, atom: Atom, entries: Entries) -> dict[int, Entries]:
   """Returns the arrays that one layer of a sum of padded and joined arrays is made from, and where it lies in each."""
-  made = program.makers.get(atom) if isinstance(atom, int) else None
-  if fill(program, atom, entries, 1) is not None:
+  if not isinstance(atom, int) or fill(program, atom, entries, 1) is not None:
     return {}
+  made = program.makers.get(atom)
   operation = program.operations[made] if made is not None else None
   if operation is not None and operation.name in SUMS:
     return {v: e for a in operation.inputs for v, e in leaves(program, a, entries).items()}

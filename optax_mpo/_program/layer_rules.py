@@ -8,17 +8,17 @@ arrays. It returns the results for this layer, with theirs.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 from jax import lax
 
 from optax_mpo._core import order, xla_cpu
-from optax_mpo._core.annotations import Index, Values
+from optax_mpo._core.annotations import Index, Shaped
 from optax_mpo._program import jax_forms
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
-from optax_mpo._program.program import Operation, Program
+from optax_mpo._program.program import Operation, Program, type_of
 
 ELEMENTWISE = frozenset(
   """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
@@ -34,6 +34,7 @@ _REDUCTIONS = frozenset(
 )
 _CUT = "scan these in a scan of their own, without other arrays"
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
+_Item = TypeVar("_Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Layer:
   divisors: frozenset[int]
   run: Callable[..., None]
 
-  def cut(self, value: Any, entries: Entries) -> Any:
+  def cut(self, value: jax.Array, entries: Entries) -> jax.Array:
     """Slices this layer out of an array that does not depend on the layer; several entries as they lie there."""
     if value.shape[entries.axis] == 1:  # the same for all layers, or there is only one
       return value
@@ -62,13 +63,16 @@ class Layer:
     return part if entries.size == 1 or self.is_rows else order.as_they_lie([part])[0]
 
 
-def _with(items: Values, axis: int, item: Any) -> tuple[Any, ...]:
+def _with(items: Sequence[_Item], axis: int, item: _Item) -> tuple[_Item, ...]:
   """The items, with another one at `axis`."""
   return (*items[:axis], item, *items[axis + 1 :])
 
 
-Rule = Callable[[Operation, list[jax.Array], list[Where], Layer, list[jax.Array]], tuple[list[jax.Array], list[Where]]]
-_Result = tuple[list[jax.Array], list[Where]]
+Arrays = list[jax.Array]
+Wheres = Sequence[Where]
+Types = Sequence[Shaped]
+_Result = tuple[Arrays, Wheres]
+Rule = Callable[[Operation, Arrays, Wheres, Layer, Types], _Result]
 
 
 def rule_of(operation: Operation) -> Rule:
@@ -96,7 +100,7 @@ def _takes_some(operation: Operation) -> NotSeparableError:
 
 
 def _alike(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
+  operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types
 ) -> tuple[list[jax.Array], Entries]:
   """The operands of one shape, each for this layer, and where the layer lies in all of them."""
   entries = next(e for e in where if e is not None)
@@ -108,18 +112,14 @@ def _alike(
   return cut, entries
 
 
-def _elementwise(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _elementwise(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   values, entries = _alike(operation, values, where, layer, avals)
   changes = {"sharding": None} if operation.eqn.params.get("sharding") is not None else {}
   results = jax_forms.run_operation(operation, values, **changes)
   return results, [entries] * len(results)
 
 
-def _div(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _div(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   divisor = operation.inputs[1]
   if isinstance(divisor, int) and divisor in layer.divisors and where[1] is None:
     values, entries = _alike(operation, values, where, layer, avals)
@@ -127,29 +127,21 @@ def _div(
   return _elementwise(operation, values, where, layer, avals)
 
 
-def _barrier(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _barrier(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   # Only CPUs update by rows, and XLA:CPU removes barriers once it has eliminated common subexpressions.
   return values if layer.is_rows else jax_forms.run_operation(operation, values), where
 
 
-def _constraint(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _constraint(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   return values, where  # the sharding of a stack says nothing about one layer
 
 
-def _laid_out(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _laid_out(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   # The backward pass makes a layer's gradient by itself; rows are sliced from a gradient that is already in order.
   return values if layer.is_rows else [xla_cpu.laid_out(*values)], where
 
 
-def _reduction(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _reduction(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   reduced = operation.eqn.params["dimensions" if operation.name == "reduce" else "axes"]
   values, entries = _alike(operation, values, where, layer, avals)
   if entries.axis in reduced:
@@ -158,9 +150,7 @@ def _reduction(
   return results, [entries.on(entries.axis - sum(r < entries.axis for r in reduced))] * len(results)
 
 
-def _cumulative(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _cumulative(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   (entries,) = where
   assert entries is not None
   if operation.eqn.params["axis"] == entries.axis:
@@ -168,9 +158,7 @@ def _cumulative(
   return jax_forms.run_operation(operation, values), where
 
 
-def _broadcast_in_dim(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _broadcast_in_dim(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   params, entries = operation.eqn.params, where[0]
   assert entries is not None
   axis = params["broadcast_dimensions"][entries.axis]
@@ -180,9 +168,7 @@ def _broadcast_in_dim(
   return jax_forms.run_operation(operation, values, shape=shape, sharding=None), [entries.on(axis)]
 
 
-def _reshape(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _reshape(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   new, (entries,) = operation.eqn.params["new_sizes"], where
   assert entries is not None
   found = entries.reshaped(avals[0].shape, new) if operation.eqn.params.get("dimensions") is None else None
@@ -192,18 +178,14 @@ def _reshape(
   return jax_forms.run_operation(operation, values, new_sizes=shape, sharding=None), [found]
 
 
-def _transpose(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _transpose(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   (entries,) = where
   assert entries is not None
   axis = operation.eqn.params["permutation"].index(entries.axis)
   return jax_forms.run_operation(operation, values), [entries.on(axis)]
 
 
-def _squeeze(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _squeeze(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   (entries,), gone = where, operation.eqn.params["dimensions"]
   assert entries is not None
   if entries.axis in gone:
@@ -211,9 +193,7 @@ def _squeeze(
   return jax_forms.run_operation(operation, values), [entries.on(entries.axis - sum(d < entries.axis for d in gone))]
 
 
-def _concatenate(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _concatenate(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   dimension = operation.eqn.params["dimension"]
   if all(e is None or e.axis != dimension for e in where):
     return _elementwise(operation, values, where, layer, avals)
@@ -235,9 +215,7 @@ def _concatenate(
   return [value], [found._replace(without=(0, 0)).cut(0, sum(lengths), layer.count)]
 
 
-def _slice(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _slice(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   params, (entries,) = operation.eqn.params, where
   assert entries is not None
   axis, start, limit, strides = entries.axis, params["start_indices"], params["limit_indices"], params["strides"]
@@ -253,9 +231,7 @@ def _slice(
   return jax_forms.run_operation(operation, values, **changes), [found]
 
 
-def _split(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _split(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   axis, (entries,) = operation.eqn.params["axis"], where
   assert entries is not None
   if axis != entries.axis:
@@ -268,9 +244,7 @@ def _split(
   return [values[0]] * len(sizes), found
 
 
-def _pad(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _pad(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   entries, config = where[0], operation.eqn.params["padding_config"]
   if entries is None or where[1] is not None:
     raise _mixes(operation)
@@ -283,9 +257,7 @@ def _pad(
   return jax_forms.run_operation(operation, values, padding_config=config), [moved]
 
 
-def _rev(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _rev(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   (entries,) = where
   assert entries is not None
   if entries.axis in operation.eqn.params["dimensions"]:
@@ -293,28 +265,22 @@ def _rev(
   return jax_forms.run_operation(operation, values), [entries]
 
 
-def _sort(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _sort(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   if any(e is not None and e.axis == operation.eqn.params["dimension"] for e in where):
     raise _mixes(operation)
   return _elementwise(operation, values, where, layer, avals)
 
 
-def _bitcast_convert_type(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _bitcast_convert_type(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   # A conversion to a narrower type adds a last axis, one to a wider type removes it; the other axes stay.
   (entries,) = where
   assert entries is not None
-  if operation.eqn.outvars[0].aval.ndim == entries.axis:
+  if type_of(operation.eqn.outvars[0]).ndim == entries.axis:
     raise _mixes(operation)
   return jax_forms.run_operation(operation, values), where
 
 
-def _dot_general(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _dot_general(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   contracted, batch = operation.eqn.params["dimension_numbers"]
   out: set[Entries] = set()
   free = len(batch[0])
@@ -339,16 +305,14 @@ def _dot_general(
   return jax_forms.run_operation(operation, values, out_sharding=None), [out.pop()]
 
 
-def _cond(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _cond(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   if where[0] is not None:
     raise _mixes(operation)
   branches = operation.bodies
-  found: list[list[Where]] = []
+  found: list[Wheres] = []
 
-  def branch(program: Program, out: list[Where] | None) -> Callable[..., list[jax.Array]]:
-    def apply(index: Index, *operands: Any) -> list[jax.Array]:
+  def branch(program: Program, out: Wheres | None) -> Callable[..., list[jax.Array]]:
+    def apply(index: Index, *operands: jax.Array) -> list[jax.Array]:
       env = dict(program.constants) | dict(zip(program.inputs, operands, strict=True))
       inner: dict[int, Where] = dict(zip(program.inputs, where[1:], strict=True))
       layer.run(program.operations, program, env, inner, index, layer.count, layer.is_rows)
@@ -372,9 +336,7 @@ def _cond(
   return lax.switch(values[0], [branch(p, out) for p in branches], layer.index, *values[1:]), out
 
 
-def _scan(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _scan(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   # A scan along the axis of the layers, without a carry, does to a layer what its body does.
   scan = jax_forms.read_scan(operation)
   if scan is None or scan[1] or any(e is not None for e in where[: scan[0]]):
@@ -393,9 +355,7 @@ def _scan(
   return results, [entries] * len(results)
 
 
-def _call(
-  operation: Operation, values: list[jax.Array], where: list[Where], layer: Layer, avals: list[jax.Array]
-) -> _Result:
+def _call(operation: Operation, values: Arrays, where: Wheres, layer: Layer, avals: Types) -> _Result:
   (program,) = jax_forms.bodies(operation)
   env = dict(program.constants) | dict(zip(program.inputs, values, strict=True))
   inside: dict[int, Where] = dict(zip(program.inputs, where, strict=True))

@@ -9,8 +9,8 @@ it back. A result of the scan is read again where the body goes on with it, so t
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 from jax import lax
 
 from optax_mpo._core.annotations import Shaped
@@ -37,7 +37,7 @@ class Crossing(Operation):
     """No primitive's name."""
     return "enter_layer" if self.enters else "leave_layer"
 
-  def run(self, value: Any, found: Where, layer: Layer) -> tuple[Any, Where]:
+  def run(self, value: jax.Array, found: Where, layer: Layer) -> tuple[jax.Array, Where]:
     """Returns the result for one layer, and where the layer lies in it: None inside."""
     if not self.enters:
       return lax.expand_dims(value, [0]), self.entries
@@ -83,8 +83,8 @@ def _open(new: Program, scan: Operation, consts: int, body: Program, entries: En
   for var, atom in zip(body.inputs[consts:], scan.inputs[consts:], strict=True):
     atoms[var] = enter(atom, body.aval(var))
   for var, constant in body.constants.items():
-    atoms[var] = new.new(body.aval(var))
-    new.constants[atoms[var]] = constant
+    atoms[var] = number = new.new(body.aval(var))
+    new.constants[number] = constant
   results: dict[int, list[int]] = {}
   for atom, out in zip(body.outputs, scan.outputs, strict=True):
     if isinstance(atom, int) and atom in body.makers and out >= 0:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 from jax.core import Tracer
@@ -11,11 +11,17 @@ from jax.extend import core
 
 from optax_mpo._core.annotations import Shaped
 
-Atom = Any  # an int, the number of a variable of the program, or a core.Literal
+Atom = int | core.Literal
+"""The number of a variable of the program, or a literal."""
 
 PRODUCTS = frozenset("dot_general conv_general_dilated ragged_dot ragged_dot_general".split())
 MOVES = frozenset("transpose reshape squeeze expand_dims convert_element_type".split())
 """Primitives that only move or convert elements."""
+
+
+def type_of(atom: core.Var | core.Literal) -> Shaped:
+  """The shape and dtype of a variable or literal of a jaxpr; JAX declares a type that need not have them."""
+  return cast(Shaped, atom.aval)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,10 +37,10 @@ class Operation:
       from those of the equation.
   """
 
-  eqn: Any
+  eqn: core.JaxprEqn
   inputs: tuple[Atom, ...]
   outputs: tuple[int, ...]
-  caller: Any = None
+  caller: core.JaxprEqn | None = None
   bodies: tuple["Program", ...] = ()
 
   @property
@@ -60,12 +66,12 @@ class Program:
   outputs: list[Atom] = dataclasses.field(default_factory=list)
   operations: list[Operation] = dataclasses.field(default_factory=list)
   constants: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
-  avals: list[jax.Array] = dataclasses.field(default_factory=list)
+  avals: list[Shaped] = dataclasses.field(default_factory=list)
   source: core.ClosedJaxpr | None = None
 
-  def aval(self, atom: Atom) -> Any:
+  def aval(self, atom: Atom) -> Shaped:
     """The shape and dtype of an atom."""
-    return self.avals[atom] if isinstance(atom, int) else atom.aval
+    return self.avals[atom] if isinstance(atom, int) else type_of(atom)
 
   def new(self, aval: Shaped) -> int:
     """Adds a variable, and returns its number."""
@@ -107,6 +113,6 @@ class Slice(NamedTuple):
   outputs: Sequence[Atom]
 
   @property
-  def weight(self) -> Any:
+  def weight(self) -> Shaped:
     """The shape and dtype of the weight."""
     return self.program.aval(self.inputs[1])

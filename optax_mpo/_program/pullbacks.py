@@ -10,14 +10,13 @@ around the function, with its policies, decides what else is a residual; this mo
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from jax.extend import core
 
-from optax_mpo._core.annotations import PyTree, Values
+from optax_mpo._core.annotations import PyTree, PyTreeDef, Shaped, Values
 from optax_mpo._program import dataflow, jax_forms
-from optax_mpo._program.program import Operation, Program
+from optax_mpo._program.program import Atom, Operation, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +29,28 @@ class Pullback:
     stored: how many arrays `forward` returns to be kept.
   """
 
-  out_treedef: Any
-  out_avals: tuple[Any, ...]
+  out_treedef: PyTreeDef
+  out_avals: tuple[Shaped, ...]
   stored: int
   _run: Callable[..., Values]
   _backward: Program
-  _vjp_treedef: Any
-  _residuals: tuple[Any, ...]  # atoms
+  _vjp_treedef: PyTreeDef
+  _residuals: tuple[Atom, ...]
   _kept: dict[int, int]  # variable -> its place among the kept arrays
   _slice: tuple[Operation, ...]
 
-  def forward(self, weights: Values, constants: Values, inputs: Values) -> tuple[list[jax.Array], Any]:
+  def forward(self, weights: Values, constants: Values, inputs: Values) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns the leaves of the result, and the arrays to keep."""
     results = self._run(*weights, *constants, *inputs)
     count = len(self.out_avals)
-    kept: list[jax.Array] = [None] * self.stored
+    kept: dict[int, jax.Array] = {}
     for atom, value in zip(self._residuals, results[count:], strict=True):
       if isinstance(atom, int) and atom in self._kept:
         kept[self._kept[atom]] = value
-    return list(results[:count]), kept
+    return list(results[:count]), [kept[place] for place in range(self.stored)]
 
   def backward(
-    self, weights: Values, constants: Values, kept: Values, cotangents: Values
+    self, weights: Values, constants: Values, kept: Values, cotangents: Sequence[jax.typing.ArrayLike]
   ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
     """Returns the cotangents of the differentiated weights, constants and inputs, in their order."""
     env = dict(self._backward.constants)
@@ -65,9 +64,9 @@ class Pullback:
 
 def trace(
   fun: Callable[..., PyTree],
-  weights: Values,
-  constants: Values,
-  inputs: Values,
+  weights: Sequence[Shaped],
+  constants: Sequence[Shaped],
+  inputs: Sequence[Shaped],
   active: Sequence[Sequence[bool]],
 ) -> Pullback:
   """Traces `fun(weights, constants, inputs)` and its derivative.
@@ -80,9 +79,9 @@ def trace(
     active: for each of the three, which arrays are differentiated.
   """
   groups = (weights, constants, inputs)
-  structures: list[jax.Array] = []
+  structures: list[PyTreeDef] = []
 
-  def whole(*flat: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+  def whole(*flat: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     full = [list(flat[: len(weights)]), list(flat[len(weights) : len(weights) + len(constants)])]
     full.append(list(flat[len(weights) + len(constants) :]))
 

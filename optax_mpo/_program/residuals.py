@@ -9,13 +9,14 @@ scan that reads such a result then computes it again in its body, from the same 
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 from jax import lax
 from jax.extend import core
 
 from optax_mpo._core import types
-from optax_mpo._core.annotations import Values
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -47,7 +48,7 @@ class _Source:
   result: Atom
   reads: dict[_Read, int]  # each with its variable in the body
 
-  def make(self, env: dict[_Read, Any]) -> Any:
+  def make(self, env: dict[_Read, jax.Array]) -> jax.Array:
     inner = dict(self.body.constants) | {var: env[read] for read, var in self.reads.items()}
     jax_forms.run(self.body, self.operations, inner)
     return jax_forms.value(self.result, inner)
@@ -129,12 +130,12 @@ def _reading(program: Program, operation: Operation, sources: dict[int, _Source]
   kept = [a for k, a in enumerate(operation.inputs) if k not in remade]
   added = list(dict.fromkeys(read for source in remade.values() for read in source.reads))
 
-  def scan(operands: Values, read: Values) -> Any:
+  def scan(operands: Values, read: Values) -> PyTree:
     rest = iter(operands)
-    full = [None if k in remade else next(rest) for k in range(len(operation.inputs))]
+    full: list[PyTree] = [None if k in remade else next(rest) for k in range(len(operation.inputs))]
     known = dict(zip(added, read, strict=True))
 
-    def step(carried: Values, xs: Any) -> Any:
+    def step(carried: list[PyTree], xs: tuple[list[PyTree], dict[_Read, jax.Array]]) -> PyTree:
       scanned, layer = xs
       given = [*full[:consts], *carried, *scanned]
       for k, source in remade.items():
@@ -151,9 +152,11 @@ def _reading(program: Program, operation: Operation, sources: dict[int, _Source]
   (again,) = made.operations
   of = dict(zip(made.inputs, atoms, strict=True))
   results = [(a, v) for a, v in zip(made.outputs, operation.outputs, strict=True) if v >= 0]
-  if not all(isinstance(a, int) and (a in of or a in again.outputs) for a, _ in results):
+  found = [(a, v) for a, v in results if isinstance(a, int) and (a in of or a in again.outputs)]
+  if len(found) != len(results):
     return operation, {}
-  of = dict(reversed(results)) | of  # of results that are equal, the first
-  same = {v: of[a] for a, v in results if of[a] != v}
-  outputs = tuple(of.get(v, -1) for v in again.outputs)
-  return dataclasses.replace(again, inputs=tuple(of[v] for v in again.inputs), outputs=outputs), same
+  named = dict(reversed(found))  # of results that are equal
+  of = named | of
+  same = {v: of[a] for a, v in found if of[a] != v}
+  inputs = tuple(of[a] if isinstance(a, int) else a for a in again.inputs)
+  return dataclasses.replace(again, inputs=inputs, outputs=tuple(named.get(v, -1) for v in again.outputs)), same

@@ -9,7 +9,6 @@ selects among the results: the same bits.
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 from jax import lax
@@ -28,7 +27,7 @@ def run(program: Program, operations: Iterable[Operation], env: dict[int, jax.Ar
   Selected arrays are made as well; nothing needs them where only their reductions are read.
   """
   scalars: dict[int, jax.Array] = {}  # the scalar that fills an array
-  cases: dict[int, tuple[Any, list[jax.Array]]] = {}  # the scalar that selects an array, and what it selects from
+  cases: dict[int, tuple[jax.Array, list[jax.Array]]] = {}  # the scalar that selects an array, and what it selects from
   for operation in operations:
     values = [jax_forms.operand(a, env) for a in operation.inputs]
     found = [cases.get(a) if isinstance(a, int) else None for a in operation.inputs]
@@ -43,9 +42,9 @@ def run(program: Program, operations: Iterable[Operation], env: dict[int, jax.Ar
     first, out = operation.inputs[0] if operation.inputs else None, operation.outputs[0]
     if operation.name == "broadcast_in_dim" and isinstance(first, int) and math.prod(program.aval(first).shape) == 1:
       scalars[out] = lax.reshape(values[0], ())
-    elif operation.name == "select_n" and program.aval(first).shape != program.aval(out).shape:
+    elif operation.name == "select_n" and program.aval(operation.inputs[0]).shape != program.aval(out).shape:
       cases[out] = values[0], values[1:]
-    elif operation.name == "select_n" and first in scalars:
+    elif operation.name == "select_n" and isinstance(first, int) and first in scalars:
       cases[out] = scalars[first], values[1:]
     elif same and operation.name in ELEMENTWISE:
       scalar, options = selected[0]

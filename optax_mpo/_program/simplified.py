@@ -6,11 +6,10 @@ the same way, so that a kernel computes the same bits. Tests compare them with X
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike
 
 from optax_mpo._program.elements import Kind, Node
 
@@ -29,7 +28,7 @@ class Nodes:
     self._known: dict[Node, int] = {}
 
   def make(
-    self, name: str, args: tuple[int, ...], dtype: DTypeLike, params: Any = None, kind: Kind | None = None
+    self, name: str, args: tuple[int, ...], dtype: np.dtype, params: object = None, kind: Kind | None = None
   ) -> int:
     """Adds a node, or finds an equal one."""
     if kind is None:
@@ -43,15 +42,15 @@ class Nodes:
       self._known[key] = len(self.listed) - 1
     return self._known[key]
 
-  def literal(self, value: Any, dtype: DTypeLike) -> int:
+  def literal(self, value: ArrayLike, dtype: np.dtype) -> int:
     """Adds a number."""
     return self.make("literal", (), dtype, np.asarray(value, dtype).item(), "scalar")
 
-  def _number(self, i: int) -> Any:
+  def _number(self, i: int) -> float | None:
     """The value of a literal, or None."""
     return self.listed[i].params if self.listed[i].name == "literal" else None
 
-  def simplified(self, name: str, args: tuple[int, ...], dtype: DTypeLike) -> int:
+  def simplified(self, name: str, args: tuple[int, ...], dtype: np.dtype) -> int:
     """Adds a node as XLA's algebraic simplifier leaves it."""
     rule = getattr(self, f"_simplified_{name}", None) if jnp.issubdtype(dtype, jnp.floating) else None
     found = rule(args, dtype) if rule is not None else None
@@ -59,16 +58,16 @@ class Nodes:
       found = args[0]
     return self.make(name, args, dtype) if found is None else found
 
-  def _simplified_add(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
+  def _simplified_add(self, args: tuple[int, ...], dtype: np.dtype) -> int | None:
     for one, other in (args, args[::-1]):
       if self._number(other) == 0:
         return one
     return self._joined("add", args, dtype)
 
-  def _simplified_sub(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
+  def _simplified_sub(self, args: tuple[int, ...], dtype: np.dtype) -> int | None:
     return args[0] if self._number(args[1]) == 0 else None
 
-  def _simplified_mul(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
+  def _simplified_mul(self, args: tuple[int, ...], dtype: np.dtype) -> int | None:
     for one, other in (args, args[::-1]):
       if self._number(other) == 1:
         return one
@@ -76,7 +75,7 @@ class Nodes:
         return self.simplified("neg", (one,), dtype)
     return self._joined("mul", args, dtype)
 
-  def _joined(self, name: str, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
+  def _joined(self, name: str, args: tuple[int, ...], dtype: np.dtype) -> int | None:
     """Rewrites (a op c) op d, with literals c and d, to a op (c op d)."""
     for one, other in (args, args[::-1]):
       inner = self.listed[one]
@@ -92,9 +91,9 @@ class Nodes:
     return None
 
   def _is_power_of_two(self, i: int) -> bool:
-    return math.frexp(abs(self._number(i)))[0] == 0.5
+    return math.frexp(abs(self.listed[i].params))[0] == 0.5
 
-  def _simplified_div(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
+  def _simplified_div(self, args: tuple[int, ...], dtype: np.dtype) -> int | None:
     above, below = (self.listed[a] for a in args)
     number = self._number(args[1])
     if number == 1:
@@ -114,6 +113,6 @@ class Nodes:
       return self.simplified("div", (self.simplified("mul", (args[0], below.args[1]), dtype), below.args[0]), dtype)
     return None
 
-  def _simplified_neg(self, args: tuple[int, ...], dtype: DTypeLike) -> int | None:
+  def _simplified_neg(self, args: tuple[int, ...], dtype: np.dtype) -> int | None:
     inner = self.listed[args[0]]
     return inner.args[0] if inner.name == "neg" else None

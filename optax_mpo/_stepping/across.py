@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ class Across:
 
   carried: tuple[int, ...]
   wholes: tuple[int, ...] = ()
-  totals: tuple[Any, ...] = ()
+  totals: tuple[jax.ShapeDtypeStruct, ...] = ()
   before: Callable[[Values, Values, Values], list[jax.Array]] = lambda *_: []
   after: Callable[[Values, Values], list[jax.Array]] = lambda *_: []
 
@@ -91,7 +90,7 @@ class _Total:
     """Where the layers lie once the other axes are reduced."""
     return self.entries.on(self.entries.axis - sum(a < self.entries.axis for a in self.rest))
 
-  def run(self, value: Any, axes: tuple[int, ...]) -> Any:
+  def run(self, value: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Reduces some of the axes."""
     changes = {"out_sharding": None} if self.operation.eqn.params.get("out_sharding") is not None else {}
     return jax_forms.run_operation(self.operation, [value], axes=axes, **changes)[0] if axes else value
@@ -135,7 +134,7 @@ def take_apart(update: Update) -> tuple[Update, Across]:
   outputs = [program.outputs[k] for k in layered]
   new_wholes = [program.outputs[k] for k in wholes]
   for atom in outputs:
-    if atom in found.refused:
+    if isinstance(atom, int) and atom in found.refused:
       raise found.refused[atom]
   for atom in new_wholes:
     if isinstance(atom, int) and found.where.get(atom) is not None:
@@ -169,9 +168,9 @@ def take_apart(update: Update) -> tuple[Update, Across]:
     env |= dict(zip([*shared, *early, *given], [*values, *handed], strict=True))
     jax_forms.run(program, operations, env)
     results = [jax_forms.value(a, env) for a in outputs]
-    return results + [total.run(env[v], total.rest) for total, v in zip(totals, reduced, strict=True)]
+    return results + [total.run(jax_forms.value(v, env), total.rest) for total, v in zip(totals, reduced, strict=True)]
 
-  def struct(atoms: Sequence[Atom]) -> list[jax.Array]:
+  def struct(atoms: Sequence[Atom]) -> list[jax.ShapeDtypeStruct]:
     return [types.struct(program.aval(a)) for a in atoms]
 
   sums = jax.eval_shape(
@@ -224,7 +223,8 @@ def _find(update: Update) -> _Found:
         by_layer.run([operation], program, env, found.where, index, update.count)
       except NotSeparableError as refused:
         if any(of_gradients[a] for a in read):
-          entries = found.where.get(operation.inputs[0])
+          reduced = operation.inputs[0]
+          entries = found.where.get(reduced) if isinstance(reduced, int) else None
           if operation.name not in REDUCTIONS or entries is None:
             raise
           found.totals[operation.outputs[0]] = _Total(operation, entries)

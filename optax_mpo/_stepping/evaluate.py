@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_mpo._core import order, types, xla_cpu
-from optax_mpo._core.annotations import Index, Values
+from optax_mpo._core.annotations import Index, PyTree, Values
 from optax_mpo._program import jax_forms
 from optax_mpo._program.program import Atom, Program
 from optax_mpo._stepping import planning
@@ -27,7 +27,7 @@ from optax_mpo._stepping.site import Site
 from optax_mpo._stepping.stores import Layer, Parts, Store
 from optax_mpo._stepping.windows import Window
 
-Location = Callable[[], tuple[Any, Window]]
+Location = Callable[[], tuple[jax.Array, Window]]
 """Gives the array that a layer is a part of, as it is by then, and which part."""
 
 
@@ -37,10 +37,10 @@ def run(
   inputs: Values,
   results: Sequence[Atom],
   store: Store,
-  shared: Sequence[Values] | Callable[[Any], Sequence[Values]],
+  shared: Sequence[Values] | Callable[[jax.Array | None], Sequence[Values]],
   at_least: int = 0,
   weights: Sequence[int] = (),
-  loss: Atom = None,
+  loss: Atom | None = None,
 ) -> list[jax.Array]:
   """Runs a program and updates weights in it, each as soon as its gradient is complete.
 
@@ -69,10 +69,10 @@ def run(
 class _OnDemand(Sequence[Values]):
   """Values of the sites that are made when the first is needed: by then the loss is known."""
 
-  def __init__(self, make: Callable[[Any], Sequence[Values]], loss: Callable[[], Any]):
+  def __init__(self, make: Callable[[jax.Array | None], Sequence[Values]], loss: Callable[[], jax.Array | None]):
     self._make = functools.cache(lambda: make(loss()))
 
-  def __getitem__(self, index: Index) -> Any:
+  def __getitem__(self, index: Any) -> Any:
     return self._make()[index]
 
   def __len__(self) -> int:
@@ -103,7 +103,7 @@ def evaluate(
     # The backward pass goes on with `ties`. One barrier makes the update wait for them, and so for the last use of the
     # old weights, which can then be overwritten. The other barrier makes what follows wait for the update.
     ties = plan.ties.get(i, ())
-    atoms = {a for a in plan.grads_due(i) if constant(plan.program, a) is None}
+    atoms = {a for a in plan.grads_due(i) if isinstance(a, int) and constant(plan.program, a) is None}
     made, held = {a: env[a] for a in atoms}, [env[v] for v in ties]
     if ties:
       # Parts get a barrier on CPUs too, so that sums of gradients come out the same in both passes.
@@ -135,7 +135,7 @@ def evaluate(
         env.pop(atom, None)  # outside jit this frees the array
 
 
-def _barrier(values: tuple[Any, list[jax.Array]]) -> tuple[Any, list[jax.Array]]:
+def _barrier(values: tuple[PyTree, list[jax.Array]]) -> tuple[PyTree, list[jax.Array]]:
   return order.barrier(values) if values[1] else values
 
 
@@ -175,7 +175,7 @@ def _run_scan(
   program, operation, body = plan.program, scan.operation, scan.body
   counts = jax_forms.scan_counts(operation)
   first = counts[0] + counts[1]
-  values = [
+  values: list[PyTree] = [
     None if i >= first and i - first in scan.own else jax_forms.value(a, env) for i, a in enumerate(operation.inputs)
   ]
   consts, carry, xs = values[: counts[0]], values[counts[0] : first], values[first:]
@@ -185,7 +185,7 @@ def _run_scan(
 
   options = jax_forms.scan_options(operation)
 
-  def step(state: Any, xs: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
+  def step(state: PyTree, xs: list[PyTree]) -> tuple[PyTree, list[jax.Array]]:
     (carry, arrays, done), xs = state, list(xs)
     index = scan.length - 1 - done if options["reverse"] else done
     layer = Layer(scan.released, arrays, outer, index)
@@ -229,7 +229,7 @@ def _update_rest(
   handed = _handed(plan, r, env, store, shared, begun)
   arrays, outer = _carried(r, store, begun[r.index].totals)
 
-  def step(arrays: list[jax.Array], index: Index) -> tuple[list[jax.Array], None]:
+  def step(arrays: list[jax.Array], index: jax.Array) -> tuple[list[jax.Array], None]:
     grads = [jnp.full(g.shape, rest.fill, g.dtype) for g in layered.step.grads] if rest.fill is not None else []
     for v, e in rest.sources.items():
       grads.append(Window.whole(env[v]).narrowed(e, index, layered.count).read(env[v]))
@@ -249,7 +249,7 @@ def _places(
   """Where the layer of each weight lies: in a stack that the scan updates, or in another."""
 
   def place(v: int, source: Source) -> Location:
-    def current() -> tuple[Any, Window]:
+    def current() -> tuple[jax.Array, Window]:
       if source.released is not None:
         arrays, windows = layer.stacks(source.released)
         return arrays[source.leaf], windows[source.leaf]

@@ -7,7 +7,7 @@ How: it makes the plan of the step without running it, and says what the plan do
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -84,16 +84,16 @@ def _bytes(count: int) -> str:
 
 
 def explain(
-  loss_fn: Callable[..., Any],
+  loss_fn: Callable[..., PyTree],
   tx: optax.GradientTransformation,
   params: PyTree,
   opt_state: optax.OptState,
-  *args: Any,
+  *args: PyTree,
   has_aux: bool = False,
   two_pass: bool = False,
-  tx_args: Mapping[str, Any] | None = None,
+  tx_args: Mapping[str, PyTree] | None = None,
   microbatches: int | Microbatches = 1,
-  **kwargs: Any,
+  **kwargs: PyTree,
 ) -> Explanation:
   """Tells how `value_and_update(loss_fn, tx)` updates each leaf of `params`.
 
@@ -200,7 +200,7 @@ def explain(
 
 
 def of_last_microbatch(
-  loss_fn: Callable[..., Any],
+  loss_fn: Callable[..., PyTree],
   tx: optax.GradientTransformationExtraArgs,
   how: Microbatches,
   has_aux: bool,
@@ -209,11 +209,11 @@ def of_last_microbatch(
 ) -> Callable[..., Explanation]:
   """Makes `explained(params, opt_state, *args, tx_args=None, **kwargs)` of a step that `step_by_microbatches` makes."""
 
-  def explained(*given: Any, **kwargs: Any) -> Explanation:
+  def explained(*given: PyTree, **kwargs: PyTree) -> Explanation:
     found: list[Explanation] = []
 
-    def make(tx: optax.GradientTransformation) -> Callable[..., Any]:
-      def step(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
+    def make(tx: optax.GradientTransformation) -> Callable[..., PyTree]:
+      def step(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
         found.append(explain(loss_fn, tx, params, state, *args, has_aux=has_aux, two_pass=two_pass, **kwargs))
         found[0].accumulator_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.sums))
         return value_and_update.value_and_update(loss_fn, tx, has_aux, two_pass)(params, state, *args, **kwargs)
@@ -222,7 +222,7 @@ def of_last_microbatch(
 
     leaves, treedef = jax.tree.flatten((given, kwargs))
 
-    def traced(arrays: list[jax.Array]) -> Any:
+    def traced(arrays: list[jax.Array]) -> list[jax.Array]:
       values = iter(arrays)
       given, kwargs = treedef.unflatten([next(values) if trees.is_array(x) else x for x in leaves])
       out = step_by_microbatches(loss_fn, tx, has_aux, how, make, has_carry)(*given, **kwargs)

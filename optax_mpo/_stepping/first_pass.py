@@ -7,11 +7,10 @@ How: each leaf gets a `Step` that makes these arrays as its new state and leaves
 they are made layer by layer, as `across` does it for any state that a whole stack has once.
 """
 
-from typing import Any
-
 import jax
 
 from optax_mpo._core import types
+from optax_mpo._core.annotations import Values
 from optax_mpo._program import selects
 from optax_mpo._program.program import Program
 from optax_mpo._stepping.site import Step
@@ -24,7 +23,7 @@ def part_step(part: Part, program: Program, grad: int) -> Step:
   def struct(var: int) -> jax.ShapeDtypeStruct:
     return types.struct(program.aval(var))
 
-  def run(grads: Any, params: Any, states: Any, shared: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+  def run(grads: Values, params: Values, states: Values, shared: Values) -> tuple[list[jax.Array], list[jax.Array]]:
     env = dict(program.constants) | dict(zip((grad, *part.reads, *part.shared), [*grads, *shared], strict=True))
     selects.run(program, part.operations, env)
     return [], [env[v] for v in part.outputs]

@@ -79,11 +79,10 @@ class _Memory:
 
   def sources(self, atom: Atom) -> _Sources:
     """Follows an array back to the stored arrays that XLA makes it from in one go."""
-    found, queue, seen = _Sources(), [atom], set()
+    found, queue, seen = _Sources(), [atom], set[int]()
     while queue:
       var = queue.pop()
-      made = self._made(var)
-      if made is None or var in seen or self._is_no_gradient(var):
+      if not isinstance(var, int) or var in seen or (made := self._made(var)) is None or self._is_no_gradient(var):
         continue
       seen.add(var)
       operation = self.program.operations[made]
@@ -107,7 +106,7 @@ class _Memory:
     """Stores a gradient from when it is complete until an operation reads it."""
     made = self._made(atom)
     found = self.sources(atom)
-    if made is None or not (found.stored or found.is_scattered):
+    if not isinstance(atom, int) or made is None or not (found.stored or found.is_scattered):
       return
     now = min(made, until)
     for var in found.stored:
@@ -161,8 +160,10 @@ class _Memory:
   def _made(self, atom: Atom) -> int | None:
     return self.program.makers.get(atom) if isinstance(atom, int) else None
 
-  def maker(self, var: int) -> Operation:
-    return self.program.operations[self.program.makers[var]]
+  def maker(self, atom: Atom) -> Operation:
+    made = self._made(atom)
+    assert made is not None
+    return self.program.operations[made]
 
   def size(self, atom: Atom) -> int:
     aval = self.program.aval(atom)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax import lax
 from optax_mpo._backends import step_weight
 from optax_mpo._backends.backend import Backend, of_layers
 from optax_mpo._core import host, order, types
-from optax_mpo._core.annotations import Index
+from optax_mpo._core.annotations import Index, PyTree, Shaped
 from optax_mpo._program import by_layer, jax_forms, layer_scans
 from optax_mpo._program.entries import Entries, NotSeparableError, Where
 from optax_mpo._program.program import Program, Slice
@@ -65,7 +64,7 @@ class Layered:
     return [window.narrowed(e, index, self.count) for window, e in zip(outer, self.entries, strict=True)]
 
   def write(
-    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Index, count: int
+    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: jax.Array, count: int
   ) -> list[jax.Array]:
     """Updates the layer at `index` of stacks of weights and states, and returns the stacks.
 
@@ -80,20 +79,20 @@ class Layered:
     if not self.backend.is_special or not all(window.is_whole for window in outer):
       return self._write(grads, stacks, outer, shared, index, count)
 
-    def pure(grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
+    def pure(grad: jax.Array, stacks: Values, shared: Values, index: jax.Array) -> list[jax.Array]:
       return self._write([grad], stacks, outer, shared, index, count)
 
     return step_weight.step(pure, self.backend, grads[0], stacks, shared, index)
 
   def _write(
-    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: Index, count: int
+    self, grads: Values, stacks: Values, outer: Sequence[Window], shared: Values, index: jax.Array, count: int
   ) -> list[jax.Array]:
     stacks, grads = list(stacks), self._as_they_lie(grads)
 
-    def read(at: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    def read(at: Index) -> tuple[list[jax.Array], list[jax.Array]]:
       return self.split([window.read(s) for window, s in zip(self.windows(outer, at), stacks, strict=True)])
 
-    def put(places: Sequence[int], values: Values, at: Any) -> list[jax.Array]:
+    def put(places: Sequence[int], values: Values, at: Index) -> list[jax.Array]:
       windows = self.windows(outer, at)
       for place, value in zip(places, values, strict=True):
         stacks[place] = windows[place].write(stacks[place], value)
@@ -117,7 +116,7 @@ class Layered:
     return [jnp.moveaxis(g, axis, 0) for g, axis in zip(laid_out, axes, strict=True)]
 
 
-def type_of_layer(stack: Any, entries: Entries) -> jax.ShapeDtypeStruct:
+def type_of_layer(stack: Shaped, entries: Entries) -> jax.ShapeDtypeStruct:
   """The type of one layer of a stack; one entry alone loses its axis."""
   if entries.size == 1:
     return types.struct(stack, entries.axis)
@@ -127,8 +126,8 @@ def type_of_layer(stack: Any, entries: Entries) -> jax.ShapeDtypeStruct:
 def layer_step(
   step: Step,
   post: Callable[[Values, Values], list[jax.Array]],
-  stacks: Values,
-  given: Values,
+  stacks: Sequence[Shaped],
+  given: Sequence[Shaped],
   count: int,
 ) -> Layered:
   """Makes the step of one layer from that of a stack.
@@ -147,7 +146,7 @@ def layer_step(
   if step.params and len(params) != len(step.params):
     raise NotSeparableError("its gradient is made of several: scan leaves that depend on each other together")
 
-  def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> Any:
+  def whole(ys: Values, params: Values, states: Values, shared: Values, values: Values) -> PyTree:
     return step.run(post(ys, values), params, states, shared)
 
   arguments = [list(stacks), list(step.params), list(step.states), list(step.shared), list(given)]
@@ -165,7 +164,7 @@ def layer_step(
   raise refused
 
 
-def _layer_of(step: Step, update: Update, stacks: Values, gradients: Sequence[Entries]) -> Layered:
+def _layer_of(step: Step, update: Update, stacks: Sequence[Shaped], gradients: Sequence[Entries]) -> Layered:
   """Makes the step of one layer, if the layers lie where `update` says."""
   update, across = take_apart(update)
   program, count = _opened(update), update.count
@@ -225,7 +224,7 @@ def _named(
 
 
 def entries_of_gradients(
-  step: Step, post: Callable[..., list[jax.Array]], stacks: Values, given: Values, count: int
+  step: Step, post: Callable[..., list[jax.Array]], stacks: Sequence[Shaped], given: Sequence[Shaped], count: int
 ) -> list[Entries]:
   """Where a layer lies in each gradient, and so in each weight; arguments and errors are those of `layer_step`."""
   program, _ = jax_forms.trace(post, list(stacks), list(given))
@@ -256,14 +255,14 @@ def _entries_of_states(step: Step, gradients: Sequence[Entries], count: int, lar
   return itertools.islice(itertools.product(*guesses), _MOST_GUESSES)
 
 
-def _one(layer: Step, grad: Any, param: Any, *rest: Any) -> list[jax.Array]:
+def _one(layer: Step, grad: jax.Array, param: jax.Array, *rest: jax.Array) -> list[jax.Array]:
   """Updates a layer of a single weight; `rest` are its states and the shared values."""
   params, states = layer.run([grad], [param], rest[: len(layer.states)], rest[len(layer.states) :])
   return [*params, *states]
 
 
 def _run_whole(
-  run_part: Callable[..., list[jax.Array]], part: by_layer.Part, count: int, ys: Values, params: Values, *rest: Any
+  run_part: Callable[..., list[jax.Array]], part: by_layer.Part, count: int, ys: Values, params: Values, *rest: Values
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   results = run_part(part, ys, params, *rest)
   return results[:count], results[count:]
@@ -282,7 +281,8 @@ def _run_part(
 ) -> list[jax.Array]:
   """Runs a part of an update for one layer; the index is the last of `shared`."""
   *shared, index = shared
-  env, where = dict(program.constants), {}
+  env = dict(program.constants)
+  where: dict[int, Where] = {}
   env.update(zip(program.inputs[len(in_entries) :], shared, strict=True))
   for var, value, e in zip(part.inputs, [*ys, *params, *states], in_entries, strict=True):
     env[var], where[var] = (jnp.expand_dims(value, e.axis) if e.size == 1 else value), e

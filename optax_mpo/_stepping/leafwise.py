@@ -9,8 +9,8 @@ results replace those of the update, and XLA drops what is then unused. So do th
 host: it runs a program that only has the gradients as inputs, and takes large leaves by rows.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import optax
@@ -26,36 +26,37 @@ from optax_mpo._stepping.site import Site, Taken, apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
 
+_Pair = tuple[jax.Array, jax.Array]
 _Known = tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]
 """Values by variable that updates share; and the new weights and states, by index, that are made with them."""
 
 
-def replaced(
-  tx: optax.GradientTransformation,
-  inputs: tuple[PyTree, PyTree, PyTree],
-  new: tuple[PyTree, PyTree],
-  caller: str,
-  *,
-  kernels: bool,
+def update(
+  tx: optax.GradientTransformation, updates: PyTree, state: PyTree, params: PyTree, caller: str, *, kernels: bool
 ) -> tuple[PyTree, PyTree]:
-  """Returns the update `new` that `tx` made of `(updates, state, params)`, with some leaves updated by `step_weight`.
+  """Returns what `tx.update(updates, state, params)` does, with some leaves updated by `step_weight`.
 
   Args:
-    tx: the transformation. If its update has side effects or cannot be taken apart, `new` is returned as it is.
-    inputs: what its update was given; state and params may be in host memory.
-    new: what its update returned, in the same memory.
+    tx: the transformation. If its update has side effects or cannot be taken apart, all of it runs as it is.
+    updates: gradients, or what earlier transformations made of them.
+    state: the state, which may be in host memory.
+    params: the params, which may be in host memory.
     caller: the caller's name, for errors.
     kernels: whether a GPU may update weights with kernels of this package.
   """
-  updates, state, params = inputs
-  if not step_weight.is_traced([*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]):
-    return new
+  given = [*jax.tree.leaves(updates), *jax.tree.leaves(state), *jax.tree.leaves(params)]
+  if not step_weight.is_traced(given) or not all(map(trees.is_array, given)):
+    return tx.update(updates, state, params)
+  once = _traced_once(tx, caller)
+  with step_weight.left_out() as met:
+    plain, new_state = once.update(updates, host.fetched(state), host.fetched(params))
+  new = plain, host.stored_like(new_state, state)
   try:
-    taken = take(by_leaf.Update(tx, params, state, caller, kernels)).rest
+    taken = take(by_leaf.Update(once, params, state, caller, kernels or bool(met))).rest
   except ValueError:  # an update that cannot be taken apart, such as one with side effects
     return new
   leaves, treedef = jax.tree.flatten(params)
-  gradients, steps = (trees.flatten_like(params, t, f"{caller}: the tree of updates", "") for t in (updates, new[0]))
+  gradients, steps = (_by_leaf(params, tree, caller) for tree in (updates, plain))
   states = jax.tree.leaves(state)
   new_states, state_treedef = jax.tree.flatten(new[1])
   found, values_of = _groups(taken, caller)
@@ -148,6 +149,29 @@ def _groups(
   return [taken.group(leaves, caller) for leaves in alone], lambda *_: (taken.run_shared()[0], {}, {})
 
 
+def _by_leaf(params: PyTree, updates: PyTree, caller: str) -> list[PyTree]:
+  return trees.flatten_like(params, updates, f"{caller}: the tree of updates", "")
+
+
+def _traced_once(tx: optax.GradientTransformation, caller: str) -> optax.GradientTransformation:
+  """`tx`, whose update runs as Python once in a trace: it is computed as it is, and then taken apart."""
+
+  @functools.partial(jax.jit, inline=True)
+  def traced(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree, list[jax.Array | None]]:
+    steps, new_state = tx.update(updates, state, params)
+    pairs = zip(_by_leaf(params, steps, caller), jax.tree.leaves(params), strict=True)
+    return steps, new_state, [known_weights.new_weights(*pair) for pair in pairs]
+
+  def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+    steps, new_state, weights = traced(updates, state, params)
+    for step, leaf, new in zip(_by_leaf(params, steps, caller), jax.tree.leaves(params), weights, strict=True):
+      if new is not None:
+        known_weights.remember(step, leaf, new)
+    return steps, new_state
+
+  return optax.GradientTransformation(tx.init, update)
+
+
 @jax.custom_jvp
 def _instead(plain: jax.Array, better: jax.Array) -> jax.Array:
   """Returns `better` with the derivatives of `plain`, which has the same value."""
@@ -155,5 +179,5 @@ def _instead(plain: jax.Array, better: jax.Array) -> jax.Array:
 
 
 @_instead.defjvp
-def _instead_jvp(primals: Any, tangents: Any) -> Any:
+def _instead_jvp(primals: _Pair, tangents: _Pair) -> _Pair:
   return primals[1], tangents[0]

@@ -10,24 +10,27 @@ joined and split where a gradient is added to it, so that no f32 copy of it is m
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_mpo._codecs import codec, formats
 from optax_mpo._core import batches, host, modules, order, trees, types, wrapping, xla_cpu
-from optax_mpo._core.annotations import Index, PyTree
+from optax_mpo._core.annotations import Index, PyTree, Shaped
 from optax_mpo._program import jax_forms
 from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.site import Site, Step, Values
 from optax_mpo._stepping.traced import CALLER, Traced, differentiated_as
 from optax_mpo._updates import by_leaf
 
-Sum = tuple[Any, ...]  # f32 (or wider), bf16, or bf16 and its bits
+Sum = tuple[jax.Array, ...]  # f32 (or wider), bf16, or bf16 and its bits
+_Operands = tuple[list[jax.Array], list[Sum], dict[int, jax.Array], jax.Array]
+_Results = tuple[list[jax.Array], list[Sum], list[jax.Array]]
 
 _FACTOR, _LOSS = "_optax_mpo_factor", "_optax_mpo_loss"  # extra arguments of the last microbatch's update
 
@@ -69,8 +72,8 @@ class Microbatches:
   """
 
   count: int
-  in_axes: Any = 0
-  weight: Callable[..., Any] | None = None
+  in_axes: PyTree = 0
+  weight: Callable[..., ArrayLike] | None = None
   reduce: Literal["mean", "sum"] = "mean"
   aux: Literal["stack", "mean"] = "stack"
   accumulator_bits: int = 16
@@ -108,7 +111,7 @@ class _Sums(NamedTuple):
 class _Batch:
   """The arguments of the loss, split."""
 
-  def __init__(self, how: Microbatches, args: Any, kwargs: Any):
+  def __init__(self, how: Microbatches, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]):
     leaves, self._treedef = jax.tree.flatten((args, kwargs))
     axes = batches.spread(how.in_axes, args, f"{CALLER}: in_axes")
     of_args = jax.tree.leaves(args)
@@ -117,7 +120,7 @@ class _Batch:
     axes += [0 if trees.is_array(x) and x.ndim else None for x in leaves[len(of_args) :]]
     batches.check_size(leaves, axes, how.count, CALLER, how.in_axes)
     self._whole = leaves
-    self.parts: list[jax.Array] = []
+    self.parts: list[jax.Array | None] = []
     for x, axis in zip(leaves, axes, strict=True):
       if axis is not None and trees.is_array(x):
         self.parts.append(batches.split(x, axis, how.count, interleaved=True))
@@ -126,23 +129,23 @@ class _Batch:
       else:
         self.parts.append(None)
 
-  def slices(self, index: Index) -> list[jax.Array]:
+  def slices(self, index: Index | slice) -> Sequence[jax.Array | None]:
     """The parts of one microbatch, or with a slice those of several."""
     return [None if p is None else p[index] for p in self.parts]
 
-  def arguments(self, part: Values) -> tuple[Any, Any]:
+  def arguments(self, part: Sequence[jax.Array | None]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
     """The arguments of the loss for the parts of one microbatch."""
     return self._treedef.unflatten([x if p is None else p for x, p in zip(self._whole, part, strict=True)])
 
 
 def step_by_microbatches(
-  loss_fn: Callable[..., Any],
+  loss_fn: Callable[..., PyTree],
   tx: optax.GradientTransformationExtraArgs,
   has_aux: bool,
   how: Microbatches,
-  make: Callable[[optax.GradientTransformation], Callable[..., Any]],
+  make: Callable[[optax.GradientTransformation], Callable[..., PyTree]],
   has_carry: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
   """Makes the step; `make(tx)` makes the step of the last microbatch.
 
   With `has_carry`, the first argument of the loss after the params is not split: each microbatch gets what the one
@@ -150,8 +153,8 @@ def step_by_microbatches(
   """
 
   def step(
-    params: PyTree, opt_state: PyTree, *args: Any, tx_args: Mapping[str, Any] | None = None, **kwargs: Any
-  ) -> tuple[Any, PyTree, PyTree]:
+    params: PyTree, opt_state: PyTree, *args: PyTree, tx_args: Mapping[str, PyTree] | None = None, **kwargs: PyTree
+  ) -> tuple[PyTree, PyTree, PyTree]:
     pure = modules.pure(params)
     batches.refuse_overwritten(pure, CALLER)
     carry, args = (args[:1], args[1:]) if has_carry else ((), args)
@@ -166,8 +169,8 @@ def step_by_microbatches(
     sites = [_site(traced, i, how.accumulator_bits) for i in trained]
 
     def add(
-      so_far: tuple[list[Sum], list[jax.Array]], part: tuple[list[jax.Array], Any]
-    ) -> tuple[Any, list[jax.Array]]:
+      so_far: tuple[list[Sum], list[jax.Array]], part: tuple[Sequence[jax.Array | None], jax.Array]
+    ) -> tuple[tuple[list[Sum], list[jax.Array]], list[jax.Array]]:
       (sums, carried), (slices, factor) = so_far, part
       inputs = [*traced.leaves, *carried, *_arrays(batch.arguments(slices)), *scales]
       results, sums, _ = differentiated_as(
@@ -208,7 +211,7 @@ def step_by_microbatches(
   return step
 
 
-def _arrays(tree: Any) -> list[jax.Array]:
+def _arrays(tree: PyTree) -> list[jax.Array]:
   return [x for x in jax.tree.leaves(tree) if trees.is_array(x)]
 
 
@@ -232,7 +235,7 @@ def _factors(how: Microbatches, batch: _Batch) -> jax.Array:
   if how.weight is not None:
     weigh = how.weight
 
-    def one(part: list[jax.Array]) -> jax.Array:
+    def one(part: Sequence[jax.Array | None]) -> jax.Array:
       args, kwargs = batch.arguments(part)
       return jnp.asarray(weigh(*args, **kwargs), jnp.float32)
 
@@ -245,11 +248,11 @@ def _factors(how: Microbatches, batch: _Batch) -> jax.Array:
   return weights / jnp.where(total == 0, 1, total) if how.reduce == "mean" else weights
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: Shaped) -> DTypeLike:
   return jnp.promote_types(x.dtype, jnp.float32) if x.dtype not in types.LOW_DTYPES else jnp.float32
 
 
-def _zero(leaf: Any, bits: int) -> Sum:
+def _zero(leaf: jax.Array, bits: int) -> Sum:
   """The sum of no gradients of a leaf, as it is stored."""
   wide = _wide(leaf)
   if wide != jnp.float32 or bits == 16:
@@ -258,7 +261,7 @@ def _zero(leaf: Any, bits: int) -> Sum:
   return (low, jnp.zeros_like(leaf, dtype=codec.bits_dtype(bits))) if bits else (low,)
 
 
-def _plus(total: Sum, gradient: Any, factor: Any) -> jax.Array:
+def _plus(total: Sum, gradient: jax.Array, factor: jax.Array) -> jax.Array:
   """A stored sum and one more gradient, f32[*s] or wider."""
   first = total[0]
   if formats.is_low(first):
@@ -268,7 +271,7 @@ def _plus(total: Sum, gradient: Any, factor: Any) -> jax.Array:
   return first + gradient.astype(first.dtype) * factor.astype(first.dtype)
 
 
-def _added(total: Sum, gradient: Any, factor: Any, bits: int) -> Sum:
+def _added(total: Sum, gradient: jax.Array, factor: jax.Array, bits: int) -> Sum:
   """`_plus`, as it is stored."""
   new = _plus(total, gradient, factor)
   if not formats.is_low(total[0]):
@@ -290,9 +293,7 @@ def _site(traced: Traced, leaf: int, bits: int) -> Site:
   return Site((leaf,), (traced.grads[leaf],), (), step, reads=(traced.program.inputs[leaf],))
 
 
-def _released(
-  traced: Traced, sites: list[Site], given: Any
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+def _released(traced: Traced, sites: list[Site], given: _Operands) -> _Results:
   inputs, sums, constants, factor = given
   traced = traced.at(inputs, constants)
   store = stores.Parts(sites, [list(x) for x in sums])
@@ -302,9 +303,7 @@ def _released(
   return results, [tuple(values) for values in store.values], []
 
 
-def _ordinary(
-  traced: Traced, trained: list[int], bits: int, given: Any
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+def _ordinary(traced: Traced, trained: list[int], bits: int, given: _Operands) -> _Results:
   inputs, sums, constants, factor = given
   out = jax_forms.call_source(traced.program.replaced(constants), *inputs)
   first = len(out) - len(traced.leaves)
@@ -323,7 +322,7 @@ def _summed(
     leaves = jax.tree.leaves(params)
     return _Sums(tx.init(params), {i: _zero(leaves[i], bits) for i in trained})
 
-  def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> tuple[PyTree, Any]:
+  def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, PyTree]:
     factor, loss_before, value = (extra.pop(name) for name in (_FACTOR, _LOSS, "value"))
     leaves, treedef = jax.tree.flatten(updates)
     for i, total in state.sums.items():
@@ -336,7 +335,7 @@ def _summed(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _joined(how: Microbatches, earlier: Any, last: Any, factors: jax.Array) -> Any:
+def _joined(how: Microbatches, earlier: PyTree, last: PyTree, factors: jax.Array) -> PyTree:
   if not trees.is_array(last):
     return last
   every = jnp.concatenate([earlier, last[None]])

@@ -10,7 +10,6 @@ copied from, or to the scalar that fills it.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ class Piece:
   sources: dict[int, Entries]
   released: Released
   covered: set[int]
-  fill: Any = None
+  fill: float | None = None
 
   def reads(self, program: Program) -> set[int]:
     """The variables that the update of a layer needs besides those sources, or their early operations."""
@@ -97,7 +96,9 @@ class Finder:
     sources = {v: Entries(0) for v in outputs if v in chosen}
     return self._add(scan, sources, jax_forms.scan_options(operation)["length"], others)
 
-  def _add(self, scan: int | None, sources: dict[int, Entries], count: int, others: set[int], fill: Any = None) -> str:
+  def _add(
+    self, scan: int | None, sources: dict[int, Entries], count: int, others: set[int], fill: float | None = None
+  ) -> str:
     """Adds a piece; returns why it is none."""
     try:
       piece, length = self._piece(scan, sources, count, others, fill)
@@ -112,14 +113,16 @@ class Finder:
     self._left = left - piece.covered
     return ""
 
-  def _rests(self) -> Iterator[tuple[dict[int, Entries], int, Any]]:
+  def _rests(self) -> Iterator[tuple[dict[int, Entries], int, float | None]]:
     """What makes the gradients of the layers that are left: arrays with their layers, and the number of these.
 
     Where a scalar fills them, the only array is the gradient itself, and the scalar stands beside it.
     """
     (grad,), (e,) = self.site.grads, self._found[0].released.layered.gradients
     made = {v for piece in self._found for i in piece.path for v in self.program.operations[i].outputs}
-    groups: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[float | None, *tuple[tuple[int, int], ...]], list[tuple[int, ...]]] = {}
+    if not isinstance(grad, int):
+      return
     for i in sorted(self._left):
       entries = Entries(e.axis, i)
       fill = layer_origins.fill(self.program, grad, entries, 1)
@@ -135,7 +138,7 @@ class Finder:
         yield sources, len(run), fill
 
   def _piece(
-    self, scan: int | None, sources: dict[int, Entries], count: int, others: set[int], fill: Any
+    self, scan: int | None, sources: dict[int, Entries], count: int, others: set[int], fill: float | None
   ) -> tuple[Piece, int]:
     """Makes the update of one layer from where it lies in `sources`. Returns the number of all layers, too.
 
@@ -210,7 +213,7 @@ class Finder:
         queue |= dataflow.read_by([program.operations[made]])
     return found
 
-  def _fills(self, before: set[int], sources: dict[int, Entries], count: int) -> tuple[dict[int, jax.Array], set[int]]:
+  def _fills(self, before: set[int], sources: dict[int, Entries], count: int) -> tuple[dict[int, np.ndarray], set[int]]:
     """The scalars that other parts of a gradient have at these layers, such as the zeros around another piece.
 
     Parts that are joined to those with these layers may have any.
@@ -225,7 +228,7 @@ class Finder:
         layered.update(v for v in operation.outputs if v >= 0)
         operations.append(operation)
     needed = dataflow.slice_of(dataclasses.replace(program, operations=operations), self.site.grads, before)
-    fills: dict[int, jax.Array] = {}
+    fills: dict[int, np.ndarray] = {}
     sums: set[int] = set()
     if not any(operation.name in (*layer_origins.SUMS, "concatenate") for operation in needed):
       return fills, sums
@@ -234,8 +237,7 @@ class Finder:
     where = by_layer.entries_of(needed, program, scanned, count)
 
     def has_fill(atom: Atom, entries: Entries) -> bool:
-      made = program.makers.get(atom) if isinstance(atom, int) and atom not in layered else None
-      if made is None:
+      if not isinstance(atom, int) or atom in layered or (made := program.makers.get(atom)) is None:
         return False
       value, operation = layer_origins.fill(program, atom, entries, count), program.operations[made]
       if value is not None:
@@ -248,8 +250,9 @@ class Finder:
       joined = where.get(operation.outputs[0])
       if joined is not None and layer_origins.joins(operation, joined):
         for atom, part in layer_origins.parts(program, operation, joined, count):
-          alone = isinstance(atom, int) and atom not in layered and sum(atom in o.inputs for o in needed) == 1
-          if alone and part is not None and not part.layers(count):
+          if not isinstance(atom, int) or atom in layered or sum(atom in o.inputs for o in needed) != 1:
+            continue
+          if part is not None and not part.layers(count):
             fills[atom] = np.zeros((), program.aval(atom).dtype)
       entries = next((e for a in operation.inputs if isinstance(a, int) and (e := where.get(a))), None)
       for atom in operation.inputs:
@@ -258,13 +261,13 @@ class Finder:
     return fills, sums
 
 
-def _stack(aval: Shaped, entries: Entries, count: int) -> Any:
+def _stack(aval: Shaped, entries: Entries, count: int) -> jax.ShapeDtypeStruct:
   """The type of some layers of an array, stacked along the first axis."""
   layer = types.struct(aval, entries.axis)
   return jax.ShapeDtypeStruct((count, *layer.shape), layer.dtype)
 
 
-def _placed(stack: Any, entries: Entries, aval: Shaped) -> Any:
+def _placed(stack: jax.Array, entries: Entries, aval: Shaped) -> jax.Array:
   """An array that has these layers where `entries` says, and zeros elsewhere."""
   axis, start, step = entries.axis, entries.start, entries.stride
   value = jnp.moveaxis(stack, 0, axis) if axis else stack

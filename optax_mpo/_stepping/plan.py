@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_mpo._core import types
 from optax_mpo._core.annotations import Index
@@ -58,7 +59,7 @@ class Rest:
 
   released: Released
   sources: dict[int, Entries]
-  fill: Any
+  fill: ArrayLike | None
 
 
 class Source(NamedTuple):
@@ -157,7 +158,7 @@ def final_bytes(program: Program, site: Site) -> int:
   return sum(math.prod(a.shape) * a.dtype.itemsize for a in map(program.aval, atoms))
 
 
-def constant(program: Program, atom: Atom) -> Any:
+def constant(program: Program, atom: Atom) -> ArrayLike | None:
   """The scalar that fills a gradient, such as the zeros of a leaf that nothing depends on; or None."""
   while isinstance(atom, int):
     made = program.makers.get(atom)
@@ -167,7 +168,7 @@ def constant(program: Program, atom: Atom) -> Any:
   return atom.val
 
 
-def run_own(own: Own, program: Program, values: dict[int, jax.Array], index: Index, count: int) -> Any:
+def run_own(own: Own, program: Program, values: dict[int, jax.Array], index: Index, count: int) -> jax.Array:
   """Makes one entry of a scanned operand from one layer of each weight, and from the values that are given."""
   env, where = dict(values), dict.fromkeys(values, None) | {v: s.entries for v, s in own.sources.items()}
   for v, source in own.sources.items():

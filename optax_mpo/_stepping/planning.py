@@ -30,10 +30,10 @@ _VIEWS = frozenset(
 def make_plan(
   program: Program,
   sites: list[Site],
-  results: Iterable[Atom],
+  results: Iterable[Atom | None],
   at_least: int = 0,
   weights: Sequence[int] = (),
-  first: Atom = None,
+  first: Atom | None = None,
   in_scan: bool = False,
 ) -> Plan:
   """Plans where the `sites` are updated in `program`, which has to compute `results` too.
@@ -46,7 +46,9 @@ def make_plan(
 
 
 class _Planner:
-  def __init__(self, program: Program, sites: list[Site], results: Iterable[Atom], first: Atom, in_scan: bool):
+  def __init__(
+    self, program: Program, sites: list[Site], results: Iterable[Atom | None], first: Atom | None, in_scan: bool
+  ):
     self.program, self.sites, self.in_scan = program, sites, in_scan
     self.first = self._made(first)
     self.results = {a for a in results if isinstance(a, int)}
@@ -144,7 +146,7 @@ class _Planner:
       return False
     return site.place is Place.AFTER_SCAN or gradient_size(self.program, site) <= HELD
 
-  def _made(self, atom: Atom) -> int:
+  def _made(self, atom: Atom | None) -> int:
     return self.program.makers.get(atom, -1) if isinstance(atom, int) else -1
 
   def _due(self, site: Site) -> int:

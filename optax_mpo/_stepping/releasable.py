@@ -1,7 +1,6 @@
 """Finds out whether an update allows gradient release, before the loss function is traced."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import optax
 
@@ -19,7 +18,7 @@ def why_not(
   opt_state: optax.OptState,
   two_pass: bool,
   caller: str,
-  tx_args: Mapping[str, Any] | None = None,
+  tx_args: Mapping[str, PyTree] | None = None,
 ) -> Exception | None:
   """Returns what `value_and_update` would raise for this update where an ordinary step works, or None.
 

@@ -64,5 +64,5 @@ def _rest(program: Program, site: Site, index: int, size: int) -> Rest:
   layered = layer_step(site.step, joined, [stack], [], count)
   inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
   fill = constant(program, site.grads[0])
-  sources = {} if fill is not None else {site.grads[0]: Entries(0, 0, size, size)}
+  sources = {a: Entries(0, 0, size, size) for a in site.grads if isinstance(a, int) and fill is None}
   return Rest(Released(site, inner, (), [], layered, index), sources, fill)

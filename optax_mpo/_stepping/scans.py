@@ -201,7 +201,7 @@ class ScanPlacer:
     own, program = {}, self.program
     for position, atom in enumerate(program.operations[scan].inputs[first:]):
       found = layer_origins.origin(program, atom, count, self._weights.keys())
-      if found is None:
+      if found is None or not isinstance(atom, int):
         continue
       sources = {v: self._source(scan, pieces, v, e, count) for v, e in found.sources.items()}
       entry = Own(sources, found.given, found.operations, atom)

@@ -19,6 +19,7 @@ from optax_mpo._backends.backend import Backend, of_weights
 from optax_mpo._core import host, types, xla_cpu
 from optax_mpo._core.annotations import Index, Values
 from optax_mpo._program.program import Atom
+from optax_mpo._updates.group import Group
 
 HELD = 2**14
 """The most elements of a gradient that may be kept for a later update; in a scan, of one layer's gradient."""
@@ -40,10 +41,10 @@ class Step:
   """
 
   run: Callable[[Values, Values, Values, Values], tuple[list[jax.Array], list[jax.Array]]]
-  grads: tuple[Any, ...]
-  params: tuple[Any, ...]
-  states: tuple[Any, ...]
-  shared: tuple[Any, ...]
+  grads: tuple[jax.ShapeDtypeStruct, ...]
+  params: tuple[jax.ShapeDtypeStruct, ...]
+  states: tuple[jax.ShapeDtypeStruct, ...]
+  shared: tuple[jax.ShapeDtypeStruct, ...]
   backend: Backend = dataclasses.field(default_factory=Backend)
 
   def apply(
@@ -56,7 +57,7 @@ class Step:
     new = step_weight.step(self.pure, self.backend, grad, [*params, *states], shared, jnp.int32(0))
     return new[: len(params)], new[len(params) :]
 
-  def pure(self, grad: Any, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
+  def pure(self, grad: jax.Array, stacks: Values, shared: Values, index: Index) -> list[jax.Array]:
     """Updates the only leaf with XLA's operations, for `step_weight`."""
     params, states = self.run([grad], stacks[: len(self.params)], stacks[len(self.params) :], shared)
     return [*params, *states]
@@ -138,7 +139,7 @@ def small_stacks(sizes: Sequence[int], length: int) -> set[int]:
   return found
 
 
-def of_groups(groups: Values, grads: Any, weights: Any, kernels: bool = False) -> list[Site]:
+def of_groups(groups: Sequence[Group], grads: Any, weights: Any, kernels: bool = False) -> list[Site]:
   """Makes sites for groups of a `by_leaf.Update`, with the atoms of gradients and variables of weights, by leaf."""
   sites = []
   for group in groups:

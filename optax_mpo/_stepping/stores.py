@@ -5,15 +5,20 @@ pass that updates no weight, but makes sums of gradients.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 
 from optax_mpo._core import types, xla_cpu
-from optax_mpo._core.annotations import Index, Values
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._stepping.plan import Released
 from optax_mpo._stepping.site import Site, Step, apply_all
 from optax_mpo._stepping.windows import Window
+from optax_mpo._updates.group import Group
+
+_Each = Sequence[Values]  # for each site
+_Stacks = dict[int, list[jax.Array]]  # by site
+_ByIndex = TypeVar("_ByIndex", list[jax.Array], dict[int, jax.Array])
 
 
 class _Stepped:
@@ -36,17 +41,17 @@ class _Stepped:
     """Replaces these arrays, after a scan has updated the layers of `r` in them."""
     self.put(index, *r.layered.split(arrays))
 
-  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Values, onward: Values) -> None:
+  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: _Each, shared: _Each, onward: Values) -> None:
     """Updates sites, each with its gradients and shared values. `Layer` waits for the values `onward` first."""
     taken = [(g, *self.get(index), s) for index, g, s in zip(indices, grads, shared, strict=True)]
     for index, new in zip(indices, apply_all(steps, taken), strict=True):
       self.put(index, *new)
 
 
-class Whole(_Stepped):
+class Whole(_Stepped, Generic[_ByIndex]):
   """The weights and the state during a training step."""
 
-  def __init__(self, leaves: Any, states: Any, groups: Values):
+  def __init__(self, leaves: _ByIndex, states: _ByIndex, groups: Sequence[Group]):
     """Takes weights and states by index, in lists or dicts that are written, and the groups of a `by_leaf.Update`."""
     self.leaves, self.states, self._groups = leaves, states, groups
 
@@ -61,10 +66,10 @@ class Whole(_Stepped):
     for j, value in zip(group.states, states, strict=True):
       self.states[j] = value
 
-  def held(self, index: int) -> Any:
+  def held(self, index: int) -> PyTree:
     return self.get(index)
 
-  def hold(self, index: int, values: Any) -> None:
+  def hold(self, index: int, values: PyTree) -> None:
     self.put(index, *values)
 
 
@@ -75,9 +80,7 @@ class Layer(_Stepped):
     arrays: the stacks of weights and states, by the site in the program around the scan.
   """
 
-  def __init__(
-    self, released: Sequence[Released], arrays: dict[int, list[jax.Array]], outer: dict[int, list[Window]], index: Index
-  ):
+  def __init__(self, released: Sequence[Released], arrays: _Stacks, outer: dict[int, list[Window]], index: jax.Array):
     self._released, self.arrays, self._outer, self._index = released, dict(arrays), outer, index
     self._ordered = 1
 
@@ -97,7 +100,7 @@ class Layer(_Stepped):
   def put_stacks(self, index: int, r: Released, arrays: list[jax.Array]) -> None:
     self.arrays[self._released[index].index] = arrays
 
-  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: Any, shared: Values, onward: Values) -> None:
+  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: _Each, shared: _Each, onward: Values) -> None:
     at = xla_cpu.after_use(self._index, onward)
     for index, grad, known in zip(indices, grads, shared, strict=True):
       r = self._released[index]
@@ -105,10 +108,10 @@ class Layer(_Stepped):
       self.arrays[r.index] = r.layered.write(grad, arrays, outer, known[:-1], at, self._ordered)
       self._ordered += len(r.layered.parts)
 
-  def held(self, index: int) -> Any:
+  def held(self, index: int) -> PyTree:
     return self.arrays[self._released[index].index]
 
-  def hold(self, index: int, values: Any) -> None:
+  def hold(self, index: int, values: PyTree) -> None:
     self.arrays[self._released[index].index] = values
 
 
@@ -125,10 +128,10 @@ class Parts(_Stepped):
   def put(self, index: int, params: Values, states: Values) -> None:
     self.values[index] = list(states)
 
-  def held(self, index: int) -> Any:
+  def held(self, index: int) -> PyTree:
     return self.values[index]
 
-  def hold(self, index: int, values: Any) -> None:
+  def hold(self, index: int, values: PyTree) -> None:
     self.values[index] = values
 
 

@@ -7,7 +7,6 @@ How: as in `value_and_update`, without updates: scans fetch the layer that they 
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -17,7 +16,7 @@ from optax_mpo._program import jax_forms, recompute
 from optax_mpo._stepping import evaluate, stores
 
 
-def streamed(fn: Callable[..., Any]) -> Callable[..., Any]:
+def streamed(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
   """Makes a function that may be called with params in host memory, and fetches them as it needs them.
 
   Use it to evaluate the loss function, or to run the model, that `value_and_update` trains. Params that are on the
@@ -51,10 +50,10 @@ def streamed(fn: Callable[..., Any]) -> Callable[..., Any]:
   wrapping.check_loss(fn, "streamed", "fn")
 
   @functools.wraps(fn)
-  def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+  def call(params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
     jax_forms.check_forms("streamed")
 
-    def fetching(params: PyTree, args: Any, kwargs: Any) -> Any:
+    def fetching(params: PyTree, args: PyTree, kwargs: PyTree) -> PyTree:
       return fn(host.fetched(params), *args, **kwargs)
 
     program, out = jax_forms.trace(fetching, params, args, kwargs)

@@ -7,14 +7,14 @@ gradients can be followed. Weights are taken out of the residuals of its scans.
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from optax_mpo._codecs import formats, masters
 from optax_mpo._core import host, modules, primitives, trees
-from optax_mpo._core.annotations import PyTree, Values
+from optax_mpo._core.annotations import PyTree, PyTreeDef, Values
 from optax_mpo._program import dataflow, jax_forms, recompute, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import first_pass, planning
@@ -34,6 +34,9 @@ A step may be differentiated with respect to all of these, or mapped over them.
 Results = tuple[list[jax.Array], list[jax.Array], list[jax.Array]]
 """What the loss function returned, the new weights and the new leaves of the state."""
 
+_Operands = TypeVar("_Operands")
+_Results = TypeVar("_Results")
+
 
 class Traced:
   """`jax.value_and_grad(loss_fn)` as a program, for one set of shapes.
@@ -45,13 +48,13 @@ class Traced:
 
   def __init__(
     self,
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     has_aux: bool,
     update: by_leaf.Update,
     params: PyTree,
     opt_state: PyTree,
-    args: Any,
-    kwargs: Any,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
   ):
     jax_forms.check_forms(CALLER)
     scales_of = masters.scales_of(modules.pure(params), modules.pure(opt_state), CALLER)
@@ -61,14 +64,14 @@ class Traced:
     scales = [x for x in scales_of if x is not None]
     self.lifted = [*(x for x in rest if trees.is_array(x)), *scales]
     self._scales = len(scales)
-    self._out: Any = None
+    self._out: tuple[list[PyTree], PyTreeDef]
 
     def decoded(leaves: list[jax.Array], lifted: list[jax.Array]) -> list[jax.Array]:
       values = iter(lifted[len(lifted) - len(scales) :])
       pairs = zip(host.fetched(leaves), scales_of, strict=True)
       return [formats.decode(p, None if s is None else host.fetched(next(values))) for p, s in pairs]
 
-    def loss_of(trained: dict[int, jax.Array], leaves: list[jax.Array], lifted: list[jax.Array]) -> Any:
+    def loss_of(trained: dict[int, jax.Array], leaves: list[jax.Array], lifted: list[jax.Array]) -> PyTree:
       values = iter(lifted)
       args, kwargs = rest_treedef.unflatten([next(values) if trees.is_array(x) else x for x in rest])
       return loss_fn(treedef.unflatten([trained.get(i, leaf) for i, leaf in enumerate(leaves)]), *args, **kwargs)
@@ -165,7 +168,7 @@ class Traced:
     )
     return other
 
-  def output(self, results: Values) -> Any:
+  def output(self, results: Values) -> PyTree:
     """Puts the arrays of the loss function's result back into its tree."""
     static, treedef = self._out
     values = iter(results)
@@ -173,8 +176,8 @@ class Traced:
 
 
 def differentiated_as(
-  ordinary: Callable[[Operands], Results], released: Callable[[Operands], Results], operands: Operands
-) -> Results:
+  ordinary: Callable[[_Operands], _Results], released: Callable[[_Operands], _Results], operands: _Operands
+) -> _Results:
   """Returns `released(operands)`, differentiated as `ordinary(operands)`, which computes the same.
 
   A derivative needs all gradients of the step at once. Also, a released step runs the operations of the update one by
@@ -183,10 +186,10 @@ def differentiated_as(
   leaves, treedef = jax.tree.flatten(operands)
 
   @jax.custom_jvp
-  def step(*leaves: Any) -> Results:
+  def step(*leaves: jax.Array) -> _Results:
     return released(treedef.unflatten(leaves))
 
-  def jvp(primals: Values, tangents: Values) -> tuple[Results, Results]:
+  def jvp(primals: Values, tangents: Values) -> tuple[_Results, _Results]:
     if any(map(host.is_on_host, primals)):  # JAX has no tangents of integers there, such as bits
       raise NotImplementedError(
         f"{CALLER}: a step with params or state in host memory cannot be differentiated (jax.grad, jvp, linearize, or "

@@ -11,7 +11,6 @@ References: LOMO (arXiv:2306.09782) and Lewandowski & Kosson (arXiv:2309.12381) 
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ import optax
 from optax_mpo._core import modules, order, trees, wrapping
 from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import jax_forms
+from optax_mpo._program.program import Atom
 from optax_mpo._stepping import evaluate, stores
 from optax_mpo._stepping.microbatches import Microbatches, step_by_microbatches
 from optax_mpo._stepping.traced import CALLER, Operands, Results, Traced, differentiated_as
@@ -43,12 +43,12 @@ def groups_of(update: by_leaf.Update) -> list[by_leaf.Group]:
 
 
 def value_and_update(
-  loss_fn: Callable[..., Any],
+  loss_fn: Callable[..., PyTree],
   tx: optax.GradientTransformation,
   has_aux: bool = False,
   two_pass: bool = False,
   microbatches: int | Microbatches = 1,
-) -> Callable[..., tuple[Any, PyTree, optax.OptState]]:
+) -> Callable[..., tuple[PyTree, PyTree, optax.OptState]]:
   """Makes a training step that updates each weight inside the backward pass and keeps no gradients.
 
   It replaces `jax.value_and_grad`, `tx.update` and `apply_updates`. The loss function needs no changes: shared weights,
@@ -113,10 +113,10 @@ def value_and_update(
   def step(
     params: PyTree,
     opt_state: optax.OptState,
-    *args: Any,
-    tx_args: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-  ) -> tuple[Any, PyTree, optax.OptState]:
+    *args: PyTree,
+    tx_args: Mapping[str, PyTree] | None = None,
+    **kwargs: PyTree,
+  ) -> tuple[PyTree, PyTree, optax.OptState]:
     extra = wrapping.extra_args(tx_args, CALLER)
     update = by_leaf.Update(tx, modules.pure(params), modules.pure(opt_state), CALLER, extra=extra)
     late = take(update)
@@ -155,7 +155,7 @@ class _Shared:
     self.states: dict[int, jax.Array] = {}
     self.old = late.with_parts(old)
 
-  def compute(self, loss: Any) -> dict[int, jax.Array]:
+  def compute(self, loss: jax.Array | None) -> dict[int, jax.Array]:
     """Computes the values, unless that has been done, and returns them."""
     if self.values is None:
       if self._value is not None:
@@ -179,7 +179,7 @@ def _released(traced: Traced, late: Late, two_pass: bool, value: int | None, ope
     loss = None
   groups = groups_of(update) if passes is None else passes.groups
 
-  def of_sites(loss: Any) -> list[list[jax.Array]]:
+  def of_sites(loss: jax.Array | None) -> list[list[jax.Array]]:
     values = shared.compute(loss)
     return [[values[v] for v in group.shared] for group in groups]
 
@@ -227,7 +227,7 @@ def two_passes(traced: Traced, update: by_leaf.Update, caller: str) -> coupled.T
 
 
 def _first_pass(
-  traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: Any
+  traced: Traced, passes: coupled.TwoPass, shared: _Shared, loss: Atom | None
 ) -> tuple[Traced, list[jax.Array], dict[int, jax.Array]]:
   """Runs a forward and a backward pass for the small arrays that couple the leaves, and adds them to what these share.
 
@@ -243,10 +243,10 @@ def _first_pass(
   sites = traced.sites_of_parts(passes)
   store = stores.Parts(sites)
 
-  def known(loss: Any) -> dict[int, jax.Array]:
+  def known(loss: jax.Array | None) -> dict[int, jax.Array]:
     return passes.known(shared.compute(loss), traced.leaves, shared.old)
 
-  def of_sites(loss: Any) -> list[list[jax.Array]]:
+  def of_sites(loss: jax.Array | None) -> list[list[jax.Array]]:
     values = known(loss)
     return [[values[v] for v in (*part.reads, *part.shared)] for part in passes.parts]
 

@@ -6,13 +6,12 @@ slice of the weight and of each state, forth and back. It carries the whole stac
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core.annotations import Index
+from optax_mpo._core.annotations import Index, Shaped
 from optax_mpo._program.entries import Entries
 
 
@@ -27,13 +26,13 @@ class Window:
     exists: whether there is this part, bool[]; if not, nothing is written.
   """
 
-  starts: tuple[Any, ...]
+  starts: tuple[Index, ...]
   sizes: tuple[int, ...]
   axes: tuple[int, ...]
-  exists: Any = True
+  exists: jax.Array | bool = True
 
   @classmethod
-  def whole(cls, array: Any) -> "Window":
+  def whole(cls, array: Shaped) -> "Window":
     """All of an array."""
     return cls((0,) * array.ndim, tuple(array.shape), tuple(range(array.ndim)))
 

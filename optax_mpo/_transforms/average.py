@@ -11,7 +11,7 @@ The average moves by a fraction of its distance to the weights. `decay * old + (
 at 0.9999, since the two factors do not add up to 1 in f32.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def start(params: PyTree, masters: PyTree, bits: int | None) -> Average | PyTree
   return _stored(masters, jax.tree.map(lambda p: formats.compute_dtype(p.dtype), params), bits, None)
 
 
-def moved(average: Average | PyTree, masters: PyTree, decay: float, bits: int | None, step: jax.Array) -> Any:
+def moved(average: Average | PyTree, masters: PyTree, decay: float, bits: int | None, step: jax.Array) -> PyTree:
   """Returns `decay` of the average and `1 - decay` of the new weights; `step: i32[]` counts the steps.
 
   Leaves that are overwritten have no average, but their newest value.
@@ -67,7 +67,7 @@ def joined(average: Average | PyTree) -> PyTree:
 
 def _stored(values: PyTree, dtypes: PyTree, bits: int, step: jax.Array | None) -> Average:
   leaves, treedef = jax.tree.flatten(values)
-  found: list[tuple[Any, Any]] = []
+  found: list[tuple[jax.Array, PyTree]] = []
   for i, (leaf, dtype) in enumerate(zip(leaves, treedef.flatten_up_to(dtypes), strict=True)):
     if leaf.dtype == dtype:
       found.append((leaf, checks.bits_or_masked(None)))

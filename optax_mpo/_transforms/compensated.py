@@ -12,7 +12,7 @@ Source: Lewandowski & Kosson, "Memory Efficient Mixed-Precision Optimizers", arX
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_mpo._backends import step_weight
-from optax_mpo._codecs import blocks, checks, formats, known_weights, stochastic_rounding
+from optax_mpo._codecs import blocks, cast, checks, formats, known_weights, stochastic_rounding
 from optax_mpo._codecs.masters import CompensatedState, states_in
 from optax_mpo._core import host, overwritten, renames, trees, types, wrapping, xla_cpu
-from optax_mpo._core.annotations import KeyPath, PyTree, Values
+from optax_mpo._core.annotations import KeyPath, PyTree, PyTreeDef, Values
 from optax_mpo._stepping import leafwise
 from optax_mpo._transforms import initialise, probes
 from optax_mpo._transforms.sharding import state_sharding
@@ -142,20 +142,19 @@ def compensated(
     return CompensatedState(treedef.unflatten(kept), inner_state)
 
   def update(
-    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: PyTree
   ) -> tuple[optax.Updates, optax.OptState]:
-    def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
-      return update_all(updates, state, params, **extra_args)
+    def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> tuple[PyTree, PyTree]:
+      steps, new_state = update_all(updates, host.fetched(state), host.fetched(params), **extra_args)
+      return steps, host.stored_like(new_state, state)
 
-    steps, new_state = plain(updates, host.fetched(state), host.fetched(params))
-    new = steps, host.stored_like(new_state, state)
     if any(map(host.is_on_host, jax.tree.leaves(state))) or _is_slow_in_one_piece(state, params):
       taken = optax.GradientTransformation(init, plain)
-      new = leafwise.replaced(taken, (updates, state, params), new, "compensated", kernels=False)
-    return new
+      return leafwise.update(taken, updates, state, params, "compensated", kernels=False)
+    return plain(updates, state, params)
 
   def update_all(
-    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: PyTree
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, CompensatedState, "compensated")
     if params is None:
@@ -204,21 +203,21 @@ def _is_slow_in_one_piece(state: optax.OptState, params: PyTree) -> bool:
   return step_weight.is_better_by_rows(largest) and not any(types.is_split(x) for x in jax.tree.leaves(params))
 
 
-def _without(replaced: list[bool], leaves: Values, treedef: Any) -> PyTree:
+def _without(replaced: list[bool], leaves: Values, treedef: PyTreeDef) -> PyTree:
   """The tree of leaves as the inner transformation sees it, without those that are overwritten."""
   return treedef.unflatten(
     [optax.MaskedNode() if masked else leaf for masked, leaf in zip(replaced, leaves, strict=True)]
   )
 
 
-def _master(leaf: jax.Array, kept: Any) -> jax.Array:
+def _master(leaf: jax.Array, kept: PyTree) -> jax.Array:
   """The f32 master weight of a leaf: f32[*s] unchanged, low[*s] joined with its bits."""
   return formats.join(leaf, checks.bits_or_none(kept)) if formats.is_low(leaf) else leaf
 
 
 def _step(
   leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int, random: jax.Array | None
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, PyTree]:
   """Returns the update f32[*s] of one leaf, and the bits of its new weight."""
   if not formats.is_low(leaf):
     return step, optax.MaskedNode()
@@ -228,7 +227,7 @@ def _step(
   return update, checks.bits_or_masked(kept)
 
 
-def _check_rounding(inner_state: Any, stochastic: bool) -> None:
+def _check_rounding(inner_state: PyTree, stochastic: bool) -> None:
   if isinstance(inner_state, RoundingState) != stochastic:
     was, now = ("nearest", "stochastic") if stochastic else ("stochastic", "nearest")
     raise ValueError(
@@ -294,7 +293,7 @@ def init(
 
 
 def _on_host(
-  tx: optax.GradientTransformation, params: PyTree, dtype: DTypeLike, where: Any, memory_kind: str
+  tx: optax.GradientTransformation, params: PyTree, dtype: DTypeLike, where: cast.Where | None, memory_kind: str
 ) -> tuple[PyTree, optax.OptState]:
   """As `initialise.initialised`, in one compiled program that makes the state where it stays."""
   if step_weight.is_traced(jax.tree.leaves(params)):

@@ -8,21 +8,23 @@ it, and the old leaves are put into the places of the new ones. Weights are conv
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
 from optax_mpo._codecs import blocks, formats
 from optax_mpo._codecs.masters import master_params
 from optax_mpo._core import buffers, host, modules, overwritten, packing, trees, wrapping
-from optax_mpo._core.annotations import KeyPath, PyTree
+from optax_mpo._core.annotations import KeyPath, PyTree, Shaped
 from optax_mpo._transforms import compensated, initialise, quantized
 
 _OURS = (compensated.CompensatedState, compensated.RoundingState, quantized.QuantizedState)
 _COUNTED = (compensated.RoundingState, quantized.QuantizedState)
+State = TypeVar("State", bound=compensated.CompensatedState | compensated.RoundingState | quantized.QuantizedState)
 
 
 def convert(
@@ -101,13 +103,13 @@ def convert(
   return buffers.own(new, given)
 
 
-def _nodes(state: PyTree, kinds: type | tuple[type, ...]) -> list[jax.Array]:
+def _nodes(state: PyTree, kinds: type[State] | tuple[type[State], ...]) -> list[State]:
   """All states of the given types, outer ones first."""
   found = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
   return [y for x in found for y in (x, *_nodes(x.inner_state, kinds))]
 
 
-def _named(state: PyTree) -> list[tuple[str, Any]]:
+def _named(state: PyTree) -> list[tuple[str, PyTree]]:
   found = jax.tree_util.tree_leaves_with_path(state, is_leaf=blocks.is_quantized)
   return [(trees.name(path, "opt_state"), leaf) for path, leaf in found]
 
@@ -139,16 +141,16 @@ def _without_bits(params: PyTree, opt_state: PyTree) -> PyTree:
 def _plain(state: PyTree) -> PyTree:
   """A state without this library's wrappers. Each `Quantized` stays in place of its array."""
 
-  def strip(x: Any) -> Any:
+  def strip(x: PyTree) -> PyTree:
     return _plain(x.inner_state) if isinstance(x, _OURS) else x
 
   return jax.tree.map(strip, state, is_leaf=lambda x: isinstance(x, _OURS) or blocks.is_quantized(x))
 
 
-def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, Any]) -> PyTree:
+def _fill(form: PyTree, values: Iterator[tuple[str, PyTree]], counted: dict[type, jax.Array]) -> PyTree:
   """Puts values into the leaves of a state, in order. Step counters continue from `counted`."""
 
-  def fill(x: Any) -> Any:
+  def fill(x: PyTree) -> PyTree:
     if isinstance(x, _OURS):
       inner = _fill(x.inner_state, values, counted)
       steps = {}
@@ -161,12 +163,12 @@ def _fill(form: PyTree, values: Iterator[tuple[str, Any]], counted: dict[type, A
   return jax.tree.map(fill, form, is_leaf=lambda x: isinstance(x, _OURS) or blocks.is_quantized(x))
 
 
-def _broadcast(step: Any, form: Any) -> Any:
+def _broadcast(step: jax.Array, form: Shaped) -> jax.Array:
   """A step counter in the shape of another."""
   return step if jnp.shape(step) == form.shape else jnp.broadcast_to(jnp.ravel(step)[0], form.shape)
 
 
-def _stored(name: str, value: Any, form: Any) -> Any:
+def _stored(name: str, value: PyTree, form: PyTree) -> PyTree:
   """Converts a leaf of the old state to the dtype or codes of the new one."""
   have, want = (x.values if blocks.is_quantized(x) else x for x in (value, form))
   if jnp.shape(have) != jnp.shape(want):
@@ -181,5 +183,5 @@ def _stored(name: str, value: Any, form: Any) -> Any:
   return blocks.quantize(jnp.asarray(value).astype(jnp.float32), form.values.dtype, size)
 
 
-def _form(x: Any) -> tuple[Any, Any]:
+def _form(x: Shaped) -> tuple[tuple[int, ...], np.dtype]:
   return x.shape, x.dtype

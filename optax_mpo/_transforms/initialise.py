@@ -11,7 +11,6 @@ import contextvars
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ def warn_of_f32(params: PyTree) -> None:
     )
 
 
-def claimed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
+def claimed(leaf_name: str, leaf: jax.Array, bits: int) -> tuple[jax.Array, PyTree]:
   """Returns a leaf's master weight f32[*s] and its bits, for the `init` of `compensated`."""
   if not formats.is_low(leaf):
     return leaf, optax.MaskedNode()
@@ -78,7 +77,7 @@ def claimed(leaf_name: str, leaf: Any, bits: int) -> tuple[jax.Array, Any]:
 
 
 def initialised(
-  tx: optax.GradientTransformation, params: PyTree, dtype: DTypeLike, where: Any
+  tx: optax.GradientTransformation, params: PyTree, dtype: DTypeLike, where: cast.Where | None
 ) -> tuple[PyTree, PyTree]:
   """Returns what `compensated.init` returns, without a check that nothing around `compensated` changes its updates."""
   trees.check_arrays(params, "init")

@@ -10,7 +10,7 @@ branch, so that XLA updates it in place.
 Source: Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def loss_scaled(
     return LossScaleState(jnp.asarray(scale, jnp.float32), good_steps, skipped, inner.init(params))
 
   def update(
-    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: PyTree
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, LossScaleState, "loss_scaled")
 

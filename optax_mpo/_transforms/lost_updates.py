@@ -4,8 +4,6 @@ Why: a weight that does not change in spite of steady updates looks like converg
 weights and on the learning rate, so it is measured per leaf.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -78,7 +76,7 @@ def lost_updates(
   return modules.in_form_of(given, jax.tree.structure(params).unflatten(shares))
 
 
-def _share(leaf: Any, master: Any, step: jax.Array, bits: int) -> jax.Array:
+def _share(leaf: jax.Array, master: jax.Array, step: jax.Array, bits: int) -> jax.Array:
   if formats.is_low(leaf):
     wide = formats.widen(jnp.asarray(leaf)) if formats.is_low(master) else master
 

@@ -5,7 +5,7 @@ each leaf gives its sum of squares when it is updated, and the norm is made at t
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class DelayedNormState(NamedTuple):
 
 def record_norms(
   name: str = "grad_norm",
-  groups: Callable[[KeyPath, Any], str | None] | None = None,
+  groups: Callable[[KeyPath, jax.Array], str | None] | None = None,
   of: Literal["updates", "params"] = "updates",
 ) -> optax.GradientTransformation:
   """Records the global norm of what passes through it, and changes nothing.
@@ -88,7 +88,7 @@ def record_norms(
     return RecordedNorms({key: jnp.zeros([], jnp.float32) for key in by_name(params)})
 
   def update(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
+    updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, RecordedNorms, "record_norms")
     if of == "params" and params is None:
@@ -172,7 +172,7 @@ def clip_by_delayed_norm(max_norm: float, decay: float = 0.0) -> optax.GradientT
     return DelayedNormState(jnp.zeros([], jnp.float32))
 
   def update(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
+    updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, DelayedNormState, "clip_by_delayed_norm")
     scale = jnp.where(state.norm > max_norm, max_norm / state.norm, jnp.float32(1))
@@ -184,7 +184,7 @@ def clip_by_delayed_norm(max_norm: float, decay: float = 0.0) -> optax.GradientT
   return optax.GradientTransformation(init, update)
 
 
-def _is_recorder(x: Any) -> bool:
+def _is_recorder(x: object) -> bool:
   return isinstance(x, RecordedNorms)
 
 

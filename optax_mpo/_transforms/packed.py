@@ -7,8 +7,6 @@ How: `update` unpacks the state by slices, and packs the new one by a concatenat
 leaves of a dtype with a few kernels. What is computed does not change.
 """
 
-from typing import Any
-
 import jax
 import optax
 
@@ -56,10 +54,10 @@ def packed(inner: optax.GradientTransformation, at_most: int = 2**12) -> optax.G
   if not isinstance(at_most, int) or isinstance(at_most, bool) or at_most < 1:
     raise ValueError(f"packed: at_most has to be a number of elements, 1 or more, but it is {at_most!r}.")
 
-  def init(params: PyTree) -> Any:  # a PackedState; Optax's types know no dataclasses
+  def init(params: PyTree) -> PyTree:  # a PackedState; Optax's types know no dataclasses
     return packing.pack(inner.init(params), at_most)
 
-  def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, Any]:
+  def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: PyTree) -> tuple[PyTree, PyTree]:
     state = wrapping.own_state(state, PackedState, "packed")
     updates, new = wrapping.update(inner, updates, packing.unpack(state), params, extra_args)
     return updates, packing.packed_again(state.layout.treedef.flatten_up_to(new), state.layout)

@@ -11,7 +11,7 @@ pass has its gradient. Leaves are scanned one by one: their updates do not depen
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ import optax
 from jax import lax
 
 from optax_mpo._core import trees, wrapping
-from optax_mpo._core.annotations import KeyPath, PyTree
+from optax_mpo._core.annotations import KeyPath, PyTree, PyTreeDef
 
-Where = Callable[[KeyPath, Any], bool | int | None]
+Where = Callable[[KeyPath, jax.Array], bool | int | None]
 
 _USAGE = "tx, where=lambda path, leaf: 'layers' in jax.tree_util.keystr(path)"
 _REMAKE = "Pass the state that this transformation's init made, for these params."
@@ -110,7 +110,7 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
     return PerLayerState(treedef.unflatten(states), others)
 
   def update(
-    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: PyTree
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, PerLayerState, "per_layer")
     tree = updates if params is None else params
@@ -120,7 +120,7 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
     axes = _axes(tree, where)
     _check_states(tree, axes, states)
 
-    def run(grads: dict[int, jax.Array], state: Any, leaves: dict[int, jax.Array]) -> tuple[list[jax.Array], Any]:
+    def run(grads: dict[int, jax.Array], state: PyTree, leaves: dict[int, jax.Array]) -> tuple[list[PyTree], PyTree]:
       seen = None if params is None else _only(treedef, leaves)
       new, state = tx.update(_only(treedef, grads), state, seen, **extra_args)
       return treedef.flatten_up_to(new), state
@@ -129,7 +129,7 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
       if axis is None:
         continue
 
-      def one(layer: Any, i: int = i) -> tuple[Any, Any]:
+      def one(layer: PyTree, i: int = i) -> tuple[PyTree, PyTree]:
         grad, state, leaf = layer
         new, state = run({i: grad}, state, {i: leaf})
         return new[i], state
@@ -148,7 +148,7 @@ def per_layer(tx: optax.GradientTransformation, where: Where | None = None) -> o
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _only(treedef: Any, leaves: dict[int, jax.Array]) -> PyTree:
+def _only(treedef: PyTreeDef, leaves: dict[int, jax.Array]) -> PyTree:
   """A tree with some of its leaves, by index, and `optax.MaskedNode` in place of the others."""
   return treedef.unflatten([leaves.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves)])
 
@@ -196,7 +196,7 @@ def _axes(params: PyTree, where: Where | None) -> list[int | None]:
   return axes
 
 
-def _check_states(params: PyTree, axes: list[int | None], states: list[jax.Array]) -> None:
+def _check_states(params: PyTree, axes: list[int | None], states: list[PyTree]) -> None:
   """Raises ValueError for a state that was made with other stacks."""
   for (name, _), axis, state in zip(trees.named_leaves(params), axes, states, strict=True):
     if (axis is None) != isinstance(state, optax.MaskedNode):

@@ -1,7 +1,6 @@
 """One line to start: the two precisions that most runs use, and a way to choose matrices alone."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import optax
@@ -64,7 +63,7 @@ def compact(inner: optax.GradientTransformation) -> optax.GradientTransformation
   return compensated(quantized_state(inner), extra_bits=8)
 
 
-def matrices(stacked: str | Iterable[str] | Mapping[str, int] = ()) -> Callable[[KeyPath, Any], bool]:
+def matrices(stacked: str | Iterable[str] | Mapping[str, int] = ()) -> Callable[[KeyPath, jax.Array], bool]:
   """Makes a `where` that chooses matrices: leaves with two axes or more, axes of layers not counted.
 
   `leaf.ndim >= 2` takes the stacked biases and norms of a scanned model, `[layers, width]`, for matrices. This knows
@@ -97,7 +96,7 @@ def matrices(stacked: str | Iterable[str] | Mapping[str, int] = ()) -> Callable[
     raise TypeError(f"matrices: stacked has to be a key, several, or a dict, but it is a {type(stacked).__name__}.")
   depths = dict(stacked) if isinstance(stacked, Mapping) else dict.fromkeys(stacked, 1)
 
-  def where(path: KeyPath, leaf: Any) -> bool:
+  def where(path: KeyPath, leaf: jax.Array) -> bool:
     keys = {jax.tree_util.keystr((key,), simple=True) for key in path}
     return leaf.ndim - max((n for key, n in depths.items() if key in keys), default=0) >= 2
 

@@ -12,8 +12,7 @@ that cannot be tried, because it needs extra arguments or reads concrete values,
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +115,7 @@ def warn_of_changes(tx: optax.GradientTransformation, params: PyTree) -> None:
     return
 
 
-def _have_changed(old: Any, new: Any) -> jax.Array:
+def _have_changed(old: formats.Kept, new: formats.Kept) -> jax.Array:
   """Whether the bits of a leaf have changed: bool[1, ...], or bool[] where it has none."""
   old, new = (x.bits if isinstance(x, codec.ScaledBits) else x for x in (old, new))
   return jnp.zeros([], bool) if old is None else old != new
@@ -131,19 +130,19 @@ def _flag() -> Iterator[None]:
     _trying.reset(token)
 
 
-def _is_counter(x: Any) -> bool:
+def _is_counter(x: PyTree) -> bool:
   if not trees.is_array(x) or x.shape not in ((), (1,)):  # in `per_layer` each layer has a counter
     return False
   return x.dtype == jnp.int32 if x.shape else jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def _tiny(leaf: Any, value: float, dtype: DTypeLike = None) -> Any:
+def _tiny(leaf: jax.Array, value: float, dtype: DTypeLike | None = None) -> PyTree:
   if not trees.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
     return leaf
   return np.full((1,) * leaf.ndim, value, dtype if formats.is_low(leaf) and dtype else leaf.dtype)
 
 
-def _tried(updates: Any, weights: Values) -> list[np.ndarray]:
+def _tried(updates: Callable[[list[jax.Array]], list[jax.Array]], weights: Values) -> list[np.ndarray]:
   """The values of `updates(weights)`, or an empty list if they cannot be computed."""
   try:
     program, _ = jax_forms.trace(updates, list(weights))

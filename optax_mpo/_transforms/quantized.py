@@ -11,19 +11,20 @@ layer at a time.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import DTypeLike
 
 from optax_mpo._codecs import blocks, levels
 from optax_mpo._core import buffers, host, packing, renames, trees, wrapping
-from optax_mpo._core.annotations import KeyPath, PyTree
+from optax_mpo._core.annotations import KeyPath, PyTree, PyTreeDef
 from optax_mpo._transforms import state_flow, state_kinds
 
-Where = Callable[[KeyPath, Any], state_kinds.Kind | None]
+Where = Callable[[KeyPath, jax.Array], state_kinds.Kind | None]
 
 _SHORTEST = 8  # a shorter last axis saves little: each block has a scale of two bytes
 
@@ -122,7 +123,7 @@ def quantized_state(
       by_flow = [k is not None and of[k] == jnp.shape(leaf) for k, (_, leaf, _) in zip(whose, found, strict=True)]
       owned = [other if flag is None else flag for flag, other in zip(owned, by_flow, strict=True)]
     large = [bool(flag) for flag in owned]
-    kinds: list[jax.Array] = [kind for _, _, kind in found]
+    kinds: list[state_kinds.Kind | None] = [kind for _, _, kind in found]
     if any(flag and kind is None for flag, kind in zip(large, kinds, strict=True)):
       seen = state_flow.kinds(inner, params, state, large)
       kinds = [other if kind is None else kind for kind, other in zip(kinds, seen, strict=True)]
@@ -138,7 +139,7 @@ def quantized_state(
     return QuantizedState(jnp.zeros([], jnp.int32), store(params, inner.init(params)))
 
   def update(
-    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: PyTree
   ) -> tuple[optax.Updates, optax.OptState]:
     state = wrapping.own_state(state, QuantizedState, "quantized_state")
     old, treedef = jax.tree.flatten(state.inner_state, is_leaf=blocks.is_quantized)
@@ -147,7 +148,7 @@ def quantized_state(
       _check_stored(name, leaf, state_bits, block_size)
     like = _dtypes(inner, updates if params is None else params, len(old))
 
-    def run(stored: list[jax.Array]) -> tuple[optax.Updates, list[jax.Array]]:
+    def run(stored: list[PyTree]) -> tuple[optax.Updates, list[jax.Array]]:
       wide = [
         blocks.dequantize(x).astype(d) if blocks.is_quantized(x) else x for x, d in zip(stored, like, strict=True)
       ]
@@ -209,7 +210,7 @@ def dequantized(opt_state: PyTree) -> PyTree:
   return buffers.own(wide, opt_state)
 
 
-def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:
+def _check_options(bits: object, block_size: object, min_size: object) -> None:
   if bits not in levels.BITS or isinstance(bits, bool):
     raise ValueError(f"quantized_state: state_bits has to be one of {levels.BITS}, but it is {bits!r}.")
   if not isinstance(block_size, int) or block_size < 2 or block_size & (block_size - 1):
@@ -221,15 +222,15 @@ def _check_options(bits: Any, block_size: Any, min_size: Any) -> None:
     raise ValueError(f"quantized_state: min_size has to be a whole number of elements, but it is {min_size!r}.")
 
 
-def _is_storable(leaf: Any) -> bool:
+def _is_storable(leaf: jax.Array) -> bool:
   return trees.is_array(leaf) and leaf.ndim > 0 and leaf.size > 0 and leaf.dtype in (jnp.float32, jnp.bfloat16)
 
 
-def _is_large(leaf: Any, min_size: int) -> bool:
+def _is_large(leaf: jax.Array, min_size: int) -> bool:
   return _is_storable(leaf) and math.prod(leaf.shape) >= min_size and leaf.shape[-1] >= _SHORTEST
 
 
-def _is_owned(path: KeyPath, shape: tuple[int, ...], shapes: dict[tuple[Any, ...], tuple[int, ...]]) -> bool | None:
+def _is_owned(path: KeyPath, shape: tuple[int, ...], shapes: dict[KeyPath, tuple[int, ...]]) -> bool | None:
   """Whether a leaf of the state has the shape of the param whose path is part of its own, as in `mu['w']`.
 
   None if its path contains no param's path, as in a list of moments.
@@ -239,7 +240,7 @@ def _is_owned(path: KeyPath, shape: tuple[int, ...], shapes: dict[tuple[Any, ...
   return shape in found if found else None
 
 
-def _store(path: KeyPath, leaf: Any, chosen: Any, bits: int, block_size: int) -> Any:
+def _store(path: KeyPath, leaf: jax.Array, chosen: state_kinds.Kind | None, bits: int, block_size: int) -> PyTree:
   if chosen is False:
     return leaf
   name = trees.name(path, "the state's ")
@@ -258,7 +259,7 @@ def _store(path: KeyPath, leaf: Any, chosen: Any, bits: int, block_size: int) ->
   return blocks.quantize(jnp.asarray(leaf).astype(jnp.float32), levels.KINDS[chosen](bits).dtype, block_size)
 
 
-def _named(state: PyTree) -> list[tuple[str, Any]]:
+def _named(state: PyTree) -> list[tuple[str, PyTree]]:
   found = jax.tree_util.tree_leaves_with_path(state, is_leaf=blocks.is_quantized)
   return [(trees.name(path, "state.inner_state"), leaf) for path, leaf in found]
 
@@ -266,7 +267,7 @@ def _named(state: PyTree) -> list[tuple[str, Any]]:
 _REMAKE = "Make the state anew with init, or pass the one that this transformation made."
 
 
-def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
+def _check_stored(name: str, leaf: PyTree, bits: int, block_size: int) -> None:
   """Raises ValueError if a stored leaf was made with other options, or if its two arrays do not match."""
   if not blocks.is_quantized(leaf):
     return
@@ -281,14 +282,14 @@ def _check_stored(name: str, leaf: Any, bits: int, block_size: int) -> None:
     )
 
 
-def _flatten_new(treedef: Any, old: PyTree, new: PyTree) -> list[jax.Array]:
+def _flatten_new(treedef: PyTreeDef, old: PyTree, new: PyTree) -> list[jax.Array]:
   """Returns the leaves of the new inner state, in the order of the old ones."""
   plain = jax.tree.map(lambda x: 0 if blocks.is_quantized(x) else x, old, is_leaf=blocks.is_quantized)
   hint = "A state has to keep its structure from step to step for its leaves to be stored."
   return trees.flatten_like(plain, new, "quantized_state: the new state of the wrapped transformation", hint, "the old")
 
 
-def _dtypes(inner: optax.GradientTransformation, params: PyTree, count: int) -> list[jax.Array]:
+def _dtypes(inner: optax.GradientTransformation, params: PyTree, count: int) -> list[DTypeLike]:
   """The dtypes of `inner`'s state (some are bf16 with `mu_dtype`, for example), or f32 if they are not known."""
   try:
     found = [leaf.dtype for leaf in jax.tree.leaves(wrapping.state_shapes(inner, params))]

@@ -11,11 +11,11 @@ wrapper, without a list of wrappers.
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optax_mpo._codecs import blocks, codec
 from optax_mpo._core import host, modules, trees
@@ -23,13 +23,19 @@ from optax_mpo._core.annotations import KeyPath, PyTree
 
 _SMALL = 2**16  # elements up to which a leaf stays on the device: to move it would take longer than to update it
 
+Entry = str | tuple[str, ...] | None
+"""What a `PartitionSpec` has for an axis."""
+
+Shape = TypeVar("Shape")
+Place = TypeVar("Place")
+
 
 def state_sharding(
   params: PyTree,
   opt_state: PyTree,
   *,
   memory_kind: str | None = None,
-  where: Callable[[KeyPath, Any], bool] | None = None,
+  where: Callable[[KeyPath, jax.Array], bool] | None = None,
 ) -> PyTree:
   """Returns shardings for `opt_state`: leaves shaped like a param get its sharding.
 
@@ -108,7 +114,7 @@ def state_sharding(
     )
   replicated = NamedSharding(meshes[0], PartitionSpec())
 
-  def choose(path: KeyPath, leaf: Any) -> Any:
+  def choose(path: KeyPath, leaf: PyTree) -> PyTree:
     shape, sharding = _owner(path, known)
     if _is_scaled(leaf):
       elements, scales = leaf
@@ -146,12 +152,12 @@ def _check_memory(sharding: jax.sharding.Sharding, memory_kind: str) -> None:
     )
 
 
-def _is_scaled(x: Any) -> bool:
+def _is_scaled(x: object) -> bool:
   """Whether `x` is an array in blocks: its elements and the scales of its blocks."""
   return isinstance(x, blocks.Quantized | codec.ScaledBits) and all(map(trees.is_array, x))
 
 
-def _owner(path: KeyPath, known: dict[tuple[Any, ...], Any]) -> tuple[Any, NamedSharding | None]:
+def _owner(path: KeyPath, known: dict[KeyPath, tuple[Shape, Place]]) -> tuple[Shape | None, Place | None]:
   """The shape and sharding of the param whose path is the end of `path`, or inside it if a wrapper splits the param."""
   for end in range(len(path), -1, -1):
     for start in range(end + 1):  # the longest first
@@ -175,10 +181,10 @@ def _per_block(codes: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
   return NamedSharding(codes.mesh, PartitionSpec(*spec))
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def _axes(entry: Entry) -> tuple[str, ...]:
   """The mesh axes that an axis of an array is split over."""
   return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _parts(mesh: Any, entry: Any) -> int:
+def _parts(mesh: Mesh | AbstractMesh, entry: Entry) -> int:
   return math.prod(mesh.shape[axis] for axis in _axes(entry))

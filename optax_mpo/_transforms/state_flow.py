@@ -22,11 +22,11 @@ How: `init` and `update` are traced, and each value is described by what is prov
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from optax_mpo._core.annotations import PyTree
 from optax_mpo._program import dataflow, jax_forms
@@ -151,7 +151,7 @@ def owners(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: 
   return [b.bit_length() - 1 if b and not b & (b - 1) else None for b in new]
 
 
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+def _struct(leaf: ArrayLike) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
@@ -169,7 +169,7 @@ def _starts(inner: optax.GradientTransformation, params: PyTree, count: int) -> 
 def _update(inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> Program | None:
   """The program of an update, whose last inputs and outputs are the state; None if it does not trace."""
 
-  def update(grads: PyTree, params: PyTree, extra: dict[str, Any], state: PyTree) -> Any:
+  def update(grads: PyTree, params: PyTree, extra: dict[str, PyTree], state: PyTree) -> tuple[PyTree, PyTree]:
     return inner.update(grads, state, params, **extra)
 
   for extra in ({}, {"value": jax.ShapeDtypeStruct((), jnp.float32)}):

@@ -8,7 +8,7 @@ other states, `state_flow` looks at what the transformation does with them.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -16,6 +16,7 @@ from optax_mpo._codecs import levels
 from optax_mpo._core.annotations import KeyPath, PyTree
 
 Kind = levels.Kind | Literal[False]  # False: not stored in 8 bits
+Leaf = tuple[KeyPath, jax.Array, Kind | None]
 
 _NONNEGATIVE = """
   ScaleByRssState.sum_of_squares ScaleByRmsState.nu ScaleByRmsWithCountState.nu ScaleByAdamState.nu
@@ -42,12 +43,12 @@ KNOWN: dict[str, Kind] = {**{n: "nonnegative" for n in _NONNEGATIVE}, **{n: Fals
 """The kind of each field of Optax's states, by `State.field`; False for fields that are not stored in 8 bits."""
 
 
-def leaves(state: PyTree) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
+def leaves(state: PyTree) -> Iterator[Leaf]:
   """Yields the leaves of a state in order, with key path and kind. The kind is None outside of Optax's own states."""
   yield from _leaves(state, (), None)
 
 
-def _leaves(node: PyTree, path: KeyPath, kind: Kind | None) -> Iterator[tuple[tuple[Any, ...], Any, Kind | None]]:
+def _leaves(node: PyTree, path: KeyPath, kind: Kind | None) -> Iterator[Leaf]:
   if _is_state(node):
     for field in node._fields:
       inner = kind
@@ -62,7 +63,7 @@ def _leaves(node: PyTree, path: KeyPath, kind: Kind | None) -> Iterator[tuple[tu
       yield (*path, *rest), found, kind
 
 
-def _is_state(x: Any) -> bool:
+def _is_state(x: object) -> bool:
   return isinstance(x, tuple) and hasattr(x, "_fields")
 
 

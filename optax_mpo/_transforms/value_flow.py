@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
-from optax_mpo._core.annotations import Shaped
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
@@ -81,7 +81,7 @@ class Value:
     return ((self, 1.0),) if self.terms is None else self.terms
 
   @property
-  def known(self) -> tuple[Any, ...]:
+  def known(self) -> tuple[bool | int, ...]:
     """All that is proven about it, except `terms` and `number`."""
     return self.nonnegative, self.stored, self.differs, self.above, self.below, self.floored
 
@@ -91,7 +91,10 @@ class Value:
     return self.number if self.terms == () else None
 
 
-def _sum(terms: Sequence[tuple[Value, float]]) -> tuple[tuple[tuple[Value, float], ...], float]:
+Terms = tuple[tuple[Value, float], ...]
+
+
+def _sum(terms: Sequence[tuple[Value, float]]) -> tuple[Terms, float]:
   """Adds values with factors. Returns the terms whose factor is not zero, and a constant."""
   factors: dict[Value, float] = {}
   number = 0.0
@@ -102,7 +105,7 @@ def _sum(terms: Sequence[tuple[Value, float]]) -> tuple[tuple[tuple[Value, float
   return tuple((v, f) for v, f in factors.items() if f), number
 
 
-def _constant(value: Any) -> Value:
+def _constant(value: ArrayLike) -> Value:
   """What is known of a literal, or of an array that the program closes over."""
   if isinstance(value, Tracer):
     return Value()
@@ -220,7 +223,7 @@ def _read(atom: Atom, env: dict[int, Value]) -> Value:
   return env[atom] if isinstance(atom, int) else _constant(atom.val)
 
 
-def _combined(values: Sequence[Value], nonnegative: bool, terms: Any = None, number: float = 0.0) -> Value:
+def _combined(values: Sequence[Value], nonnegative: bool, terms: Terms | None = None, number: float = 0.0) -> Value:
   keys = ("stored", "differs", "above", "below")
   stored, differs, above, below = (dataflow.union(getattr(v, key) for v in values) for key in keys)
   return Value(nonnegative, stored, differs, above, below, all(v.floored for v in values), terms, number)
@@ -260,7 +263,7 @@ def _is_floored(name: str, values: list[Value]) -> bool:
   return name in _FLOORED and known[0]
 
 
-def _is_float(aval: Shaped) -> bool:
+def _is_float(aval: Any) -> bool:
   return jnp.issubdtype(aval.dtype, jnp.floating)
 
 

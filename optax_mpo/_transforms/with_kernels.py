@@ -7,8 +7,6 @@ How: in steps with gradient release, the wrapper is only a mark that `by_leaf` f
 replaces results of the update by those of a kernel that moves fewer bytes, or that updates several small weights.
 """
 
-from typing import Any
-
 import optax
 
 from optax_mpo._backends import step_weight
@@ -64,16 +62,14 @@ def with_kernels(tx: optax.GradientTransformation) -> optax.GradientTransformati
   tx = wrapping.as_transformation(tx, "with_kernels", "tx", "tx")
 
   def update(
-    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: Any
+    updates: optax.Updates, state: optax.OptState, params: PyTree = None, **extra_args: PyTree
   ) -> tuple[optax.Updates, optax.OptState]:
-    def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> Any:
+    def plain(updates: optax.Updates, state: optax.OptState, params: PyTree = None) -> tuple[PyTree, PyTree]:
       return tx.update(updates, state, params, **extra_args)
 
     if params is None or not step_weight.asked():
       return plain(updates, state, params)
-    with step_weight.left_out():
-      new = plain(updates, state, params)
     taken = optax.GradientTransformation(tx.init, plain)
-    return leafwise.replaced(taken, (updates, state, params), new, "with_kernels", kernels=True)
+    return leafwise.update(taken, updates, state, params, "with_kernels", kernels=True)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -13,8 +13,7 @@ weights and its new state.
 import copy
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,7 @@ class Update:
     opt_state: PyTree,
     caller: str,
     kernels: bool = False,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, PyTree] | None = None,
   ):
     """Traces and takes apart an update. `extra` are extra arguments of `tx.update`, which become state of no leaf."""
     self.caller = caller
@@ -82,10 +81,8 @@ class Update:
     self.state_names += [name for name, _ in trees.named_leaves(extra or {}, "tx_args")]
     self._own()
 
-  def _whole(self, tx: optax.GradientTransformation) -> Any:
-    def whole(
-      grads: list[jax.Array], params: list[jax.Array], state: list[jax.Array], extra: list[jax.Array]
-    ) -> tuple[PyTree, PyTree, Any]:
+  def _whole(self, tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree, Values]]:
+    def whole(grads: Values, params: Values, state: Values, extra: Values) -> tuple[PyTree, PyTree, Values]:
       tree, old_state = self._treedef.unflatten(params), self._state_treedef.unflatten(state)
       weights, extra_args = host.fetched(tree), self._extra_treedef.unflatten(extra)
       given = self._treedef.unflatten(grads), host.fetched(old_state), weights

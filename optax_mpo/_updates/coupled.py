@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from optax_mpo._core import trees
 from optax_mpo._core.annotations import Values
 from optax_mpo._program import branches, dataflow, jax_forms
-from optax_mpo._program.program import Operation, Program
+from optax_mpo._program.program import Atom, Operation, Program
 from optax_mpo._updates import by_leaf, refusals
 
 SMALL = 1024  # elements of an array that may be kept for every leaf
@@ -160,7 +160,7 @@ class TwoPass:
     floats = {v for v in free if jnp.issubdtype(program.aval(v).dtype, jnp.floating) and self._size(v) == 1}
     return {v for v in floats if free[v] and not self._deps[v]} - {*self._states, *self._given}
 
-  def _slice(self, outputs: Values, given: set[int] | frozenset[int]) -> tuple[list[jax.Array], set[int]]:
+  def _slice(self, outputs: Sequence[Atom], given: set[int] | frozenset[int]) -> tuple[list[Operation], set[int]]:
     """Returns the operations that make `outputs` from `given`, and the variables that are read but not made."""
     operations = dataflow.slice_of(self.program, outputs, given)
     made = {v for operation in operations for v in operation.outputs}
@@ -193,7 +193,7 @@ class TwoPass:
       for j, owner in enumerate(self._owners)
       if (owner is None or owner in self.middle) and j not in update.shared_states
     ]
-    outputs: list[jax.Array] = sorted({v for group in self.groups for v in group.shared} - set(update.shared))
+    outputs: list[Atom] = [*sorted({v for group in self.groups for v in group.shared} - set(update.shared))]
     outputs += [program.outputs[i] for i in self.middle]
     outputs += [program.outputs[count + j] for j in self._new_states]
     large = {i for i in range(count) if i not in self.middle}

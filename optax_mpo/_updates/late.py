@@ -12,14 +12,13 @@ more of several leaves than links: the norm of the updates after clipping by the
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
 
 import jax
 
 from optax_mpo._core import types
 from optax_mpo._core.annotations import Values
 from optax_mpo._program import dataflow, jax_forms
-from optax_mpo._program.program import Operation
+from optax_mpo._program.program import Atom, Operation
 from optax_mpo._updates import by_leaf
 from optax_mpo._updates.coupled import is_small, links_of
 
@@ -42,7 +41,7 @@ class Late:
   states: tuple[int, ...] = ()
   parts: tuple[int, ...] = ()
   operations: tuple[Operation, ...] = ()
-  outputs: tuple[Any, ...] = ()
+  outputs: tuple[Atom, ...] = ()
 
   def with_parts(self, states: Values) -> list[jax.Array]:
     """The leaves of the state that `update` takes: those of the whole update, and zeros for the parts."""

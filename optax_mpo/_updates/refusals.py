@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from optax_mpo._core import trees
-from optax_mpo._core.annotations import Values
+from optax_mpo._core.annotations import PyTree, PyTreeDef, Values
 from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Operation, Program
 
@@ -51,7 +51,7 @@ def raise_if_missing(error: TypeError, caller: str) -> None:
   raise TypeError(f"{needs}. Pass it to the step: step(..., tx_args={{{given}}}).{loss}") from error
 
 
-def check_state(caller: str, names: Sequence[str], old: Values, form: Any, new_state: Any) -> None:
+def check_state(caller: str, names: Sequence[str], old: Values, form: PyTreeDef, new_state: PyTree) -> None:
   """Raises ValueError where `new_state` has not the structure `form`, or the shapes and dtypes of the leaves `old`."""
   if jax.tree.structure(new_state) != form:
     raise ValueError(
