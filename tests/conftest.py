@@ -16,6 +16,9 @@ if "xla_force_host_platform_device_count" not in flags:
   flags += " --xla_force_host_platform_device_count=8"
 if "xla_cpu_max_isa" not in flags and "OPTAX_MPO_TEST_MULTIPLY_ADD" not in os.environ:
   flags += " --xla_cpu_max_isa=AVX"  # has no effect on processors other than x86
+if "xla_cpu_parallel_codegen_split_count" not in flags:
+  # Each part that XLA compiles in parallel costs some milliseconds, and these programs are small.
+  flags += " --xla_cpu_parallel_codegen_split_count=1"
 if "xla_backend_optimization_level" not in flags and "OPTAX_MPO_TEST_OPTIMIZED" not in os.environ:
   flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # LLVM's: compiles faster
   if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know no other emitters than those of MLIR

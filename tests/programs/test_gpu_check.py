@@ -228,6 +228,8 @@ def test_the_bus_moves_ten_bytes_per_parameter_each_way_and_weights_twice_there(
 @pytest.mark.full
 def test_all_parts_run_on_a_cpu_and_print_and_write(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(gpu_check, "MOST_SECONDS", 3000)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))  # as run_gpu.sh does
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   assert gpu_check.main(["--output-dir", str(tmp_path), "--seconds", "3000"]) == 0
   report = json.loads((tmp_path / "gpu_check.json").read_text())
   rows = {gpu_check.key_of(row): row for row in report["rows"]}
