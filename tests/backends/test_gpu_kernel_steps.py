@@ -230,7 +230,7 @@ def test_on_a_gpu_ordinary_updates_of_8_bit_state_are_at_the_floor(add, tmp_path
 
 @pytest.mark.parametrize("add", [mpo.apply_updates, optax.apply_updates])
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=4)
 def test_ordinary_updates_are_what_they_are_without_kernels(storage, add):
   tx, grads = STORAGES[storage](), layers(True)
   results = []

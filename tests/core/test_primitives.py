@@ -260,7 +260,7 @@ def test_steps_are_differentiated_like_ordinary_ones(route, stored):
 
 @pytest.mark.parametrize("loss", [scanned, pytest.param(unrolled, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=5)
 def test_steps_are_differentiated_in_any_way(name, loss):
   check_derivative(TRANSFORMATIONS[name], "released", "8 bits", loss)
 
@@ -291,7 +291,7 @@ CASES = [
   ("loss", "route", "stored"),
   [pytest.param(*c, marks=[pytest.mark.full] * (c[1:] != ("released", "8 bits"))) for c in CASES],
 )
-@pytest.mark.few(1, full=3)
+@pytest.mark.few(1, full=2)
 def test_ensembles_are_trained_like_their_members(loss, route, stored):
   """Bit for bit, unless a sum changes its order, as in matrix products and norms, in a batch or another program."""
   check_ensemble(loss, route, stored, 3, 32)

@@ -130,7 +130,7 @@ def test_steps_store_in_every_way(route, stored):
 
 @pytest.mark.parametrize("route", ["fused scan", "microbatches"])
 @pytest.mark.parametrize("stored", ["16 bits", "8-bit state", "kernels"])
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=2)
 def test_fused_layers(route, stored):
   check(lambda: train(lambda: STORED[stored](ALIKE["rmsprop"]()), route))
 
@@ -151,7 +151,7 @@ def test_large_weights_with_8_bit_state(route):
 
 @pytest.mark.parametrize("name", WIDER)
 @pytest.mark.parametrize("route", list(ROUTES)[:2])
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=2)
 def test_training_is_that_of_optax_with_f32_masters(name, route):
   before = train(lambda: STORED["16 bits"](WIDER[name]()), route)
   with jax.enable_x64(True):
@@ -176,7 +176,7 @@ def test_training_is_that_of_optax_with_f32_masters(name, route):
 
 @pytest.mark.parametrize("route", ["ordinary", "released", "fused scan"])
 @pytest.mark.parametrize("stored", ["8-bit state", "stochastic"])
-@pytest.mark.few(0)
+@pytest.mark.few(0, full=3)
 def test_state_has_the_same_dtypes_whatever_optax_computes(stored, route):
   want = train(lambda: STORED[stored](WIDER["adamw"]()), route)
   with jax.enable_x64(True):

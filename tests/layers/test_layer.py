@@ -136,7 +136,7 @@ def is_matrix(path, leaf):
     if (name, scan) != ("adafactor", True)
   ],
 )
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=4)
 def test_a_hundred_steps_equal_the_unfused_path(name, scan):
   """Matrices are bf16 with 16 bits, scales are f32."""
   tx = mpo.compensated(OPTIMIZERS[name]())

@@ -186,7 +186,7 @@ def compiled(run, shape, trained=True):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.few(2, full=9)
+@pytest.mark.few(2, full=6)
 def test_bytes_are_those_of_the_compiled_step(name):
   case = CASES[name]
   leaf, stored = compiled(case.run, case.shape)

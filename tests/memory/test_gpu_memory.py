@@ -173,7 +173,7 @@ def test_sixty_four_bit_types_stay_what_they_are():
 
 
 @pytest.mark.parametrize("target", list(gpu_targets.TARGETS))
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=6)
 def test_every_target_compiles(target):
   report = gpu_memory(jax.grad(loss_fn), SHAPES, X, target=target.upper())
   assert (report.target, report.device_bytes) == (target, gpu_targets.TARGETS[target].memory)

@@ -94,7 +94,7 @@ def test_models_have_a_scalar_loss_and_gradients_for_all_params(name):
     if not mode.startswith("flash") and not ("-layer" in mode and optimizer == "adamw-clip")
   ],
 )
-@pytest.mark.few(0, full=12)
+@pytest.mark.few(0, full=6)
 def test_steps_keep_the_shapes_of_their_state(mode, optimizer):
   model = peak_memory.MODELS["lm-125m"]()
   training = MODES[mode].build(model, optimizer)

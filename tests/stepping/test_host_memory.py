@@ -69,7 +69,7 @@ def elements(request, monkeypatch):
     monkeypatch.setattr(rows, "ELEMENTS_OF_LAYER", 2**14)
 
 
-@pytest.mark.few(1, full=6)
+@pytest.mark.few(1, full=3)
 @pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):
@@ -192,7 +192,7 @@ FUSED = {
 }
 
 
-@pytest.mark.few(1, full=5)
+@pytest.mark.few(1, full=3)
 @pytest.mark.parametrize("weights", ["weights on the device", "weights too"])
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_layers_are_those_with_all_on_the_device_bit_for_bit(name, weights, elements):

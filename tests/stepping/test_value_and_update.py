@@ -216,7 +216,7 @@ def test_steps_are_those_of_the_unfused_step(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.few(0, full=6)
+@pytest.mark.few(0, full=3)
 def test_they_are_as_the_documentation_advises_to_compare(name):
   """docs/numerics.md. With the algebraic simplifier, XLA divides by some scalars as a product."""
   params, loss, _ = CASES[name]
