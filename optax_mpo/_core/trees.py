@@ -1,5 +1,6 @@
 """Names for the leaves of a tree, and the checks that every public function makes on its trees."""
 
+import dataclasses
 import numbers
 from collections.abc import Iterable
 
@@ -8,6 +9,14 @@ import jax.numpy as jnp
 
 from optax_mpo._core import types
 from optax_mpo._core.annotations import KeyPath, PyTree
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Static:
+  """A value that is no array, in a tree: what a traced function returns beside its arrays."""
+
+  value: PyTree
 
 
 def name(path: KeyPath, root: str = "params") -> str:

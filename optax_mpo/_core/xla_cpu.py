@@ -16,18 +16,9 @@ from jax import lax
 from jax.interpreters import mlir
 
 from optax_mpo._core import order, primitives
-from optax_mpo._core.annotations import PyTree, Values
+from optax_mpo._core.annotations import PyTree
 
 _HELD = 2**10  # elements; for smaller arrays, computing twice costs less than `held`
-
-
-def after_use(index: jax.Array, values: Values) -> jax.Array:
-  """Returns `index`, i32[]; on one CPU, as a value that XLA knows only after the arrays `values`.
-
-  XLA:CPU removes barriers before it orders operations. If it could write into a stack before the last read of the old
-  values, it would copy the stack: all layers, for each layer.
-  """
-  return _after_use.bind(index, *order.first_elements(values))
 
 
 def tie(values: PyTree) -> PyTree:
@@ -108,8 +99,6 @@ def _comes_transposed(x: Any) -> bool:
     x = operation.operands[0]
 
 
-_on_one_cpu = order.by_devices(lambda index, *values: order.after_values(index, *values, count=0), order.first)
-_after_use = primitives.make_hint("after_use", {None: order.everywhere(order.first), "cpu": _on_one_cpu})
 _held = primitives.make_hint("held", {None: order.everywhere(order.first), "cpu": order.everywhere(_divided_by_one)})
 _laid_out = primitives.make_hint(
   "laid_out", {None: order.everywhere(order.first), "cpu": _lay_out}, depends_on_operands=True

@@ -7,7 +7,7 @@ writes them, in such a way that XLA cannot delay an update.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -280,14 +280,6 @@ def checkpointed(fun: Callable[..., PyTree], remat: Remat, prevent_cse: bool) ->
 def grads_by_leaf(leaves: Sequence[int], trained: Sequence[bool], grads: Values) -> Gradients:
   """The gradients of the trained weights, by leaf of the params."""
   return dict(zip([i for i, flag in zip(leaves, trained, strict=True) if flag], grads, strict=True))
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Static:
-  """A hashable value among residuals."""
-
-  value: Hashable
 
 
 # --- What a custom_vjp with symbolic zeros is given -------------------------------------------------------------------

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_mpo._core import host, modules, order, types
-from optax_mpo._core.annotations import PyTree, PyTreeDef
+from optax_mpo._core import host, modules, order, trees, types
+from optax_mpo._core.annotations import PyTree
 from optax_mpo._layers import fused_call, handles, microbatch
 from optax_mpo._layers.fused_call import Gradients, RefArguments, Remat
 from optax_mpo._program import pullbacks
@@ -246,7 +246,6 @@ def _hook(step: handles.Step, refs: fused_call.Refs) -> Callable[..., list[jax.A
 def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
   step, refs, trained = call.step, call.refs(), call.trained()
   apply, closed = jax.closure_convert(call.apply, call.weights(), call.arrays)
-  traced: list[pullbacks.Pullback] = []
 
   def fun(weights: list[jax.Array], constants: list[jax.Array], inputs: list[jax.Array]) -> PyTree:
     count = len(call.arrays)
@@ -261,14 +260,13 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
     inputs, active = fused_call.perturbed(inputs)
     weights = host.fetched(refs.weights(arguments))
     pullback = pullbacks.trace(fun, weights, [], inputs, (trained, [], active))
-    traced[:] = [pullback]
     out, kept = pullback.forward(weights, [], inputs)
-    # The refs that the backward pass writes, the activations it needs, and which inputs get a cotangent.
-    return pullback.out_treedef.unflatten(out), (arguments, kept, fused_call.Static(tuple(active)))
+    # The refs that the backward pass writes, the activations it needs, the pass, and which inputs get a cotangent.
+    return pullback.out_treedef.unflatten(out), (arguments, kept, trees.Static((pullback, active)))
 
   def layer_bwd(residuals: PyTree, cotangents: PyTree) -> tuple[PyTree, ...]:
-    arguments, kept, active = residuals
-    (pullback,) = traced
+    arguments, kept, static = residuals
+    pullback, active = static.value
     step.stepped.update(refs.leaves)
     real = fused_call.real_cotangents(jax.tree.leaves(cotangents, is_leaf=fused_call.is_zero), pullback.out_avals)
 
@@ -278,7 +276,7 @@ def _run_layer(call: fused_call.Call, remat: Remat) -> PyTree:
       return onward, fused_call.grads_by_leaf(refs.leaves, trained, grads)
 
     onward = refs.update_within(arguments, backward, kept, real, fused_call.WORTH_A_BARRIER)
-    return jnp.float32(0), None, fused_call.spread(onward, active.value)
+    return jnp.float32(0), None, fused_call.spread(onward, active)
 
   layer.defvjp(layer_fwd, layer_bwd, symbolic_zeros=True)
   return layer(step.token, refs.arguments, [*call.arrays, *closed])
@@ -292,25 +290,21 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
   count = len(carried)
   slices = [types.struct(x, 0) for x in scanned]
   carry_treedef = call.treedef_of(1)
-  y_treedef: list[PyTreeDef] = []
 
-  def one(weights: list[jax.Array], arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+  def one(weights: list[jax.Array], arrays: list[jax.Array]) -> tuple[list[jax.Array], PyTree]:
     out = call.apply(weights, arrays)
     if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != carry_treedef:
       raise TypeError(
         "fused_scan: fn has to return (carry, y) with a carry of the structure it was given, as in lax.scan: "
         f"{carry_treedef}, but it returned {jax.tree.structure(out)}."
       )
-    y, treedef = jax.tree.flatten(out[1])
-    y_treedef[:] = [treedef]
-    return jax.tree.leaves(out[0]), y
+    return jax.tree.leaves(out[0]), out[1]
 
   apply, closed = jax.closure_convert(one, call.weights(without=0), [*map(types.struct, carried), *slices])
-  traced: list[pullbacks.Pullback] = []
 
   def fun(
     weights: list[jax.Array], constants: list[jax.Array], inputs: list[jax.Array]
-  ) -> tuple[list[jax.Array], list[jax.Array]]:
+  ) -> tuple[list[jax.Array], PyTree]:
     return fused_call.checkpointed(apply, remat, prevent_cse=False)(weights, inputs, *constants)
 
   def scan(body: Callable[..., PyTree], carry: PyTree, xs: PyTree, backward: bool = False) -> PyTree:
@@ -335,7 +329,6 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     active = (trained, active_constants, [fused_call.is_float(c) for c in carry] + active_xs)
     inputs = [*map(types.struct, carry), *slices]
     pullback = pullbacks.trace(fun, call.weights(without=0), constants, inputs, active)
-    traced[:] = [pullback]
 
     def body(carry: list[jax.Array], layer: PyTree) -> tuple[list[jax.Array], PyTree]:
       weights, x = layer
@@ -343,21 +336,21 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
       return out[:count], (out[count:], kept)
 
     carry, (ys, kept) = scan(body, carry, (refs.weights(arguments), xs))
-    # The refs that the backward pass writes, what all layers share, their activations, and what gets a cotangent.
-    static = fused_call.Static((tuple(active_constants), tuple(active_xs)))
-    return (carry, ys), (arguments, constants, kept, static)
+    static = trees.Static((pullback, active_constants, active_xs))
+    # The refs that the backward pass writes, what all layers share, their activations, and what is no array.
+    return pullback.out_treedef.unflatten([*carry, *ys]), (arguments, constants, kept, static)
 
-  def stack_bwd(residuals: PyTree, cotangents: tuple[PyTree, PyTree]) -> tuple[PyTree, ...]:
+  def stack_bwd(residuals: PyTree, cotangents: PyTree) -> tuple[PyTree, ...]:
     arguments, constants, kept, static = residuals
-    active_constants, active_xs = static.value
-    (pullback,) = traced
+    pullback, active_constants, active_xs = static.value
     avals = pullback.out_avals
     step.stepped.update(refs.leaves)
-    ct_carry = fused_call.real_cotangents(cotangents[0], avals[:count])
+    cotangents = jax.tree.leaves(cotangents, is_leaf=fused_call.is_zero)
+    ct_carry = fused_call.real_cotangents(cotangents[:count], avals[:count])
     # A y that nothing depends on has no cotangent to scan over; the layer makes zeros for it.
     ct_ys = [
       None if fused_call.is_zero(ct) or not fused_call.is_float(a) else ct
-      for ct, a in zip(cotangents[1], avals[count:], strict=True)
+      for ct, a in zip(cotangents[count:], avals[count:], strict=True)
     ]
     sizes = [len(ct_carry), sum(active_xs), sum(active_constants)]
 
@@ -390,5 +383,5 @@ def _run_scan(call: fused_call.Call, layers: int, remat: Remat, reverse: bool, u
     )
 
   stack.defvjp(stack_fwd, stack_bwd, symbolic_zeros=True)
-  carry, ys = stack(step.token, refs.arguments, carried, scanned, closed)
-  return carry_treedef.unflatten(carry), y_treedef[0].unflatten(ys)
+  carry, y = stack(step.token, refs.arguments, carried, scanned, closed)
+  return carry_treedef.unflatten(carry), y

@@ -19,7 +19,7 @@ from optax_mpo._program import dataflow, jax_forms
 from optax_mpo._program.program import Atom, Operation, Program
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pullback:
   """A function's forward pass, and its backward pass with given residuals.
 
@@ -78,13 +78,8 @@ def trace(
     inputs: known in this call only.
     active: for each of the three, which arrays are differentiated.
   """
-  groups = (weights, constants, inputs)
-  structures: list[PyTreeDef] = []
 
-  def whole(*flat: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-    full = [list(flat[: len(weights)]), list(flat[len(weights) : len(weights) + len(constants)])]
-    full.append(list(flat[len(weights) + len(constants) :]))
-
+  def whole(*full: list[jax.Array]) -> tuple[PyTree, PyTree]:
     def differentiated(*parts: list[jax.Array]) -> PyTree:
       merged = []
       for values, flags, part in zip(full, active, parts, strict=True):
@@ -93,18 +88,14 @@ def trace(
       return fun(*merged)
 
     parts = [[v for v, flag in zip(vs, flags, strict=True) if flag] for vs, flags in zip(full, active, strict=True)]
-    out, vjp = jax.vjp(differentiated, *parts)
-    leaves, out_treedef = jax.tree.flatten(out)
-    residuals, vjp_treedef = jax.tree.flatten(vjp)
-    structures[:] = [out_treedef, vjp_treedef]
-    return leaves, residuals
+    return jax.vjp(differentiated, *parts)
 
-  closed, (leaves, _) = jax.make_jaxpr(whole, return_shape=True)(*(a for group in groups for a in group))
-  out_treedef, vjp_treedef = structures
+  closed, (out, vjp) = jax.make_jaxpr(whole, return_shape=True)(*map(list, (weights, constants, inputs)))
+  count, out_treedef = len(jax.tree.leaves(out)), jax.tree.structure(out)
   program = jax_forms.flatten(closed)
   again = [0] * (len(weights) + len(constants)) + [1] * len(inputs)
   depends = dataflow.dependencies(program, again)
-  residuals = program.outputs[len(leaves) :]
+  residuals = program.outputs[count:]
   kept: dict[int, int] = {}
   for atom in residuals:
     if isinstance(atom, int) and depends[atom]:
@@ -113,11 +104,11 @@ def trace(
   made = [a for a in residuals if isinstance(a, int) and a not in given]
   return Pullback(
     out_treedef=out_treedef,
-    out_avals=tuple(closed.out_avals[: len(leaves)]),
+    out_avals=tuple(closed.out_avals[:count]),
     stored=len(kept),
     _run=core.jaxpr_as_fun(closed),
     _backward=program,
-    _vjp_treedef=vjp_treedef,
+    _vjp_treedef=jax.tree.structure(vjp),
     _residuals=tuple(residuals),
     _kept=kept,
     _slice=tuple(dataflow.slice_of(program, made, given)),

@@ -110,7 +110,7 @@ def evaluate(
       made, held = (_barrier if isinstance(store, Parts) else xla_cpu.tie)((made, held))
     known = env | made
     grads = [[jax_forms.value(a, known) for a in plan.sites[index].grads] for index in due]
-    store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due], held)
+    store.step(due, [plan.sites[index].step for index in due], grads, [shared[index] for index in due])
     for rest in rests:
       _update_rest(plan, rest, known, store, shared, begun)
     touched = list(dict.fromkeys([*due, *(rest.released.index for rest in rests)]))

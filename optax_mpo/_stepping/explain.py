@@ -210,26 +210,24 @@ def of_last_microbatch(
   """Makes `explained(params, opt_state, *args, tx_args=None, **kwargs)` of a step that `step_by_microbatches` makes."""
 
   def explained(*given: PyTree, **kwargs: PyTree) -> Explanation:
-    found: list[Explanation] = []
-
     def make(tx: optax.GradientTransformation) -> Callable[..., PyTree]:
       def step(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        found.append(explain(loss_fn, tx, params, state, *args, has_aux=has_aux, two_pass=two_pass, **kwargs))
-        found[0].accumulator_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.sums))
-        return value_and_update.value_and_update(loss_fn, tx, has_aux, two_pass)(params, state, *args, **kwargs)
+        found = explain(loss_fn, tx, params, state, *args, has_aux=has_aux, two_pass=two_pass, **kwargs)
+        found.accumulator_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.sums))
+        run = value_and_update.value_and_update(loss_fn, tx, has_aux, two_pass)
+        out, params, _ = run(params, state, *args, **kwargs)
+        return out, params, state._replace(inner_state=trees.Static(found))  # returned in place of the new state
 
       return step
 
     leaves, treedef = jax.tree.flatten((given, kwargs))
 
-    def traced(arrays: list[jax.Array]) -> list[jax.Array]:
+    def traced(arrays: list[jax.Array]) -> trees.Static:
       values = iter(arrays)
       given, kwargs = treedef.unflatten([next(values) if trees.is_array(x) else x for x in leaves])
-      out = step_by_microbatches(loss_fn, tx, has_aux, how, make, has_carry)(*given, **kwargs)
-      return [x for x in jax.tree.leaves(out) if trees.is_array(x)]
+      return step_by_microbatches(loss_fn, tx, has_aux, how, make, has_carry)(*given, **kwargs)[2]
 
-    jax.eval_shape(traced, [x for x in leaves if trees.is_array(x)])
-    return found[0]
+    return jax.eval_shape(traced, [x for x in leaves if trees.is_array(x)]).value
 
   return explained
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import jax
 
-from optax_mpo._core import types, xla_cpu
+from optax_mpo._core import types
 from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._stepping.plan import Released
 from optax_mpo._stepping.site import Site, Step, apply_all
@@ -41,8 +41,8 @@ class _Stepped:
     """Replaces these arrays, after a scan has updated the layers of `r` in them."""
     self.put(index, *r.layered.split(arrays))
 
-  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: _Each, shared: _Each, onward: Values) -> None:
-    """Updates sites, each with its gradients and shared values. `Layer` waits for the values `onward` first."""
+  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: _Each, shared: _Each) -> None:
+    """Updates sites, each with its gradients and shared values."""
     taken = [(g, *self.get(index), s) for index, g, s in zip(indices, grads, shared, strict=True)]
     for index, new in zip(indices, apply_all(steps, taken), strict=True):
       self.put(index, *new)
@@ -100,12 +100,11 @@ class Layer(_Stepped):
   def put_stacks(self, index: int, r: Released, arrays: list[jax.Array]) -> None:
     self.arrays[self._released[index].index] = arrays
 
-  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: _Each, shared: _Each, onward: Values) -> None:
-    at = xla_cpu.after_use(self._index, onward)
+  def step(self, indices: Sequence[int], steps: Sequence[Step], grads: _Each, shared: _Each) -> None:
     for index, grad, known in zip(indices, grads, shared, strict=True):
       r = self._released[index]
       arrays, outer = self.arrays[r.index], self._outer[r.index]
-      self.arrays[r.index] = r.layered.write(grad, arrays, outer, known[:-1], at, self._ordered)
+      self.arrays[r.index] = r.layered.write(grad, arrays, outer, known[:-1], self._index, self._ordered)
       self._ordered += len(r.layered.parts)
 
   def held(self, index: int) -> PyTree:

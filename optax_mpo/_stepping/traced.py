@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from optax_mpo._codecs import formats, masters
 from optax_mpo._core import host, modules, primitives, trees
-from optax_mpo._core.annotations import PyTree, PyTreeDef, Values
+from optax_mpo._core.annotations import PyTree, Values
 from optax_mpo._program import dataflow, jax_forms, recompute, residuals
 from optax_mpo._program.program import Program
 from optax_mpo._stepping import first_pass, planning
@@ -64,7 +64,6 @@ class Traced:
     scales = [x for x in scales_of if x is not None]
     self.lifted = [*(x for x in rest if trees.is_array(x)), *scales]
     self._scales = len(scales)
-    self._out: tuple[list[PyTree], PyTreeDef]
 
     def decoded(leaves: list[jax.Array], lifted: list[jax.Array]) -> list[jax.Array]:
       values = iter(lifted[len(lifted) - len(scales) :])
@@ -79,17 +78,17 @@ class Traced:
     def arrays_of_loss(leaves: list[jax.Array], lifted: list[jax.Array]) -> list[jax.Array]:
       return [x for x in jax.tree.leaves(loss_of({}, leaves, lifted)) if trees.is_array(x)]
 
-    def flat(leaves: list[jax.Array], lifted: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def flat(leaves: list[jax.Array], lifted: list[jax.Array]) -> PyTree:
       leaves = decoded(leaves, lifted)
       trained = {i: leaf for i, leaf in enumerate(leaves) if self._trained[i]}
       out, found = jax.value_and_grad(loss_of, has_aux=has_aux)(trained, leaves, lifted)
       grads = [found[i] if i in found else jnp.zeros_like(leaf) for i, leaf in enumerate(leaves)]
       results, out_treedef = jax.tree.flatten(out)
-      self._out = [None if trees.is_array(x) else x for x in results], out_treedef
-      return [x for x in results if trees.is_array(x)], grads
+      static = trees.Static(([None if trees.is_array(x) else x for x in results], out_treedef))
+      return static, [x for x in results if trees.is_array(x)], grads
 
     self._arrays_of_loss = arrays_of_loss
-    closed = jax.make_jaxpr(flat)(self.leaves, self.lifted)
+    closed, (self._out, *_) = jax.make_jaxpr(flat, return_shape=True)(self.leaves, self.lifted)
     for (name, _), leaf in zip(trees.named_leaves(params), self.leaves, strict=True):
       if any(const is leaf for const in closed.consts):
         raise ValueError(
@@ -170,7 +169,7 @@ class Traced:
 
   def output(self, results: Values) -> PyTree:
     """Puts the arrays of the loss function's result back into its tree."""
-    static, treedef = self._out
+    static, treedef = self._out.value
     values = iter(results)
     return treedef.unflatten([next(values) if x is None else x for x in static])
 

@@ -40,7 +40,6 @@ TOGETHER = {"pures": (pure, pure), "kernels": (None, None), "counts": ((2, 1), (
 EXAMPLES = {
   "after": ([jnp.int32(2), number(0), number(1)], {"count": 3}),
   "hidden": ([jnp.int32(2), number(0)], {}),
-  "after_use": ([jnp.int32(2), number(0), number(1)], {}),
   "held": ([array(0), array(1, jnp.bfloat16)], {}),
   "row_major": ([array(0)], {}),
   "as_they_lie": ([array(0)], {}),

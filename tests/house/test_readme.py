@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, clipping, packed_state, peak_memory, what_fits
+from benchmarks import accuracy, clipping, cpu_tricks, packed_state, peak_memory, what_fits
 from benchmarks.modes import MODES
 from tests.helpers import ROOT, relaxed
 
@@ -219,6 +219,16 @@ def test_the_table_of_cpu_times_is_that_of_the_committed_json():
     label, *cells = [c.strip() for c in line.split("|")[1:-1]]
     of = [found.get((modes[label], m)) for m in models]
     assert cells == ["" if r is None else f"{r['ratio']:.2f}" for r in of], label
+
+
+def test_every_trick_for_cpus_brings_three_percent_with_the_newest_jax():
+  report = json.loads((ROOT / "benchmarks/results/cpu_tricks.json").read_text())
+  text = (ROOT / "docs/performance.md").read_text().split("<!-- benchmarks/results/cpu_tricks.json -->\n")[1]
+  assert text.split("\n\n")[0] == cpu_tricks.table(report["rows"])
+  tricks = re.findall(r"^def ([a-z]\w*)", (ROOT / "optax_mpo/_core/xla_cpu.py").read_text(), re.M)
+  assert set(cpu_tricks.TRICKS) == set(tricks)
+  for trick in {*tricks} - {"kept_division"}:  # that one is there for bits
+    assert max(row["ratio"] for row in report["rows"] if row["trick"] == trick) >= 1.03, trick
 
 
 def test_the_accuracy_table_is_that_of_the_committed_json():
