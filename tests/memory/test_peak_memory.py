@@ -92,6 +92,8 @@ def test_models_have_a_scalar_loss_and_gradients_for_all_params(name):
     for optimizer in OPTIMIZERS
     # Not flashoptim's own state, and no norm over all layers in fused layers, which refuse it (layers/test_misuse.py).
     if not mode.startswith("flash") and not ("-layer" in mode and optimizer == "adamw-clip")
+    # Nothing of Optax's factored state is large enough to be moved to the host, and a warning says so.
+    if (mode, optimizer) != ("optax-f32-host", "adafactor-layers")
   ],
 )
 @pytest.mark.few(0, full=6)
