@@ -63,6 +63,7 @@ def _rest(program: Program, site: Site, index: int, size: int) -> Rest:
 
   layered = layer_step(site.step, joined, [stack], [], count)
   inner = Site(site.leaves, (), tuple(() for _ in site.params), layered.step)
-  fill = constant(program, site.grads[0])
-  sources = {a: Entries(0, 0, size, size) for a in site.grads if isinstance(a, int) and fill is None}
+  (source,) = site.grads
+  fill = constant(program, source)
+  sources = {source: Entries(0, 0, size, size)} if isinstance(source, int) and fill is None else {}
   return Rest(Released(site, inner, (), [], layered, index), sources, fill)
