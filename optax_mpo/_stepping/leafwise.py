@@ -26,6 +26,9 @@ from optax_mpo._stepping.site import Site, Taken, apply_all, of_groups
 from optax_mpo._updates import by_leaf, coupled
 from optax_mpo._updates.late import take
 
+# From JAX 0.11 on, `inline=True` is inlined when XLA's program is made: `known_weights` would find nothing.
+_WHILE_TRACING = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
+
 _Pair = tuple[jax.Array, jax.Array]
 _Known = tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]
 """Values by variable that updates share; and the new weights and states, by index, that are made with them."""
@@ -156,7 +159,7 @@ def _by_leaf(params: PyTree, updates: PyTree, caller: str) -> list[PyTree]:
 def _traced_once(tx: optax.GradientTransformation, caller: str) -> optax.GradientTransformation:
   """`tx`, whose update runs as Python once in a trace: it is computed as it is, and then taken apart."""
 
-  @functools.partial(jax.jit, inline=True)
+  @functools.partial(jax.jit, inline=_WHILE_TRACING)
   def traced(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree, list[jax.Array | None]]:
     steps, new_state = tx.update(updates, state, params)
     pairs = zip(_by_leaf(params, steps, caller), jax.tree.leaves(params), strict=True)
