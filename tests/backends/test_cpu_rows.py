@@ -198,7 +198,7 @@ def test_layers_of_a_scan_are_stepped_as_the_whole_is(route, name, shape, monkey
     # With fused layers algsimp stays on: only it removes their layout constraints, and lion divides by no scalar.
     options = EXACT if route == "auto" else EXACT | {"xla_disable_hlo_passes": "fusion"}
     step, new = jax.jit(step, compiler_options=options), args
-    for _ in range(3):
+    for _ in range(2):
       _, *new = step(*new, x)
     return new
 

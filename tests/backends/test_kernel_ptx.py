@@ -42,7 +42,7 @@ def _without_flags_for_cpus(monkeypatch):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=2)
 def test_one_layer_of_a_stack(storage, language, tmp_path):
   kernel, _, grad, stacks, shared = made(STORAGES[storage](), (3, 8, 512), stacked=True)
   index = 1

@@ -297,6 +297,7 @@ CHANGES = {
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow..' outside:DeprecationWarning")
 @pytest.mark.parametrize("fused", ["auto", "off"])
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.few(8)
 def test_nnx_objects_change_as_with_value_and_grad(name, fused):
   change, use, make_args = CHANGES[name]
 

@@ -51,7 +51,7 @@ def test_an_average_follows_steps_far_below_its_resolution():
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_the_average_of_linen(bits, dtype):
   """16 bits are the f32 average, and NNX has the same."""
   options = {"ema_decay": 0.9, "where": lambda path, leaf: leaf.ndim == 2}

@@ -186,7 +186,7 @@ def compiled(run, shape, trained=True):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.few(2, full=6)
+@pytest.mark.few(1, full=6)
 def test_bytes_are_those_of_the_compiled_step(name):
   case = CASES[name]
   leaf, stored = compiled(case.run, case.shape)
@@ -201,7 +201,7 @@ def test_bytes_are_those_of_the_compiled_step(name):
 
 
 @pytest.mark.full
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(random_stacks.segments, st.sampled_from([0, 1]), st.booleans(), st.booleans())
 def test_bytes_of_random_stacks(parts, axis, is_reversed, is_shared):
   layers, width = sum(part.length for part in parts), 1024

@@ -114,7 +114,7 @@ CASES = [(form, None, 0) for form in FORMS] + [
 
 
 @pytest.mark.parametrize(("form", "split", "axis"), CASES)
-@pytest.mark.few(1, full=12)
+@pytest.mark.few(1, full=6)
 def test_no_stack_is_copied(form, split, axis):
   found, stacks = temporaries(form, split, axis)
   inputs = LAYERS * 8 * TOKENS * WIDTH

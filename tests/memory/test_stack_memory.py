@@ -69,7 +69,7 @@ def temporaries(loss, tx, shape, dtype=jnp.bfloat16, **options):
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("optimizer", [exact, compact], ids=["exact", "compact"])
 @pytest.mark.filterwarnings("ignore:compensated. without a gradient")
-@pytest.mark.few(2, full=4)
+@pytest.mark.few(1, full=4)
 def test_temporaries(name, optimizer):
   axis, run, *bounds = CASES[name]
   shape = (4, 4, D, D) if axis == (0, 1) else (D, L, D) if axis else (L, D, D)
@@ -90,7 +90,7 @@ FLOAT8 = {  # bounds; decoded whole, weights would take 2 more
 
 @pytest.mark.parametrize("name", FLOAT8)
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=2)
 def test_float8_is_decoded_layer_by_layer(name, bits):
   run, bound = FLOAT8[name]
   tx = mpo.compensated(optax.adam(1e-3), extra_bits=bits)

@@ -148,6 +148,7 @@ def assert_layers_are_the_whole(fun, seed=0):
 
 
 @pytest.mark.parametrize("name", APART)
+@pytest.mark.few(20)
 def test_layers_kept_apart(name):
   whole = assert_layers_are_the_whole(APART[name])
   assert np.asarray(whole).any() == (name != "number")

@@ -1,6 +1,7 @@
 """benchmarks/gpu_check.py survives what can go wrong on a card, and gpu_claims.py judges its figures.
 
-A script without JAX plays the card. The `full` test runs all parts on a CPU, where no figure means anything.
+A script without JAX plays the card. The `full` test runs all parts on a CPU, where no figure means anything, with some
+modes of each; the `slow` one with all.
 """
 
 import importlib.util
@@ -225,8 +226,25 @@ def test_the_bus_moves_ten_bytes_per_parameter_each_way_and_weights_twice_there(
   assert [gpu_host.bus_seconds(*way, rates) for way in ((100, 0), (0, 100), (100, 80))] == [2.0, 2.5, 3.0]
 
 
-@pytest.mark.full
-def test_all_parts_run_on_a_cpu_and_print_and_write(tmp_path, monkeypatch, capsys):
+SOME = {
+  "MAIN": ("mpo-16-auto-kernels", "mpo-compact-auto"),
+  "OTHERS": (),
+  "HOST": ("mpo-compact-host", "mpo-16-host-weights"),
+  "EXACTNESS": ("exactness",),
+  "TRAINED": ("train optax-f32", "train mpo-16-auto"),
+}
+
+
+@pytest.mark.parametrize(
+  "chosen",
+  [
+    pytest.param(SOME, id="some modes", marks=pytest.mark.full),
+    pytest.param({}, id="all modes", marks=pytest.mark.slow),
+  ],
+)
+def test_all_parts_run_on_a_cpu_and_print_and_write(chosen, tmp_path, monkeypatch, capsys):
+  for name, modes_ in chosen.items():
+    monkeypatch.setattr(gpu_check, name, modes_)
   monkeypatch.setattr(gpu_check, "MOST_SECONDS", 3000)
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))  # as run_gpu.sh does
   monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -171,6 +171,7 @@ def is_key(x):
 # schedule_free around compensated must be donatable too. tests/transforms/test_probes.py tests the warning.
 @pytest.mark.filterwarnings("ignore:init. something around compensated changes its update")
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(23)
 def test_what_is_made_can_be_donated_whole(name, tmp_path):
   callers, made = CASES[name](tmp_path)
   values = [np.array(x) for x in jax.tree.leaves(callers) if not is_key(x)]

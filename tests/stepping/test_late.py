@@ -63,7 +63,7 @@ def same(loss, params, tx, jit=quick_jit, count=3, check=assert_same_bits, **opt
 
 
 @pytest.mark.parametrize("way", ["first axis", "cut", "pairs", "two levels"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_the_recipe_of_a_real_run_takes_one_pass(way, one_pass):
   loss, params = with_others(way)
   table = mpo.explain(loss, tx := mpo.compensated(recipe()), *mpo.init(tx, params), jnp.ones((4, D)))

@@ -89,7 +89,7 @@ def test_sums_and_weights():
 
 @pytest.mark.parametrize("way", ["first axis", "cut", "two levels"])
 @pytest.mark.parametrize("bits", [8, 4, 0, 16])
-@pytest.mark.few(2, full=3)
+@pytest.mark.few(1, full=3)
 def test_sums_in_low_precision(bits, way):
   loss, params = with_others(way)
   same(loss, params, mpo.compensated(optax.adamw(1e-2)), mpo.Microbatches(K, accumulator_bits=bits), bits=bits)

@@ -26,7 +26,7 @@ def copies_in_loops(program) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["mpo-16-auto", "mpo-16-layer", "mpo-compact-auto", "mpo-compact-layer"])
 @pytest.mark.parametrize("width", [64, 192])
-@pytest.mark.few(1, full=4)
+@pytest.mark.few(1, full=3)
 def test_no_stack_of_state_is_copied_for_each_layer(mode, width):
   sizes = {"layers": LAYERS, "width": width, "heads": 4, "hidden": 2 * width + 32, "vocab": 256}
   model = language_model("125m", batch=2, context=16, **sizes)

@@ -87,7 +87,7 @@ def in_scan(loss, params, tx, **options):
 @pytest.mark.parametrize("then", list(THEN))
 @pytest.mark.parametrize("first", list(FIRST))
 @pytest.mark.parametrize(("way", "axis"), [*((way, 0) for way in ROUTES), ("first axis", 1), ("cut", 2)])
-@pytest.mark.few(4, full=4)
+@pytest.mark.few(2, full=4)
 def test_stacks_are_updated_in_their_scans(first, then, way, axis):
   loss, params = with_others(way, axis)
   tx = compensated(first, then)
@@ -192,7 +192,7 @@ NEED_ALL = {  # what the reason says in one pass; the bound on the difference, s
 
 @pytest.mark.parametrize("name", list(NEED_ALL))
 @pytest.mark.parametrize("way", ["first axis", "cut", "two levels", "alternating"])
-@pytest.mark.few(2, full=3)
+@pytest.mark.few(1, full=3)
 def test_what_weights_need_of_all_gradients_takes_two_passes(name, way):
   make_inner, why, bound = NEED_ALL[name]
   loss, params = with_others(way)

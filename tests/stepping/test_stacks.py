@@ -152,7 +152,7 @@ def places(loss, params, tx, **options):
   [(exact, 0), (exact, 1), (exact, 2), (eight_bit, 0), (eight_bit, 1)],
   ids=lambda x: getattr(x, "__name__", x),
 )
-@pytest.mark.few(7, full=7)
+@pytest.mark.few(4, full=6)
 def test_every_way_is_updated_in_its_scans(way, optimizer, axis):
   loss, params = make(WAYS[way], axis)
   tx = optimizer()

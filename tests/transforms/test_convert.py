@@ -72,7 +72,7 @@ def test_masters_to_16_bits_and_back_in_the_middle_of_a_run_changes_nothing():
 
 @pytest.mark.parametrize("new", FORMS)
 @pytest.mark.parametrize("old", ["f32", "mpo16", "mpo8", "compact", "stochastic", "float8"])
-@pytest.mark.few(4, full=20)
+@pytest.mark.few(4, full=10)
 def test_every_form_becomes_every_other(old, new):
   params, state = trained(old)
   tx, form_params, form_state = start(new)

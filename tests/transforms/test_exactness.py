@@ -146,7 +146,7 @@ def assert_equal_training(name, steps, **options):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@pytest.mark.few(5, full=10)
+@pytest.mark.few(4, full=8)
 def test_training_equals_f32_masters(name):
   params = assert_equal_training(name, STEPS)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
@@ -156,6 +156,7 @@ LARGE = [name for name in ELEMENTWISE if name not in ("muon", "novograd")]  # th
 
 
 @pytest.mark.parametrize("name", LARGE)
+@pytest.mark.few(9)
 def test_large_leaves_equal_f32_masters(name):
   """XLA:CPU compiles large leaves differently: it computes their new master weight in a separate loop."""
   shape = (257, 300)

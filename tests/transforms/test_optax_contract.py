@@ -39,7 +39,7 @@ def test_no_bytes_but_the_ones_promised(bits):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.few(3, full=9)
+@pytest.mark.few(2, full=8)
 def test_donation_scan_and_no_recompilation(name):
   """One compilation serves all steps, every donated buffer is reused, and lax.scan accepts the state as its carry."""
   tx = mpo.compensated(OPTIMIZERS[name](), extra_bits=16)

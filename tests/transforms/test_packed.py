@@ -55,7 +55,7 @@ def trained(make, tx, steps=3, jit=quick_jit):
 
 @pytest.mark.parametrize("make", [ordinary_step, mpo.value_and_update], ids=["ordinary", "value_and_update"])
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.few(1)
+@pytest.mark.few(1, full=5)
 def test_training_has_the_bits_that_it_has_without(storage, make):
   store = STORAGES[storage]
   params, state = trained(make, mpo.packed(store(adamw)))

@@ -85,7 +85,7 @@ def apply(tx, grads, state, params):
 @pytest.mark.parametrize(
   "make_step", [in_two_programs, lambda *args: quick(mpo.value_and_update(*args))], ids=["ordinary", "fused"]
 )
-@pytest.mark.few(2)
+@pytest.mark.few(2, full=5)
 def test_training_equals_that_of_a_list_of_layers(name, make_step):
   tx, plain = mpo.per_layer(INNER[name](), is_stack), INNER[name]()
   params = make_params()
@@ -153,7 +153,7 @@ def assert_fused_equals_ordinary(loss, tx, params, steps=3):
 
 
 @pytest.mark.parametrize("name", list(WRAPPED))
-@pytest.mark.few(3, full=3)
+@pytest.mark.few(2, full=3)
 def test_stacks_are_updated_in_their_scan_as_in_the_ordinary_step(name):
   tx = mpo.compensated(WRAPPED[name](), extra_bits=8)
   assert places(scanned, tx, make_params())["params['layers']['w']"] == ("in scan", "")

@@ -218,7 +218,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_wrappers(wrapper):
   tx = WRAPPERS[wrapper](lambda inner: mpo.compensated(SMALL(inner), extra_bits=8))
   values, params, state = train(tx, 12)

@@ -85,7 +85,7 @@ def model(is_complex):
 
 
 @pytest.mark.parametrize("name", [*REAL, *COMPLEX])
-@pytest.mark.few(3, full=9)
+@pytest.mark.few(2, full=8)
 def test_masters_come_back_through_every_wrapper(name):
   params, loss, x = model(name in COMPLEX)
   tx = (REAL | COMPLEX)[name]()
