@@ -146,7 +146,7 @@ def assert_equal_training(name, steps, **options):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@pytest.mark.few(4, full=8)
+@pytest.mark.few(4)
 def test_training_equals_f32_masters(name):
   params = assert_equal_training(name, STEPS)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
