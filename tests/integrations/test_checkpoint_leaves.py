@@ -69,7 +69,7 @@ def saved_and_restored(folder, tree, like):
 
 @pytest.mark.parametrize("like", ["arrays", "shapes"])
 @pytest.mark.parametrize("name", LEAVES)
-@pytest.mark.few(27, full=26)
+@pytest.mark.few(27)
 def test_every_leaf_comes_back(name, like, tmp_path):
   tree = {"other": jnp.ones(2), "leaf": LEAVES[name]()}
   got = saved_and_restored(tmp_path, tree, tree if like == "arrays" else jax.eval_shape(lambda: tree))

@@ -320,13 +320,13 @@ def assert_as_tame(tx, seed: int, steps: int = 100, bits: int = 8, factor: float
 
 @pytest.mark.parametrize("update", CASES, ids=lambda update: update.__name__)
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.few(14, full=14)
+@pytest.mark.few(14)
 def test_updates_are_not_larger_than_with_f32_state(update, bits):
   assert_as_tame(transformation(update), seed=1, bits=bits)
 
 
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.few(8, full=7)
+@pytest.mark.few(8)
 def test_updates_of_optax_are_not_larger_than_with_f32_state(name):
   # A momentum below the first level is rounded up with proportional probability. That is right on average, but an
   # update can be many times too large if it is divided by a magnitude or a root of smaller values.
